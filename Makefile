@@ -1,0 +1,33 @@
+# `make demo` and `make test` need python3 (3.10 or newer) and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	@echo "== lladamedv demo"
+	$(BIN)/lladamedv demo
+
+test: $(VENV)/installed
+	@echo "== lint"
+	$(BIN)/ruff check .
+	@echo "== tests"
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) (first time only; downloads torch and transformers)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) is missing or older than 3.10; set PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+		|| { echo "$(PYTHON) cannot make virtual environments; install its venv module"; exit 1; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' \
+		|| { echo "installation failed: a package index that has the versions in constraints.txt is needed"; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info lladamedv_demo.png

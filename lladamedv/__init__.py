@@ -1,0 +1,55 @@
+"""lladamedv: the LLaDA-MedV masked-diffusion vision-language model for biomedical images.
+
+Importing this package registers the classes with Transformers' Auto classes.
+"""
+
+from pathlib import Path
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+
+# The top-level folders of the repository are subpackages of this distribution. An installation puts them here; in an
+# uninstalled checkout (or when Python runs from the repository root) they are one level up.
+if (Path(__file__).parent.parent / "pyproject.toml").exists():
+    __path__.append(str(Path(__file__).parent.parent))
+
+from lladamedv.modeling_lladamedv import (
+    LLaDAMedVConfig,
+    LLaDAMedVForConditionalGeneration,
+    LLaDAMedVGenerationConfig,
+    LLaDAMedVGenerationMixin,
+    LLaDAMedVGenerationOutput,
+    LLaDAMedVModel,
+    LLaDAMedVPreTrainedModel,
+)
+from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
+
+
+AutoConfig.register("lladamedv", LLaDAMedVConfig)
+AutoModel.register(LLaDAMedVConfig, LLaDAMedVModel)
+AutoModelForCausalLM.register(LLaDAMedVConfig, LLaDAMedVForConditionalGeneration)
+AutoModelForImageTextToText.register(LLaDAMedVConfig, LLaDAMedVForConditionalGeneration)
+AutoModelForMultimodalLM.register(LLaDAMedVConfig, LLaDAMedVForConditionalGeneration)
+AutoImageProcessor.register(LLaDAMedVConfig, image_processor_classes={"pil": LLaDAMedVImageProcessor})
+AutoProcessor.register(LLaDAMedVConfig, LLaDAMedVProcessor)
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLaDAMedVConfig",
+    "LLaDAMedVForConditionalGeneration",
+    "LLaDAMedVGenerationConfig",
+    "LLaDAMedVGenerationMixin",
+    "LLaDAMedVGenerationOutput",
+    "LLaDAMedVImageProcessor",
+    "LLaDAMedVModel",
+    "LLaDAMedVPreTrainedModel",
+    "LLaDAMedVProcessor",
+]

@@ -1,0 +1,71 @@
+"""The command line: `lladamedv demo` and `lladamedv ask`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+app = typer.Typer(
+    help="LLaDA-MedV: a masked-diffusion vision-language model for biomedical images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _fail(error: Exception) -> None:
+    """Report an expected error in one line, without a traceback."""
+    typer.echo(f"lladamedv: {error}", err=True)
+    raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    train: Annotated[bool, typer.Option("--train", help="Train the demo model anew (about an hour of 2 cores).")] = False,
+    questions: Annotated[int, typer.Option(help="How many held-out questions to ask.")] = 300,
+    output: Annotated[
+        Path | None, typer.Option(help="The .png sheet to write, or with --train the folder of the new model.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of --train.")] = 0,
+) -> None:
+    """Measure the shipped tiny model on synthetic images, sighted and blind, and show how it denoises answers."""
+    # Imported here, so that `lladamedv --help` does not wait for torch.
+    from lladamedv.demo import run_demo
+    from lladamedv.demo_training import train_demo
+
+    try:
+        if train:
+            train_demo(output or Path("lladamedv_demo_model"), seed, report=typer.echo)
+        else:
+            run_demo(questions, output or Path("lladamedv_demo.png"), report=typer.echo)
+    except ValueError as error:
+        _fail(error)
+
+
+@app.command()
+def ask(
+    image: Annotated[str, typer.Argument(help="Path or URL of an image.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a model; by default the tiny demo model.")
+    ] = None,
+) -> None:
+    """Answer one question about one image."""
+    from lladamedv.demo import DEMO_MODEL, answer, load_model
+
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    try:
+        if not question.strip():
+            raise ValueError(f"`question` is {question!r}; it must not be empty.")
+        loaded, processor = load_model(model or DEMO_MODEL)
+        content[0]["image"] = processor.image_processor.fetch_images(image)
+        typer.echo(answer(loaded, processor, [[{"role": "user", "content": content}]])[0])
+    except ValueError as error:
+        _fail(error)
+
+
+if __name__ == "__main__":
+    app()

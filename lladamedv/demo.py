@@ -1,0 +1,178 @@
+"""`lladamedv demo`: load the shipped checkpoint, measure it on phantoms it has never seen, and show how it answers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
+from lladamedv.processing import LLaDAMedVProcessor
+from lladamedv.processing.phantoms import KINDS, PhantomExample, PhantomVQA
+
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+HELD_OUT_SEED = 9_000  # far from every seed that `demo --train` draws from
+_SHEET_EXAMPLES = ("chest_xray", "mri", "ct", "histology", "gross")
+
+
+@dataclass(frozen=True)
+class DemoScores:
+    """Closed accuracy, open token recall and description token recall, each 0 to 1, and the number of questions."""
+
+    closed: float
+    open: float
+    description: float
+    questions: int
+
+
+def load_model(folder: str | Path = DEMO_MODEL) -> tuple[LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor]:
+    """Load a model (in float32) and its processor.
+
+    Raises:
+        ValueError: if the folder or Hub id is no checkpoint of this model.
+    """
+    try:
+        processor = LLaDAMedVProcessor.from_pretrained(folder)
+        model = LLaDAMedVForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"`model` is {str(folder)!r}, which cannot be loaded as a checkpoint: {error}") from error
+    return model, processor
+
+
+def answer(
+    model: LLaDAMedVForConditionalGeneration,
+    processor: LLaDAMedVProcessor,
+    chats: Sequence[list[dict]],
+    batch_size: int = 64,
+    **options,
+) -> list[str]:
+    """Answer each chat; `options` are those of `generate`."""
+    answers = []
+    for start in range(0, len(chats), batch_size):
+        inputs = processor.apply_chat_template(
+            list(chats[start : start + batch_size]),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )
+        sequences = model.generate(**inputs.to(model.device), **options)
+        new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
+        answers += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    return answers
+
+
+def score(examples: Sequence[PhantomExample], answers: Sequence[str]) -> DemoScores:
+    """Score answers the way the VQA benchmarks do: exact match for closed questions, token recall for the others."""
+    values = {kind: [] for kind in KINDS}
+    for example, given in zip(examples, answers):
+        expected, got = (re.findall(r"[\w-]+", text.lower()) for text in (example.answer, given))
+        recall = sum((Counter(expected) & Counter(got)).values()) / len(expected)
+        values[example.kind].append(float(expected == got) if example.kind == "closed" else recall)
+    means = {kind: sum(numbers) / max(len(numbers), 1) for kind, numbers in values.items()}
+    return DemoScores(**means, questions=len(examples))
+
+
+def evaluate_demo(model, processor, examples: Sequence[PhantomExample], shuffled: bool = False) -> DemoScores:
+    """Answer and score `examples`, or, with `shuffled`, the same questions about each other's pictures."""
+    images = [example.image for example in examples]
+    if shuffled:
+        # Rolling by a third gives every question another picture, and the same ones each time.
+        shift = max(1, len(images) // 3)
+        images = images[shift:] + images[:shift]
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": example.question}]}]
+        for image, example in zip(images, examples)
+    ]
+    return score(examples, answer(model, processor, chats))
+
+
+def run_demo(questions: int = 300, output: Path = Path("lladamedv_demo.png"), report=print) -> None:
+    """Everything that `lladamedv demo` prints and draws.
+
+    Args:
+        questions: how many held-out questions to ask, at least 3.
+        output: where to save the sheet of pictures.
+        report: called with each line of text.
+
+    Raises:
+        ValueError: if there are too few questions or `output` cannot be written.
+    """
+    if questions < 3:
+        raise ValueError(f"`questions` is {questions}; at least 3 are needed, one of each kind.")
+    if output.suffix.lower() != ".png" or not output.resolve().parent.is_dir():
+        raise ValueError(f"`output` is {str(output)!r}; it must be a .png file in a folder that exists.")
+    model, processor = load_model()
+    size = sum(file.stat().st_size for file in DEMO_MODEL.glob("*.safetensors")) / 1e6
+    report(f"A {model.num_parameters() / 1e6:.1f} M parameter LLaDA-MedV ({size:.1f} MB), {questions} held-out questions")
+    examples = list(PhantomVQA(HELD_OUT_SEED, questions, image_size=model.config.vision_config.image_size))
+    report(f"{'':24}{'closed accuracy':>18}{'open recall':>14}{'description recall':>21}")
+    for name, shuffled in (("looking at the picture", False), ("blind (shuffled)", True)):
+        result = evaluate_demo(model, processor, examples, shuffled)
+        report(f"{name:24}{result.closed:18.1%}{result.open:14.1%}{result.description:21.1%}")
+    draw_sheet(model, processor, examples).save(output)
+    report(f"Pictures, answers and denoising steps: {output}")
+
+
+def draw_sheet(model, processor, examples: Sequence[PhantomExample]) -> Image.Image:
+    """One picture per domain with a question, the answer, and the canvas after every forward pass."""
+    panels = []
+    kinds = ("description", "open", "closed", "description", "open")
+    for domain, kind in zip(_SHEET_EXAMPLES, kinds):
+        matching = [example for example in examples if example.attributes.domain == domain]
+        example = next((example for example in matching if example.kind == kind), matching[0] if matching else None)
+        if example is not None:
+            panels.append(_draw_panel(model, processor, example))
+    sheet = Image.new("RGB", (max(panel.width for panel in panels), sum(panel.height for panel in panels)), "white")
+    top = 0
+    for panel in panels:
+        sheet.paste(panel, (0, top))
+        top += panel.height
+    return sheet
+
+
+def _draw_panel(model, processor, example):
+    inputs = processor.apply_chat_template(
+        example.messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, return_dict_in_generate=True, output_history=True)
+    tokens = output.sequences[0, inputs["input_ids"].shape[1] :]
+    text = processor.decode(tokens, skip_special_tokens=True)
+    history = output.history[:, 0, : len(tokens)].tolist()
+    confidence = output.commit_confidence[0].tolist()
+    committed_at = output.commit_step[0].tolist()
+
+    picture, margin, row_height, font = 176, 12, 17, ImageFont.load_default(13)
+    words = [processor.decode([token]).strip() for token in tokens.tolist()]
+    widths = [max(18, int(font.getlength(word)) + 10) for word in words]
+    height = max(picture + 2 * margin, 84 + row_height * len(history))
+    panel = Image.new("RGB", (1400, height), "white")
+    draw = ImageDraw.Draw(panel)
+    panel.paste(example.image.resize((picture, picture), Image.Resampling.NEAREST), (margin, margin))
+    left = picture + 2 * margin
+    draw.text((left, margin), f"Question: {example.question}", fill="black", font=ImageFont.load_default(15))
+    color = "darkgreen" if score([example], [text]) == score([example], [example.answer]) else "firebrick"
+    draw.text((left, margin + 21), f"Answer: {text}", fill=color, font=ImageFont.load_default(15))
+    caption = f"Reference: {example.answer}    ({len(history)} forward passes, {len(tokens)} tokens; darker = surer)"
+    draw.text((left, margin + 42), caption, fill="dimgray", font=font)
+    for step, canvas in enumerate(history):
+        x, y = left, margin + 64 + row_height * step
+        for position, token in enumerate(canvas):
+            box = (x, y, x + widths[position] - 2, y + row_height - 2)
+            if token == model.config.mask_token_id:
+                draw.rectangle(box, fill="gainsboro")
+            else:
+                shade = int(235 - 90 * confidence[position])
+                new = committed_at[position] == step
+                draw.rectangle(box, fill=(shade, 225, shade) if new else (shade, shade, 245))
+                draw.text((x + 4, y), words[position], fill="black", font=font)
+            x += widths[position]
+    draw.line((0, height - 1, panel.width, height - 1), fill="lightgray")
+    return panel

@@ -1,0 +1,16 @@
+"""The model: configuration, network, denoising loop, and conversion of released checkpoints."""
+
+from .configuration_lladamedv import LLaDAMedVConfig
+from .generation_lladamedv import LLaDAMedVGenerationConfig, LLaDAMedVGenerationMixin, LLaDAMedVGenerationOutput
+from .modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVModel, LLaDAMedVPreTrainedModel
+
+
+__all__ = [
+    "LLaDAMedVConfig",
+    "LLaDAMedVForConditionalGeneration",
+    "LLaDAMedVGenerationConfig",
+    "LLaDAMedVGenerationMixin",
+    "LLaDAMedVGenerationOutput",
+    "LLaDAMedVModel",
+    "LLaDAMedVPreTrainedModel",
+]

@@ -1,0 +1,348 @@
+"""The LLaDA-MedV model: SigLIP tower -> projector -> image features merged into the text -> bidirectional Llama.
+
+The denoising loop is in `generation_lladamedv.py`; nothing here knows about steps or schedules.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.image_processing_utils import select_best_resolution
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector, unpad_image
+from transformers.utils import can_return_tuple
+
+from .configuration_lladamedv import LLaDAMedVConfig
+from .generation_lladamedv import LLaDAMedVGenerationConfig, LLaDAMedVGenerationMixin
+
+
+class LLaDAMedVPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading, and what the attention backends may do."""
+
+    config_class = LLaDAMedVConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    # Parts of a stand-alone SigLIP tower that come after the features.
+    _keys_to_ignore_on_load_unexpected = [r"vision_tower\.(post_layernorm|head)\."]
+    _no_split_modules = ["LlamaDecoderLayer", "SiglipEncoderLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": "LlamaDecoderLayer", "attentions": "LlamaAttention"}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if getattr(module, "image_newline", None) is not None:
+            init.normal_(module.image_newline, std=1 / math.sqrt(self.config.text_config.hidden_size))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As `PreTrainedModel.from_pretrained`, but a checkpoint that lacks weights is an error, not a warning.
+
+        Raises:
+            ValueError: if weights of the model are missing from the checkpoint; a model with random parts would
+                still answer, wrongly.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+            raise ValueError(
+                f"The checkpoint {str(pretrained_model_name_or_path)!r} lacks {len(missing)} weights of {cls.__name__}: {shown}"
+            )
+        return (model, info) if output_loading_info else model
+
+
+class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
+    """SigLIP tower, projector and bidirectional language model, without the output layer."""
+
+    def __init__(self, config: LLaDAMedVConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        # The features are taken before SigLIP's final norm (LLaVA's habit): without it no weight is left unused.
+        self.vision_tower.post_layernorm = nn.Identity()
+        self.multi_modal_projector = LlavaOnevisionMultiModalProjector(config)
+        # Only images cut into a grid have rows to end.
+        newline = nn.Parameter(torch.zeros(config.text_config.hidden_size)) if config.max_anyres_tiles else None
+        self.register_parameter("image_newline", newline)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        image_sizes: torch.LongTensor | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+    ) -> list[torch.FloatTensor]:
+        """Encode, project and lay out every image as a sequence of embeddings.
+
+        Args:
+            pixel_values (`(num_images, num_tiles, 3, height, width)`): tiles, the base tile first; rows with fewer
+                tiles are filled up at the end.
+            image_sizes (`(num_images, 2)`): original height and width; needed for anyres.
+            batch_num_images (`(batch_size,)`, *optional*): images per prompt. Anyres tiles an image only where it is
+                alone in its prompt, as LLaVA-OneVision does; `None` means that each is.
+
+        Returns:
+            `list` of `(num_image_tokens, hidden_size)`, one per image.
+
+        Raises:
+            ValueError: if the shapes do not fit each other or the config.
+        """
+        if pixel_values.dim() != 5:
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected five dimensions: "
+                "(num_images, num_tiles, 3, height, width)."
+            )
+        num_images = pixel_values.shape[0]
+        grids = self._tile_grids(num_images, image_sizes, batch_num_images)
+        tile_counts = [1 if grid is None else 1 + grid[0] * grid[1] for grid in grids]
+        if max(tile_counts) > pixel_values.shape[1]:
+            raise ValueError(
+                f"`pixel_values` has {pixel_values.shape[1]} tiles per image, but `image_sizes` asks for {max(tile_counts)}."
+            )
+        tiles = torch.cat([image[:count] for image, count in zip(pixel_values, tile_counts)])
+        hidden = self.vision_tower(tiles.to(self.dtype)).last_hidden_state  # (tiles, patches, vision width)
+        features = self.multi_modal_projector(hidden)  # (tiles, patches, hidden)
+        return [
+            self._lay_out(feature, grid, size)
+            for feature, grid, size in zip(
+                features.split(tile_counts), grids, image_sizes.tolist() if image_sizes is not None else [None] * num_images
+            )
+        ]
+
+    def _tile_grids(self, num_images, image_sizes, batch_num_images):
+        """Rows and columns of each image's tile grid, or `None` for an image of one tile."""
+        if self.config.max_anyres_tiles is None:
+            return [None] * num_images
+        if image_sizes is None or len(image_sizes) != num_images:
+            raise ValueError(
+                f"`image_sizes` has {0 if image_sizes is None else len(image_sizes)} rows for {num_images} images; "
+                f"{self.config.vision_aspect_ratio!r} needs one (height, width) per image."
+            )
+        counts = [1] * num_images if batch_num_images is None else [int(count) for count in batch_num_images]
+        if sum(counts) != num_images:
+            raise ValueError(f"`batch_num_images` sums to {sum(counts)}, but `pixel_values` holds {num_images} images.")
+        alone = [count == 1 for count in counts for _ in range(count)]
+        tile = self.config.vision_config.image_size
+        grids = []
+        for size, tiled in zip(image_sizes.tolist(), alone):
+            height, width = select_best_resolution(tuple(size), self.config.image_grid_pinpoints) if tiled else (0, 0)
+            grids.append((height // tile, width // tile) if tiled else None)
+        return grids
+
+    def _lay_out(self, features, grid, image_size):
+        """Arrange the features `(tiles, patches, hidden)` of one image as `(num_image_tokens, hidden)`."""
+        if self.config.max_anyres_tiles is None:
+            return features[0]
+        newline = self.image_newline.to(features)
+        if grid is None:
+            return torch.cat([features[0], newline[None]])
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        hidden = features.shape[-1]
+        # (rows * cols, side * side, hidden) -> (hidden, rows * side, cols * side)
+        plane = features[1:].view(*grid, side, side, hidden).permute(4, 0, 2, 1, 3).reshape(hidden, grid[0] * side, -1)
+        plane = unpad_image(plane, image_size)
+        height, width = plane.shape[1:]
+        shrink = math.sqrt(height * width / (self.config.max_anyres_tiles * side**2))
+        if shrink > 1.1:
+            size = (int(height // shrink), int(width // shrink))
+            plane = nn.functional.interpolate(plane[None], size, mode="bilinear")[0]
+        rows = torch.cat([plane, newline[:, None, None].expand(-1, plane.shape[1], 1)], dim=-1)
+        return torch.cat([features[0], rows.flatten(1).T])
+
+    def get_multimodal_embeddings(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
+        """Token embeddings `(batch, sequence, hidden)` with the image features at the image tokens.
+
+        Returns:
+            The embeddings, and the features of all images one after the other (`None` without images).
+
+        Raises:
+            ValueError: if the number of image tokens differs from the number of features.
+        """
+        is_image = input_ids == self.config.image_token_id  # (batch, sequence)
+        embeddings = self.get_input_embeddings()(input_ids)
+        num_tokens = int(is_image.sum())
+        if pixel_values is None:
+            if num_tokens:
+                raise ValueError(
+                    f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}) but `pixel_values` "
+                    "is None: pass everything that the processor returned."
+                )
+            return embeddings, None
+        features = torch.cat(self.get_image_features(pixel_values, image_sizes, batch_num_images)).to(embeddings)
+        if num_tokens != len(features):
+            raise ValueError(
+                f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}), but the "
+                f"{len(pixel_values)} images in `pixel_values` make {len(features)} features; the two must be equal."
+            )
+        return embeddings.masked_scatter(is_image[..., None], features), features
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        turn_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> LlavaModelOutputWithPast:
+        """One bidirectional pass.
+
+        Args:
+            input_ids (`(batch, sequence)`): tokens; give either these or `inputs_embeds`.
+            pixel_values, image_sizes, batch_num_images: see [`~LLaDAMedVModel.get_image_features`].
+            attention_mask (`(batch, sequence)`, *optional*): 1 for tokens, 0 for padding on either side.
+            position_ids (`(batch, sequence)`, *optional*): by default a row's tokens are numbered from 0, its padding
+                left out, so that a row means the same alone and in any batch.
+            turn_ids (`(batch, sequence)`, *optional*): conversation turn of each token. A token then attends to its
+                own and earlier turns only (LLaDA-V, arXiv 2505.16933, section 3.2: the dialogue-causal mask).
+            inputs_embeds (`(batch, sequence, hidden)`, *optional*): merged embeddings.
+
+        Returns:
+            `LlavaModelOutputWithPast` with `last_hidden_state` `(batch, sequence, hidden)`.
+
+        Raises:
+            ValueError: for contradictory inputs, or `turn_ids` under an attention implementation that cannot mask
+                by turn.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        features = None
+        if inputs_embeds is None:
+            inputs_embeds, features = self.get_multimodal_embeddings(
+                input_ids, pixel_values, image_sizes, batch_num_images
+            )
+        elif pixel_values is not None:
+            raise ValueError("`pixel_values` needs `input_ids`: `inputs_embeds` must already hold the image features.")
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if turn_ids is not None:
+            attention_mask = self._turn_mask(inputs_embeds, attention_mask, turn_ids)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+        return LlavaModelOutputWithPast(**outputs, image_hidden_states=features)
+
+    def _turn_mask(self, inputs_embeds, attention_mask, turn_ids):
+        """Attention mask, in the form that the current implementation wants, that hides later turns."""
+        implementation = self.language_model.config._attn_implementation
+        if "flash" in implementation:
+            raise ValueError(
+                f"`turn_ids` cannot be used with attn_implementation={implementation!r}, which has no arbitrary "
+                "masks; use 'sdpa', 'eager' or 'flex_attention'."
+            )
+        return create_bidirectional_mask(
+            config=self.language_model.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            and_mask_function=lambda batch, head, query, key: turn_ids[batch, key] <= turn_ids[batch, query],
+        )
+
+
+class LLaDAMedVForConditionalGeneration(LLaDAMedVPreTrainedModel, LLaDAMedVGenerationMixin, GenerationMixin):
+    """LLaDA-MedV with its output layer and the denoising [`~LLaDAMedVGenerationMixin.generate`]."""
+
+    generation_config_class = LLaDAMedVGenerationConfig
+
+    def __init__(self, config: LLaDAMedVConfig):
+        super().__init__(config)
+        self.model = LLaDAMedVModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def get_image_features(self, *args, **kwargs) -> list[torch.FloatTensor]:
+        """See [`LLaDAMedVModel.get_image_features`]."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        turn_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> LlavaCausalLMOutputWithPast:
+        """One bidirectional pass and the logits: `logits[:, i]` predicts the token AT position `i` (no shift).
+
+        Args:
+            logits_to_keep (`int` or `torch.Tensor`): which positions get logits, as everywhere in Transformers: the
+                last `n` (0: all), a 1-D tensor of positions, a 2-D integer tensor of positions per row, or a boolean
+                `(batch, sequence)` mask, which gives `(number of True, vocab_size)`.
+            labels: not accepted, because a masked-diffusion loss needs to know the noise.
+
+        The other arguments are those of [`LLaDAMedVModel.forward`].
+
+        Returns:
+            `LlavaCausalLMOutputWithPast` with `logits` `(batch, positions, vocab_size)`.
+
+        Raises:
+            ValueError: if `labels` is given, or for the reasons of [`LLaDAMedVModel.forward`].
+        """
+        if labels is not None:
+            raise ValueError(
+                "`labels` is not accepted: the next-token loss does not apply to a masked-diffusion model. Noise the "
+                "tokens and weigh the loss as lladamedv.trainers does."
+            )
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            batch_num_images=batch_num_images,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            turn_ids=turn_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        return LlavaCausalLMOutputWithPast(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+LLaDAMedVModel.register_for_auto_class("AutoModel")
+LLaDAMedVForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["LLaDAMedVForConditionalGeneration", "LLaDAMedVModel", "LLaDAMedVPreTrainedModel"]

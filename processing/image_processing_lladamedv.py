@@ -1,0 +1,256 @@
+"""From a picture to tiles: the three ways in which LLaVA-style models cut an image, on the PIL backend."""
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_processing_utils import BatchFeature, select_best_resolution
+from transformers.image_utils import ImageInput, PILImageResampling, SizeDict, load_image
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorKwargs,
+    LlavaOnevisionImageProcessorPil,
+)
+from transformers.processing_utils import Unpack
+
+
+# Pillow refuses larger files too; arrays and open images are held to the same limit.
+MAX_IMAGE_PIXELS = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else 178_956_970
+
+
+class LLaDAMedVImageProcessorKwargs(LlavaOnevisionImageProcessorKwargs, total=False):
+    """
+    vision_aspect_ratio (`str`): `"square"`, `"pad"` or `"anyres_max_N"`; see [`LLaDAMedVImageProcessor`].
+    patch_size (`int`): side of the vision tower's patches in pixels, to count image tokens.
+    """
+
+    vision_aspect_ratio: str
+    patch_size: int
+
+
+class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
+    """Cut images into tiles of the vision tower's size and normalise them to −1…1.
+
+    - `vision_aspect_ratio="square"`: the image is resized to one tile, whatever its proportions.
+    - `"pad"`: the image is padded to a square with mid-grey and resized to one tile.
+    - `"anyres_max_N"`: a resized overview tile, then the image scaled into the best-fitting grid of
+      `image_grid_pinpoints` (`[height, width]` in pixels), padded with black and cut into tiles. Images that share a
+      prompt are padded instead (one tile each), as in LLaVA-OneVision.
+
+    Args:
+        size (`dict`): `{"height": …, "width": …}` of a tile in pixels; square.
+        patch_size (`int`): side of the vision tower's patches.
+        vision_aspect_ratio (`str`): see above.
+        image_grid_pinpoints (`list[list[int]]` or `str`): grids for anyres; by default all of 1 to 6 by 1 to 6 tiles.
+            A text such as `"(1x1),...,(6x6)"`, as in LLaVA's configs, is accepted too.
+        do_resize, resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std: as in Transformers.
+
+    Returns (from calling it): `pixel_values` float32 `(num_images, num_tiles, 3, height, width)`, filled up with zero
+    tiles, `image_sizes` `(num_images, 2)` (original height, width) and `batch_num_images` (images per prompt).
+
+    Raises:
+        ValueError: for an image that cannot be read, has no pixels or more than about 179 million, or an array that
+            is not 8-bit.
+        TypeError: for something that is no image.
+    """
+
+    valid_kwargs = LLaDAMedVImageProcessorKwargs
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    vision_aspect_ratio = "anyres_max_4"
+    patch_size = 14
+    image_grid_pinpoints = None
+
+    def __init__(self, **kwargs: Unpack[LLaDAMedVImageProcessorKwargs]):
+        super().__init__(**kwargs)
+        side = self.size["height"]
+        if side != self.size["width"]:
+            raise ValueError(f"`size` is {dict(self.size)}; tiles are square: height and width must be equal.")
+        mode, _, tiles = self.vision_aspect_ratio.partition("anyres_max_")
+        if self.vision_aspect_ratio not in ("square", "pad") and (mode or not tiles.isdigit() or int(tiles) < 1):
+            raise ValueError(
+                f"`vision_aspect_ratio` is {self.vision_aspect_ratio!r}; allowed are 'square', 'pad' and "
+                "'anyres_max_N' with a whole number N of at least 1."
+            )
+        self.image_grid_pinpoints = parse_grid_pinpoints(self.image_grid_pinpoints, side)
+
+    def fetch_images(self, images):
+        """Open whatever stands for an image, as a fully loaded 8-bit RGB `PIL.Image`; lists keep their structure."""
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image) for image in images]
+        return _load_rgb(images)
+
+    def preprocess(self, images: ImageInput, **kwargs: Unpack[LLaDAMedVImageProcessorKwargs]) -> BatchFeature:
+        """Tiles of one image, a list of images (one per prompt) or a list of lists (several per prompt)."""
+        images = self.fetch_images(images)
+        if not isinstance(images, list):
+            images = [images]
+        nested = any(isinstance(image, list) for image in images)
+        counts = [len(row) if isinstance(row, list) else 1 for row in images] if nested else [1] * len(images)
+        flat = [image for row in images for image in (row if isinstance(row, list) else [row])]
+        if not flat:
+            raise ValueError("`images` is empty; allowed are an image, or a list with at least one.")
+        return super(LlavaOnevisionImageProcessorPil, self).preprocess(flat, counts, **kwargs)
+
+    def _preprocess(
+        self,
+        images,
+        batch_num_images,
+        size,
+        vision_aspect_ratio,
+        image_grid_pinpoints,
+        resample,
+        do_resize,
+        do_rescale,
+        rescale_factor,
+        do_normalize,
+        image_mean,
+        image_std,
+        return_tensors,
+        **kwargs,
+    ) -> BatchFeature:
+        pinpoints = parse_grid_pinpoints(image_grid_pinpoints, size.height)
+        alone = [count == 1 for count in batch_num_images for _ in range(count)]
+        prepared, image_sizes = [], []
+        for image, tiled in zip(images, alone):  # (3, height, width), uint8
+            image_sizes.append(image.shape[-2:])
+            if vision_aspect_ratio == "square":
+                tiles = [image]
+            elif vision_aspect_ratio == "pad" or not tiled:
+                tiles = [self.pad_to_square(image, tuple(int(mean * 255) for mean in image_mean))]
+            else:
+                tiles = self.get_image_patches(image, pinpoints, (size.height, size.width), size.height, resample)
+            if do_resize:
+                tiles = [self.resize(tile, size=size, resample=resample) for tile in tiles]
+            pixels = np.stack(tiles).astype(np.float32)  # (tiles, 3, side, side)
+            if do_rescale:
+                pixels *= np.float32(rescale_factor)
+            if do_normalize:
+                mean, std = (np.asarray(values, dtype=np.float32)[:, None, None] for values in (image_mean, image_std))
+                pixels = (pixels - mean) / std
+            prepared.append(pixels)
+        data = {
+            "pixel_values": self._pad_for_batching(prepared),
+            "image_sizes": image_sizes,
+            "batch_num_images": batch_num_images,
+        }
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def get_number_of_image_tokens(self, height: int, width: int, alone: bool = True) -> int:
+        """How many embeddings the model makes of an image of this size.
+
+        Args:
+            height, width: size of the original image in pixels.
+            alone: whether it is the only image of its prompt.
+        """
+        side = self.size["height"] // self.patch_size
+        if not self.vision_aspect_ratio.startswith("anyres"):
+            return side * side
+        if not alone:
+            return side * side + 1
+        best_height, best_width = select_best_resolution((height, width), self.image_grid_pinpoints)
+        rows, columns = (best // self.size["height"] * side for best in (best_height, best_width))
+        # The padding that made the image fit the grid is cut off again …
+        if width / height > columns / rows:
+            rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
+        else:
+            columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+        # … and what is still more than N tiles' worth is shrunk.
+        shrink = math.sqrt(rows * columns / (int(self.vision_aspect_ratio.removeprefix("anyres_max_")) * side**2))
+        if shrink > 1.1:
+            rows, columns = int(rows // shrink), int(columns // shrink)
+        return side * side + rows * (columns + 1)  # overview, and a newline behind every row
+
+
+def parse_grid_pinpoints(pinpoints, tile_size: int) -> list[list[int]]:
+    """Grids for anyres as `[height, width]` in pixels.
+
+    Args:
+        pinpoints: such a list, LLaVA's text form `"(1x1),...,(6x6)"` (columns x rows), or `None` for all grids of 1 to
+            6 by 1 to 6 tiles, in LLaVA's order.
+        tile_size: side of a tile in pixels.
+
+    Raises:
+        ValueError: for any other text, or a grid that is not made of whole tiles.
+    """
+    if pinpoints is None:
+        pinpoints = "(1x1),...,(6x6)"
+    if isinstance(pinpoints, str):
+        ends = [part.strip(" ()").split("x") for part in pinpoints.split(",...,")]
+        if len(ends) != 2 or not all(len(end) == 2 and end[0].isdigit() and end[1].isdigit() for end in ends):
+            raise ValueError(
+                f"`image_grid_pinpoints` is {pinpoints!r}; a text must look like '(1x1),...,(6x6)'."
+            )
+        (first_column, first_row), (last_column, last_row) = [map(int, end) for end in ends]
+        pinpoints = [
+            [row * tile_size, column * tile_size]
+            for column in range(first_column, last_column + 1)
+            for row in range(first_row, last_row + 1)
+        ]
+    for pinpoint in pinpoints:
+        if len(pinpoint) != 2 or any(value < tile_size or value % tile_size for value in pinpoint):
+            raise ValueError(
+                f"`image_grid_pinpoints` holds {pinpoint}; heights and widths must be multiples of the tile size {tile_size}."
+            )
+    return [list(pinpoint) for pinpoint in pinpoints]
+
+
+def _load_rgb(image) -> Image.Image:
+    """One image of any accepted kind as a loaded RGB `PIL.Image`, upright."""
+    described = repr(image) if isinstance(image, (str, Path)) else f"of type {type(image).__name__}"
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    try:
+        if isinstance(image, bytes):
+            image = Image.open(io.BytesIO(image))
+        elif isinstance(image, str) and image.startswith(("http://", "https://", "data:image/")):
+            image = load_image(image)
+        elif isinstance(image, (str, Path)):
+            image = Image.open(image)
+        elif not isinstance(image, Image.Image):
+            raise TypeError(
+                f"`images` holds something {described}; allowed are PIL images, 8-bit arrays and tensors, paths, "
+                "URLs and the bytes of an image file."
+            )
+        _check_size(image.width, image.height)
+        # `convert("RGB")` drops transparency, as the released model's training did.
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except TypeError:
+        raise
+    except FileNotFoundError as error:
+        raise ValueError(f"`images` holds {described}, but there is no such file.") from error
+    except Exception as error:  # Pillow raises many kinds of exceptions for broken files
+        raise ValueError(f"`images` holds an image {described} that cannot be read: {error}") from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """A grey or colour array, channels first or last, as RGB."""
+    if array.dtype != np.uint8:
+        raise ValueError(f"`images` holds an array of {array.dtype}; allowed is uint8 (0 to 255).")
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[-1] not in (3, 4)):
+        raise ValueError(
+            f"`images` holds an array of shape {array.shape}; allowed are (height, width) and (height, width, channels) "
+            "or (channels, height, width) with 1, 3 or 4 channels."
+        )
+    _check_size(array.shape[1], array.shape[0])
+    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+
+
+def _check_size(width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"the image is {width} by {height} pixels; allowed are at least 1 by 1 and at most {MAX_IMAGE_PIXELS} pixels"
+        )
+
+
+LLaDAMedVImageProcessor.register_for_auto_class("AutoImageProcessor")
+
+__all__ = ["LLaDAMedVImageProcessor"]

@@ -1,0 +1,403 @@
+"""Synthetic biomedical pictures with questions whose answers are known: the data of the demo and of the tests.
+
+No medical image can ship with a package, yet a newcomer should see a masked-diffusion vision-language model answer
+real questions in seconds. So this module draws its own: five domains (chest X-ray, MRI, CT, histology, gross
+pathology, as in the biomedical chat benchmark of LLaVA-Med), each with the same few attributes, and asks about them.
+The drawings are cartoons; nothing here says anything about how a model does on patients.
+
+*Left* and *right* are always the sides of the IMAGE as displayed, never the patient's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+DOMAINS = ("chest_xray", "mri", "ct", "histology", "gross")
+SIDES = ("left", "right")
+SHAPES = ("solid", "ring", "star")
+SIZES = ("small", "large")
+PLANES = ("axial", "coronal")
+KINDS = ("closed", "open", "description")
+
+_MODALITY = {
+    "chest_xray": "chest X-ray",
+    "mri": "MRI scan",
+    "ct": "CT scan",
+    "histology": "histology slide",
+    "gross": "gross photograph",
+}
+_ORGAN = {"chest_xray": "lungs", "mri": "brain", "ct": "abdomen", "histology": "tissue", "gross": "liver"}
+_SIGN = {
+    "chest_xray": "an enlarged heart",
+    "mri": "enlarged ventricles",
+    "ct": "a rim of fluid",
+    "histology": "a brown stain",
+    "gross": "a scale bar",
+}
+_COUNT = ("no", "one", "two", "three")
+
+# Topics of the closed and the open questions, with two wordings each; `{x}` is filled in from the picture's domain.
+_WORDINGS = {
+    "is_domain": ("Is this a {x}?", "Does the image show a {x}?"),
+    "any_lesion": ("Is there a lesion?", "Does the image show any lesion?"),
+    "sign": ("Is there {x}?", "Does the image show {x}?"),
+    "on_left": ("Is the lesion on the left side?", "Does the left side of the image show a lesion?"),
+    "several": ("Is there more than one lesion?", "Does the image show several lesions?"),
+    "is_large": ("Is the lesion large?", "Does the image show a large lesion?"),
+    "which_plane": ("Is the plane axial or coronal?", "Which plane is shown, axial or coronal?"),
+    "modality": ("What is the imaging modality?", "What kind of image is this?"),
+    "side": ("Which side is the lesion on?", "Where is the lesion?"),
+    "count": ("How many lesions are there?", "What is the number of lesions?"),
+    "shape": ("What shape is the lesion?", "What is the form of the lesion?"),
+    "organ": ("Which organ is shown?", "What part of the body is this?"),
+    "description": ("Describe the image.", "What does the image show?"),
+}
+_TOPICS = {
+    "closed": ("is_domain", "any_lesion", "sign", "on_left", "several", "is_large", "which_plane"),
+    "open": ("modality", "side", "count", "shape", "organ"),
+    "description": ("description",),
+}
+
+
+@dataclass(frozen=True)
+class PhantomAttributes:
+    """What is in a phantom. All its lesions have the same side, shape and size.
+
+    Attributes:
+        domain: one of `DOMAINS`.
+        count: number of lesions, 0 to 3.
+        side: one of `SIDES` (of the image).
+        shape: one of `SHAPES`.
+        size: one of `SIZES`.
+        sign: whether the domain's incidental sign is present (enlarged heart, enlarged ventricles, rim of fluid,
+            brown stain, scale bar).
+        plane: one of `PLANES`; only MRI and CT look different for it.
+    """
+
+    domain: str
+    count: int
+    side: str
+    shape: str
+    size: str
+    sign: bool
+    plane: str
+
+    def __post_init__(self):
+        allowed = {"domain": DOMAINS, "count": (0, 1, 2, 3), "side": SIDES, "shape": SHAPES, "size": SIZES}
+        allowed |= {"sign": (False, True), "plane": PLANES}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {values}.")
+
+    @property
+    def has_plane(self) -> bool:
+        """Whether the plane can be seen in the picture."""
+        return self.domain in ("mri", "ct")
+
+    def describe(self) -> str:
+        """One sentence that names everything there is to see."""
+        plane = f"{self.plane} " if self.has_plane else ""
+        lesions = "no lesion"
+        if self.count:
+            plural = "s" if self.count > 1 else ""
+            lesions = f"{_COUNT[self.count]} {self.size} {self.shape} lesion{plural} on the {self.side}"
+        sign = f" and {_SIGN[self.domain]}" if self.sign else ""
+        return f"The {plane}{_MODALITY[self.domain]} of the {_ORGAN[self.domain]} shows {lesions}{sign}."
+
+
+@dataclass(frozen=True)
+class PhantomExample:
+    """One question about one phantom.
+
+    Attributes:
+        image: RGB `PIL.Image`, `image_size` pixels square.
+        question: the question, without any image placeholder.
+        answer: the reference answer.
+        kind: one of `KINDS`; closed answers are Yes, No, Axial or Coronal.
+        topic: what is asked about, for example `"on_left"`.
+        attributes: what was drawn.
+    """
+
+    image: Image.Image
+    question: str
+    answer: str
+    kind: str
+    topic: str
+    attributes: PhantomAttributes
+
+    def messages(self, with_answer: bool = False) -> list[dict]:
+        """The example as chat messages for `processor.apply_chat_template`."""
+        content = [{"type": "image", "image": self.image}, {"type": "text", "text": self.question}]
+        messages = [{"role": "user", "content": content}]
+        if with_answer:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": self.answer}]})
+        return messages
+
+
+class PhantomVQA(Sequence):
+    """A seeded, endless-looking set of phantom questions: example `i` depends on `seed` and `i` only.
+
+    Every closed question is as often answered one way as the other and every short open answer is equally likely,
+    so a model that cannot see stays near chance.
+
+    Args:
+        seed (`int`): the set; use different seeds for training and for testing.
+        length (`int`): how many examples `len()` reports and iteration yields.
+        kinds (sequence of `str`): which kinds of question, drawn with equal probability per repetition, so that
+            `("closed", "closed", "open")` asks closed questions twice as often as open ones.
+        image_size (`int`): side of the pictures in pixels, at least 16.
+
+    Raises:
+        ValueError: for a kind that does not exist, a negative length or seed, or a smaller image.
+    """
+
+    def __init__(self, seed: int, length: int, kinds: Sequence[str] = KINDS, image_size: int = 64):
+        unknown = set(kinds) - set(KINDS)
+        if unknown or not kinds:
+            raise ValueError(f"`kinds` is {tuple(kinds)}; allowed are one or more of {KINDS}.")
+        if seed < 0 or length < 0:
+            raise ValueError(f"`seed` is {seed} and `length` is {length}; both must be 0 or more.")
+        if image_size < 16:
+            raise ValueError(f"`image_size` is {image_size}; at least 16 pixels are needed.")
+        self.seed, self.length, self.kinds, self.image_size = seed, length, tuple(kinds), image_size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> PhantomExample:
+        if not isinstance(index, (int, np.integer)):
+            raise TypeError(f"`index` is {index!r}; a PhantomVQA set is indexed by single integers.")
+        index = range(self.length)[index]  # negative indices and IndexError as for a list
+        rng = np.random.default_rng([self.seed, int(index)])
+        kind = self.kinds[rng.integers(len(self.kinds))]
+        topics = _TOPICS[kind]
+        topic = topics[rng.integers(len(topics))]
+        attributes, filler, answer = _choose_answer(topic, rng)
+        wordings = _WORDINGS[topic]
+        question = wordings[rng.integers(len(wordings))].format(x=filler)
+        image = draw_phantom(attributes, rng, self.image_size)
+        return PhantomExample(image, question, answer, kind, topic, attributes)
+
+    def __iter__(self) -> Iterator[PhantomExample]:
+        return (self[index] for index in range(self.length))
+
+
+def sample_attributes(rng: np.random.Generator) -> PhantomAttributes:
+    """Draw independent attributes; 40 % of the phantoms have no lesion."""
+    return PhantomAttributes(
+        domain=_pick(rng, DOMAINS),
+        count=int(rng.choice(4, p=[0.4, 0.2, 0.2, 0.2])),
+        side=_pick(rng, SIDES),
+        shape=_pick(rng, SHAPES),
+        size=_pick(rng, SIZES),
+        sign=bool(rng.integers(2)),
+        plane=_pick(rng, PLANES),
+    )
+
+
+def _pick(rng, values):
+    return values[rng.integers(len(values))]
+
+
+def _choose_answer(topic, rng):
+    """Choose the answer first and then a phantom that has it: this is what balances the questions.
+
+    Returns the attributes, the text for the wording's `{x}`, and the answer.
+    """
+    attributes = sample_attributes(rng)
+    yes = bool(rng.integers(2))
+    verdict = "Yes" if yes else "No"
+    with_lesion = replace(attributes, count=int(rng.integers(1, 4)))
+    domain = attributes.domain
+    if topic == "is_domain":
+        asked = domain if yes else _pick(rng, [other for other in DOMAINS if other != domain])
+        return attributes, _MODALITY[asked], verdict
+    if topic == "any_lesion":
+        return (with_lesion if yes else replace(attributes, count=0)), None, verdict
+    if topic == "sign":
+        return replace(attributes, sign=yes), _SIGN[domain], verdict
+    if topic == "on_left":
+        return replace(with_lesion, side="left" if yes else "right"), None, verdict
+    if topic == "several":
+        return replace(attributes, count=int(rng.integers(2, 4)) if yes else 1), None, verdict
+    if topic == "is_large":
+        return replace(with_lesion, size="large" if yes else "small"), None, verdict
+    if topic == "which_plane":
+        attributes = replace(attributes, domain=_pick(rng, ("mri", "ct")))
+        return attributes, None, attributes.plane.capitalize()
+    if topic == "modality":
+        return attributes, None, _MODALITY[domain][0].upper() + _MODALITY[domain][1:]
+    if topic == "side":
+        return with_lesion, None, with_lesion.side.capitalize()
+    if topic == "count":
+        attributes = replace(attributes, count=int(rng.integers(4)))
+        return attributes, None, ("None", "One", "Two", "Three")[attributes.count]
+    if topic == "shape":
+        return with_lesion, None, with_lesion.shape.capitalize()
+    if topic == "organ":
+        return attributes, None, _ORGAN[domain].capitalize()
+    return attributes, None, attributes.describe()
+
+
+def draw_phantom(attributes: PhantomAttributes, rng: np.random.Generator, image_size: int = 64) -> Image.Image:
+    """Draw one phantom.
+
+    Args:
+        attributes: what to draw.
+        rng: source of everything that varies without being asked about (position, scale, brightness, texture, noise).
+        image_size: side of the square picture in pixels.
+
+    Returns:
+        An RGB `PIL.Image`.
+    """
+    scale = rng.uniform(0.94, 1.06)
+    shift_x, shift_y = rng.uniform(-0.05, 0.05, 2).tolist()
+    axis = (np.arange(image_size, dtype=np.float32) + 0.5) * (2 / image_size) - 1
+    canvas = _Canvas((axis[None, :] - shift_x) / scale, (axis[:, None] - shift_y) / scale, image_size)
+    _DRAW[attributes.domain](canvas, attributes, rng)
+    pixels = canvas.pixels * rng.uniform(0.88, 1.12) + rng.uniform(-0.04, 0.04)
+    pixels = pixels + 0.03 * rng.standard_normal(pixels.shape[:2] + (1,), dtype=np.float32)
+    return Image.fromarray((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8), "RGB")
+
+
+class _Canvas:
+    """An RGB picture in −1…1 coordinates (x to the right, y down) on which shapes are blended with soft edges."""
+
+    def __init__(self, x, y, image_size):
+        self.x, self.y = np.broadcast_arrays(x, y)
+        self.softness = image_size / 2  # a distance of one pixel is 1 after this factor
+        self.pixels = np.zeros((image_size, image_size, 3), dtype=np.float32)
+
+    def inside(self, signed_distance):
+        """Coverage 0…1 from a distance that is negative inside: a sigmoid about one pixel wide."""
+        return 0.5 - 0.5 * np.tanh(signed_distance * (1.5 * self.softness))
+
+    def ellipse(self, cx, cy, rx, ry):
+        radius = np.sqrt(((self.x - cx) / rx) ** 2 + ((self.y - cy) / ry) ** 2)
+        return self.inside((radius - 1) * min(rx, ry))
+
+    def box(self, x0, x1, y0, y1):
+        outside_x = np.maximum(x0 - self.x, self.x - x1)
+        outside_y = np.maximum(y0 - self.y, self.y - y1)
+        return self.inside(np.maximum(outside_x, outside_y))
+
+    def paint(self, coverage, color, opacity=1.0):
+        """Blend `color` (grey level or RGB, or an array of them) over the picture where `coverage` is 1."""
+        weight = (coverage * opacity)[..., None]
+        self.pixels += weight * (np.asarray(color, dtype=np.float32) - self.pixels)
+
+    def texture(self, rng, cells=5):
+        """Smooth random field with values of about −1…1."""
+        coarse = Image.fromarray(rng.uniform(-1, 1, (cells, cells)).astype(np.float32), "F")
+        return np.asarray(coarse.resize(self.x.shape[::-1], Image.Resampling.BICUBIC))
+
+    def lesions(self, attributes, rng, color, center, reach):
+        """Place the lesions one above the other around (±center[0], center[1]), moved by up to `reach`."""
+        radius = 0.12 if attributes.size == "small" else 0.195
+        sign = -1 if attributes.side == "left" else 1
+        pitch = 2 * radius + 0.04
+        spread = max(reach[1] - (attributes.count - 1) / 2 * pitch - radius, 0)
+        drift = rng.uniform(-spread, spread)
+        for index in range(attributes.count):
+            offset = (index - (attributes.count - 1) / 2) * pitch
+            cx = sign * (center[0] + rng.uniform(-reach[0], reach[0]))
+            cy = center[1] + drift + offset
+            dx, dy = np.abs(self.x - cx), np.abs(self.y - cy)
+            if attributes.shape == "star":  # an astroid: four thin points
+                distance = (dx**0.62 + dy**0.62) ** (1 / 0.62) - 1.35 * radius
+            else:
+                distance = np.sqrt(dx**2 + dy**2)
+                ring = attributes.shape == "ring"
+                distance = np.abs(distance - 0.74 * radius) - 0.26 * radius if ring else distance - radius
+            self.paint(self.inside(distance), color)
+
+
+def _draw_chest_xray(canvas, attributes, rng):
+    canvas.paint(np.ones_like(canvas.x), 0.1)
+    canvas.paint(canvas.ellipse(0, 0.02, 0.95, 1.0), 0.62)
+    lungs = canvas.ellipse(-0.43, -0.1, 0.31, 0.64) + canvas.ellipse(0.43, -0.1, 0.31, 0.64)
+    canvas.paint(np.clip(lungs, 0, 1), 0.24)
+    ribs = np.sin(2 * np.pi * (canvas.y * 3.2 + canvas.x**2 * 1.2 + rng.uniform()))
+    canvas.paint(np.clip(lungs, 0, 1) * (ribs > 0.4), 0.34, 0.6)
+    canvas.paint(canvas.box(-0.08, 0.08, -1, 1), 0.78, 0.8)
+    width = 0.40 if attributes.sign else 0.21
+    canvas.paint(canvas.ellipse(0.04, 0.42, width, 0.26), 0.74)
+    canvas.lesions(attributes, rng, 0.97, (0.45, -0.18), (0.06, 0.52))
+
+
+def _draw_mri(canvas, attributes, rng):
+    axial = attributes.plane == "axial"
+    cy, rx, ry = (0.0, 0.72, 0.90) if axial else (-0.2, 0.72, 0.70)
+    canvas.paint(np.ones_like(canvas.x), 0.03)
+    if not axial:
+        canvas.paint(canvas.box(-0.2, 0.2, 0.3, 1.2), 0.36)
+    canvas.paint(canvas.ellipse(0, cy, rx, ry), 0.85)
+    canvas.paint(canvas.ellipse(0, cy, rx - 0.06, ry - 0.06), 0.12)
+    canvas.paint(canvas.ellipse(0, cy, rx - 0.1, ry - 0.1), 0.44)
+    canvas.paint(canvas.ellipse(0, cy, rx - 0.1, ry - 0.1), 0.44 + 0.05 * canvas.texture(rng)[..., None])
+    canvas.paint(canvas.box(-0.015, 0.015, cy - ry + 0.12, cy + ry - 0.12), 0.14)
+    width = 0.15 if attributes.sign else 0.055
+    for side in (-1, 1):
+        canvas.paint(canvas.ellipse(side * (width + 0.01), cy, width, 0.24), 0.1)
+    canvas.lesions(attributes, rng, 0.98, (0.40, cy), (0.04, ry - 0.2))
+
+
+def _draw_ct(canvas, attributes, rng):
+    axial = attributes.plane == "axial"
+    rx, ry = (0.94, 0.74) if axial else (0.76, 0.98)
+    canvas.paint(np.ones_like(canvas.x), 0.03)
+    canvas.paint(canvas.ellipse(0, 0, rx, ry), 0.3)
+    # The sign is a dark rim of fluid inside the fat ring, so the soft tissue within it is smaller.
+    inner = 0.17 if attributes.sign else 0.05
+    canvas.paint(canvas.ellipse(0, 0, rx - 0.05, ry - 0.05), 0.16 if attributes.sign else 0.55)
+    canvas.paint(canvas.ellipse(0, 0, rx - inner, ry - inner), 0.55)
+    if axial:
+        canvas.paint(canvas.ellipse(-0.38, -0.03, 0.36, 0.36), 0.68)
+        canvas.paint(canvas.ellipse(0.48, -0.03, 0.24, 0.3), 0.64)
+        canvas.paint(canvas.ellipse(0, 0.38, 0.12, 0.1), 0.98)
+        canvas.paint(canvas.box(-0.03, 0.03, 0.44, 0.62), 0.95)
+    else:
+        canvas.paint(canvas.ellipse(-0.34, -0.2, 0.28, 0.36), 0.68)
+        canvas.paint(canvas.ellipse(0.38, -0.2, 0.2, 0.3), 0.64)
+        segments = (np.sin(2 * np.pi * (canvas.y * 3.5 + rng.uniform())) > -0.4).astype(np.float32)
+        canvas.paint(canvas.box(-0.07, 0.07, -0.95, 0.95) * segments, 0.97)
+        for side in (-1, 1):
+            canvas.paint(canvas.ellipse(side * 0.36, 0.84, 0.14, 0.14), 0.95)
+    canvas.lesions(attributes, rng, 0.04, (0.42, -0.04), (0.05, 0.58))
+
+
+def _draw_histology(canvas, attributes, rng):
+    pink, brown = ((0.93, 0.72, 0.86), (0.55, 0.36, 0.70)), ((0.84, 0.74, 0.58), (0.52, 0.30, 0.10))
+    stain, nucleus = brown if attributes.sign else pink
+    field = np.asarray(stain, dtype=np.float32) + 0.09 * canvas.texture(rng, 6)[..., None]
+    canvas.paint(np.ones_like(canvas.x), field)
+    count = int(rng.integers(30, 46))
+    cx, cy = rng.uniform(-1, 1, (2, count, 1, 1)).astype(np.float32)
+    nearest = np.sqrt(((canvas.x - cx) ** 2 + (canvas.y - cy) ** 2).min(axis=0)) - 0.04
+    canvas.paint(canvas.inside(nearest), nucleus, 0.85)
+    canvas.lesions(attributes, rng, (0.20, 0.05, 0.40), (0.46, 0.0), (0.2, 0.85))
+
+
+def _draw_gross(canvas, attributes, rng):
+    blue = np.asarray((0.22, 0.42, 0.66)) + rng.uniform(-0.06, 0.06, 3)
+    canvas.paint(np.ones_like(canvas.x), blue)
+    organ = np.asarray((0.58, 0.17, 0.12)) + rng.uniform(-0.05, 0.05, 3)
+    texture = organ + 0.08 * canvas.texture(rng)[..., None]
+    canvas.paint(canvas.ellipse(0, -0.1, 0.8, 0.68), texture)
+    canvas.lesions(attributes, rng, (0.96, 0.86, 0.52), (0.40, -0.1), (0.08, 0.58))
+    if attributes.sign:
+        stripes = np.where(np.sin(2 * np.pi * canvas.x * 6) > 0, 0.95, 0.05)[..., None]
+        canvas.paint(canvas.box(-0.6, 0.6, 0.76, 0.88), np.repeat(stripes, 3, axis=-1))
+
+
+_DRAW = {
+    "chest_xray": _draw_chest_xray,
+    "mri": _draw_mri,
+    "ct": _draw_ct,
+    "histology": _draw_histology,
+    "gross": _draw_gross,
+}

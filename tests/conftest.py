@@ -1,0 +1,26 @@
+"""What every test needs: no network, few threads, and a tiny random model."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+import lladamedv
+from tests.tiny import tiny_model, tiny_processor
+
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def model() -> lladamedv.LLaDAMedVForConditionalGeneration:
+    """A random model of one-tile images; do not change it."""
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def processor() -> lladamedv.LLaDAMedVProcessor:
+    return tiny_processor()

@@ -1,0 +1,88 @@
+"""Tiny random models and processors of the real classes."""
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from lladamedv import (
+    LLaDAMedVConfig,
+    LLaDAMedVForConditionalGeneration,
+    LLaDAMedVImageProcessor,
+    LLaDAMedVProcessor,
+)
+from tests.parity.fixtures import FIXTURES
+
+
+TILE, PATCH = 32, 8
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """The fixtures' byte-level BPE, with ids squeezed into a small vocabulary of 700."""
+    return PreTrainedTokenizerFast.from_pretrained(FIXTURES / "tokenizer")
+
+
+def tiny_config(aspect_ratio: str = "square", **text) -> LLaDAMedVConfig:
+    return LLaDAMedVConfig(
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": TILE,
+            "patch_size": PATCH,
+        },
+        text_config={
+            "vocab_size": 126464,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            **text,
+        },
+        vision_aspect_ratio=aspect_ratio,
+    )
+
+
+def small_vocabulary_config(aspect_ratio: str = "square", **text) -> LLaDAMedVConfig:
+    """For tests that need no tokenizer: 100 ids, `<image>` 99, mask 98."""
+    ids = {"bos_token_id": 90, "eos_token_id": 91, "pad_token_id": 91}
+    config = tiny_config(aspect_ratio, **ids, **text).to_dict()
+    config["text_config"]["vocab_size"] = 100
+    return LLaDAMedVConfig(**config | {"image_token_id": 99, "mask_token_id": 98})
+
+
+def randomize(model: LLaDAMedVForConditionalGeneration, seed: int = 0) -> LLaDAMedVForConditionalGeneration:
+    """Weights large enough that answers depend on the prompt, the picture and the positions."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                width = parameter.shape[-1]
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1.5 / width**0.5))
+        model.lm_head.weight.mul_(3)
+        model.get_input_embeddings().weight.mul_(4)
+    return model.eval()
+
+
+def tiny_model(aspect_ratio: str = "square", seed: int = 0, **text) -> LLaDAMedVForConditionalGeneration:
+    return randomize(LLaDAMedVForConditionalGeneration(small_vocabulary_config(aspect_ratio, **text)), seed)
+
+
+def tiny_processor(aspect_ratio: str = "square") -> LLaDAMedVProcessor:
+    image_processor = LLaDAMedVImageProcessor(
+        size={"height": TILE, "width": TILE}, patch_size=PATCH, vision_aspect_ratio=aspect_ratio
+    )
+    return LLaDAMedVProcessor(image_processor, tiny_tokenizer())
+
+
+def random_image(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def image_prompt(question=(5, 6, 7), num_images: int = 1) -> torch.LongTensor:
+    """A prompt `(1, …)` for `small_vocabulary_config` with image tokens of one-tile images in front."""
+    tokens = num_images * (TILE // PATCH) ** 2
+    return torch.tensor([[99] * tokens + list(question)])
