@@ -8,12 +8,7 @@ from typing import Annotated
 import typer
 
 
-app = typer.Typer(
-    help="LLaDA-MedV: a masked-diffusion vision-language model for biomedical images.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 def _fail(error: Exception) -> None:
@@ -22,9 +17,24 @@ def _fail(error: Exception) -> None:
     raise typer.Exit(1)
 
 
+@app.callback()
+def main() -> None:
+    """LLaDA-MedV: a masked-diffusion vision-language model for biomedical images."""
+
+
+def _quiet() -> None:
+    """Keep Transformers' progress bars and notes away from the answers."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 @app.command()
 def demo(
-    train: Annotated[bool, typer.Option("--train", help="Train the demo model anew (about an hour of 2 cores).")] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train the demo model anew (about an hour of 2 cores).")
+    ] = False,
     questions: Annotated[int, typer.Option(help="How many held-out questions to ask.")] = 300,
     output: Annotated[
         Path | None, typer.Option(help="The .png sheet to write, or with --train the folder of the new model.")
@@ -36,6 +46,7 @@ def demo(
     from lladamedv.demo import run_demo
     from lladamedv.demo_training import train_demo
 
+    _quiet()
     try:
         if train:
             train_demo(output or Path("lladamedv_demo_model"), seed, report=typer.echo)
@@ -56,6 +67,7 @@ def ask(
     """Answer one question about one image."""
     from lladamedv.demo import DEMO_MODEL, answer, load_model
 
+    _quiet()
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     try:
         if not question.strip():

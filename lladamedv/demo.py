@@ -111,7 +111,9 @@ def run_demo(questions: int = 300, output: Path = Path("lladamedv_demo.png"), re
         raise ValueError(f"`output` is {str(output)!r}; it must be a .png file in a folder that exists.")
     model, processor = load_model()
     size = sum(file.stat().st_size for file in DEMO_MODEL.glob("*.safetensors")) / 1e6
-    report(f"A {model.num_parameters() / 1e6:.1f} M parameter LLaDA-MedV ({size:.1f} MB), {questions} held-out questions")
+    report(
+        f"A {model.num_parameters() / 1e6:.1f} M parameter LLaDA-MedV ({size:.1f} MB), {questions} held-out questions"
+    )
     examples = list(PhantomVQA(HELD_OUT_SEED, questions, image_size=model.config.vision_config.image_size))
     report(f"{'':24}{'closed accuracy':>18}{'open recall':>14}{'description recall':>21}")
     for name, shuffled in (("looking at the picture", False), ("blind (shuffled)", True)):

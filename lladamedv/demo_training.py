@@ -2,7 +2,7 @@
 
 Same classes and code path as the 8B model. What makes an hour of two cores enough: the tower first learns to see,
 with one linear classifier per attribute (stage 1), and keeps them as an auxiliary loss while the language model learns
-to read it (stage 2); times are stratified over the batch; the shipped weights are an exponential moving average.
+to read it (stages 2 and 3); times are stratified over the batch; the shipped weights are a moving average.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,21 +26,39 @@ from lladamedv.modeling_lladamedv import (
     LLaDAMedVForConditionalGeneration,
     LLaDAMedVGenerationConfig,
 )
+from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
 from lladamedv.processing.phantoms import DOMAINS, PLANES, SHAPES, SIDES, SIZES, PhantomVQA
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATE, MEDICAL_SYSTEM_PROMPT
 from lladamedv.trainers.masked_diffusion_loss import IGNORE_INDEX, add_noise, masked_diffusion_loss, sample_timesteps
 
 
-IMAGE_SIZE = 64
+IMAGE_SIZE, PATCH_SIZE = 64, 8
 CANVAS_LENGTH, BLOCK_LENGTH = 24, 8
 BATCH_SIZE = 32
 # Descriptions hold the answers to many questions at once; closed questions are the hardest to ground.
 KINDS = ("closed", "closed", "open", "description")
-TRAIN_SEED, TOWER_SEED = 1_000, 2_000  # of the phantom sets; held-out sets use other seeds
-TOWER_STEPS, JOINT_STEPS = 1_500, 5_500
+TOKENIZER_SEED = 1_000  # of the phantom texts; the held-out sets of `lladamedv.demo` use seeds from 9000
 SAVE_EVERY = 500
 EMA_DECAY = 0.998
 AUXILIARY_WEIGHT = 0.3
+
+
+class Stage(NamedTuple):
+    """One part of the training, with its own data and its own learning-rate schedule."""
+
+    name: str
+    data_seed: int
+    steps: int
+    kinds: tuple[str, ...] = KINDS
+    topic_weights: dict[str, int] | None = None
+
+
+# "Is this an MRI scan?" asks to compare a word with the picture, which comes last: the third stage insists on it.
+STAGES = (
+    Stage("tower", 2_000, 1_500),
+    Stage("joint", 1_000, 5_500),
+    Stage("compare", 3_000, 1_500, ("closed",) * 4 + ("open", "description"), {"is_domain": 12}),
+)
 _ATTRIBUTES = {
     "domain": DOMAINS,
     "count": (0, 1, 2, 3),
@@ -59,7 +78,7 @@ _SPECIAL_TOKENS = (
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the phantom texts, with the released special tokens at the end."""
-    phantoms = PhantomVQA(TRAIN_SEED, 3_000, KINDS, image_size=16)
+    phantoms = PhantomVQA(TOKENIZER_SEED, 3_000, KINDS, image_size=16)
     texts = [text for example in phantoms for text in (example.question, example.answer)]
     texts += [MEDICAL_SYSTEM_PROMPT, "system", "user", "assistant"] * 20
     tokenizer = Tokenizer(models.BPE())
@@ -83,6 +102,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LLaDAMedVProcessor:
+    """The processor that goes with [`build_model`]."""
+    image_processor = LLaDAMedVImageProcessor(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, patch_size=PATCH_SIZE, vision_aspect_ratio="square"
+    )
+    return LLaDAMedVProcessor(image_processor, tokenizer)
+
+
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LLaDAMedVForConditionalGeneration:
     """The tiny model, with random weights from torch's global generator."""
     token_id = tokenizer.convert_tokens_to_ids
@@ -93,7 +120,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LLaDAMedVForConditionalGe
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "image_size": IMAGE_SIZE,
-            "patch_size": 8,
+            "patch_size": PATCH_SIZE,
         },
         text_config={
             "vocab_size": len(tokenizer),
@@ -123,7 +150,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LLaDAMedVForConditionalGe
         eos_token_id=[token_id("<|eot_id|>")],
         suppress_tokens=[
             token_id(token)
-            for token in ("<|endoftext|>", "<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|mdm_mask|>")
+            for token in (
+                "<|endoftext|>",
+                "<|startoftext|>",
+                "<|start_header_id|>",
+                "<|end_header_id|>",
+                "<|mdm_mask|>",
+            )
         ],
     )
     return model
@@ -192,7 +225,7 @@ class _DemoTrainer(nn.Module):
         return torch.stack(losses).sum()
 
     def forward(self, batch, generator=None):
-        """The loss of stage 1 (without `generator`) or stage 2."""
+        """The loss of stage 1 (without `generator`) or of the later ones."""
         pixels, classes, input_ids, mask, labels = batch
         if generator is None:
             return self.attribute_loss(torch.stack(self.model.get_image_features(pixels)), classes)
@@ -224,22 +257,25 @@ def train_demo(output: Path, seed: int = 0, resume: bool = True, report=print) -
     trainer = _DemoTrainer(build_model(tokenizer))
     average = AveragedModel(trainer, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     log = []
-    stages = (("tower", TOWER_SEED, TOWER_STEPS), ("joint", TRAIN_SEED, JOINT_STEPS))
-    for stage, (name, data_seed, steps) in enumerate(stages):
+    progress = [output / "progress" / f"{stage.name}.pt" for stage in STAGES]
+    started_stages = [number for number, file in enumerate(progress) if resume and file.exists()]
+    for number, stage in enumerate(STAGES):
+        if started_stages and number < started_stages[-1]:
+            continue  # its outcome is part of what the later stage saved
+        name, steps = stage.name, stage.steps
         optimizer = torch.optim.AdamW(trainer.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
         scheduler = get_cosine_schedule_with_warmup(optimizer, 200, steps)
         first = 0
-        progress = output / "progress" / f"{name}.pt"
-        if resume and progress.exists():
-            saved = torch.load(progress, weights_only=True)
+        if number in started_stages:
+            saved = torch.load(progress[number], weights_only=True)
             trainer.load_state_dict(saved["trainer"])
             average.load_state_dict(saved["average"])
             optimizer.load_state_dict(saved["optimizer"])
             scheduler.load_state_dict(saved["scheduler"])
             first, log = saved["step"], json.loads(saved["log"])
             report(f"{name}: resumed at step {first}")
-        phantoms = PhantomVQA(data_seed + seed, steps * BATCH_SIZE, KINDS, IMAGE_SIZE)
-        examples = _TrainingExamples(phantoms, tokenizer, (IMAGE_SIZE // 8) ** 2)
+        phantoms = PhantomVQA(stage.data_seed + seed, steps * BATCH_SIZE, stage.kinds, IMAGE_SIZE, stage.topic_weights)
+        examples = _TrainingExamples(phantoms, tokenizer, (IMAGE_SIZE // PATCH_SIZE) ** 2)
         loader = DataLoader(
             examples,
             batch_sampler=[range(step * BATCH_SIZE, (step + 1) * BATCH_SIZE) for step in range(first, steps)],
@@ -249,8 +285,8 @@ def train_demo(output: Path, seed: int = 0, resume: bool = True, report=print) -
         trainer.train()
         for step, batch in enumerate(loader, start=first):
             # One generator per step: an interrupted run goes on with the very same noise.
-            generator = torch.Generator().manual_seed((seed * 2 + stage) * 1_000_003 + step) if stage else None
-            loss = trainer(batch, generator)
+            noise = torch.Generator().manual_seed((seed * len(STAGES) + number) * 1_000_003 + step)
+            loss = trainer(batch, noise if number else None)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
@@ -265,13 +301,16 @@ def train_demo(output: Path, seed: int = 0, resume: bool = True, report=print) -
                 left = seconds * (steps - step - 1) / 60
                 report(f"{name} {step + 1}/{steps}  loss {mean:.3f}  {seconds:.2f} s/step  {left:.0f} min left")
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-                progress.parent.mkdir(exist_ok=True)
+                progress[number].parent.mkdir(exist_ok=True)
                 state = {"trainer": trainer.state_dict(), "average": average.state_dict(), "step": step + 1}
                 state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-                torch.save(state | {"log": json.dumps(log)}, progress.with_suffix(".new"))
-                progress.with_suffix(".new").replace(progress)
+                unfinished = progress[number].with_suffix(".new")
+                torch.save(state | {"log": json.dumps(log)}, unfinished)
+                unfinished.replace(progress[number])
     model = average.module.model.half().eval()
     model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    build_processor(tokenizer).save_pretrained(output)
+    for code in output.glob("*.py"):  # the package itself provides the classes
+        code.unlink()
     (output / "training_log.json").write_text(json.dumps(log, indent=0) + "\n")
     return model

@@ -123,11 +123,13 @@ class LLaDAMedVConfig(PreTrainedConfig):
             tile = self.vision_config.image_size
             self.image_grid_pinpoints = [[tile * rows, tile * cols] for cols in range(1, 7) for rows in range(1, 7)]
         if self.tie_word_embeddings or self.text_config.tie_word_embeddings:
-            raise ValueError("`tie_word_embeddings` is True; LLaDA's output layer is its own matrix: only False is allowed.")
+            raise ValueError(
+                "`tie_word_embeddings` is True; LLaDA's output layer is its own matrix: only False is allowed."
+            )
         if self.vision_feature_layer != -1:
             raise ValueError(
-                f"`vision_feature_layer` is {self.vision_feature_layer}; only -1 is allowed: build as many layers as are "
-                "used with `vision_config.num_hidden_layers`."
+                f"`vision_feature_layer` is {self.vision_feature_layer}; only -1 is allowed: build as many layers as "
+                "are used with `vision_config.num_hidden_layers`."
             )
         for name in ("image_token_id", "mask_token_id"):
             if not 0 <= getattr(self, name) < self.text_config.vocab_size:
@@ -145,7 +147,9 @@ class LLaDAMedVConfig(PreTrainedConfig):
     @property
     def max_anyres_tiles(self) -> int | None:
         """The N of `"anyres_max_N"`, or `None` where an image is always one tile."""
-        return int(self.vision_aspect_ratio.removeprefix("anyres_max_")) if "anyres" in self.vision_aspect_ratio else None
+        return (
+            int(self.vision_aspect_ratio.removeprefix("anyres_max_")) if "anyres" in self.vision_aspect_ratio else None
+        )
 
 
 LLaDAMedVConfig.register_for_auto_class()

@@ -91,7 +91,9 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
     def from_model_config(cls, model_config):
         """Defaults for a model without a `generation_config.json`: its padding and start ids, and nothing else."""
         text_config = model_config.get_text_config()
-        return cls(bos_token_id=text_config.bos_token_id, pad_token_id=text_config.pad_token_id, _from_model_config=True)
+        return cls(
+            bos_token_id=text_config.bos_token_id, pad_token_id=text_config.pad_token_id, _from_model_config=True
+        )
 
     def validate(self, **kwargs):
         """Check every value by itself; what must fit together is checked by `generate`, which knows the prompt."""
@@ -330,7 +332,7 @@ class LLaDAMedVGenerationMixin:
         finished = not state.rows.numel()
         stop = int(state.stop[0])
         ready = stop if finished else min(stop, int(state.block[0]) * state.block_length)
-        canvas = state.canvas[0].cpu()
+        canvas = state.canvas[0].cpu().clone()  # a streamer may keep what it gets; the canvas goes on changing
         if hasattr(streamer, "put_draft") and not finished:
             streamer.put_draft(canvas[None, max(streamed, ready) : stop])
         if ready > streamed:
@@ -346,6 +348,11 @@ class LLaDAMedVGenerationMixin:
         to a `max_new_tokens` from the caller: the largest fitting block, the same number of steps per token.
         """
         base = generation_config if generation_config is not None else self.generation_config
+        if not hasattr(base, "block_length"):  # no isinstance: remote code has its own copy of the class
+            raise ValueError(
+                f"`generation_config` is a {type(base).__name__}; allowed is a LLaDAMedVGenerationConfig, because "
+                "autoregressive options mean nothing here."
+            )
         options = copy.deepcopy(base)
         unknown = options.update(**kwargs)
         if unknown:
@@ -374,7 +381,8 @@ class LLaDAMedVGenerationMixin:
         if options.steps % blocks:
             raise ValueError(
                 f"`steps` is {options.steps}, which is no multiple of the number of blocks ({blocks} = "
-                f"`max_new_tokens` {length} / `block_length` {options.block_length}); allowed are {blocks}, {2 * blocks}, …"
+                f"`max_new_tokens` {length} / `block_length` {options.block_length}); allowed are {blocks}, "
+                f"{2 * blocks}, …"
             )
         return options
 
@@ -397,7 +405,9 @@ class LLaDAMedVGenerationMixin:
         if not options.generation_suffix:
             return torch.empty(0, dtype=torch.long, device=self.device)
         if tokenizer is None:
-            raise ValueError(f"`generation_suffix` is {options.generation_suffix!r}; it needs the `tokenizer` argument.")
+            raise ValueError(
+                f"`generation_suffix` is {options.generation_suffix!r}; it needs the `tokenizer` argument."
+            )
         tokens = tokenizer(options.generation_suffix, add_special_tokens=False).input_ids
         return torch.tensor(tokens, dtype=torch.long, device=self.device)
 
@@ -430,7 +440,9 @@ class LLaDAMedVGenerationMixin:
             )
         return attention_mask
 
-    def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, **kwargs):
+    def adjust_generation_fn(
+        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, **kwargs
+    ):
         """Load `generation_config.json` as [`LLaDAMedVGenerationConfig`] (GenerationMixin knows only its own class)."""
         if generation_config is not None:
             self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())

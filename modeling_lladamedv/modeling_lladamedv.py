@@ -44,20 +44,36 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
             init.normal_(module.image_newline, std=1 / math.sqrt(self.config.text_config.hidden_size))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As `PreTrainedModel.from_pretrained`, but a checkpoint that lacks weights is an error, not a warning.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        output_loading_info=False,
+        ignore_mismatched_sizes=False,
+        **kwargs,
+    ):
+        """As `PreTrainedModel.from_pretrained`, but a checkpoint with missing weights is an error, not a warning.
 
         Raises:
-            ValueError: if weights of the model are missing from the checkpoint; a model with random parts would
-                still answer, wrongly.
+            ValueError: if weights of the model are missing from the checkpoint, or have other shapes and
+                `ignore_mismatched_sizes` is not set; a model with random parts would still answer, wrongly.
         """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-            raise ValueError(
-                f"The checkpoint {str(pretrained_model_name_or_path)!r} lacks {len(missing)} weights of {cls.__name__}: {shown}"
-            )
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        problems = {"lacks": info["missing_keys"]}
+        if not ignore_mismatched_sizes:
+            misshaped = {
+                f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
+            }
+            problems["has the wrong shapes for"] = misshaped
+        for problem, weights in problems.items():
+            if weights:
+                shown = ", ".join(sorted(weights)[:5]) + (", …" if len(weights) > 5 else "")
+                raise ValueError(
+                    f"The checkpoint {str(pretrained_model_name_or_path)!r} {problem} {len(weights)} weights of "
+                    f"{cls.__name__}: {shown}"
+                )
         return (model, info) if output_loading_info else model
 
 
@@ -113,7 +129,8 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         tile_counts = [1 if grid is None else 1 + grid[0] * grid[1] for grid in grids]
         if max(tile_counts) > pixel_values.shape[1]:
             raise ValueError(
-                f"`pixel_values` has {pixel_values.shape[1]} tiles per image, but `image_sizes` asks for {max(tile_counts)}."
+                f"`pixel_values` has {pixel_values.shape[1]} tiles per image, but `image_sizes` asks for "
+                f"{max(tile_counts)}."
             )
         tiles = torch.cat([image[:count] for image, count in zip(pixel_values, tile_counts)])
         hidden = self.vision_tower(tiles.to(self.dtype)).last_hidden_state  # (tiles, patches, vision width)
@@ -121,7 +138,9 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         return [
             self._lay_out(feature, grid, size)
             for feature, grid, size in zip(
-                features.split(tile_counts), grids, image_sizes.tolist() if image_sizes is not None else [None] * num_images
+                features.split(tile_counts),
+                grids,
+                image_sizes.tolist() if image_sizes is not None else [None] * num_images,
             )
         ]
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BatchFeature, select_best_resolution
-from transformers.image_utils import ImageInput, PILImageResampling, SizeDict, load_image
+from transformers.image_utils import ImageInput, load_image
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorKwargs,
     LlavaOnevisionImageProcessorPil,
@@ -180,9 +180,7 @@ def parse_grid_pinpoints(pinpoints, tile_size: int) -> list[list[int]]:
     if isinstance(pinpoints, str):
         ends = [part.strip(" ()").split("x") for part in pinpoints.split(",...,")]
         if len(ends) != 2 or not all(len(end) == 2 and end[0].isdigit() and end[1].isdigit() for end in ends):
-            raise ValueError(
-                f"`image_grid_pinpoints` is {pinpoints!r}; a text must look like '(1x1),...,(6x6)'."
-            )
+            raise ValueError(f"`image_grid_pinpoints` is {pinpoints!r}; a text must look like '(1x1),...,(6x6)'.")
         (first_column, first_row), (last_column, last_row) = [map(int, end) for end in ends]
         pinpoints = [
             [row * tile_size, column * tile_size]
@@ -192,7 +190,8 @@ def parse_grid_pinpoints(pinpoints, tile_size: int) -> list[list[int]]:
     for pinpoint in pinpoints:
         if len(pinpoint) != 2 or any(value < tile_size or value % tile_size for value in pinpoint):
             raise ValueError(
-                f"`image_grid_pinpoints` holds {pinpoint}; heights and widths must be multiples of the tile size {tile_size}."
+                f"`image_grid_pinpoints` holds {pinpoint}; heights and widths must be multiples of the tile size "
+                f"{tile_size}."
             )
     return [list(pinpoint) for pinpoint in pinpoints]
 
@@ -237,8 +236,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
         array = array[..., 0]
     if array.ndim != 2 and (array.ndim != 3 or array.shape[-1] not in (3, 4)):
         raise ValueError(
-            f"`images` holds an array of shape {array.shape}; allowed are (height, width) and (height, width, channels) "
-            "or (channels, height, width) with 1, 3 or 4 channels."
+            f"`images` holds an array of shape {array.shape}; allowed are (height, width), "
+            "(height, width, channels) and (channels, height, width) with 1, 3 or 4 channels."
         )
     _check_size(array.shape[1], array.shape[0])
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
@@ -247,7 +246,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _check_size(width: int, height: int) -> None:
     if not 0 < width * height <= MAX_IMAGE_PIXELS:
         raise ValueError(
-            f"the image is {width} by {height} pixels; allowed are at least 1 by 1 and at most {MAX_IMAGE_PIXELS} pixels"
+            f"the image is {width} by {height} pixels; allowed are at least 1 by 1 and at most {MAX_IMAGE_PIXELS} "
+            "pixels"
         )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+
 DOMAINS = ("chest_xray", "mri", "ct", "histology", "gross")
 SIDES = ("left", "right")
 SHAPES = ("solid", "ring", "star")
@@ -150,12 +151,21 @@ class PhantomVQA(Sequence):
         kinds (sequence of `str`): which kinds of question, drawn with equal probability per repetition, so that
             `("closed", "closed", "open")` asks closed questions twice as often as open ones.
         image_size (`int`): side of the pictures in pixels, at least 16.
+        topic_weights (`dict[str, int]`, *optional*): how many times as often as the other topics of its kind a topic
+            is asked about.
 
     Raises:
-        ValueError: for a kind that does not exist, a negative length or seed, or a smaller image.
+        ValueError: for a kind or topic that does not exist, a negative length or seed, or a smaller image.
     """
 
-    def __init__(self, seed: int, length: int, kinds: Sequence[str] = KINDS, image_size: int = 64):
+    def __init__(
+        self,
+        seed: int,
+        length: int,
+        kinds: Sequence[str] = KINDS,
+        image_size: int = 64,
+        topic_weights: dict[str, int] | None = None,
+    ):
         unknown = set(kinds) - set(KINDS)
         if unknown or not kinds:
             raise ValueError(f"`kinds` is {tuple(kinds)}; allowed are one or more of {KINDS}.")
@@ -163,7 +173,14 @@ class PhantomVQA(Sequence):
             raise ValueError(f"`seed` is {seed} and `length` is {length}; both must be 0 or more.")
         if image_size < 16:
             raise ValueError(f"`image_size` is {image_size}; at least 16 pixels are needed.")
+        weights = topic_weights or {}
+        if not set(weights) <= set(_WORDINGS) or not all(weight >= 1 for weight in weights.values()):
+            raise ValueError(f"`topic_weights` is {weights}; allowed are weights of at least 1 for {tuple(_WORDINGS)}.")
         self.seed, self.length, self.kinds, self.image_size = seed, length, tuple(kinds), image_size
+        self.topics = {
+            kind: tuple(topic for topic in topics for _ in range(weights.get(topic, 1)))
+            for kind, topics in _TOPICS.items()
+        }
 
     def __len__(self) -> int:
         return self.length
@@ -174,7 +191,7 @@ class PhantomVQA(Sequence):
         index = range(self.length)[index]  # negative indices and IndexError as for a list
         rng = np.random.default_rng([self.seed, int(index)])
         kind = self.kinds[rng.integers(len(self.kinds))]
-        topics = _TOPICS[kind]
+        topics = self.topics[kind]
         topic = topics[rng.integers(len(topics))]
         attributes, filler, answer = _choose_answer(topic, rng)
         wordings = _WORDINGS[topic]
@@ -260,7 +277,7 @@ def draw_phantom(attributes: PhantomAttributes, rng: np.random.Generator, image_
     canvas = _Canvas((axis[None, :] - shift_x) / scale, (axis[:, None] - shift_y) / scale, image_size)
     _DRAW[attributes.domain](canvas, attributes, rng)
     pixels = canvas.pixels * rng.uniform(0.88, 1.12) + rng.uniform(-0.04, 0.04)
-    pixels = pixels + 0.03 * rng.standard_normal(pixels.shape[:2] + (1,), dtype=np.float32)
+    pixels = pixels + 0.03 * rng.standard_normal((*pixels.shape[:2], 1), dtype=np.float32)
     return Image.fromarray((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8), "RGB")
 
 

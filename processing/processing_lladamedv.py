@@ -1,5 +1,6 @@
 """Chat and images into model inputs: the prompt template and the processor."""
 
+from tokenizers import AddedToken
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
@@ -65,7 +66,7 @@ class LLaDAMedVProcessor(ProcessorMixin):
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         if tokenizer is not None and self.image_token not in tokenizer.get_added_vocab():
-            tokenizer.add_special_tokens({"image_token": self.image_token})
+            tokenizer.add_tokens(AddedToken(self.image_token, special=True, normalized=False), special_tokens=True)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
 

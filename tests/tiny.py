@@ -1,8 +1,12 @@
 """Tiny random models and processors of the real classes."""
 
+import json
+from functools import cache
+
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lladamedv import (
@@ -17,9 +21,25 @@ from tests.parity.fixtures import FIXTURES
 TILE, PATCH = 32, 8
 
 
+@cache
+def _filled_vocabulary() -> str:
+    """The fixtures' byte-level BPE has the true ids and holes between them; stand-ins fill the holes."""
+    data = json.loads((FIXTURES / "tokenizer" / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    taken = {*vocabulary.values(), *(token["id"] for token in data["added_tokens"])}
+    vocabulary |= {f"<|filler_{number}|>": number for number in range(max(taken)) if number not in taken}
+    return json.dumps(data)
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """The fixtures' byte-level BPE, with ids squeezed into a small vocabulary of 700."""
-    return PreTrainedTokenizerFast.from_pretrained(FIXTURES / "tokenizer")
+    """A tokenizer with the released ids."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_filled_vocabulary()),
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def tiny_config(aspect_ratio: str = "square", **text) -> LLaDAMedVConfig:

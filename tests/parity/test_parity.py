@@ -117,7 +117,10 @@ def test_logits(models, name, case):
         valid = torch.tensor(mask).bool()
     if recorded.get("images"):
         images = [open_image(name, image) if image else None for image in recorded["images"]]
-        kept = [row[: sum(mask)] for row, mask in zip(recorded["input_ids"], recorded.get("attention_mask_in", [[1] * len(ids[0])]))]
+        kept = [
+            row[: sum(mask)]
+            for row, mask in zip(recorded["input_ids"], recorded.get("attention_mask_in", [[1] * len(ids[0])]))
+        ]
         rows = [splice(model, row, [image] if image else []) for row, image in zip(kept, images)]
         length = max(row.shape[1] for row, _ in rows)
         ids = torch.cat([torch.nn.functional.pad(row, (0, length - row.shape[1]), value=1) for row, _ in rows])
@@ -192,7 +195,8 @@ def test_generate(models, name, scenario, monkeypatch):
     steps, confidences = output.commit_step[0].tolist(), output.commit_confidence[0].tolist()
     committed = {place: step for place, step in enumerate(steps) if step >= 0}
     assert committed == {place: number for place, (number, _, _) in last.items()}
-    for place, (_, _, confidence) in last.items():
+    # With random remasking the authors record the random draw where we give the token's probability.
+    for place, (_, _, confidence) in last.items() if recorded["args"].get("remasking") != "random" else ():
         assert abs(confidences[place] - confidence) <= 5e-5
     if recorded["args"].get("generation_suffix") is None:
         canvas = output.sequences[0, ids.shape[1] :].tolist()

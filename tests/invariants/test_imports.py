@@ -1,0 +1,77 @@
+"""Who may import whom (the design's rule), and what must stay out of the code."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("modeling_lladamedv", "processing", "trainers", "evaluation", "hub_cards", "lladamedv", "benchmarks")
+ALLOWED = {
+    "modeling_lladamedv": set(),
+    "processing": set(),
+    "trainers": {"modeling_lladamedv", "processing"},
+    "evaluation": {"modeling_lladamedv", "processing"},
+    "hub_cards": {"modeling_lladamedv", "processing"},
+    "lladamedv": set(FOLDERS),
+    "benchmarks": set(FOLDERS),
+}
+SOURCES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
+REMOTE_CODE = [
+    file
+    for file in SOURCES
+    if file.parent.name in ("modeling_lladamedv", "processing") and file.stem.endswith("_lladamedv")
+]
+
+
+def imported_folders(source: str, folder: str) -> set[str]:
+    """Our folders that a file of `folder` imports, its own left out."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level > 1:
+            names = [f"lladamedv.{node.module or node.names[0].name}"]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "lladamedv":
+                found.add(parts[1] if len(parts) > 1 and parts[1] in FOLDERS else "lladamedv")
+            elif parts[0] in FOLDERS:
+                found.add(parts[0])
+    return found - {folder}
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_import_rule(file):
+    folder = file.relative_to(ROOT).parts[0]
+    assert imported_folders(file.read_text(), folder) <= ALLOWED[folder]
+
+
+def test_the_rule_catches_offenders():
+    for offence in ("from lladamedv.processing import x", "import processing.phantoms", "from ..trainers import y"):
+        assert not imported_folders(offence, "modeling_lladamedv") <= ALLOWED["modeling_lladamedv"]
+
+
+@pytest.mark.parametrize("file", REMOTE_CODE, ids=lambda file: file.name)
+def test_remote_code_imports_neighbours_flatly(file):
+    """`save_pretrained` copies only what is imported as `from .x import y`."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and (file.parent / f"{node.module}.py").is_file()
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_literal_special_ids(file):
+    """Ids come from the configuration and the tokenizer; only their defaults may name them."""
+    if file.name not in ("configuration_lladamedv.py", "convert_checkpoint.py"):
+        code = "\n".join(
+            ast.unparse(node)
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, int)
+        )
+        assert not re.search(r"\b126\d{3}\b", code)

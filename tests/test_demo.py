@@ -1,0 +1,104 @@
+"""The shipped checkpoint really answers, the blind baseline does not, and the command line is friendly."""
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from lladamedv import demo, demo_training
+from lladamedv.cli import app
+from lladamedv.processing.phantoms import PhantomVQA
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return demo.load_model()
+
+
+def test_the_shipped_model_looks_at_the_picture(shipped):
+    examples = list(PhantomVQA(demo.HELD_OUT_SEED + 1, 90))
+    sighted = demo.evaluate_demo(*shipped, examples)
+    blind = demo.evaluate_demo(*shipped, examples, shuffled=True)
+    assert sighted.questions == 90
+    assert min(sighted.closed, sighted.open, sighted.description) > 0.85
+    assert blind.closed < 0.75 and blind.open < 0.6 and blind.description < 0.8
+
+
+def test_size_of_the_shipped_checkpoint():
+    files = list(demo.DEMO_MODEL.iterdir())
+    assert sum(file.stat().st_size for file in files) < 10e6
+    assert not list(demo.DEMO_MODEL.glob("*.bin")) and not list(demo.DEMO_MODEL.glob("*.pt"))
+
+
+def test_scores_are_those_of_the_benchmarks():
+    examples = [example for example in PhantomVQA(3, 60) if example.kind != "closed"][:1]
+    examples += [example for example in PhantomVQA(3, 60) if example.kind == "closed"][:1]
+    exact = demo.score(examples, [example.answer for example in examples])
+    assert exact.closed == 1 and max(exact.open, exact.description) == 1
+    words = examples[0].answer.split()
+    half = demo.score(examples, [words[0], examples[1].answer + " indeed"])
+    assert half.closed == 0 and max(half.open, half.description) == pytest.approx(1 / len(words), rel=0.3)
+
+
+def test_demo_command(tmp_path):
+    sheet = tmp_path / "sheet.png"
+    result = CliRunner().invoke(app, ["demo", "--questions", "24", "--output", str(sheet)])
+    assert result.exit_code == 0, result.output
+    assert "closed accuracy" in result.output and "blind" in result.output
+    assert Image.open(sheet).size[0] == 1400
+
+
+def test_ask_command(tmp_path):
+    example = next(example for example in PhantomVQA(4, 50, ("open",)) if example.topic == "modality")
+    example.image.save(tmp_path / "picture.png")
+    result = CliRunner().invoke(app, ["ask", str(tmp_path / "picture.png"), example.question])
+    assert result.exit_code == 0 and result.output.strip() == example.answer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask", "/no/such.png", "Is there a lesion?"], "there is no such file"),
+        (["ask", "{picture}", "  "], "`question` is '  '"),
+        (["ask", "{picture}", "What?", "--model", "{folder}"], "cannot be loaded as a checkpoint"),
+        (["demo", "--questions", "1"], "`questions` is 1"),
+        (["demo", "--output", "/no/such/folder/sheet.png"], "it must be a .png file in a folder that exists"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, arguments, message):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    filled = [part.format(picture=picture, folder=tmp_path) for part in arguments]
+    result = CliRunner().invoke(app, filled)
+    assert result.exit_code == 1
+    assert message in result.output and "Traceback" not in result.output
+
+
+def test_training_resumes_where_it_stopped(tmp_path, monkeypatch):
+    """Interrupted in each stage and resumed, the weights are those of an uninterrupted run."""
+    stages = (demo_training.Stage("tower", 2_000, 4), demo_training.Stage("joint", 1_000, 4))
+    monkeypatch.setattr(demo_training, "STAGES", stages)
+    monkeypatch.setattr(demo_training, "BATCH_SIZE", 4)
+    monkeypatch.setattr(demo_training, "SAVE_EVERY", 2)
+    whole = demo_training.train_demo(tmp_path / "whole", report=lambda line: None).state_dict()
+
+    class InterruptionError(Exception):
+        pass
+
+    original = demo_training.masked_diffusion_loss
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise InterruptionError
+        return original(*arguments)
+
+    monkeypatch.setattr(demo_training, "masked_diffusion_loss", interrupted)
+    with pytest.raises(InterruptionError):
+        demo_training.train_demo(tmp_path / "parts", report=lambda line: None)
+    resumed = demo_training.train_demo(tmp_path / "parts", report=lambda line: None).state_dict()
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert len(calls) == 4 + 2  # two steps were saved, the third was repeated
+    loaded, processor = demo.load_model(tmp_path / "parts")
+    assert demo.answer(loaded, processor, [PhantomVQA(0, 1)[0].messages()])

@@ -1,0 +1,291 @@
+"""The denoising loop against a brute-force one, alone and in batches, and everything around it."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
+from transformers.generation.streamers import TextDiffusionStreamer
+
+from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig, LLaDAMedVGenerationOutput
+from tests.brute_force import denoise
+from tests.tiny import image_prompt, tiny_model
+
+
+PROMPT = (5, 6, 7)
+PIXELS = torch.randn(1, 1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+SUPPRESSED = [90, 91, 98]
+
+
+def generate(model, prompt=None, pixel_values=PIXELS, **options):
+    options = {"suppress_tokens": SUPPRESSED, "return_dict_in_generate": True, **options}
+    prompt = image_prompt(PROMPT) if prompt is None else prompt
+    return model.generate(prompt, pixel_values=pixel_values, **options)
+
+
+class _Tokenizer:
+    """Texts are ids written out."""
+
+    def __call__(self, text, add_special_tokens=False):
+        self.input_ids = [int(part) for part in text.split()]
+        return self
+
+
+GRID = list(itertools.product([(8, 8), (12, 4), (6, 2)], [1, 2, 5], [0.0, 1.5], [False, True], ["", "30 31"]))
+
+
+@pytest.mark.parametrize(("lengths", "steps", "cfg_scale", "stop", "suffix"), GRID)
+@torch.no_grad()
+def test_option_grid_against_brute_force(model, lengths, steps, cfg_scale, stop, suffix):
+    length, block_length = lengths
+    steps *= length // block_length
+    prompt = image_prompt(PROMPT)
+    arguments = {"length": length, "block_length": block_length, "steps": steps, "cfg_scale": cfg_scale}
+    arguments |= {"suppressed": SUPPRESSED, "suffix": [int(part) for part in suffix.split()]}
+    stops = []
+    if stop:  # end at a token that the unstopped answer is known to hold
+        answer, _, _ = denoise(model, prompt[0].tolist(), PIXELS, **arguments)
+        stops = [[answer[length // 2]]]
+    expected, commits, forwards = denoise(model, prompt[0].tolist(), PIXELS, **arguments, stops=stops)
+    output = generate(
+        model,
+        max_new_tokens=length,
+        block_length=block_length,
+        steps=steps,
+        cfg_scale=cfg_scale,
+        eos_token_id=stops[0] if stops else None,
+        generation_suffix=suffix or None,
+        tokenizer=_Tokenizer(),
+    )
+    assert output.sequences[0, prompt.shape[1] :].tolist() == expected
+    assert output.num_forwards.tolist() == [forwards]
+    order = [(int(step), place) for place, step in enumerate(output.commit_step[0]) if step >= 0]
+    assert sorted(order) == sorted(commits)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 1.0}, {"confidence_threshold": 0.3}, {"eos_token_id": [7, 40]}])
+@torch.no_grad()
+def test_a_row_answers_the_same_in_any_batch(model, side, options):
+    prompts = [image_prompt((5, 6, 7)), torch.tensor([[8, 9]]), image_prompt((10, 11, 12, 13, 14))]
+    images = [PIXELS, None, PIXELS.flip(-1)]
+    options = {"max_new_tokens": 12, "block_length": 4, "steps": 6, **options}
+    width = max(prompt.shape[1] for prompt in prompts)
+    padded, masks = [], []
+    for prompt in prompts:
+        missing = width - prompt.shape[1]
+        amount = (missing, 0) if side == "left" else (0, missing)
+        padded.append(torch.nn.functional.pad(prompt, amount, value=91))
+        masks.append(torch.nn.functional.pad(torch.ones_like(prompt), amount, value=0))
+    batch = generate(model, torch.cat(padded), torch.cat(images[::2]), attention_mask=torch.cat(masks), **options)
+    for row, (prompt, image) in enumerate(zip(prompts, images)):
+        alone = generate(model, prompt, image, **options)
+        answer = alone.sequences[0, prompt.shape[1] :].tolist()
+        assert batch.sequences[row, width:].tolist()[: len(answer)] == answer
+        assert set(batch.sequences[row, width + len(answer) :].tolist()) <= {91}
+        assert batch.num_forwards[row] == alone.num_forwards[0]
+        assert batch.commit_step[row].tolist() == alone.commit_step[0].tolist()
+        torch.testing.assert_close(
+            batch.commit_confidence[row], alone.commit_confidence[0], equal_nan=True, atol=1e-4, rtol=0
+        )
+
+
+@torch.no_grad()
+def test_threshold_rule(model):
+    """Replayed from the history: each pass commits all candidates above the threshold, and at least the best one."""
+    for threshold in (0.05, 0.3, 1.0):
+        output = generate(model, max_new_tokens=8, block_length=8, confidence_threshold=threshold, output_history=True)
+        canvas = torch.full((8,), 98)
+        prompt = image_prompt(PROMPT)
+        for step, after in enumerate(output.history[:, 0]):
+            logits = (
+                model(input_ids=torch.cat([prompt, canvas[None]], dim=1), pixel_values=PIXELS).logits[0, -8:].double()
+            )
+            logits[:, SUPPRESSED] = -torch.inf
+            confidence = logits.softmax(-1).amax(-1).masked_fill(canvas != 98, -1)
+            expected = (canvas == 98) & (confidence >= min(threshold, confidence.max().item()))
+            assert ((canvas == 98) & (after != 98)).tolist() == expected.tolist(), step
+            canvas = after
+        assert 98 not in canvas.tolist()
+
+
+@torch.no_grad()
+def test_output_fields_agree(model):
+    output = generate(model, max_new_tokens=12, block_length=4, steps=6, output_history=True)
+    assert isinstance(output, LLaDAMedVGenerationOutput)
+    assert output.num_forwards.tolist() == [6] and output.history.shape == (6, 1, 12)
+    torch.testing.assert_close(output.tokens_per_forward, torch.tensor([2.0]))
+    for step, canvas in enumerate(output.history[:, 0]):
+        assert ((output.commit_step[0] <= step) == (canvas != 98)).all()
+    assert output.history[-1, 0].tolist() == output.sequences[0, -12:].tolist()
+    plain = generate(model, max_new_tokens=12, block_length=4, steps=6, return_dict_in_generate=False)
+    assert plain.tolist() == output.sequences.tolist()
+
+
+@torch.no_grad()
+def test_temperature_samples_the_softmax(model):
+    """Gumbel-max at temperature 1 draws from the model's distribution: one position, many draws."""
+    prompt = torch.tensor([[5, 6, 7]])
+    logits = model(input_ids=torch.cat([prompt, torch.tensor([[98]])], dim=1)).logits[0, -1].double()
+    logits[SUPPRESSED] = -torch.inf
+    probability = logits.softmax(-1)
+    torch.manual_seed(0)
+    draws = 4000
+    tokens, _ = model._propose(logits.expand(draws, -1).clone(), temperature=1.0)
+    frequency = torch.bincount(tokens, minlength=100) / draws
+    tolerance = 5 * (probability * (1 - probability) / draws).sqrt() + 1e-3
+    assert (frequency - probability).abs().le(tolerance).all()
+    cold, _ = model._propose(logits.expand(50, -1).clone(), temperature=1e-6)
+    assert set(cold.tolist()) == {int(logits.argmax())}
+
+
+@torch.no_grad()
+def test_random_remasking_is_reproducible_and_uniform(model):
+    orders = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        output = generate(model, max_new_tokens=4, block_length=4, remasking="random")
+        orders.append(output.commit_step[0].argmin().item())
+    assert all(8 <= orders.count(place) <= 23 for place in range(4)), "the first committed place should be uniform"
+    torch.manual_seed(59)
+    again = generate(model, max_new_tokens=4, block_length=4, remasking="random")
+    assert again.sequences.tolist() == output.sequences.tolist()
+
+
+@torch.no_grad()
+def test_head_runs_on_masked_positions_of_the_block_only(model, monkeypatch):
+    rows = []
+    original = model.lm_head.forward
+    monkeypatch.setattr(
+        model.lm_head, "forward", lambda hidden: rows.append(hidden.shape[:-1].numel()) or original(hidden)
+    )
+    generate(model, max_new_tokens=8, block_length=4, steps=8)
+    assert rows == [4, 3, 2, 1, 4, 3, 2, 1]
+
+
+def test_config_round_trip(model, tmp_path):
+    config = LLaDAMedVGenerationConfig(max_new_tokens=64, block_length=32, steps=16, cfg_scale=0.5, stop_strings=["x"])
+    config.save_pretrained(tmp_path)
+    again = LLaDAMedVGenerationConfig.from_pretrained(tmp_path)
+    assert again == config and isinstance(again, LLaDAMedVGenerationConfig)
+    other = tiny_model()
+    other.generation_config = config
+    other.save_pretrained(tmp_path)
+    loaded = LLaDAMedVForConditionalGeneration.from_pretrained(tmp_path)
+    assert type(loaded.generation_config) is LLaDAMedVGenerationConfig and loaded.generation_config == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gen_length": 8}, "Unknown generation arguments \\['gen_length'\\]"),
+        ({"threshold": 0.9}, "Unknown generation arguments \\['threshold'\\]"),
+        ({"num_beams": 2, "top_k": 3}, "\\['num_beams', 'top_k'\\]"),
+        (
+            {"max_new_tokens": 10, "block_length": 4},
+            "`block_length` is 4, which does not divide `max_new_tokens` \\(10\\)",
+        ),
+        (
+            {"max_new_tokens": 8, "block_length": 4, "steps": 3},
+            "`steps` is 3, which is no multiple of the number of blocks",
+        ),
+        ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
+        ({"steps": 2.5}, "`steps` is 2.5"),
+        ({"temperature": -0.1}, "`temperature` is -0.1"),
+        ({"temperature": math.nan}, "`temperature` is nan"),
+        ({"cfg_scale": -1}, "`cfg_scale` is -1"),
+        ({"remasking": "best"}, "`remasking` is 'best'; allowed are"),
+        ({"confidence_threshold": 0}, "`confidence_threshold` is 0"),
+        ({"confidence_threshold": 1.5}, "`confidence_threshold` is 1.5"),
+        ({"confidence_threshold": 0.5, "remasking": "random"}, "cannot be combined"),
+        ({"max_new_tokens": 600}, "need 619 positions; the model's context allows 512"),
+        ({"stop_strings": ["x"]}, "needs the `tokenizer` argument"),
+        ({"generation_suffix": "x"}, "needs the `tokenizer` argument"),
+        ({"stop_strings": [""], "tokenizer": _Tokenizer()}, "which has no tokens"),
+    ],
+)
+def test_bad_options_fail_before_the_first_forward(model, monkeypatch, options, message):
+    monkeypatch.setattr(model.model.language_model, "forward", lambda *a, **k: pytest.fail("a forward pass was made"))
+    monkeypatch.setattr(model.model.vision_tower, "forward", lambda *a, **k: pytest.fail("a forward pass was made"))
+    with pytest.raises(ValueError, match=message):
+        generate(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "extra", "message"),
+    [
+        (torch.zeros(1, 0, dtype=torch.long), {}, "`input_ids` has shape \\(1, 0\\)"),
+        (torch.tensor([5, 6]), {}, "`input_ids` has shape \\(2,\\)"),
+        (torch.tensor([[5, 98]]), {}, "`input_ids` holds the mask token 98"),
+        (torch.tensor([[5, 6]]), {"attention_mask": torch.zeros(1, 2)}, "without any token"),
+        (torch.tensor([[5, 6]]), {"attention_mask": torch.ones(1, 3)}, "`attention_mask` has shape \\(1, 3\\)"),
+        (torch.tensor([[5, 6], [7, 8]]), {"streamer": object()}, "`streamer` works with one prompt"),
+    ],
+)
+def test_bad_prompts(model, prompt, extra, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompt, None, **extra)
+
+
+@torch.no_grad()
+def test_a_checkpoints_block_and_steps_are_fitted_to_the_callers_length():
+    model = tiny_model()
+    model.generation_config = LLaDAMedVGenerationConfig(max_new_tokens=24, block_length=8, steps=12, pad_token_id=91)
+    output = generate(model, max_new_tokens=20, suppress_tokens=[98])
+    assert output.commit_step.shape == (1, 20)
+    assert output.num_forwards.tolist() == [8]  # four blocks of 5; half a step per token, rounded, is 2 each
+    options = model._prepare_generation_config(None, max_new_tokens=20)
+    assert (options.block_length, options.steps) == (5, 8)
+
+
+class _Words:
+    """Just enough of a tokenizer for the streamers: ids as words."""
+
+    def decode(self, ids, **kwargs):
+        return "".join(f"<{int(token)}>" for token in torch.as_tensor(ids).flatten())
+
+
+@pytest.mark.parametrize("streamer_class", [TextStreamer, TextIteratorStreamer, TextDiffusionStreamer])
+@torch.no_grad()
+def test_streamers_print_the_answer(model, streamer_class, capsys):
+    streamer = streamer_class(_Words(), skip_prompt=True)
+    output = generate(model, max_new_tokens=12, block_length=4, streamer=streamer, eos_token_id=[41])
+    expected = _Words().decode(output.sequences[0, image_prompt(PROMPT).shape[1] :])
+    text = "".join(streamer) if streamer_class is TextIteratorStreamer else capsys.readouterr().out
+    if streamer_class is TextDiffusionStreamer:
+        text = text.split("\x1b[J")[-1]  # what stays after the last draft was wiped
+        assert expected.endswith(text.strip()) and text.strip()
+    else:
+        assert text.strip() == expected
+
+
+@torch.no_grad()
+def test_streamer_protocol(model):
+    """The prompt first, then every block once, as 1-D tensors, and drafts that show the rest of the canvas."""
+
+    class Recorder:
+        def __init__(self):
+            self.puts, self.drafts, self.ended = [], [], False
+
+        def put(self, value):
+            self.puts.append(value)
+
+        def put_draft(self, value):
+            self.drafts.append(value)
+
+        def end(self):
+            self.ended = True
+
+    recorder = Recorder()
+    output = generate(model, max_new_tokens=8, block_length=4, streamer=recorder)
+    prompt, *blocks = recorder.puts
+    assert prompt.tolist() == image_prompt(PROMPT).tolist() and recorder.ended
+    assert [tuple(block.shape) for block in blocks] == [(4,), (4,)]
+    assert torch.cat(blocks).tolist() == output.sequences[0, -8:].tolist()
+    assert [int((draft == 98).sum()) for draft in recorder.drafts] == [7, 6, 5, 4, 3, 2, 1]
+
+
+def test_not_a_transformers_generation_config(model):
+    with pytest.raises(ValueError, match="`generation_config` is a GenerationConfig"):
+        generate(model, generation_config=GenerationConfig(max_new_tokens=4))

@@ -1,0 +1,184 @@
+"""The network: attention back ends, padding, turns, images, precision, saving, and bad input."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVModel
+from tests.tiny import image_prompt, small_vocabulary_config, tiny_model
+
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+def pixels(num_images=1, tiles=1, seed=0):
+    return torch.randn(num_images, tiles, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def with_attention(model, implementation):
+    config = small_vocabulary_config()
+    config._attn_implementation = implementation
+    other = LLaDAMedVForConditionalGeneration._from_config(config, attn_implementation=implementation)
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@torch.no_grad()
+def test_attention_implementations_agree(model, implementation):
+    ids = torch.cat([image_prompt((5, 6, 7, 8)), image_prompt((9, 10, 11, 12))])
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    turns = torch.zeros_like(ids)
+    turns[:, -2:] = 1
+    inputs = {"input_ids": ids, "pixel_values": pixels(2), "attention_mask": mask}
+    other = with_attention(model, implementation)
+    for extra in ({}, {"turn_ids": turns}):
+        expected, got = model(**inputs, **extra).logits, other(**inputs, **extra).logits
+        torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **CLOSE)
+
+
+@torch.no_grad()
+def test_attention_is_bidirectional(model):
+    first, second = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 6, 7, 9]])
+    assert not torch.allclose(model(input_ids=first).logits[:, 0], model(input_ids=second).logits[:, 0])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding_changes_nothing(model, side):
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    alone = model(input_ids=ids).logits[0]
+    pad, padding = torch.full((1, 3), 91), torch.zeros(1, 3, dtype=torch.long)
+    row = torch.cat([pad, ids] if side == "left" else [ids, pad], dim=1)
+    mask = torch.cat([padding, torch.ones_like(ids)] if side == "left" else [torch.ones_like(ids), padding], dim=1)
+    neighbour = torch.arange(20, 28)[None]
+    batch = model(
+        input_ids=torch.cat([row, neighbour]), attention_mask=torch.cat([mask, torch.ones_like(neighbour)])
+    ).logits[0]
+    torch.testing.assert_close(batch[mask[0].bool()], alone, **CLOSE)
+
+
+@torch.no_grad()
+def test_turn_mask_hides_later_turns_and_nothing_else(model):
+    """Against one forward per turn with everything later cut off: the mask's definition."""
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    turns = torch.tensor([[0, 0, 0, 1, 1, 2, 2]])
+    masked = model(input_ids=ids, turn_ids=turns).logits[0]
+    changed = ids.clone()
+    changed[0, 5:] = 40
+    torch.testing.assert_close(model(input_ids=changed, turn_ids=turns).logits[0, :5], masked[:5], **CLOSE)
+    torch.testing.assert_close(masked[:3], model(input_ids=ids[:, :3]).logits[0], **CLOSE)
+    changed[0, 0] = 41
+    assert not torch.allclose(model(input_ids=changed, turn_ids=turns).logits[0, 4], masked[4])
+
+
+def test_turn_mask_under_flash_attention_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model.model.language_model.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(ValueError, match="`turn_ids` cannot be used with attn_implementation='flash_attention_2'"):
+        model(input_ids=torch.tensor([[5, 6]]), turn_ids=torch.tensor([[0, 1]]))
+
+
+@torch.no_grad()
+def test_logits_to_keep(model):
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    full = model(input_ids=ids).logits
+    chosen = torch.tensor([[True, False, False, True], [False, True, False, False]])
+    torch.testing.assert_close(model(input_ids=ids, logits_to_keep=chosen).logits, full[chosen], **CLOSE)
+    torch.testing.assert_close(model(input_ids=ids, logits_to_keep=2).logits, full[:, -2:], **CLOSE)
+    places = torch.tensor([0, 3])
+    torch.testing.assert_close(model(input_ids=ids, logits_to_keep=places).logits, full[:, places], **CLOSE)
+
+
+@torch.no_grad()
+def test_images_stand_at_their_tokens(model):
+    """Merged embeddings: features in order at image tokens, token embeddings elsewhere, for several images."""
+    ids = torch.cat([torch.tensor([[5]]), image_prompt((6,)), image_prompt((7, 8))], dim=1)
+    both = pixels(2)
+    merged, _ = model.model.get_multimodal_embeddings(ids, both)
+    first, second = model.get_image_features(both)
+    expected = model.get_input_embeddings()(ids)[0]
+    expected[1:17], expected[18:34] = first, second
+    torch.testing.assert_close(merged[0], expected)
+    assert not torch.allclose(first, second)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(input_ids=image_prompt(), pixel_values=pixels()).logits.square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert all(gradient is not None for gradient in gradients[0].values()), "a weight is never used"
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision(dtype):
+    model = tiny_model()
+    inputs = {"input_ids": image_prompt(), "pixel_values": pixels()}
+    expected = model(**inputs).logits
+    got = model.to(dtype)(**inputs).logits
+    assert got.dtype == dtype
+    assert torch.nn.functional.cosine_similarity(got.float().flatten(), expected.flatten(), dim=0) > 0.99
+
+
+@torch.no_grad()
+def test_save_and_load(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    ids, images = image_prompt(), pixels()
+    expected = model(input_ids=ids, pixel_values=images)
+    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM, LLaDAMedVForConditionalGeneration):
+        torch.testing.assert_close(
+            auto.from_pretrained(tmp_path)(input_ids=ids, pixel_values=images).logits, expected.logits
+        )
+    body = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(body, LLaDAMedVModel)
+    torch.testing.assert_close(
+        model.lm_head(body(input_ids=ids, pixel_values=images).last_hidden_state), expected.logits
+    )
+
+
+def test_missing_and_misshaped_weights(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.multi_modal_projector.linear_1.weight"
+    lacking = {key: value for key, value in weights.items() if key != name}
+    save_file(lacking, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 weights of LLaDAMedVForConditionalGeneration: {name}"):
+        LLaDAMedVForConditionalGeneration.from_pretrained(tmp_path)
+    save_file(lacking | {name: weights[name][:, 1:].clone()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"wrong shapes for 1 weights .* {name} \(16, 15\) instead of \(16, 16\)"):
+        LLaDAMedVForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "exactly one of `input_ids` and `inputs_embeds`"),
+        ({"input_ids": image_prompt()}, "`pixel_values` is None"),
+        ({"input_ids": image_prompt()[:, 1:], "pixel_values": pixels()}, "15 image tokens .* make 16 features"),
+        ({"input_ids": image_prompt(), "pixel_values": pixels(2)}, "16 image tokens .* make 32 features"),
+        ({"input_ids": image_prompt(), "pixel_values": pixels()[0]}, "`pixel_values` has shape"),
+        ({"inputs_embeds": torch.zeros(1, 2, 16), "pixel_values": pixels()}, "`pixel_values` needs `input_ids`"),
+        ({"input_ids": torch.tensor([[5]]), "labels": torch.tensor([[5]])}, "`labels` is not accepted"),
+    ],
+)
+def test_bad_input(model, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+
+
+def test_anyres_needs_sizes():
+    model = tiny_model("anyres_max_4")
+    with pytest.raises(ValueError, match="`image_sizes` has 0 rows for 1 images"):
+        model.get_image_features(pixels(1, 2))
+    with pytest.raises(ValueError, match="1 tiles per image, but `image_sizes` asks for 5"):
+        model.get_image_features(pixels(), torch.tensor([[64, 64]]))
+    with pytest.raises(ValueError, match="`batch_num_images` sums to 2"):
+        model.get_image_features(pixels(), torch.tensor([[64, 64]]), torch.tensor([2]))

@@ -1,0 +1,82 @@
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lladamedv.processing.phantoms import DOMAINS, PhantomAttributes, PhantomVQA, draw_phantom, sample_attributes
+
+
+def test_examples_depend_on_seed_and_index_only():
+    first, second = PhantomVQA(1, 100), PhantomVQA(1, 5)
+    assert first[3].question == second[3].question and first[3].image.tobytes() == second[3].image.tobytes()
+    assert PhantomVQA(2, 100)[3].image.tobytes() != first[3].image.tobytes()
+    assert first[-1].image.tobytes() == first[99].image.tobytes() and len(list(second)) == 5
+
+
+def test_closed_questions_are_balanced():
+    answers = {}
+    for example in PhantomVQA(5, 2_000, ("closed",), image_size=16):
+        answers.setdefault(example.topic, Counter())[example.answer] += 1
+    assert len(answers) == 7
+    for topic, counts in answers.items():
+        share = max(counts.values()) / counts.total()
+        assert len(counts) == 2 and share < 0.62, (topic, counts)
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_lesions_are_drawn_on_their_side(domain, side):
+    """Against the same drawing without lesions: what differs lies in that half of the image."""
+    attributes = PhantomAttributes(domain, 2, side, "solid", "large", False, "axial")
+    for seed in range(5):
+        seeds = [np.random.default_rng(seed) for _ in range(2)]
+        pictures = [
+            np.asarray(draw_phantom(what, rng), dtype=float).sum(-1)
+            for what, rng in zip((attributes, replace(attributes, shape="star")), seeds)
+        ]
+        columns = np.nonzero(np.abs(pictures[0] - pictures[1]).max(axis=0) > 100)[0]
+        assert len(columns) and (columns.mean() < 32) == (side == "left")
+
+
+@pytest.mark.parametrize("name", ["domain", "shape", "size", "sign", "side"])
+def test_every_attribute_shows(name):
+    rng = np.random.default_rng(0)
+    base = replace(sample_attributes(rng), count=2, domain="ct", shape="solid", size="small", sign=False, side="left")
+    other = replace(
+        base, **{name: {"domain": "mri", "shape": "ring", "size": "large", "sign": True, "side": "right"}[name]}
+    )
+    pictures = [np.asarray(draw_phantom(what, np.random.default_rng(1)), dtype=float) for what in (base, other)]
+    assert (np.abs(pictures[0] - pictures[1]).max(-1) > 60).sum() > 5
+
+
+def test_description_names_everything():
+    attributes = PhantomAttributes("mri", 3, "right", "ring", "large", True, "coronal")
+    assert attributes.describe() == (
+        "The coronal MRI scan of the brain shows three large ring lesions on the right and enlarged ventricles."
+    )
+    assert replace(attributes, count=0, sign=False).describe() == "The coronal MRI scan of the brain shows no lesion."
+
+
+def test_topic_weights():
+    topics = Counter(example.topic for example in PhantomVQA(0, 400, ("closed",), 16, {"is_domain": 6}))
+    assert 0.4 < topics["is_domain"] / 400 < 0.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 5, ("yes",)), "`kinds` is"),
+        ((0, 5, ()), "`kinds` is"),
+        ((-1, 5), "`seed` is -1"),
+        ((0, 5, ("open",), 8), "`image_size` is 8"),
+        ((0, 5, ("open",), 64, {"colour": 2}), "`topic_weights` is"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PhantomVQA(*arguments)
+    with pytest.raises(IndexError):
+        PhantomVQA(0, 3)[3]
+    with pytest.raises(TypeError, match="`index` is '1'"):
+        PhantomVQA(0, 3)["1"]

@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from lladamedv import LLaDAMedVProcessor
+from lladamedv.processing.processing_lladamedv import MEDICAL_SYSTEM_PROMPT, TRAINING_CHAT_TEMPLATE
+from tests.tiny import random_image, tiny_processor
+
+
+def chat(*parts, answer=None):
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
+    ]
+    messages = [{"role": "user", "content": content}]
+    return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
+
+
+def encode(processor, conversation, **kwargs):
+    kwargs = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"} | kwargs
+    return processor.apply_chat_template(conversation, **kwargs)
+
+
+def test_image_token_is_the_next_free_id_and_fits_the_released_matrix(processor):
+    assert processor.image_token_id == 126349 < 126464
+    assert processor.tokenizer.convert_ids_to_tokens(126349) == "<image>"
+    assert processor.tokenizer.convert_tokens_to_ids("<|mdm_mask|>") == 126336
+
+
+@pytest.mark.parametrize("aspect_ratio", ["square", "pad", "anyres_max_4"])
+def test_exact_number_of_image_tokens(aspect_ratio):
+    processor = tiny_processor(aspect_ratio)
+    image = random_image(90, 40)
+    inputs = encode(processor, chat(image, "What is this?"))
+    expected = processor.image_processor.get_number_of_image_tokens(40, 90)
+    assert int((inputs["input_ids"] == processor.image_token_id).sum()) == expected
+    both = encode(processor, chat(image, image, "Compare."))
+    each = processor.image_processor.get_number_of_image_tokens(40, 90, alone=False)
+    assert int((both["input_ids"] == processor.image_token_id).sum()) == 2 * each
+    assert both["batch_num_images"].tolist() == [2]
+
+
+def test_batch_with_and_without_images(processor):
+    conversations = [
+        chat(random_image(), "What is this?"),
+        chat("No picture here."),
+        chat(random_image(), random_image(), "Two?"),
+    ]
+    inputs = encode(processor, conversations, processor_kwargs={"padding": True})
+    images = (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
+    assert images == [16, 0, 32] and inputs["batch_num_images"].tolist() == [1, 0, 2]
+    assert inputs["pixel_values"].shape == (3, 1, 3, 32, 32)
+
+
+def test_system_message(processor):
+    default = processor.apply_chat_template(chat("Hi"))
+    assert MEDICAL_SYSTEM_PROMPT in default and default.count("system") == 1
+    own = [{"role": "system", "content": "Be brief."}, *chat("Hi")]
+    rendered = processor.apply_chat_template(own)
+    assert "Be brief." in rendered and MEDICAL_SYSTEM_PROMPT not in rendered
+
+
+def test_training_template_marks_the_assistants_tokens(processor):
+    conversation = chat(random_image(), "What is this?", answer="A lesion.")
+    assert processor.apply_chat_template(conversation) == processor.apply_chat_template(
+        conversation, chat_template=TRAINING_CHAT_TEMPLATE
+    )
+    inputs = encode(
+        processor,
+        conversation,
+        add_generation_prompt=False,
+        chat_template=TRAINING_CHAT_TEMPLATE,
+        return_assistant_tokens_mask=True,
+    )
+    marked = inputs["input_ids"][torch.as_tensor(inputs["assistant_masks"]).bool()]
+    assert processor.decode(marked) == "A lesion.<|eot_id|>"
+
+
+def test_round_trip(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = LLaDAMedVProcessor.from_pretrained(tmp_path)
+    conversation = chat(random_image(), "What is this?")
+    before, after = encode(processor, conversation), encode(again, conversation)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("images", "text", "message"),
+    [
+        (1, "no placeholder", "Found total 0 <image> tokens and 1 images"),
+        (0, "<image> but no picture", "no images were passed"),
+        (1, "<image><image> two", "Found total 2 <image> tokens and 1 images"),
+        (0, "   ", "non-empty texts"),
+        (0, ["ok", ""], "non-empty texts"),
+    ],
+)
+def test_bad_input(processor, images, text, message):
+    pictures = [random_image()] * images or None
+    with pytest.raises(ValueError, match=message):
+        processor(images=pictures, text=text)
+
+
+def test_images_must_belong_to_their_prompt(processor):
+    image = random_image()
+    with pytest.raises(ValueError, match=r"holds \[2, 1\] images per prompt, but the prompts hold \[1, 2\]"):
+        processor(images=[[image, image], [image]], text=["<image> one", "<image><image> two"])
