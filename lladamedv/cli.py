@@ -33,7 +33,7 @@ def _quiet() -> None:
 @app.command()
 def demo(
     train: Annotated[
-        bool, typer.Option("--train", help="Train the demo model anew (about an hour of 2 cores).")
+        bool, typer.Option("--train", help="Train the demo model anew (about 80 minutes of 2 cores).")
     ] = False,
     questions: Annotated[int, typer.Option(help="How many held-out questions to ask.")] = 300,
     output: Annotated[

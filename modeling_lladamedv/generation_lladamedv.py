@@ -354,10 +354,11 @@ class LLaDAMedVGenerationMixin:
                 "autoregressive options mean nothing here."
             )
         options = copy.deepcopy(base)
-        unknown = options.update(**kwargs)
+        known = sorted(name for name in options.__dict__ if not name.startswith("_"))
+        unknown = sorted(set(kwargs) - set(known))
         if unknown:
-            known = sorted(name for name in options.__dict__ if not name.startswith("_"))
-            raise ValueError(f"Unknown generation arguments {sorted(unknown)}; allowed are {known}.")
+            raise ValueError(f"Unknown generation arguments {unknown}; allowed are {known}.")
+        options.update(**kwargs)
         for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
             if getattr(options, name) is None and name not in kwargs and generation_config is not None:
                 setattr(options, name, getattr(self.generation_config, name))

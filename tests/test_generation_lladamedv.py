@@ -181,6 +181,7 @@ def test_config_round_trip(model, tmp_path):
     [
         ({"gen_length": 8}, "Unknown generation arguments \\['gen_length'\\]"),
         ({"threshold": 0.9}, "Unknown generation arguments \\['threshold'\\]"),
+        ({"validate": True}, "Unknown generation arguments"),  # the name of a method, not of an option
         ({"num_beams": 2, "top_k": 3}, "\\['num_beams', 'top_k'\\]"),
         (
             {"max_new_tokens": 10, "block_length": 4},
