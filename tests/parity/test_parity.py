@@ -162,7 +162,7 @@ def run_scenario(model, name, scenario, monkeypatch):
         override = load_file(FIXTURES / name / "checkpoint" / "embed_lm_head_overrides.safetensors")
         weight = model.lm_head.weight.detach().clone()
         weight[everything["mask_id"]] = override["lm_head_maskpred.rows"][0]
-        monkeypatch.setattr(model.lm_head, "weight", torch.nn.Parameter(weight))
+        monkeypatch.setitem(model.lm_head._parameters, "weight", torch.nn.Parameter(weight))
         suppressed.remove(everything["mask_id"])
     if recorded["args"].get("remasking") == "random":
         draws = iter(tensors(name, "generate")[f"{scenario}.rand"].double())
@@ -247,7 +247,8 @@ def test_loss(models, name, case):
         ours = key.removeprefix(f"{case}.grad.")
         for old, new in names.items():
             ours = ours.replace(old, new)
-        torch.testing.assert_close(parameters[ours].grad, value, rtol=1e-4, atol=1e-6)
+        # Relative to the whole gradient: single elements near zero are sums that cancel.
+        assert (parameters[ours].grad - value).norm() <= 1e-5 * value.norm(), key
 
 
 def test_prompt_template():
