@@ -1,6 +1,6 @@
 """`lladamedv demo --train`: make the tiny checkpoint that ships with the package, from nothing but a seed.
 
-Same classes and code path as the 8B model. What makes an hour of two cores enough: the tower first learns to see,
+Same classes and code path as the 8B model. What makes 80 minutes of two cores enough: the tower first learns to see,
 with one linear classifier per attribute (stage 1), and keeps them as an auxiliary loss while the language model learns
 to read it (stages 2 and 3); times are stratified over the batch; the shipped weights are a moving average.
 """

@@ -75,7 +75,7 @@ def test_errors_are_one_line(tmp_path, arguments, message):
 
 
 def test_training_resumes_where_it_stopped(tmp_path, monkeypatch):
-    """Interrupted in each stage and resumed, the weights are those of an uninterrupted run."""
+    """Interrupted in the second stage and resumed, the weights are those of an uninterrupted run."""
     stages = (demo_training.Stage("tower", 2_000, 4), demo_training.Stage("joint", 1_000, 4))
     monkeypatch.setattr(demo_training, "STAGES", stages)
     monkeypatch.setattr(demo_training, "BATCH_SIZE", 4)
