@@ -1,4 +1,4 @@
-"""The command line: `lladamedv demo` and `lladamedv ask`."""
+"""The command line: `lladamedv demo`, `ask`, `convert` and `init`."""
 
 from __future__ import annotations
 
@@ -75,6 +75,75 @@ def ask(
         loaded, processor = load_model(model or DEMO_MODEL)
         content[0]["image"] = processor.image_processor.fetch_images(image)
         typer.echo(answer(loaded, processor, [[{"role": "user", "content": content}]])[0])
+    except ValueError as error:
+        _fail(error)
+
+
+_Tokenizer = Annotated[
+    str | None, typer.Option(help="Folder or Hub id of the tokenizer, if it does not lie beside the weights.")
+]
+_Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the source's.")]
+_ShardSize = Annotated[str, typer.Option(help="Largest shard; at most one is held in memory.")]
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id with LLaDA, LLaDA-V or LLaDA-MedV weights.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    tokenizer: _Tokenizer = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of the SigLIP, if it is not SigLIP2 so400m/14-384 or not in SOURCE."),
+    ] = None,
+    dtype: _Dtype = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt and generation options: llada-medv, llada-medv-vqa, llada-v or llada; by default known from "
+            "the source's name, or else from its layout."
+        ),
+    ] = None,
+    max_shard_size: _ShardSize = "2GB",
+    revision: Annotated[str | None, typer.Option(help="Revision of SOURCE on the Hub.")] = None,
+    push: Annotated[str | None, typer.Option(help="Hub id to upload OUT to.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Create that repository as a public one.")] = False,
+) -> None:
+    """Turn released weights into a folder that loads with `from_pretrained`."""
+    from lladamedv.conversion import convert_checkpoint
+
+    try:
+        convert_checkpoint(
+            source, out, tokenizer, vision_tower, dtype, preset, max_shard_size, revision, push, public, typer.echo
+        )
+    except ValueError as error:
+        _fail(error)
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    language_model: Annotated[str, typer.Option(help="Folder or Hub id of LLaDA-8B-Instruct.")],
+    vision_tower: Annotated[str, typer.Option(help="Folder or Hub id of SigLIP2, the tower or the whole model.")],
+    projector: Annotated[
+        Path | None,
+        typer.Option(
+            help="Projector of stage 1: safetensors, or .bin, which is unpickled with torch.load(weights_only=True)."
+        ),
+    ] = None,
+    tokenizer: _Tokenizer = None,
+    dtype: _Dtype = None,
+    aspect_ratio: Annotated[str, typer.Option(help="square, pad or anyres_max_N.")] = "anyres_max_4",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the untrained weights.")] = 0,
+    max_shard_size: _ShardSize = "2GB",
+) -> None:
+    """Put a new model together from a LLaDA, a SigLIP and an untrained or stage-1 projector."""
+    from lladamedv.conversion import initialize_checkpoint
+
+    try:
+        initialize_checkpoint(
+            language_model, vision_tower, out, projector, tokenizer, dtype, aspect_ratio, seed, max_shard_size,
+            typer.echo,
+        )  # fmt: skip
     except ValueError as error:
         _fail(error)
 

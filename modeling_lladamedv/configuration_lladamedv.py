@@ -56,9 +56,10 @@ class LLaDAMedVConfig(PreTrainedConfig):
 
     Args:
         vision_config (`dict` or `SiglipVisionConfig`, *optional*):
-            The SigLIP tower. `num_hidden_layers` counts the layers that are built, all of which are used: the
-            features are the output of the last one, before any final norm. LLaVA's "second-to-last layer of SigLIP"
-            is therefore a tower with one layer less than the stand-alone SigLIP model.
+            The SigLIP tower; `None` means SigLIP2 so400m/14-384, unless `text_only` is set. `num_hidden_layers` counts
+            the layers that are built, all of which are used: the features are the output of the last one, before any
+            final norm. LLaVA's "second-to-last layer of SigLIP" is therefore a tower with one layer less than the
+            stand-alone SigLIP model.
         text_config (`dict` or `LlamaConfig`, *optional*):
             The language model. `is_causal` is always `False`: LLaDA attends in both directions.
         image_token_id (`int`, *optional*, defaults to 126349):
@@ -77,9 +78,12 @@ class LLaDAMedVConfig(PreTrainedConfig):
         multimodal_projector_bias (`bool`, *optional*, defaults to `True`): whether the projector has biases.
         vision_feature_layer (`int`, *optional*, defaults to -1): only -1, the last layer that is built.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`): only `False` is supported.
+        text_only (`bool`, *optional*, defaults to `False`):
+            A LLaDA without eyes: no vision tower, projector or newline embedding, and `vision_config` is `None`.
 
     Raises:
-        ValueError: for an aspect ratio that does not exist, tied embeddings, or special ids outside the vocabulary.
+        ValueError: for an aspect ratio that does not exist, tied embeddings, special ids outside the vocabulary, or a
+            `vision_config` of a text-only model.
 
     ```python
     >>> from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
@@ -93,7 +97,7 @@ class LLaDAMedVConfig(PreTrainedConfig):
     model_type = "lladamedv"
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(
-            config_class=AutoConfig, model_type="siglip_vision_model", init_kwargs=_VISION_DEFAULTS
+            config_class=AutoConfig, model_type="siglip_vision_model", init_kwargs=_VISION_DEFAULTS, optional=True
         ),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", init_kwargs=_TEXT_DEFAULTS),
     }
@@ -108,8 +112,13 @@ class LLaDAMedVConfig(PreTrainedConfig):
     multimodal_projector_bias: bool = True
     vision_feature_layer: int = -1
     tie_word_embeddings: bool = False
+    text_only: bool = False
 
     def __post_init__(self, **kwargs):
+        if self.text_only and self.vision_config is not None:
+            raise ValueError("`vision_config` is set, but `text_only` is True; a text-only model has no vision tower.")
+        if not self.text_only and self.vision_config is None:
+            self.vision_config = {}
         # A partial dict means "the released model, but with these values".
         for name, defaults in (("vision_config", _VISION_DEFAULTS), ("text_config", _TEXT_DEFAULTS)):
             value = getattr(self, name)
@@ -119,7 +128,7 @@ class LLaDAMedVConfig(PreTrainedConfig):
         if not getattr(self, "auto_map", None):
             self.auto_map = dict(_AUTO_MAP)
         self.text_config.is_causal = False
-        if self.image_grid_pinpoints is None:
+        if self.image_grid_pinpoints is None and not self.text_only:
             tile = self.vision_config.image_size
             self.image_grid_pinpoints = [[tile * rows, tile * cols] for cols in range(1, 7) for rows in range(1, 7)]
         if self.tie_word_embeddings or self.text_config.tie_word_embeddings:
@@ -147,9 +156,9 @@ class LLaDAMedVConfig(PreTrainedConfig):
     @property
     def max_anyres_tiles(self) -> int | None:
         """The N of `"anyres_max_N"`, or `None` where an image is always one tile."""
-        return (
-            int(self.vision_aspect_ratio.removeprefix("anyres_max_")) if "anyres" in self.vision_aspect_ratio else None
-        )
+        if "anyres" not in self.vision_aspect_ratio:
+            return None
+        return int(self.vision_aspect_ratio.removeprefix("anyres_max_"))
 
 
 LLaDAMedVConfig.register_for_auto_class()

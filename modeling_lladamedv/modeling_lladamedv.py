@@ -7,7 +7,7 @@ import math
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.image_processing_utils import select_best_resolution
 from transformers.masking_utils import create_bidirectional_mask
@@ -16,6 +16,13 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector, unpad_image
 from transformers.utils import can_return_tuple
 
+from .checkpoint_layouts_lladamedv import (
+    PRESETS,
+    RELEASED_MODEL_TYPES,
+    choose_preset,
+    read_checkpoint,
+    resolve_source,
+)
 from .configuration_lladamedv import LLaDAMedVConfig
 from .generation_lladamedv import LLaDAMedVGenerationConfig, LLaDAMedVGenerationMixin
 
@@ -52,15 +59,39 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
         ignore_mismatched_sizes=False,
         **kwargs,
     ):
-        """As `PreTrainedModel.from_pretrained`, but a checkpoint with missing weights is an error, not a warning.
+        """As `PreTrainedModel.from_pretrained`, but a checkpoint with missing weights is an error, not a warning, and
+        checkpoints in the layouts that LLaDA, LLaDA-V and LLaDA-MedV were released in load as they are.
+
+        Args:
+            vision_tower (`str` or `Path`, *optional*): for a released checkpoint with another tower than SigLIP2
+                so400m/14-384, the folder with that tower's `config.json`.
 
         Raises:
             ValueError: if weights of the model are missing from the checkpoint, or have other shapes and
-                `ignore_mismatched_sizes` is not set; a model with random parts would still answer, wrongly.
+                `ignore_mismatched_sizes` is not set (a model with random parts would still answer, wrongly); or if a
+                checkpoint in a released layout holds keys that this layout does not have.
         """
+        vision_tower = kwargs.pop("vision_tower", None)
+        released = None
+        if pretrained_model_name_or_path is not None and kwargs.get("config") is None and "key_mapping" not in kwargs:
+            released = _find_released_checkpoint(pretrained_model_name_or_path, vision_tower, kwargs)
+        if released is not None:
+            expected = LLaDAMedVForConditionalGeneration.parameter_shapes(released.config)
+            released.match(expected)[1].check(pretrained_model_name_or_path)
+            # What the released model decodes with; the file beside its weights is one for autoregressive models.
+            preset = PRESETS[choose_preset(pretrained_model_name_or_path, released.layout)]
+            kwargs.setdefault("generation_config", LLaDAMedVGenerationConfig(**preset.generation_options()))
+            pretrained_model_name_or_path = released.folder
+            kwargs |= {"config": released.config, "key_mapping": released.key_mapping, "subfolder": ""}
+        elif vision_tower is not None:
+            raise ValueError(
+                f"`vision_tower` is {str(vision_tower)!r}; it is allowed for checkpoints in a released layout only."
+            )
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        if released is not None:
+            model._weight_conversions = []  # so that saving writes our names
         problems = {"lacks": info["missing_keys"]}
         if not ignore_mismatched_sizes:
             misshaped = {
@@ -76,19 +107,41 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
                 )
         return (model, info) if output_loading_info else model
 
+    @classmethod
+    def parameter_shapes(cls, config: LLaDAMedVConfig) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all weights that a model of this configuration has, without allocating them."""
+        with torch.device("meta"):
+            return {name: tuple(weight.shape) for name, weight in cls(config).state_dict().items()}
+
+
+def _find_released_checkpoint(name, vision_tower, options):
+    """The checkpoint `name` if it is in a released layout, downloaded if need be, else `None`."""
+    hub = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+    hub = {key: options[key] for key in hub if key in options}
+    folder = f"{options.get('subfolder') or ''}"
+    try:
+        original, _ = PreTrainedConfig.get_config_dict(name, subfolder=folder, **hub)
+    except (OSError, ValueError):
+        return None  # the library reports it better
+    if original.get("model_type") not in RELEASED_MODEL_TYPES:
+        return None
+    return read_checkpoint(resolve_source(name, **hub) / folder, vision_tower)
+
 
 class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
     """SigLIP tower, projector and bidirectional language model, without the output layer."""
 
     def __init__(self, config: LLaDAMedVConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        # The features are taken before SigLIP's final norm (LLaVA's habit): without it no weight is left unused.
-        self.vision_tower.post_layernorm = nn.Identity()
-        self.multi_modal_projector = LlavaOnevisionMultiModalProjector(config)
-        # Only images cut into a grid have rows to end.
-        newline = nn.Parameter(torch.zeros(config.text_config.hidden_size)) if config.max_anyres_tiles else None
-        self.register_parameter("image_newline", newline)
+        self.image_newline = None
+        if not config.text_only:
+            self.vision_tower = AutoModel.from_config(config.vision_config)
+            # The features are taken before SigLIP's final norm (LLaVA's habit): without it no weight is left unused.
+            self.vision_tower.post_layernorm = nn.Identity()
+            self.multi_modal_projector = LlavaOnevisionMultiModalProjector(config)
+            # Only images cut into a grid have rows to end.
+            if config.max_anyres_tiles is not None:
+                self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -117,8 +170,10 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             `list` of `(num_image_tokens, hidden_size)`, one per image.
 
         Raises:
-            ValueError: if the shapes do not fit each other or the config.
+            ValueError: if the shapes do not fit each other or the config, or the model is text-only.
         """
+        if self.config.text_only:
+            raise ValueError("`pixel_values` is given, but this model is text-only: it has no vision tower.")
         if pixel_values.dim() != 5:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected five dimensions: "

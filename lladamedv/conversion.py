@@ -1,0 +1,342 @@
+"""`lladamedv convert` and `lladamedv init`: complete model folders from released weights, or from their parts.
+
+The weights themselves are handled by `modeling_lladamedv/convert_checkpoint.py`; here is what lies around them (config,
+tokenizer, processor, prompts, remote code, card), and how a folder comes into being whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import tqdm, validate_repo_id
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerFast
+from transformers.dynamic_module_utils import custom_object_save
+
+import lladamedv
+from lladamedv.hub_cards import ConversionFacts, build_model_card
+from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
+from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import (
+    PRESETS,
+    SPECIAL_TOKENS,
+    KeyReport,
+    choose_preset,
+    read_config,
+    read_weights,
+    resolve_source,
+)
+from lladamedv.modeling_lladamedv.convert_checkpoint import (
+    DTYPES,
+    ConversionPlan,
+    plan_conversion,
+    plan_initialization,
+    write_weights,
+)
+from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
+from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
+
+
+_SPARE_BYTES = 2**26  # for everything that is not a weight
+_RELEASED_VOCABULARY = 126_464
+
+
+def convert_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    tokenizer: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    dtype: str | None = None,
+    preset: str | None = None,
+    max_shard_size: int | str = "2GB",
+    revision: str | None = None,
+    push: str | None = None,
+    public: bool = False,
+    report: Callable[[str], object] = print,
+) -> KeyReport:
+    """Convert a released checkpoint into a complete folder of ours: `out` is whole, or not there.
+
+    Args:
+        source: folder or Hub id with LLaDA, LLaDA-V or LLaDA-MedV weights in one of the released layouts.
+        out: folder to create; it must not exist, or be empty.
+        tokenizer: folder or Hub id of the tokenizer, if it is not in `source`.
+        vision_tower: folder or Hub id of the stand-alone SigLIP: for its configuration if `source` does not carry it
+            and it is not SigLIP2 so400m/14-384, and for its weights if `source` holds none.
+        dtype: "float32", "bfloat16" or "float16"; by default the source's.
+        preset: one of `PRESETS`: which prompt and which generation options the model expects. By default known from
+            the source's name, or else its layout.
+        max_shard_size: bytes or a text such as "2GB"; at most one shard is held in memory.
+        revision: of `source` on the Hub.
+        push: Hub id to upload the folder to when it is complete.
+        public: whether a repository that `push` creates is public; it is private otherwise.
+        report: called with each line of text.
+
+    Returns:
+        What became of each key of the source.
+
+    Raises:
+        ValueError: before anything is written, if an argument or the source is not what it should be, or the disk has
+            not enough room; and with nothing left behind, if writing fails.
+    """
+    out = _check_out(out)
+    _check_choice("dtype", dtype, DTYPES)
+    _check_choice("preset", preset, PRESETS)
+    _check_push(push)
+    folder = resolve_source(source, revision)
+    # What is no checkpoint is told so before its tokenizer is missed.
+    read_config(folder)
+    read_weights(folder)
+    tower = None if vision_tower is None else resolve_source(vision_tower)
+    loaded, ids = _load_tokenizer(folder if tokenizer is None else resolve_source(tokenizer))
+    plan = plan_conversion(folder, tower, **ids)
+    _check_ids(loaded, plan.config)
+    preset = preset or choose_preset(source, plan.layout)
+    sources = {"checkpoint": source, "tokenizer": tokenizer, "vision tower": vision_tower}
+    _write_folder(plan, out, loaded, preset, dtype, max_shard_size, sources, True, report)
+    _push(out, push, public, report)
+    return plan.report
+
+
+def initialize_checkpoint(
+    language_model: str | Path,
+    vision_tower: str | Path,
+    out: str | Path,
+    projector: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+    aspect_ratio: str = "anyres_max_4",
+    seed: int = 0,
+    max_shard_size: int | str = "2GB",
+    report: Callable[[str], object] = print,
+) -> KeyReport:
+    """Put a new model together, as the paper does: LLaDA, SigLIP2, and a projector that is untrained or from stage 1.
+
+    Args:
+        language_model: folder or Hub id of LLaDA-8B-Instruct, in either of its layouts.
+        vision_tower: folder or Hub id of SigLIP2: the tower or the whole model.
+        out: folder to create; it must not exist, or be empty.
+        projector: file that stage 1 wrote: safetensors, or `.bin`, which is unpickled with
+            `torch.load(weights_only=True)` and refused if it holds anything but tensors.
+        tokenizer: folder or Hub id of the tokenizer, if it is not in `language_model`.
+        dtype: as for [`convert_checkpoint`].
+        aspect_ratio: the model's `vision_aspect_ratio`; the paper aligns with "square" and trains with "anyres_max_4".
+        seed: for the untrained weights.
+        max_shard_size, report: as for [`convert_checkpoint`].
+
+    Returns:
+        What became of each key of the parts.
+
+    Raises:
+        ValueError: as [`convert_checkpoint`].
+    """
+    out = _check_out(out)
+    _check_choice("dtype", dtype, DTYPES)
+    text, tower = resolve_source(language_model), resolve_source(vision_tower)
+    read_config(text)
+    read_weights(text)
+    loaded, ids = _load_tokenizer(text if tokenizer is None else resolve_source(tokenizer))
+    plan = plan_initialization(text, tower, projector, aspect_ratio, seed, **ids)
+    _check_ids(loaded, plan.config)
+    sources = {
+        "language model": language_model,
+        "vision tower": vision_tower,
+        "projector": projector or "untrained",
+        "tokenizer": tokenizer,
+    }
+    _write_folder(plan, out, loaded, "llada-medv", dtype, max_shard_size, sources, projector is not None, report)
+    return plan.report
+
+
+def _check_choice(name: str, value: str | None, allowed) -> None:
+    if value is not None and value not in allowed:
+        raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(allowed)}.")
+
+
+def _check_out(out: str | Path) -> Path:
+    out = Path(out).expanduser().absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"`out` is {str(out)!r}, which exists already; allowed is a new or an empty folder.")
+    return out
+
+
+def _check_push(repo: str | None) -> None:
+    """Whether the upload can work, asked before hours of conversion."""
+    if repo is None:
+        return
+    try:
+        validate_repo_id(repo)
+        HfApi().whoami()
+    except HFValidationError as error:
+        raise ValueError(f"`push` is {repo!r}, which is no Hub id: {error}") from error
+    except Exception as error:  # the client raises many kinds: offline, no token, no network
+        raise ValueError(f"`push` is {repo!r}, but the Hub does not let us in: {error}") from error
+
+
+def _load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
+    """The tokenizer with `<image>`, and the ids that the configuration needs."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"The folder {str(folder)!r} holds no tokenizer.json; give `tokenizer` (--tokenizer).")
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exception for files that it cannot read
+        raise ValueError(f"The tokenizer in {str(folder)!r} cannot be read: {error}") from error
+    vocabulary = tokenizer.get_vocab()
+    if absent := [token for token in SPECIAL_TOKENS if token not in vocabulary]:
+        raise ValueError(f"The tokenizer in {str(folder)!r} lacks the special tokens {', '.join(absent)}.")
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|startoftext|>", "<|endoftext|>", "<|endoftext|>"
+    tokenizer.chat_template = None  # the processor carries the templates
+    image_id = LLaDAMedVProcessor(LLaDAMedVImageProcessor(), tokenizer).image_token_id
+    if max(tokenizer.get_vocab().values()) != len(tokenizer) - 1:
+        raise ValueError(
+            f"The tokenizer in {str(folder)!r} has {len(vocabulary)} tokens but ids up to {max(vocabulary.values())}; "
+            f"with unused ids among them, <image> would get the id {image_id} of another token."
+        )
+    ids = {"mask_token_id": vocabulary["<|mdm_mask|>"], "image_token_id": image_id}
+    return tokenizer, ids | {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerFast, config) -> None:
+    """LLaDA's weights mean something with LLaDA's ids only."""
+    if config.text_config.vocab_size == _RELEASED_VOCABULARY:
+        found = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+        moved = [f"{token} {found[token]} instead of {wanted}" for token, wanted in SPECIAL_TOKENS.items()
+                 if found[token] != wanted]  # fmt: skip
+        if moved:
+            raise ValueError(f"The tokenizer is not the one of these weights: it has {', '.join(moved)}.")
+
+
+def _write_folder(
+    plan: ConversionPlan, out: Path, tokenizer, preset: str, dtype, max_shard_size, sources, trained, report
+) -> None:
+    """Write everything beside `out` and move it there when it is complete; `config.json` comes last."""
+    settings = PRESETS[preset]
+    dtype = None if dtype is None else DTYPES[dtype]
+    sources = {part: _public_name(name) for part, name in sources.items() if name is not None}
+    generation = settings.generation_options(tokenizer.get_vocab())
+    for line in plan.report.summary():
+        report(line)
+    report(f"preset {preset}: {settings.description}")
+
+    _check_disk(out, plan.num_bytes(dtype) + _SPARE_BYTES)
+    with _whole_or_not_at_all(out) as folder:
+        with tqdm(total=plan.num_bytes(dtype), unit="B", unit_scale=True, desc="Converting weights") as bar:
+            write_weights(plan, folder, dtype, max_shard_size, progress=bar.update)
+        _build_processor(plan.config, tokenizer, settings.chat_template).save_pretrained(folder)
+        LLaDAMedVGenerationConfig(**generation).save_pretrained(folder)
+        names = {"source": sources, "version": lladamedv.__version__, "preset": preset}
+        keys = {"layout": plan.report.layout, "mapped": plan.report.mapped, "ignored": plan.report.ignored}
+        text = json.dumps(names | keys | {"missing": plan.report.missing}, indent=2) + "\n"
+        (folder / "conversion_report.json").write_text(text, encoding="utf-8")
+        shapes = LLaDAMedVForConditionalGeneration.parameter_shapes(plan.config)
+        facts = ConversionFacts(
+            name=out.name,
+            description=settings.description if trained else "A new LLaDA-MedV, with an untrained projector",
+            source=sources,
+            base_models=settings.base_models,
+            papers=settings.papers if trained else ["2502.09992"],
+            text_only=plan.config.text_only,
+            trained=trained,
+            generation=generation,
+            chat_template=settings.chat_template,
+            key_report=plan.report.summary(),
+            num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
+            dtype=str(plan.output_dtype("lm_head.weight", dtype)).removeprefix("torch."),
+            version=lladamedv.__version__,
+        )
+        build_model_card(facts).save(folder / "README.md")
+        _write_config(plan, folder, dtype)
+    report(f"wrote {out}")
+
+
+def _public_name(name: str | Path) -> str:
+    """A Hub id as it is; of a local folder only the last part, because cards are read by others."""
+    return Path(name).name if Path(name).exists() else str(name)
+
+
+def _build_processor(config, tokenizer, template: str) -> LLaDAMedVProcessor:
+    images = LLaDAMedVImageProcessor()
+    if not config.text_only:
+        side = config.vision_config.image_size
+        images = LLaDAMedVImageProcessor(
+            size={"height": side, "width": side},
+            patch_size=config.vision_config.patch_size,
+            vision_aspect_ratio=config.vision_aspect_ratio,
+            image_grid_pinpoints=config.image_grid_pinpoints,
+        )
+    templates = {"default": CHAT_TEMPLATES[template], **CHAT_TEMPLATES}
+    return LLaDAMedVProcessor(images, tokenizer, chat_template=templates)
+
+
+def _write_config(plan: ConversionPlan, folder: Path, dtype) -> None:
+    """The remote code, and then `config.json`."""
+    with torch.device("meta"):
+        model = LLaDAMedVForConditionalGeneration(plan.config)
+    plan.config.architectures = [type(model).__name__]
+    plan.config.dtype = plan.output_dtype("lm_head.weight", dtype)
+    custom_object_save(model, folder, config=plan.config)
+    plan.config.save_pretrained(folder)
+
+
+def _check_disk(out: Path, needed: int) -> None:
+    place = next(parent for parent in out.parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(
+            f"`out` is {str(out)!r}, which needs {needed / 1e9:.2f} GB; only {free / 1e9:.2f} GB are free there."
+        )
+
+
+@contextmanager
+def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` if all goes well and vanishes if not.
+
+    What a killed process left there is no model (its `config.json` is missing) and is cleared by the next attempt.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    lock = FileLock(partial / ".lock")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"`out` is {str(out)!r}, which another process is writing.") from error
+    except OSError as error:
+        raise ValueError(f"`out` is {str(out)!r}, which cannot be written: {error}") from error
+    try:
+        for leftover in partial.iterdir():
+            if leftover.name != ".lock":
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield partial
+        (partial / ".lock").unlink(missing_ok=True)
+        os.replace(partial, out)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"`out` is {str(out)!r}, which cannot be written: {error}") from error
+    finally:
+        lock.release()
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _push(out: Path, repo: str | None, public: bool, report) -> None:
+    if repo is None:
+        return
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=out, commit_message="Upload a converted checkpoint")
+    except Exception as error:  # the client raises many kinds
+        raise ValueError(
+            f"`push` is {repo!r}, which could not be uploaded: {error}. The folder {str(out)!r} is complete; "
+            f"`hf upload {repo} {out}` tries again."
+        ) from error
+    report(f"pushed to {url}")
