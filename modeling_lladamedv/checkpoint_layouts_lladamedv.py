@@ -25,14 +25,17 @@ _OLMO = r"^model\.transformer\."
 _OLMO_BLOCK = _OLMO + r"blocks\.(\d+)\."
 _OUR_BLOCK = r"model.language_model.layers.\1."
 _TOWER = "model.vision_tower."
-# Per layout: released names -> ours, as regular expressions for `from_pretrained(key_mapping=…)`.
+# Per layout: released names -> ours, as regular expressions for `from_pretrained(key_mapping=…)`, which understands one
+# group per expression.
 KEY_MAPPINGS = {
     # LLaDA-8B as published: OLMo's names.
     "llada": {
         _OLMO + r"wte\.": "model.language_model.embed_tokens.",
         _OLMO + r"ln_f\.": "model.language_model.norm.",
         _OLMO + r"ff_out\.": "lm_head.",
-        _OLMO_BLOCK + r"(q_proj|k_proj|v_proj)\.": _OUR_BLOCK + r"self_attn.\2.",
+        _OLMO_BLOCK + r"q_proj\.": _OUR_BLOCK + "self_attn.q_proj.",
+        _OLMO_BLOCK + r"k_proj\.": _OUR_BLOCK + "self_attn.k_proj.",
+        _OLMO_BLOCK + r"v_proj\.": _OUR_BLOCK + "self_attn.v_proj.",
         _OLMO_BLOCK + r"attn_out\.": _OUR_BLOCK + "self_attn.o_proj.",
         _OLMO_BLOCK + r"ff_proj\.": _OUR_BLOCK + "mlp.gate_proj.",
         _OLMO_BLOCK + r"up_proj\.": _OUR_BLOCK + "mlp.up_proj.",

@@ -1,27 +1,16 @@
 """A saved folder in a process that cannot import this package: same logits, same text, same pipeline."""
 
 import json
-import os
-import subprocess
-import sys
 
 import torch
 
 from lladamedv.demo import load_model
+from tests.stranger import run_as_stranger
 from tests.tiny import random_image
 
 
 STRANGER = """
-import json, sys
-from pathlib import Path
-folder = Path(sys.argv[1])
-try:
-    import lladamedv
-except ImportError:
-    pass
-else:
-    raise SystemExit("the package is importable: this test shows nothing")
-import torch
+import json, torch
 import transformers as t
 from PIL import Image
 load = {"pretrained_model_name_or_path": folder, "trust_remote_code": True}
@@ -72,15 +61,7 @@ def test_a_stranger_gets_the_same_answers(tmp_path):
         logits = model(**inputs).logits[0, -3:]
     text = processor.batch_decode(model.generate(**inputs)[:, inputs["input_ids"].shape[1] :])[0]
 
-    # -S and -I keep editable installs and this checkout out; the other packages are given by their folder.
-    site = os.path.dirname(os.path.dirname(torch.__file__))
-    program = f"import sys; sys.path.append({site!r})\n" + STRANGER
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    run = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", program, str(folder)], cwd=tmp_path, env=environment,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_as_stranger(STRANGER, folder, tmp_path)
     out = json.loads((folder / "out.json").read_text())
     for other in out["logits"]:
         assert torch.equal(torch.tensor(other), logits)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVImageProcessor
 
 
@@ -18,6 +17,10 @@ COPY = Path(__file__).parent / "data"
 SHARED = Path(os.environ.get("LLADAMEDV_PARITY", Path(__file__).parents[3] / "shared" / "parity"))
 FIXTURES = SHARED if (SHARED / "manifest.json").is_file() else COPY
 NAMES = ("pad_mha", "anyres_gqa")
+LLADA_NAMES = {
+    "model.embed_tokens.weight": "model.transformer.wte.weight",
+    "lm_head.weight": "model.transformer.ff_out.weight",
+}
 
 
 def numbers(name: str, part: str) -> dict:
@@ -40,11 +43,11 @@ def counter_uniform(shape, seed: int, scale: float) -> torch.Tensor:
     return torch.from_numpy((unit * np.float32(scale)).reshape(shape))
 
 
-def write_checkpoint(name: str, folder: Path) -> Path:
-    """Write the complete released-layout checkpoint of a fixture into `folder`."""
-    source = FIXTURES / name / "checkpoint"
-    recipe = json.loads((source / "embed_lm_head_recipe.json").read_text())
-    overrides = load_file(source / recipe["overrides_file"])
+def write_checkpoint(name: str, folder: Path, layout: str = "checkpoint") -> Path:
+    """Write the complete checkpoint of a fixture: the released layout, or `"llada_text"`, LLaDA's own."""
+    source, matrices = FIXTURES / name / layout, FIXTURES / name / "checkpoint"
+    recipe = json.loads((matrices / "embed_lm_head_recipe.json").read_text())
+    overrides = load_file(matrices / recipe["overrides_file"])
     weights = load_file(source / "model.safetensors")
     for key, spec in recipe["tensors"].items():
         weight = counter_uniform(spec["shape"], spec["seed"], spec["scale"])
@@ -52,16 +55,15 @@ def write_checkpoint(name: str, folder: Path) -> Path:
         if f"{stem}.ids" in overrides:
             weight[overrides[f"{stem}.ids"]] = overrides[f"{stem}.rows"]
         assert hashlib.sha256(weight.numpy().tobytes()).hexdigest() == spec["sha256"], key
-        weights[key] = weight
-    (folder / "siglip_tower").mkdir(parents=True)
+        weights[LLADA_NAMES[key] if layout == "llada_text" else key] = weight
+    folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    for file in ("config.json", "siglip_tower/config.json"):
-        (folder / file).write_bytes((source / file).read_bytes())
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    if layout == "checkpoint":
+        (folder / "siglip_tower").mkdir()
+        tower = "siglip_tower/config.json"
+        (folder / tower).write_bytes((source / tower).read_bytes())
     return folder
-
-
-def load_model(name: str, folder: Path):
-    return LLaDAMedVForConditionalGeneration.from_pretrained(write_checkpoint(name, folder / name))
 
 
 def image_processor(model) -> LLaDAMedVImageProcessor:

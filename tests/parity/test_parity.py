@@ -3,14 +3,18 @@
 import hashlib
 import json
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
+from lladamedv.conversion import convert_checkpoint
+from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
 from lladamedv.trainers.masked_diffusion_loss import add_noise, masked_diffusion_loss
-from tests.parity.fixtures import COPY, FIXTURES, NAMES, SHARED, image_processor, load_model, numbers, tensors
+from tests.parity.fixtures import COPY, FIXTURES, NAMES, SHARED, image_processor, numbers, tensors, write_checkpoint
+from tests.stranger import run_as_stranger
+from tests.tiny import tiny_processor, tiny_tokenizer
 
 
 IMAGES = [(name, image) for name in NAMES for image in numbers(name, "preprocess")["images"]]
@@ -26,8 +30,24 @@ LOSSES = [
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return {name: load_model(name, tmp_path_factory.mktemp("released")) for name in NAMES}
+def folders(tmp_path_factory):
+    """Each fixture in the layouts it was released in, and converted."""
+    root = tmp_path_factory.mktemp("parity")
+    tiny_tokenizer().save_pretrained(root / "tokenizer")
+    for name in NAMES:
+        for layout in ("checkpoint", "llada_text"):
+            source = write_checkpoint(name, root / "released" / layout / name, layout)
+            convert_checkpoint(source, root / "converted" / layout / name, root / "tokenizer", report=lambda line: None)
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(folders):
+    """Everything that is compared comes out of converted checkpoints."""
+    return {
+        name: LLaDAMedVForConditionalGeneration.from_pretrained(folders / "converted" / "checkpoint" / name)
+        for name in NAMES
+    }
 
 
 def open_image(name, image):
@@ -49,14 +69,33 @@ def splice(model, ids, images):
 
 def test_fixtures_are_complete_and_the_copy_is_faithful():
     """No test is skipped for want of a fixture: the copy alone holds everything that is compared."""
-    weights = ("checkpoint/model", "checkpoint/embed_lm_head_overrides", "preprocess", "forward", "loss")
-    expected = {f"{name}/{part}.safetensors" for name in NAMES for part in weights}
-    expected.add("pad_mha/generate.safetensors")
+    weights = ("checkpoint/model", "checkpoint/embed_lm_head_overrides", "llada_text/model")
+    recorded = ("preprocess", "forward", "loss")
+    expected = {f"{name}/{part}.safetensors" for name in NAMES for part in weights + recorded}
+    expected |= {"pad_mha/generate.safetensors", "pad_mha/checkpoint/siglip_tower/model.safetensors"}
     assert {str(file.relative_to(COPY)) for file in COPY.rglob("*.safetensors")} == expected
     if FIXTURES is SHARED:
         for file in sorted(COPY.rglob("*")):
             if file.is_file():
                 assert file.read_bytes() == (SHARED / file.relative_to(COPY)).read_bytes(), file
+
+
+@pytest.mark.parametrize("layout", ["checkpoint", "llada_text"])
+@pytest.mark.parametrize("name", NAMES)
+def test_without_converting(folders, name, layout):
+    """A released folder gives the same model as its conversion, and saving it writes the same names."""
+    direct = LLaDAMedVForConditionalGeneration.from_pretrained(folders / "released" / layout / name)
+    direct.save_pretrained(folders / "saved" / layout / name)
+    converted = folders / "converted" / layout / name
+    again = load_file(folders / "saved" / layout / name / "model.safetensors")
+    weights = load_file(converted / "model.safetensors")
+    assert weights.keys() == again.keys() == direct.state_dict().keys()
+    assert all(torch.equal(weight, direct.state_dict()[key]) for key, weight in weights.items())
+    other = LLaDAMedVForConditionalGeneration.from_pretrained(converted)
+    assert other.generation_config.to_dict() == direct.generation_config.to_dict()
+    same = [{key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+            for model in (direct, other)]  # fmt: skip
+    assert same[0] == same[1]
 
 
 @pytest.mark.parametrize(("name", "image"), IMAGES)
@@ -108,7 +147,21 @@ def test_two_images_in_one_prompt(models):
 
 @pytest.mark.parametrize(("name", "case"), FORWARDS)
 def test_logits(models, name, case):
-    model, forward, data = models[name], numbers(name, "forward"), tensors(name, "forward")
+    check_logits(models[name], name, case)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [(name, case) for name, case in FORWARDS if not numbers(name, "forward")["cases"][case].get("images")],
+)
+def test_logits_of_the_text_only_layout(folders, name, case):
+    model = LLaDAMedVForConditionalGeneration.from_pretrained(folders / "converted" / "llada_text" / name)
+    assert model.config.text_only
+    check_logits(model, name, case)
+
+
+def check_logits(model, name, case):
+    forward, data = numbers(name, "forward"), tensors(name, "forward")
     recorded = forward["cases"][case]
     ids = torch.tensor(recorded["input_ids"])
     mask = recorded.get("attention_mask")
@@ -251,17 +304,20 @@ def test_loss(models, name, case):
         assert (parameters[ours].grad - value).norm() <= 2e-5 * value.norm(), key
 
 
-def test_prompt_template():
-    """The rendered prompt is the authors' one, and so are its ids, the dropped newline after `<image>` aside."""
-    from tests.tiny import tiny_processor
-
+@pytest.mark.parametrize("template", ["llava_llada_med", "llava_llada"])
+def test_prompt_templates(template):
+    """The rendered prompts are the authors' ones, and so are their ids, the dropped newline after `<image>` aside."""
     processor = tiny_processor()
-    prompts = json.loads((FIXTURES / "labels.json").read_text())["prompts"]
+    prompts = [
+        prompt
+        for prompt in json.loads((FIXTURES / "labels.json").read_text())["prompts"]
+        if prompt["template"] == template
+    ]
+    assert len(prompts) >= 4
     for prompt in prompts:
-        if prompt["template"] != "llava_llada_med":
-            continue
         content = [{"type": "image"}] * prompt["with_image"] + [{"type": "text", "text": prompt["question"]}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        chat = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(chat, add_generation_prompt=True, chat_template=CHAT_TEMPLATES[template])
         assert text == prompt["prompt"]
         ids = processor.tokenizer(text, add_special_tokens=False).input_ids
         if prompt["with_image"]:
@@ -269,4 +325,117 @@ def test_prompt_template():
             assert processor.tokenizer.decode(ids[place + 1]) == "\n"
             ids = [*ids[:place], -200, *ids[place + 2 :]]
         assert ids == prompt["input_ids"]
-    assert np.mean([prompt["template"] == "llava_llada_med" for prompt in prompts]) > 0
+
+
+def test_prompt_of_the_demo():
+    """The "llava_llada_demo" template gives the ids that the authors' demo gives its model: no newline, the suffix."""
+    processor = tiny_processor()
+    suffix = " Answer concisely in English."
+    prompts = [
+        prompt
+        for prompt in json.loads((FIXTURES / "labels.json").read_text())["prompts"]
+        if prompt["template"] == "llava_llada" and prompt["with_image"] and prompt["question"].endswith(suffix)
+    ]
+    assert prompts
+    for prompt in prompts:
+        content = [{"type": "image"}, {"type": "text", "text": prompt["question"].removesuffix(suffix)}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            chat_template=CHAT_TEMPLATES["llava_llada_demo"],
+        )
+        ids = processor.tokenizer(text, add_special_tokens=False).input_ids
+        assert [-200 if token == processor.image_token_id else token for token in ids] == prompt["input_ids"]
+
+
+def test_plain_prompt_of_stage_1():
+    """The "llada_plain" template gives the recorded ids, and marks the recorded labels."""
+    processor = tiny_processor()
+    cases = json.loads((FIXTURES / "labels.json").read_text())["cases"]
+    (case,) = [case for case in cases if case["template"] == "llada_plain"]
+    human, answer = (turn["value"] for turn in case["conversations"])
+    content = [{"type": "image"}, {"type": "text", "text": human.replace("<image>", "").strip()}]
+    chat = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+    text = processor.apply_chat_template(chat, chat_template=CHAT_TEMPLATES["llada_plain"])
+    ids = processor.tokenizer(text, add_special_tokens=False).input_ids
+    assert [-200 if token == processor.image_token_id else token for token in ids] == case["input_ids"]
+    encoded = processor.tokenizer.apply_chat_template(
+        chat,
+        chat_template=CHAT_TEMPLATES["llada_plain"],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    labels = [
+        token if mask else -100 for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    ]
+    assert labels == case["labels"]
+
+
+STRANGER = """
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+inputs = load_file(folder / "inputs.safetensors")
+ids, length = inputs.pop("input_ids"), int(inputs.pop("length"))
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    logits = model(input_ids=ids, **inputs).logits[:, -8:]
+options = {"max_new_tokens": length, "block_length": length, "steps": length, "eos_token_id": None}
+sequences = model.generate(ids, **inputs, **options)
+save_file({"logits": logits.contiguous(), "sequences": sequences}, folder / "outputs.safetensors")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "scenario"),
+    [
+        ("pad_mha", "checkpoint", "g32_b32_s32"),
+        ("anyres_gqa", "checkpoint", "g32_b32_s32"),
+        ("pad_mha", "llada_text", "g16_b16_s16_text_only"),
+    ],
+)
+def test_in_a_fresh_process(folders, tmp_path, name, layout, scenario):
+    """A converted folder with `trust_remote_code=True`, this package out of reach: the recorded tokens."""
+    folder = folders / "converted" / layout / name
+    model = LLaDAMedVForConditionalGeneration.from_pretrained(folder)
+    recorded = numbers(name, "generate")["scenarios"][scenario]
+    assert recorded["stop_token_ids"] is None
+    images = [Image.open(FIXTURES / "images" / f"{recorded['image']}.png")] if recorded["image"] else []
+    ids, inputs = splice(model, recorded["input_ids"], images)
+    length = torch.tensor(recorded["args"]["gen_length"])
+    save_file({"input_ids": ids, "length": length, **inputs}, folder / "inputs.safetensors")
+    if layout == "llada_text":  # recorded with the vision-language model's suppressed ids
+        suppressed = [*numbers(name, "generate")["suppressed_ids"], model.config.mask_token_id]
+        model.generation_config.suppress_tokens = suppressed
+        model.generation_config.save_pretrained(folder)
+    run_as_stranger(STRANGER, folder, tmp_path)
+    outputs = load_file(folder / "outputs.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(outputs["logits"], model(input_ids=ids, **inputs).logits[:, -8:], atol=0, rtol=0)
+    assert outputs["sequences"][0, ids.shape[1] :].tolist() == recorded["output_ids"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompt_of_a_converted_folder(folders, name):
+    """The folder's own processor renders the prompt that its generation was recorded with."""
+    processor = LLaDAMedVProcessor.from_pretrained(folders / "converted" / "checkpoint" / name)
+    recorded = numbers(name, "generate")["scenarios"]["g32_b32_s32"]
+    image = Image.open(FIXTURES / "images" / f"{recorded['image']}.png")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": recorded["question"]}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    ids = inputs["input_ids"][0].tolist()
+    first = ids.index(processor.image_token_id)
+    count = ids.count(processor.image_token_id)
+    # The authors' tokenisation loses the newline behind the image.
+    assert [*ids[:first], -200, *ids[first + count + 1 :]] == recorded["input_ids"]
+    assert count == recorded["prompt_embeds_len"] - len(recorded["input_ids"]) + 1
