@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,6 +90,7 @@ def convert_checkpoint(
     out = _check_out(out)
     _check_choice("dtype", dtype, DTYPES)
     _check_choice("preset", preset, PRESETS)
+    _check_shard_size(max_shard_size)
     _check_push(push)
     folder = resolve_source(source, revision)
     # What is no checkpoint is told so before its tokenizer is missed.
@@ -99,6 +101,11 @@ def convert_checkpoint(
     plan = plan_conversion(folder, tower, **ids)
     _check_ids(loaded, plan.config)
     preset = preset or choose_preset(source, plan.layout)
+    if (PRESETS[preset].chat_template == "llada") != plan.config.text_only:
+        kind = "text-only" if plan.config.text_only else "vision-language"
+        raise ValueError(
+            f"`preset` is {preset!r}, but {str(source)!r} is a {kind} model; see `lladamedv convert --help`."
+        )
     sources = {"checkpoint": source, "tokenizer": tokenizer, "vision tower": vision_tower}
     _write_folder(plan, out, loaded, preset, dtype, max_shard_size, sources, True, report)
     _push(out, push, public, report)
@@ -139,6 +146,7 @@ def initialize_checkpoint(
     """
     out = _check_out(out)
     _check_choice("dtype", dtype, DTYPES)
+    _check_shard_size(max_shard_size)
     text, tower = resolve_source(language_model), resolve_source(vision_tower)
     read_config(text)
     read_weights(text)
@@ -158,6 +166,12 @@ def initialize_checkpoint(
 def _check_choice(name: str, value: str | None, allowed) -> None:
     if value is not None and value not in allowed:
         raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(allowed)}.")
+
+
+def _check_shard_size(size: int | str) -> None:
+    text = str(size).upper()
+    if not re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB|TB)|[1-9]\d*", text) or float(text.rstrip("KMGTB")) == 0:
+        raise ValueError(f"`max_shard_size` is {size!r}; allowed are bytes or a text such as '500MB' or '2GB'.")
 
 
 def _check_out(out: str | Path) -> Path:

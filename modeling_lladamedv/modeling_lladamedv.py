@@ -67,9 +67,9 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
                 so400m/14-384, the folder with that tower's `config.json`.
 
         Raises:
-            ValueError: if weights of the model are missing from the checkpoint, or have other shapes and
-                `ignore_mismatched_sizes` is not set (a model with random parts would still answer, wrongly); or if a
-                checkpoint in a released layout holds keys that this layout does not have.
+            ValueError: if there is no `config.json`; if weights of the model are missing from the checkpoint, or have
+                other shapes and `ignore_mismatched_sizes` is not set (a model with random parts would still answer,
+                wrongly); or if a checkpoint in a released layout holds keys that this layout does not have.
         """
         vision_tower = kwargs.pop("vision_tower", None)
         released = None
@@ -123,6 +123,8 @@ def _find_released_checkpoint(name, vision_tower, options):
         original, _ = PreTrainedConfig.get_config_dict(name, subfolder=folder, **hub)
     except (OSError, ValueError):
         return None  # the library reports it better
+    if not original:  # the library would go on with the defaults and initialise eight billion weights
+        raise ValueError(f"`pretrained_model_name_or_path` is {str(name)!r}, which holds no config.json.")
     if original.get("model_type") not in RELEASED_MODEL_TYPES:
         return None
     return read_checkpoint(resolve_source(name, **hub) / folder, vision_tower)

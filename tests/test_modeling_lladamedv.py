@@ -182,3 +182,10 @@ def test_anyres_needs_sizes():
         model.get_image_features(pixels(), torch.tensor([[64, 64]]))
     with pytest.raises(ValueError, match="`batch_num_images` sums to 2"):
         model.get_image_features(pixels(), torch.tensor([[64, 64]]), torch.tensor([2]))
+
+
+def test_a_folder_without_a_configuration(tmp_path):
+    """It is refused at once; the defaults would be a model of eight billion random weights."""
+    save_file({"lm_head.weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"which holds no config\.json"):
+        LLaDAMedVForConditionalGeneration.from_pretrained(tmp_path)

@@ -1,0 +1,320 @@
+"""The released layouts: names, configs, every key accounted for, and folders that are no checkpoints."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration, LLaDAMedVModel
+from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import (
+    PRESETS,
+    SPECIAL_TOKENS,
+    choose_preset,
+    convert_config,
+    detect_layout,
+    read_checkpoint,
+    read_config,
+    rename,
+    resolve_source,
+)
+from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
+from tests import released
+from tests.parity.fixtures import FIXTURES
+
+
+def shapes(config):
+    return LLaDAMedVForConditionalGeneration.parameter_shapes(config)
+
+
+def report_of(folder, **options):
+    checkpoint = read_checkpoint(folder, **options)
+    return checkpoint.match(shapes(checkpoint.config))[1]
+
+
+def change_config(folder, **change):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+def change_weights(folder, drop=(), **add):
+    file = folder / "model.safetensors"
+    weights = load_file(file) | add
+    save_file({name: value for name, value in weights.items() if name not in drop}, file, metadata={"format": "pt"})
+
+
+# The full model
+
+
+def test_the_8b_model_has_the_published_names_and_size():
+    index = json.loads((FIXTURES / "real-index" / "llada-8b-instruct-hf.json").read_text())
+    config = convert_config(index["config"], "llada_hf")
+    ours = shapes(config)
+    assert {rename(name, "llada_hf") for name in index["names"]} == set(ours)
+    assert 2 * sum(torch.Size(shape).numel() for shape in ours.values()) == index["total_size_bytes"]
+    assert config.text_config.bos_token_id == 126080, "the published 128000 is outside the vocabulary"
+    assert ours["model.language_model.layers.31.mlp.down_proj.weight"] == (4096, 12288)
+    # The vision-language model has the same language model.
+    full = shapes(LLaDAMedVConfig())
+    assert {name: full[name] for name in ours} == ours
+    extra = [name for name in full if name not in ours]
+    towers = [name for name in extra if name.startswith("model.vision_tower.")]
+    assert len(towers) == 3 + 26 * 16 and len(extra) == len(towers) + 5
+    assert full["model.multi_modal_projector.linear_1.weight"] == (4096, 1152)
+    assert full["model.vision_tower.embeddings.position_embedding.weight"] == (729, 1152)
+
+
+def test_special_tokens_are_the_released_ones():
+    published = json.loads((FIXTURES / "real-index" / "llada-special-tokens.json").read_text())["added_tokens"]
+    assert {token: str(number) for token, number in SPECIAL_TOKENS.items()}.items() <= {
+        token: number for number, token in published.items()
+    }.items()
+    assert max(map(int, published)) + 1 == LLaDAMedVConfig().image_token_id
+
+
+# Every key
+
+
+def test_reports(tmp_path):
+    llava = report_of(released.write_llava(tmp_path / "llava"))
+    llava.check("x")
+    assert len(llava.mapped) == len(released.llava_weights()) - 2 and not llava.missing
+    assert set(llava.ignored) == {
+        "model.vision_tower.vision_tower.vision_model.post_layernorm.weight",
+        "model.vision_tower.vision_tower.vision_model.post_layernorm.bias",
+    }
+    assert llava.mapped["model.mm_projector.2.bias"] == "model.multi_modal_projector.linear_2.bias"
+    assert "2 ignored" in llava.summary()[0] and "post-layernorm" in llava.summary()[1]
+    olmo = report_of(released.write_olmo(tmp_path / "olmo", num_shards=3))
+    assert len(olmo.mapped) == len(released.olmo_weights()) and not olmo.ignored
+    assert (
+        olmo.mapped["model.transformer.blocks.1.ff_out.weight"] == "model.language_model.layers.1.mlp.down_proj.weight"
+    )
+
+
+def test_the_last_siglip_layer_and_the_head_are_ignored(tmp_path):
+    folder = released.write_llava(tmp_path / "x")
+    tower = released.tower_weights(released.VISION_LAYERS, "model.vision_tower.vision_tower.vision_model.")
+    change_weights(folder, **tower, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    report = report_of(folder)
+    report.check(folder)
+    reasons = {reason.split(":")[0] for reason in report.ignored.values()}
+    assert reasons == {
+        "SigLIP's last layer",
+        "SigLIP's pooling head",
+        "SigLIP's final norm (post-layernorm)",
+        "computed from the configuration",
+    }
+    assert sum("layers.2." in key for key in report.ignored) == 16
+    LLaDAMedVForConditionalGeneration.from_pretrained(folder)
+
+
+def test_both_text_layouts_and_the_body_alone_give_the_same_model(tmp_path):
+    olmo = released.write_olmo(tmp_path / "olmo")
+    llama = released.write(tmp_path / "llama", released.LLAMA_CONFIG, released.llama_weights(), num_shards=2)
+    models = [LLaDAMedVForConditionalGeneration.from_pretrained(folder) for folder in (olmo, llama)]
+    body = LLaDAMedVModel.from_pretrained(olmo)
+    states = [model.state_dict() for model in models]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert all(torch.equal(value, states[0][f"model.{name}"]) for name, value in body.state_dict().items())
+    assert models[0].dtype == torch.bfloat16 and models[0].generation_config.eos_token_id == [126348, 126081]
+
+
+def test_subfolders_and_dtypes(tmp_path):
+    released.write_olmo(tmp_path / "repo" / "inner")
+    model = LLaDAMedVForConditionalGeneration.from_pretrained(tmp_path / "repo", subfolder="inner", dtype=torch.float32)
+    assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("drop", "add", "message"),
+    [
+        (("model.norm.weight",), {}, r"lacks weights of the model: model\.language_model\.norm\.weight"),
+        ((), {"model.layers.9.mlp.up_proj.weight": torch.ones(2)}, r"not part of this layout: model\.layers\.9"),
+        ((), {"model.norm.weight": torch.ones(3)}, r"wrong shape: model\.norm\.weight \(3,\) instead of \(8,\)"),
+        ((), {"model.mm_projector.4.weight": torch.ones(3)}, r"not part of this layout: model\.mm_projector\.4"),
+        (("model.image_newline",), {}, r"lacks weights of the model: model\.image_newline"),
+    ],
+)
+def test_keys_that_are_not_right(tmp_path, drop, add, message):
+    folder = released.write_llava(tmp_path / "x")
+    change_weights(folder, drop, **add)
+    with pytest.raises(ValueError, match=message):
+        LLaDAMedVForConditionalGeneration.from_pretrained(folder)
+
+
+# Configs
+
+
+def test_config_of_the_authors():
+    original = json.loads((FIXTURES / "anyres_gqa" / "checkpoint" / "config.json").read_text())
+    config = convert_config(original, "llava_llada")
+    assert config.text_config.num_key_value_heads == 2 and config.vision_aspect_ratio == "anyres_max_4"
+    assert config.image_grid_pinpoints[0] == [384, 384] and config.image_grid_pinpoints[-1] == [2304, 2304]
+    assert config.vision_config.num_hidden_layers == 26, "without the tower's config, SigLIP2 so400m is meant"
+
+
+def test_pinpoints_as_text_and_as_a_list():
+    text = convert_config(released.LLAVA_CONFIG, "llava_llada", released.TOWER_CONFIG)
+    assert text.image_grid_pinpoints == [[28, 28], [56, 28], [84, 28], [28, 56], [56, 56], [84, 56]]
+    pinpoints = [[28, 56]]
+    given = convert_config(released.LLAVA_CONFIG | {"image_grid_pinpoints": pinpoints}, "llava_llada")
+    assert given.image_grid_pinpoints == pinpoints
+    with pytest.raises(ValueError, match=r"`image_grid_pinpoints` is 'all'"):
+        convert_config(released.LLAVA_CONFIG | {"image_grid_pinpoints": "all"}, "llava_llada")
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "message"),
+    [
+        ("llava_llada", {"mm_vision_select_layer": -1}, "`mm_vision_select_layer` is -1"),
+        ("llava_llada", {"mm_projector_type": "linear"}, "`mm_projector_type` is 'linear'"),
+        ("llava_llada", {"mm_patch_merge_type": "flat"}, "`mm_patch_merge_type` is 'flat'"),
+        ("llava_llada", {"rope_scaling": {"factor": 2}}, "`rope_scaling` is"),
+        ("llada_hf", {"tie_word_embeddings": True}, "`tie_word_embeddings` is True"),
+        ("llada_hf", {"hidden_size": None}, "`hidden_size` is missing"),
+        ("llada", {"block_type": "sequential"}, "`block_type` is 'sequential'"),
+        ("llada", {"alibi": True}, "`alibi` is True"),
+        ("llada", {"mlp_hidden_size": None}, "`mlp_hidden_size` is missing"),
+    ],
+)
+def test_networks_that_were_never_released(layout, change, message):
+    configs = {"llada": released.OLMO_CONFIG, "llada_hf": released.LLAMA_CONFIG, "llava_llada": released.LLAVA_CONFIG}
+    with pytest.raises(ValueError, match=message):
+        convert_config(configs[layout] | change, layout)
+
+
+def test_other_vision_towers(tmp_path):
+    config = {"model_type": "clip_vision_model"}
+    with pytest.raises(ValueError, match="`model_type` of the vision tower is 'clip_vision_model'"):
+        convert_config(released.LLAVA_CONFIG, "llava_llada", config)
+    folder = released.write_llava(tmp_path / "x", mm_vision_tower="google/siglip2-so400m-patch14-384")
+    with pytest.raises(ValueError, match="wrong shape"):  # it is not that tower
+        LLaDAMedVForConditionalGeneration.from_pretrained(folder)
+    model = LLaDAMedVForConditionalGeneration.from_pretrained(folder, vision_tower=folder / "tower")
+    assert model.config.vision_config.hidden_size == released.VISION
+
+
+# Presets
+
+
+def test_presets():
+    assert choose_preset("/somewhere/SLAKE_10E", "llava_llada") == "llada-medv-vqa"
+    assert choose_preset("XZDong123/LLaDA-MedV", "llava_llada") == "llada-medv"
+    assert choose_preset("anything", "llava_llada") == "llada-medv"
+    assert choose_preset("GSAI-ML/LLaDA-V", "llava_llada") == "llada-v"
+    assert choose_preset("LLaDA-V", "llada") == "llada", "a text-only model cannot have a prompt with images"
+    for preset in PRESETS.values():
+        assert preset.chat_template in CHAT_TEMPLATES
+        assert preset.max_new_tokens % preset.block_length == 0
+        assert preset.generation_options()["suppress_tokens"][0] == SPECIAL_TOKENS["<|mdm_mask|>"]
+
+
+def test_the_preset_is_used_without_converting(tmp_path):
+    folder = released.write_llava(tmp_path / "VQA_RAD_2E")
+    options = LLaDAMedVForConditionalGeneration.from_pretrained(folder).generation_config
+    assert (options.max_new_tokens, options.block_length, options.steps) == (64, 64, 64)
+    assert options.eos_token_id == [126348]
+
+
+# Folders that are no checkpoints
+
+
+@pytest.mark.parametrize(
+    ("keys", "config", "message"),
+    [
+        (["model.language_model.norm.weight"], {}, "own names already"),
+        (["model.transformer.wte.weight", "model.layers.0.x"], {}, "mixes two layouts"),
+        (["model.transformer.wte.weight", "model.mm_projector.0.bias"], {}, "mixes two layouts"),
+        (["model.mm_projector.0.bias"], {}, "a projector only"),
+        (["transformer.h.0.weight"], {}, "none of the released layouts"),
+        (["model.layers.0.x"], {"model_type": "llama"}, "`model_type` is 'llama'"),
+        (["model.layers.0.x"], {"model_type": "llada", "d_model": 8}, "the config of another one"),
+        (["model.transformer.wte.weight"], {"model_type": "llada"}, "the config of another one"),
+        (["model.layers.0.x", "model.mm_projector.0.bias"], {"model_type": "llada"}, "`model_type` is 'llada'"),
+    ],
+)
+def test_layouts_that_are_none(keys, config, message):
+    with pytest.raises(ValueError, match=message):
+        detect_layout(keys, config)
+
+
+def test_no_weights(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(released.OLMO_CONFIG))
+    with pytest.raises(ValueError, match=r"holds no weights: no model\*\.safetensors\.$"):
+        read_checkpoint(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*pickled weights are not loaded"):
+        read_checkpoint(tmp_path)
+
+
+def test_broken_configs(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        read_config(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            read_config(tmp_path)
+
+
+def test_broken_shards(tmp_path):
+    folder = released.write_olmo(tmp_path / "x", num_shards=3)
+    second = folder / "model-00002-of-00003.safetensors"
+    whole = second.read_bytes()
+    for cut in (whole[:-1], whole[:5], b""):
+        second.write_bytes(cut)
+        with pytest.raises(ValueError, match=r"model-00002-of-00003.*cut off or damaged"):
+            read_checkpoint(folder)
+    second.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="Git LFS pointer"):
+        read_checkpoint(folder)
+    second.unlink()
+    with pytest.raises(ValueError, match=r"lacks files that its index names: model-00002-of-00003"):
+        read_checkpoint(folder)
+    second.write_bytes(whole)
+    read_checkpoint(folder)
+
+
+def test_broken_indexes(tmp_path):
+    folder = released.write_olmo(tmp_path / "x", num_shards=2)
+    index = folder / "model.safetensors.index.json"
+    original = json.loads(index.read_text())
+    key, other = sorted(original["weight_map"])[:2]
+
+    def broken(change, message):
+        index.write_text(json.dumps(change))
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint(folder)
+
+    weight_map = original["weight_map"]
+    broken({}, "is not an index of weights")
+    broken({"weight_map": weight_map | {key: weight_map[other]}}, "which the index of")
+    broken({"weight_map": weight_map | {"model.x": weight_map[key]}}, r"names model\.x, which no file holds")
+    save_file({"model.extra": torch.ones(1)}, folder / "model-extra.safetensors")
+    broken(original, "does not name model-extra")
+    (folder / "model-extra.safetensors").unlink()
+    index.unlink()
+    with pytest.raises(ValueError, match=r"without model\.safetensors\.index\.json"):
+        read_checkpoint(folder)
+
+
+def test_the_same_key_twice(tmp_path):
+    folder = released.write_olmo(tmp_path / "x", num_shards=2)
+    first = folder / "model-00001-of-00002.safetensors"
+    second = folder / "model-00002-of-00002.safetensors"
+    double = next(iter(load_file(second)))
+    save_file(load_file(first) | {double: load_file(second)[double]}, first)
+    with pytest.raises(ValueError, match="which the index of"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "nothing", "./missing", "a b/c"])
+def test_sources_that_are_nothing(source):
+    with pytest.raises(ValueError, match="neither a folder nor a Hub id"):
+        resolve_source(source)
+
+
+def test_a_hub_id_without_a_hub():
+    with pytest.raises(ValueError, match="cannot be had from the Hub"):
+        resolve_source("nobody/nothing")
