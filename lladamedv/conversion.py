@@ -25,7 +25,11 @@ from transformers.dynamic_module_utils import custom_object_save
 
 import lladamedv
 from lladamedv.hub_cards import ConversionFacts, build_model_card
-from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
+from lladamedv.modeling_lladamedv import (
+    LLaDAMedVConfig,
+    LLaDAMedVForConditionalGeneration,
+    LLaDAMedVGenerationConfig,
+)
 from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import (
     PRESETS,
     SPECIAL_TOKENS,
@@ -47,7 +51,6 @@ from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
 
 
 _SPARE_BYTES = 2**26  # for everything that is not a weight
-_RELEASED_VOCABULARY = 126_464
 
 
 def convert_checkpoint(
@@ -223,7 +226,7 @@ def _load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, dict[str, in
 
 def _check_ids(tokenizer: PreTrainedTokenizerFast, config) -> None:
     """LLaDA's weights mean something with LLaDA's ids only."""
-    if config.text_config.vocab_size == _RELEASED_VOCABULARY:
+    if config.text_config.vocab_size == LLaDAMedVConfig().text_config.vocab_size:
         found = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
         moved = [f"{token} {found[token]} instead of {wanted}" for token, wanted in SPECIAL_TOKENS.items()
                  if found[token] != wanted]  # fmt: skip
