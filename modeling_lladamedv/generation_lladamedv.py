@@ -11,8 +11,23 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
+from .commit_rules_lladamedv import (
+    CandidateScores,
+    CountRuleConfig,
+    EntropyBoundRuleConfig,
+    FactorRuleConfig,
+    ThresholdRuleConfig,
+    build_commit_rule,
+    commit_schedule,
+)
 
-REMASKING = ("low_confidence", "random")
+
+# Options that replace the schedule, and the rules that they stand for.
+_ADAPTIVE_RULES = {
+    "confidence_threshold": ThresholdRuleConfig,
+    "factor": FactorRuleConfig,
+    "entropy_bound": EntropyBoundRuleConfig,
+}
 _DEFAULT_MAX_NEW_TOKENS = 256
 _DEFAULT_BLOCK_LENGTH = 64
 # Rows of logits that are turned into float64 at a time: exactness where it counts, without a second copy of them all.
@@ -36,10 +51,19 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
         cfg_scale (`float`, *optional*, defaults to 0.0):
             Strength of the classifier-free guidance `u + (cfg_scale + 1) * (c - u)`; 0 is off. It doubles the work.
         remasking (`str`, *optional*, defaults to `"low_confidence"`):
-            Which masked tokens stay masked at each step: the least probable ones, or `"random"` ones.
+            Which masked tokens stay masked at each step: those of the lowest probability (`"low_confidence"`), of the
+            smallest lead over the second-best token (`"margin"`), of the highest entropy (`"entropy"`), or `"random"`
+            ones. See `CountRuleConfig` in `commit_rules_lladamedv.py`, and there for the next four.
+        schedule_shift (`float`, *optional*):
+            LaViDa's α: below 1 commits more tokens in a block's early steps, above 1 in its late ones.
         confidence_threshold (`float`, *optional*):
             Instead of the fixed number of tokens per step, commit every token of the block at least this probable,
             and always the most probable one (Fast-dLLM, arXiv 2505.22618). In (0, 1].
+        factor (`float`, *optional*):
+            Instead of that, commit the r most probable tokens while the r-th has at least 1 - factor / (r + 1).
+        entropy_bound (`float`, *optional*):
+            Instead of that, commit the most certain tokens while the sum of their entropies (in nats, without the
+            largest) is at most this.
         suppress_tokens (`list[int]`, *optional*):
             Ids that are never proposed. If unset, the mask token alone; a list that leaves the mask token out lets
             the model propose it, and such a position stays masked, possibly to the end.
@@ -68,7 +92,10 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
         self.temperature = kwargs.pop("temperature", 0.0)
         self.cfg_scale = kwargs.pop("cfg_scale", 0.0)
         self.remasking = kwargs.pop("remasking", "low_confidence")
+        self.schedule_shift = kwargs.pop("schedule_shift", None)
         self.confidence_threshold = kwargs.pop("confidence_threshold", None)
+        self.factor = kwargs.pop("factor", None)
+        self.entropy_bound = kwargs.pop("entropy_bound", None)
         self.suppress_tokens = kwargs.pop("suppress_tokens", None)
         self.stop_strings = kwargs.pop("stop_strings", None)
         self.generation_suffix = kwargs.pop("generation_suffix", None)
@@ -95,6 +122,35 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
             bos_token_id=text_config.bos_token_id, pad_token_id=text_config.pad_token_id, _from_model_config=True
         )
 
+    def commit_rule_config(self):
+        """The config dataclass of the commit rule that the options ask for.
+
+        Raises:
+            ValueError: for a value that is not allowed, or options that exclude each other.
+        """
+        adaptive = [name for name in _ADAPTIVE_RULES if getattr(self, name) is not None]
+        counts = CountRuleConfig(self.remasking, self.schedule_shift)
+        if not adaptive:
+            return counts
+        name, value = adaptive[0], getattr(self, adaptive[0])
+        rule = _ADAPTIVE_RULES[name](value)
+        if len(adaptive) > 1:
+            other = getattr(self, adaptive[1])
+            raise ValueError(
+                f"`{name}` is {value} and `{adaptive[1]}` is {other}; each is a rule of its own: only one is allowed."
+            )
+        if self.remasking != "low_confidence":
+            raise ValueError(
+                f"`{name}` cannot be combined with remasking={self.remasking!r}, which it does not rank by; use "
+                "remasking='low_confidence'."
+            )
+        if self.schedule_shift is not None:
+            raise ValueError(
+                f"`schedule_shift` is {self.schedule_shift}, but with `{name}` no schedule counts the tokens; it must "
+                "be None."
+            )
+        return rule
+
     def validate(self, **kwargs):
         """Check every value by itself; what must fit together is checked by `generate`, which knows the prompt."""
         for name in ("max_new_tokens", "block_length", "steps"):
@@ -105,17 +161,7 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise ValueError(f"`{name}` is {value!r}; allowed are finite numbers of at least 0.")
-        if self.remasking not in REMASKING:
-            raise ValueError(f"`remasking` is {self.remasking!r}; allowed are {REMASKING}.")
-        threshold = self.confidence_threshold
-        if threshold is not None:
-            if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
-                raise ValueError(f"`confidence_threshold` is {threshold!r}; allowed are numbers in (0, 1].")
-            if self.remasking == "random":
-                raise ValueError(
-                    "`confidence_threshold` cannot be combined with remasking='random', which ignores confidence; "
-                    "use remasking='low_confidence'."
-                )
+        self.commit_rule_config()
         for name in ("output_history", "return_dict_in_generate"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are True and False.")
@@ -172,7 +218,7 @@ class LLaDAMedVGenerationMixin:
             a. Find the candidates: masked positions up to the end of the row's block and left of its stop.
             b. Compute logits at the candidates only, guided if asked for.
             c. Propose a token for each candidate, and its confidence.
-            d. Commit the k most confident proposals, k from the block's schedule (or all above the threshold).
+            d. Commit what the rule keeps: by default the k most confident proposals, k from the block's schedule.
             e. Look for a stop sequence, and move on to the next block, or finish the row.
         2. Cut every answer at its stop and append the suffix.
         ```
@@ -256,22 +302,16 @@ class LLaDAMedVGenerationMixin:
         logits[:, state.suppressed] = float("-inf")
 
         # 1.c. Propose a token for each candidate, and its confidence.
-        tokens, confidence = self._propose(logits, options.temperature)
+        tokens, values = self._propose(logits, options.temperature, state.rule.needs)
         proposed = canvas.masked_scatter(candidates, tokens)
-        confidences = torch.full(canvas.shape, float("-inf"), dtype=torch.float64, device=canvas.device)
-        confidences = confidences.masked_scatter(candidates, confidence)
+        empty = torch.zeros(canvas.shape, dtype=torch.float64, device=canvas.device)
+        scores = CandidateScores(**{name: empty.masked_scatter(candidates, value) for name, value in values.items()})
+        if "noise" in state.rule.needs:
+            scores.noise = self._random_scores(canvas)
 
-        # 1.d. Commit the k most confident proposals, k from the block's schedule (or all above the threshold).
-        if options.confidence_threshold is not None:
-            best = confidences.amax(dim=1, keepdim=True)
-            committed = candidates & (confidences >= best.clamp(max=options.confidence_threshold))
-        else:
-            scores = confidences
-            if options.remasking == "random":
-                scores = self._random_scores(canvas).masked_fill(~candidates, float("-inf"))
-            rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            committed = candidates & (rank < state.tokens_to_commit()[:, None])
-        state.commit(committed, proposed, confidences)
+        # 1.d. Commit what the rule keeps: by default the k most confident proposals, k from the block's schedule.
+        committed = state.rule(candidates, scores, state.tokens_to_commit())
+        state.commit(committed, proposed, scores.confidence)
 
         # 1.e. Look for a stop sequence, and move on to the next block, or finish the row.
         state.find_stops()
@@ -303,13 +343,13 @@ class LLaDAMedVGenerationMixin:
         return logits
 
     @staticmethod
-    def _propose(logits, temperature):
-        """Proposed token and its un-noised probability, each of shape `(candidates,)`.
+    def _propose(logits, temperature, needs=()):
+        """Proposed tokens `(candidates,)`, and what is known of them by its name in [`CandidateScores`].
 
         Float64, because float32 probabilities near 1 tie and low-precision Gumbel noise is biased (arXiv 2409.02908),
         a few rows at a time, because a float64 copy of all logits is large.
         """
-        tokens, confidence = [], []
+        tokens, values = [], {name: [] for name in ("confidence", *needs) if name != "noise"}
         for part in logits.split(max(1, _FLOAT64_ELEMENTS // logits.shape[-1])):
             part = part.double()
             noised = part
@@ -317,9 +357,15 @@ class LLaDAMedVGenerationMixin:
                 # argmax of exp(logits) / (-log u)^temperature, taken in the logarithm
                 noised = part - temperature * torch.rand_like(part).log_().neg_().log_()
             token = noised.argmax(dim=-1, keepdim=True)
-            tokens.append(token)
-            confidence.append((part.gather(-1, token) - part.logsumexp(dim=-1, keepdim=True)).exp())
-        return torch.cat(tokens).squeeze(-1), torch.cat(confidence).squeeze(-1)
+            tokens.append(token.squeeze(-1))
+            normalizer = part.logsumexp(dim=-1, keepdim=True)
+            values["confidence"].append((part.gather(-1, token) - normalizer).exp().squeeze(-1))
+            if "margin" in values:
+                first, second = (part.topk(2, dim=-1).values - normalizer).exp().unbind(dim=-1)
+                values["margin"].append(first - second)
+            if "entropy" in values:
+                values["entropy"].append(torch.special.entr((part - normalizer).exp()).sum(dim=-1))
+        return torch.cat(tokens), {name: torch.cat(parts) for name, parts in values.items()}
 
     @staticmethod
     def _random_scores(canvas):
@@ -467,7 +513,9 @@ class _DenoisingState:
         self.block_length = options.block_length
         self.num_blocks = length // options.block_length
         self.steps_per_block = options.steps // self.num_blocks
-        self.by_threshold = options.confidence_threshold is not None
+        self.rule = build_commit_rule(options.commit_rule_config())
+        # Rows are the numbers of masks that a block may start with.
+        self.schedule = commit_schedule(self.block_length, self.steps_per_block, options.schedule_shift).to(device)
         self.stops = [torch.tensor(stop, device=device) for stop in stops if len(stop) <= length]
         suppressed = options.suppress_tokens if options.suppress_tokens is not None else [self.mask_token_id]
         self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=device)
@@ -489,9 +537,9 @@ class _DenoisingState:
         return (self.block + 1) * self.block_length
 
     def tokens_to_commit(self):
-        """The schedule's k for each unfinished row: m // s, and one more in the first m % s steps."""
-        masks = self.masks_at_start[self.rows]
-        return masks // self.steps_per_block + (self.step[self.rows] < masks % self.steps_per_block)
+        """The schedule's k for each unfinished row."""
+        step = self.step[self.rows].clamp(max=self.steps_per_block - 1)  # an adaptive rule may take more steps
+        return self.schedule[self.masks_at_start[self.rows], step]
 
     def commit(self, committed, proposed, confidences):
         """Write the committed proposals into the canvas and take note of when and how sure."""
@@ -522,7 +570,7 @@ class _DenoisingState:
         canvas, stop, end = self.canvas[rows], self.stop[rows], self.block_end[rows]
         masked = (canvas == self.mask_token_id) & (self.positions < stop[:, None])
         left = (masked & (self.positions < end[:, None])).any(dim=1)
-        used_up = (self.step[rows] >= self.steps_per_block) & (not self.by_threshold)
+        used_up = (self.step[rows] >= self.steps_per_block) & (not self.rule.adaptive)
         done = ~left | used_up
         self.block[rows] += done
         self.step[rows] = torch.where(done, 0, self.step[rows])

@@ -4,12 +4,67 @@ Source: LLaDA (arXiv 2502.09992), algorithms 4 and 5, and the steps listed for t
 step runs the model on the whole row and softmaxes the whole vocabulary in float64.
 """
 
+import math
+
 import torch
 
 
+def most_probable(probabilities, quota):
+    """`probabilities` holds the distribution at each place; the places to commit, best first."""
+    return sorted(probabilities, key=lambda place: -max(probabilities[place]))[:quota]
+
+
+def largest_margin(probabilities, quota):
+    leads = {place: sorted(row)[-1] - sorted(row)[-2] for place, row in probabilities.items()}
+    return sorted(leads, key=lambda place: -leads[place])[:quota]
+
+
+def entropies(probabilities):
+    return {place: -sum(p * math.log(p) for p in row if p > 0) for place, row in probabilities.items()}
+
+
+def smallest_entropy(probabilities, quota):
+    values = entropies(probabilities)
+    return sorted(values, key=lambda place: values[place])[:quota]
+
+
+def above_threshold(threshold):
+    def choose(probabilities, quota):
+        best = max(max(row) for row in probabilities.values())
+        return [place for place, row in probabilities.items() if max(row) >= threshold or max(row) == best]
+
+    return choose
+
+
+def by_factor(factor):
+    def choose(probabilities, quota):
+        kept = []
+        for rank, place in enumerate(most_probable(probabilities, len(probabilities)), start=1):
+            if rank > 1 and max(probabilities[place]) < 1 - factor / (rank + 1):
+                break
+            kept.append(place)
+        return kept
+
+    return choose
+
+
+def by_entropy_bound(bound):
+    def choose(probabilities, quota):
+        values = entropies(probabilities)
+        kept = []
+        for place in sorted(values, key=lambda place: values[place]):
+            if kept and sum(values[other] for other in kept) > bound:
+                break
+            kept.append(place)
+        return kept
+
+    return choose
+
+
 def denoise(
-    model, prompt, pixel_values, length, block_length, steps, cfg_scale=0.0, suppressed=(), stops=(), suffix=()
-):
+    model, prompt, pixel_values, length, block_length, steps, cfg_scale=0.0, suppressed=(), stops=(), suffix=(),
+    choose=most_probable, adaptive=False,
+):  # fmt: skip
     """Answer token ids, with the (step, position) order of commits."""
     mask = model.config.mask_token_id
     row = list(prompt) + [mask] * length + list(suffix)
@@ -19,7 +74,7 @@ def denoise(
         end = (block + 1) * block_length
         masks = sum(row[start + i] == mask for i in range(block * block_length, end))
         per_step = steps // blocks
-        for step in range(per_step):
+        for step in range(block_length if adaptive else per_step):
             open_places = [i for i in range(min(end, stop)) if row[start + i] == mask]
             if not open_places:
                 break
@@ -31,12 +86,8 @@ def denoise(
                 logits = free + (cfg_scale + 1) * (logits - free)
             logits[:, list(suppressed)] = -torch.inf
             probabilities = logits.softmax(-1)
-            choices = [
-                (probabilities[start + i].max().item(), i, probabilities[start + i].argmax().item())
-                for i in open_places
-            ]
-            for _, place, token in sorted(choices, reverse=True)[:quota]:
-                row[start + place] = token
+            for place in choose({i: probabilities[start + i].tolist() for i in open_places}, quota):
+                row[start + place] = probabilities[start + place].argmax().item()
                 commits.append((number, place))
             number += 1
             canvas = row[start : start + length]
