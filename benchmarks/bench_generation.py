@@ -21,6 +21,7 @@ import torch
 from naive_generation import generate as naive_generate
 
 from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
+from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import PRESETS
 
 
 SIZES = {
@@ -46,6 +47,10 @@ MODES = {
     "exact": {},
     "half the steps": {"steps": 0.5},
     "quarter of the steps": {"steps": 0.25},
+    "prefix cache": {"use_cache": True, "cache_implementation": "prefix"},
+    "dual cache": {"use_cache": True},
+    "dual cache, refresh 16": {"use_cache": True, "cache_refresh_interval": 16},
+    "dual, quarter of steps": {"use_cache": True, "steps": 0.25},
 }
 
 
@@ -66,7 +71,7 @@ def build_inputs(model, size: dict) -> dict[str, torch.Tensor]:
     """An image's tokens and a question of random ids."""
     vision = model.config.vision_config
     tokens = (vision.image_size // vision.patch_size) ** 2
-    question = torch.randint(0, 126_000, (1, size["question"]), generator=torch.Generator().manual_seed(1))
+    question = torch.randint(0, 100_000, (1, size["question"]), generator=torch.Generator().manual_seed(1))
     ids = torch.cat([torch.full((1, tokens), model.config.image_token_id), question], dim=1)
     pixels = torch.randn(1, 1, 3, vision.image_size, vision.image_size, generator=torch.Generator().manual_seed(2))
     return {"input_ids": ids.to(model.device), "pixel_values": pixels.to(model.device)}
@@ -101,7 +106,7 @@ class PeakMemory:
 
 def run_mode(model, inputs, options: dict | None, length: int, block: int, device: str) -> dict:
     """One answer: seconds, forward passes, peak bytes and the tokens; `None` is the plain loop."""
-    suppressed = [model.config.mask_token_id, *range(126_080, 126_082), 126_346, 126_347]
+    suppressed = PRESETS["llada-medv"].generation_options()["suppress_tokens"]
     with PeakMemory(device) as memory:
         start = time.perf_counter()
         if options is None:

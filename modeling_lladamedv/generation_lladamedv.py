@@ -20,6 +20,7 @@ from .commit_rules_lladamedv import (
     build_commit_rule,
     commit_schedule,
 )
+from .denoising_cache_lladamedv import CACHE_IMPLEMENTATIONS, DenoisingCache
 
 
 # Options that replace the schedule, and the rules that they stand for.
@@ -30,8 +31,10 @@ _ADAPTIVE_RULES = {
 }
 _DEFAULT_MAX_NEW_TOKENS = 256
 _DEFAULT_BLOCK_LENGTH = 64
-# Rows of logits that are turned into float64 at a time: exactness where it counts, without a second copy of them all.
-_FLOAT64_ELEMENTS = 2**22
+# Logits that are turned into float64 at a time: exactness where it counts, without a second copy of them all. On a CPU
+# what fits into its cache, on a GPU what keeps it busy.
+_FLOAT64_ELEMENTS_CPU = 2**18
+_FLOAT64_ELEMENTS_GPU = 2**24
 
 
 class LLaDAMedVGenerationConfig(GenerationConfig):
@@ -64,6 +67,15 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
         entropy_bound (`float`, *optional*):
             Instead of that, commit the most certain tokens while the sum of their entropies (in nats, without the
             largest) is at most this.
+        use_cache (`bool`, *optional*, defaults to `False`):
+            Whether steps after a block's first run only a part of the row, on cached states of the rest. Much faster,
+            and an approximation: the cached states do not see the tokens committed since.
+        cache_implementation (`str`, *optional*):
+            With `use_cache`: `"dual"` (the default there) runs the block alone, `"prefix"` the block and everything
+            right of it (Fast-dLLM, arXiv 2505.22618).
+        cache_refresh_interval (`int`, *optional*):
+            With `use_cache`: run the whole row again after this many steps within a block too, not only when a block
+            begins. With 1 nothing is approximated.
         suppress_tokens (`list[int]`, *optional*):
             Ids that are never proposed. If unset, the mask token alone; a list that leaves the mask token out lets
             the model propose it, and such a position stays masked, possibly to the end.
@@ -96,6 +108,9 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
         self.confidence_threshold = kwargs.pop("confidence_threshold", None)
         self.factor = kwargs.pop("factor", None)
         self.entropy_bound = kwargs.pop("entropy_bound", None)
+        self.use_cache = kwargs.pop("use_cache", False)
+        self.cache_implementation = kwargs.pop("cache_implementation", None)
+        self.cache_refresh_interval = kwargs.pop("cache_refresh_interval", None)
         self.suppress_tokens = kwargs.pop("suppress_tokens", None)
         self.stop_strings = kwargs.pop("stop_strings", None)
         self.generation_suffix = kwargs.pop("generation_suffix", None)
@@ -153,7 +168,7 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
 
     def validate(self, **kwargs):
         """Check every value by itself; what must fit together is checked by `generate`, which knows the prompt."""
-        for name in ("max_new_tokens", "block_length", "steps"):
+        for name in ("max_new_tokens", "block_length", "steps", "cache_refresh_interval"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers of at least 1.")
@@ -162,7 +177,14 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise ValueError(f"`{name}` is {value!r}; allowed are finite numbers of at least 0.")
         self.commit_rule_config()
-        for name in ("output_history", "return_dict_in_generate"):
+        if self.cache_implementation not in (None, *CACHE_IMPLEMENTATIONS):
+            raise ValueError(
+                f"`cache_implementation` is {self.cache_implementation!r}; allowed are {CACHE_IMPLEMENTATIONS}."
+            )
+        for name in ("cache_implementation", "cache_refresh_interval"):
+            if getattr(self, name) is not None and not self.use_cache:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, which is allowed with use_cache=True only.")
+        for name in ("use_cache", "output_history", "return_dict_in_generate"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are True and False.")
 
@@ -178,6 +200,8 @@ class LLaDAMedVGenerationOutput(ModelOutput):
             Tokens of the answer per forward pass that the row took part in.
         num_forwards (`torch.LongTensor` of shape `(batch,)`):
             Forward passes that the row took part in.
+        num_full_forwards (`torch.LongTensor` of shape `(batch,)`):
+            Those of them that ran the whole row; with `use_cache` the others ran a part of it.
         commit_confidence (`torch.DoubleTensor` of shape `(batch, max_new_tokens)`):
             Probability of each canvas token when it was committed; NaN where none was.
         commit_step (`torch.LongTensor` of shape `(batch, max_new_tokens)`):
@@ -189,6 +213,7 @@ class LLaDAMedVGenerationOutput(ModelOutput):
     sequences: torch.LongTensor = None
     tokens_per_forward: torch.FloatTensor = None
     num_forwards: torch.LongTensor = None
+    num_full_forwards: torch.LongTensor = None
     commit_confidence: torch.DoubleTensor = None
     commit_step: torch.LongTensor = None
     history: torch.LongTensor | None = None
@@ -216,7 +241,8 @@ class LLaDAMedVGenerationMixin:
         0. Check the arguments, embed the prompts and lay a canvas of masks (and the fixed suffix) behind each.
         1. While a row is unfinished, one forward pass over all unfinished rows:
             a. Find the candidates: masked positions up to the end of the row's block and left of its stop.
-            b. Compute logits at the candidates only, guided if asked for.
+            b. Compute logits at the candidates only, guided if asked for. With a cache, rows that need no refresh run
+               only their block, or what begins with it.
             c. Propose a token for each candidate, and its confidence.
             d. Commit what the rule keeps: by default the k most confident proposals, k from the block's schedule.
             e. Look for a stop sequence, and move on to the next block, or finish the row.
@@ -257,6 +283,11 @@ class LLaDAMedVGenerationMixin:
         state.prompt_embeds, _ = self.model.get_multimodal_embeddings(
             input_ids, pixel_values, image_sizes, batch_num_images
         )
+        if options.use_cache:
+            num_rows = len(input_ids) * (2 if options.cfg_scale > 0 else 1)
+            row_length = input_ids.shape[1] + options.max_new_tokens + len(suffix)
+            num_layers = self.config.get_text_config().num_hidden_layers
+            state.cache = DenoisingCache(num_layers, num_rows, row_length)
         if streamer is not None:
             streamer.put(input_ids.cpu())
 
@@ -283,6 +314,7 @@ class LLaDAMedVGenerationMixin:
             sequences=sequences,
             tokens_per_forward=state.stop / state.num_forwards,
             num_forwards=state.num_forwards,
+            num_full_forwards=state.num_full_forwards,
             commit_confidence=state.commit_confidence,
             commit_step=state.commit_step,
             history=torch.stack(history) if options.output_history else None,
@@ -296,9 +328,23 @@ class LLaDAMedVGenerationMixin:
         # 1.a. Find the candidates: masked positions up to the end of the row's block and left of its stop.
         limit = torch.minimum(state.block_end[rows], state.stop[rows])
         candidates = (canvas == state.mask_token_id) & (state.positions < limit[:, None])
+        passes = state.plan_passes(options)
+        for part, start in passes:
+            if start is not None:  # what a partial pass does not run has no logits
+                candidates[part] &= state.positions >= start[:, None]
 
-        # 1.b. Compute logits at the candidates only, guided if asked for.
-        logits = self._candidate_logits(state, candidates, options.cfg_scale)  # (candidates, vocabulary)
+        # 1.b. Compute logits at the candidates only, guided if asked for. With a cache, rows that need no refresh run
+        # only their block, or what begins with it.
+        parts = [self._candidate_logits(state, part, start, candidates[part], options) for part, start in passes]
+        logits = parts[0]
+        if len(parts) > 1:
+            owner = torch.empty(len(rows), dtype=torch.long, device=rows.device)
+            for number, (part, _) in enumerate(passes):
+                owner[part] = number
+            owner = owner[:, None].expand_as(candidates)[candidates]
+            logits = torch.empty(len(owner), logits.shape[-1], dtype=logits.dtype, device=logits.device)
+            for number, values in enumerate(parts):
+                logits[owner == number] = values
         logits[:, state.suppressed] = float("-inf")
 
         # 1.c. Propose a token for each candidate, and its confidence.
@@ -317,29 +363,57 @@ class LLaDAMedVGenerationMixin:
         state.find_stops()
         state.advance()
 
-    def _candidate_logits(self, state, candidates, cfg_scale):
-        """Logits in at least float32 at the candidate positions, `(number of candidates, vocabulary)`."""
-        prompt_embeds, prompt_mask = state.prompt_embeds[state.rows], state.prompt_mask[state.rows]
-        row_ids = torch.cat([state.canvas[state.rows], state.suffix.expand(len(state.rows), -1)], dim=1)
-        row_embeds = self.get_input_embeddings()(row_ids)
-        inputs_embeds = torch.cat([prompt_embeds, row_embeds], dim=1)
-        keep = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-        keep[:, prompt_embeds.shape[1] : prompt_embeds.shape[1] + candidates.shape[1]] = candidates
-        attention_mask = None
-        if not state.unpadded:
-            attention_mask = torch.cat([prompt_mask, torch.ones_like(row_ids)], dim=1)
-        if cfg_scale > 0:
+    def _candidate_logits(self, state, part, start, candidates, options):
+        """Logits in at least float32 at the candidates of one pass, `(number of candidates, vocabulary)`.
+
+        Args:
+            part: which of the unfinished rows the pass runs.
+            start: for each, where in its canvas a partial pass begins; `None` for a full pass.
+            candidates: `(rows of the pass, canvas)`.
+        """
+        rows = state.rows[part]
+        embed = self.get_input_embeddings()
+        prompt_mask, prompt_length = state.prompt_mask[rows], state.prompt_mask.shape[1]
+        row_ids = torch.cat([state.canvas[rows], state.suffix.expand(len(rows), -1)], dim=1)
+        row_mask = torch.cat([prompt_mask, torch.ones_like(row_ids)], dim=1)
+        position_ids = (row_mask.cumsum(dim=1) - 1).clamp(min=0)  # a row's padding is not counted
+        keep = torch.nn.functional.pad(candidates, (prompt_length, len(state.suffix)))  # (rows, row length)
+        if start is None:
+            state.num_full_forwards[rows] += 1
+            places = None
+            row_embeds = embed(row_ids)
+            inputs_embeds = torch.cat([state.prompt_embeds[rows], row_embeds], dim=1)
+        else:
+            # All rows of the pass run equally many positions: one block, or in the same block all that is left.
+            dual = options.cache_implementation != "prefix"
+            width = options.block_length if dual else row_ids.shape[1] - int(start[0])
+            places = start[:, None] + torch.arange(width, device=rows.device)  # (rows, width), within the canvas
+            inputs_embeds = embed(row_ids.gather(1, places))
+            places = places + prompt_length
+            position_ids, keep = position_ids.gather(1, places), keep.gather(1, places)
+        if options.cfg_scale > 0:
             # The unconditional row has the same length, with a mask for every prompt token.
-            blank = self.get_input_embeddings()(torch.full_like(prompt_mask, state.mask_token_id))
-            inputs_embeds = torch.cat([inputs_embeds, torch.cat([blank, row_embeds], dim=1)])
-            keep = keep.repeat(2, 1)
-            attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
-        logits = self(inputs_embeds=inputs_embeds, attention_mask=attention_mask, logits_to_keep=keep).logits
+            blank = inputs_embeds
+            if start is None:
+                blank = torch.cat([embed(torch.full_like(prompt_mask, state.mask_token_id)), row_embeds], dim=1)
+            inputs_embeds = torch.cat([inputs_embeds, blank])
+            row_mask, position_ids, keep = (part.repeat(2, 1) for part in (row_mask, position_ids, keep))
+            places = None if places is None else places.repeat(2, 1)
+            rows = torch.cat([rows, rows + len(state.canvas)])
+        cache = state.cache.select(rows, places) if options.use_cache else None
+        attention_mask = None if state.unpadded else row_mask
+        logits = self(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            logits_to_keep=keep,
+        ).logits
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        if cfg_scale > 0:
+        if options.cfg_scale > 0:
             conditional, unconditional = logits.chunk(2)
-            logits = unconditional + (cfg_scale + 1) * (conditional - unconditional)
+            logits = unconditional + (options.cfg_scale + 1) * (conditional - unconditional)
         return logits
 
     @staticmethod
@@ -350,7 +424,8 @@ class LLaDAMedVGenerationMixin:
         a few rows at a time, because a float64 copy of all logits is large.
         """
         tokens, values = [], {name: [] for name in ("confidence", *needs) if name != "noise"}
-        for part in logits.split(max(1, _FLOAT64_ELEMENTS // logits.shape[-1])):
+        elements = _FLOAT64_ELEMENTS_CPU if logits.device.type == "cpu" else _FLOAT64_ELEMENTS_GPU
+        for part in logits.split(max(1, elements // logits.shape[-1])):
             part = part.double()
             noised = part
             if temperature > 0:
@@ -528,6 +603,7 @@ class _DenoisingState:
         self.step = torch.zeros(batch, dtype=torch.long, device=device)  # within the block
         self.masks_at_start = torch.full((batch,), self.block_length, device=device)  # of the block
         self.num_forwards = torch.zeros(batch, dtype=torch.long, device=device)
+        self.num_full_forwards = torch.zeros(batch, dtype=torch.long, device=device)
         self.commit_step = torch.full((batch, length), -1, device=device)
         self.commit_confidence = torch.full((batch, length), float("nan"), dtype=torch.float64, device=device)
         self.rows = torch.arange(batch, device=device)
@@ -535,6 +611,26 @@ class _DenoisingState:
     @property
     def block_end(self):
         return (self.block + 1) * self.block_length
+
+    def plan_passes(self, options):
+        """The forward passes of this step: pairs of rows (indices into `rows`), and where in its canvas each begins,
+        or `None` for whole rows.
+
+        A row's passes depend on its own block and step alone, so that neighbours change nothing. Rows of a partial
+        pass run equally many positions; with the prefix cache those are rows in the same block.
+        """
+        everything = torch.arange(len(self.rows), device=self.rows.device)
+        if not options.use_cache:
+            return [(everything, None)]
+        step = self.step[self.rows]
+        interval = options.cache_refresh_interval
+        full = step == 0 if interval is None else step % interval == 0
+        start = self.block[self.rows] * self.block_length
+        passes = [(everything[full], None)] if bool(full.any()) else []
+        parts = [~full]
+        if options.cache_implementation == "prefix":
+            parts = [~full & (start == value) for value in start[~full].unique()]
+        return passes + [(everything[part], start[part]) for part in parts if bool(part.any())]
 
     def tokens_to_commit(self):
         """The schedule's k for each unfinished row."""
@@ -570,7 +666,9 @@ class _DenoisingState:
         canvas, stop, end = self.canvas[rows], self.stop[rows], self.block_end[rows]
         masked = (canvas == self.mask_token_id) & (self.positions < stop[:, None])
         left = (masked & (self.positions < end[:, None])).any(dim=1)
-        used_up = (self.step[rows] >= self.steps_per_block) & (not self.rule.adaptive)
+        # An adaptive rule commits at least one token a step, and so needs no more steps than the block has places,
+        # unless the model proposes the mask itself.
+        used_up = self.step[rows] >= (self.block_length if self.rule.adaptive else self.steps_per_block)
         done = ~left | used_up
         self.block[rows] += done
         self.step[rows] = torch.where(done, 0, self.step[rows])

@@ -63,9 +63,12 @@ def by_entropy_bound(bound):
 
 def denoise(
     model, prompt, pixel_values, length, block_length, steps, cfg_scale=0.0, suppressed=(), stops=(), suffix=(),
-    choose=most_probable, adaptive=False,
+    choose=most_probable, adaptive=False, forward=None,
 ):  # fmt: skip
-    """Answer token ids, with the (step, position) order of commits."""
+    """Answer token ids, with the (step, position) order of commits.
+
+    `forward(row, block_start, step_in_block)`, if given, replaces the model: it returns `(row length, vocabulary)`.
+    """
     mask = model.config.mask_token_id
     row = list(prompt) + [mask] * length + list(suffix)
     start, blocks = len(prompt), length // block_length
@@ -79,7 +82,10 @@ def denoise(
             if not open_places:
                 break
             quota = masks // per_step + (1 if step < masks % per_step else 0)
-            logits = model(input_ids=torch.tensor([row]), pixel_values=pixel_values).logits[0].double()
+            if forward is not None:
+                logits = forward(row, start + block * block_length, step).double()
+            else:
+                logits = model(input_ids=torch.tensor([row]), pixel_values=pixel_values).logits[0].double()
             if cfg_scale:
                 blank = [mask] * start + row[start:]
                 free = model(input_ids=torch.tensor([blank])).logits[0].double()

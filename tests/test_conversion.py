@@ -62,7 +62,7 @@ def test_a_complete_folder(tmp_path, source, tokenizer):
     expected = {
         "README.md", "additional_chat_templates", "chat_template.jinja", "config.json", "configuration_lladamedv.py",
         "conversion_report.json", "checkpoint_layouts_lladamedv.py", "commit_rules_lladamedv.py",
-        "generation_config.json",
+        "denoising_cache_lladamedv.py", "generation_config.json",
         "generation_lladamedv.py", "image_processing_lladamedv.py", "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors", "model.safetensors.index.json", "modeling_lladamedv.py",
         "processing_lladamedv.py", "processor_config.json", "tokenizer.json", "tokenizer_config.json",

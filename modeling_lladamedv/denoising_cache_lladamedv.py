@@ -1,0 +1,80 @@
+"""Keys and values of whole rows, for steps that run only a part of the row: Fast-dLLM's caches (arXiv 2505.22618).
+
+Attention has no direction here, so a committed token changes the states of everything before it, and cached states grow
+stale: a cache is an approximation. A full pass writes every slot; a partial one overwrites the slots of the positions
+that it runs and attends to all of them, each key where it was in the full pass.
+"""
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+
+CACHE_IMPLEMENTATIONS = ("prefix", "dual")
+
+
+class DenoisingCacheLayer(CacheLayerMixin):
+    """One layer's keys and values, `(rows, heads, row length, head width)` each."""
+
+    def __init__(self, cache: "DenoisingCache"):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states, value_states):
+        shape = (self.cache.num_rows, key_states.shape[1], self.cache.row_length)
+        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Write the states of the pass; returns what it attends to.
+
+        Args:
+            key_states, value_states: `(rows of the pass, heads, positions of the pass, head width)`.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, positions = self.cache.rows, self.cache.positions
+        if positions is None:
+            self.keys[rows], self.values[rows] = key_states, value_states
+            return key_states, value_states
+        place = (rows[:, None], slice(None), positions)
+        self.keys[place] = key_states.transpose(1, 2)
+        self.values[place] = value_states.transpose(1, 2)
+        if len(rows) == self.cache.num_rows:
+            return self.keys, self.values
+        return self.keys[rows], self.values[rows]
+
+    def get_mask_sizes(self, query_length):
+        return self.cache.row_length, 0
+
+    def get_seq_length(self):
+        return self.cache.row_length if self.is_initialized else 0
+
+    def get_max_length(self):
+        return self.cache.row_length
+
+
+class DenoisingCache(Cache):
+    """A [`DenoisingCacheLayer`] for each layer, and which rows and positions the current pass runs.
+
+    Args:
+        num_layers: of the language model.
+        num_rows: rows of the batch, unconditional ones included.
+        row_length: positions of a row: prompt, canvas and suffix.
+    """
+
+    def __init__(self, num_layers: int, num_rows: int, row_length: int):
+        super().__init__(layers=[DenoisingCacheLayer(self) for _ in range(num_layers)])
+        self.num_rows = num_rows
+        self.row_length = row_length
+        self.rows: torch.LongTensor | None = None
+        self.positions: torch.LongTensor | None = None
+
+    def select(self, rows: torch.LongTensor, positions: torch.LongTensor | None = None) -> "DenoisingCache":
+        """Say what the next pass runs: rows in ascending order, and `(rows, positions)` of each, or `None` for all."""
+        self.rows, self.positions = rows, positions
+        return self
+
+
+__all__ = ["CACHE_IMPLEMENTATIONS", "DenoisingCache"]
