@@ -397,7 +397,7 @@ class LLaDAMedVGenerationMixin:
             if start is None:
                 blank = torch.cat([embed(torch.full_like(prompt_mask, state.mask_token_id)), row_embeds], dim=1)
             inputs_embeds = torch.cat([inputs_embeds, blank])
-            row_mask, position_ids, keep = (part.repeat(2, 1) for part in (row_mask, position_ids, keep))
+            row_mask, position_ids, keep = (each.repeat(2, 1) for each in (row_mask, position_ids, keep))
             places = None if places is None else places.repeat(2, 1)
             rows = torch.cat([rows, rows + len(state.canvas)])
         cache = state.cache.select(rows, places) if options.use_cache else None
