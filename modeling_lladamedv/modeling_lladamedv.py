@@ -25,6 +25,7 @@ from .checkpoint_layouts_lladamedv import (
 )
 from .configuration_lladamedv import LLaDAMedVConfig
 from .generation_lladamedv import LLaDAMedVGenerationConfig, LLaDAMedVGenerationMixin
+from .scoring_lladamedv import LLaDAMedVScoringMixin
 
 
 class LLaDAMedVPreTrainedModel(PreTrainedModel):
@@ -340,8 +341,11 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         )
 
 
-class LLaDAMedVForConditionalGeneration(LLaDAMedVPreTrainedModel, LLaDAMedVGenerationMixin, GenerationMixin):
-    """LLaDA-MedV with its output layer and the denoising [`~LLaDAMedVGenerationMixin.generate`]."""
+class LLaDAMedVForConditionalGeneration(
+    LLaDAMedVPreTrainedModel, LLaDAMedVGenerationMixin, LLaDAMedVScoringMixin, GenerationMixin
+):
+    """LLaDA-MedV with its output layer, the denoising [`~LLaDAMedVGenerationMixin.generate`] and
+    [`~LLaDAMedVScoringMixin.score`], which says how likely given answers are."""
 
     generation_config_class = LLaDAMedVGenerationConfig
 

@@ -65,7 +65,8 @@ def test_a_complete_folder(tmp_path, source, tokenizer):
         "denoising_cache_lladamedv.py", "generation_config.json",
         "generation_lladamedv.py", "image_processing_lladamedv.py", "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors", "model.safetensors.index.json", "modeling_lladamedv.py",
-        "processing_lladamedv.py", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
+        "processing_lladamedv.py", "processor_config.json", "scoring_lladamedv.py", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
     assert {path.name for path in out.iterdir()} == expected
     assert [path.name for path in out.parent.iterdir()] == ["out"]

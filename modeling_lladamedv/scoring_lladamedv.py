@@ -1,0 +1,189 @@
+"""How likely an answer is: the bound on the log-likelihood that a masked-diffusion model is trained on, of given texts.
+
+Source: LLaDA (arXiv 2502.09992, equation 6 and algorithm 3). With l of the L answer tokens masked, l uniform in 1…L and
+the places uniform, the bound is the mean of (L / l) · Σ log p(token | prompt, unmasked tokens) over the masked places.
+It is also the mean, over all orders of revealing the tokens one by one, of the sum of their log-probabilities.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class LLaDAMedVScoreOutput(ModelOutput):
+    """What `score` returns; `candidates` counts those of the row that has most, and rows with fewer are filled up.
+
+    Args:
+        log_likelihood (`torch.DoubleTensor` of shape `(batch, candidates)`):
+            The bound, in nats; -inf where a row has no such candidate.
+        standard_error (`torch.DoubleTensor` of shape `(batch, candidates)`):
+            Of the estimate; 0 where it is exact, NaN where a row has no such candidate.
+        num_tokens (`torch.LongTensor` of shape `(batch, candidates)`):
+            Tokens that were scored, the appended end token included.
+    """
+
+    log_likelihood: torch.DoubleTensor = None
+    standard_error: torch.DoubleTensor = None
+    num_tokens: torch.LongTensor = None
+
+
+class LLaDAMedVScoringMixin:
+    """`score` for a model whose `forward` is bidirectional and whose config has a `mask_token_id`."""
+
+    @torch.no_grad()
+    def score(
+        self,
+        input_ids: torch.LongTensor,
+        candidates: list,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+        tokenizer=None,
+        append_eos: bool = True,
+        max_exact_tokens: int = 8,
+        num_samples: int = 128,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> LLaDAMedVScoreOutput:
+        """Score candidate answers, for example "Yes" and "No", or the options of a multiple-choice question.
+
+        Args:
+            input_ids (`(batch, prompt)`): prompts, padded on either side if `attention_mask` says so.
+            candidates: the answers: texts (with `tokenizer`) or lists of ids, the same for every prompt; or one such
+                list per prompt.
+            attention_mask (`(batch, prompt)`, *optional*): 1 for tokens, 0 for padding.
+            pixel_values, image_sizes, batch_num_images: as the processor returns them.
+            tokenizer: turns texts into ids.
+            append_eos: whether the end of the answer (the first `eos_token_id` of the generation config, if there is
+                one) is scored too, so that "No" is not preferred to "No effusion" for ending early.
+            max_exact_tokens: candidates of up to this many tokens are evaluated on all subsets of masks, which takes
+                2^L - 1 rows; at most 12.
+            num_samples: masks drawn for longer ones.
+            seed: of the draws; candidates of the same length share them, which makes their difference less noisy.
+            batch_size: rows per forward pass.
+
+        Returns:
+            [`LLaDAMedVScoreOutput`].
+
+        Raises:
+            ValueError: before any forward pass, for a value that is not allowed, an empty candidate, one that holds
+                the mask token, or a row longer than the model's context.
+        """
+        for name, value, top in (
+            ("max_exact_tokens", max_exact_tokens, 12),
+            ("num_samples", num_samples, None),
+            ("batch_size", batch_size, None),
+        ):
+            least = {"max_exact_tokens": 0, "num_samples": 2}.get(name, 1)
+            number = isinstance(value, int) and not isinstance(value, bool)
+            if not number or value < least or (top is not None and value > top):
+                bound = f"of at least {least}" if top is None else f"from {least} to {top}"
+                raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers {bound}.")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        answers = self._prepare_candidates(candidates, len(input_ids), tokenizer, append_eos)
+        longest = max(len(answer) for row in answers for answer in row)
+        total = int(attention_mask.sum(dim=1).max()) + longest
+        context = self.config.get_text_config().max_position_embeddings
+        if total > context:
+            raise ValueError(
+                f"A prompt and the longest candidate ({longest} tokens) need {total} positions; the model's context "
+                f"allows {context}."
+            )
+        prompts, _ = self.model.get_multimodal_embeddings(input_ids, pixel_values, image_sizes, batch_num_images)
+
+        shape = (len(answers), max(len(row) for row in answers))
+        scores = torch.full(shape, -math.inf, dtype=torch.float64)
+        errors = torch.full(shape, math.nan, dtype=torch.float64)
+        counts = torch.zeros(shape, dtype=torch.long)
+        for row, candidates_of_row in enumerate(answers):
+            prompt = prompts[row, attention_mask[row].bool()]  # without its padding, so that neighbours change nothing
+            for place, answer in enumerate(candidates_of_row):
+                answer = torch.tensor(answer, device=input_ids.device)
+                exact = len(answer) <= max_exact_tokens
+                masks = _all_masks(len(answer)) if exact else _random_masks(len(answer), num_samples, seed)
+                values = self._masked_log_probability(prompt, answer, masks.to(input_ids.device), batch_size).cpu()
+                sizes = masks.sum(dim=1)
+                values = values * len(answer) / sizes
+                if exact:
+                    # Every number of masks weighs the same, and within it every subset.
+                    subsets = torch.tensor([math.comb(len(answer), int(size)) for size in sizes])
+                    scores[row, place] = (values / subsets).sum() / len(answer)
+                    errors[row, place] = 0
+                else:
+                    scores[row, place] = values.mean()
+                    errors[row, place] = values.std() / num_samples**0.5
+                counts[row, place] = len(answer)
+        return LLaDAMedVScoreOutput(log_likelihood=scores, standard_error=errors, num_tokens=counts)
+
+    def _prepare_candidates(self, candidates, batch, tokenizer, append_eos) -> list[list[list[int]]]:
+        """Ids of the candidates of each row."""
+        if not isinstance(candidates, (list, tuple)) or not candidates:
+            raise ValueError(
+                f"`candidates` is {candidates!r}; allowed are non-empty lists of texts or of lists of ids."
+            )
+        nested = all(isinstance(row, (list, tuple)) and row and not isinstance(row[0], int) for row in candidates)
+        rows = list(candidates) if nested else [candidates] * batch
+        if len(rows) != batch:
+            raise ValueError(f"`candidates` holds lists for {len(rows)} prompts; `input_ids` holds {batch}.")
+        eos = self.generation_config.eos_token_id if append_eos else None
+        end = [] if eos is None else [eos if isinstance(eos, int) else eos[0]]
+        prepared = []
+        for row in rows:
+            prepared.append([])
+            for candidate in row:
+                ids = candidate
+                if isinstance(candidate, str):
+                    if tokenizer is None:
+                        raise ValueError(f"`candidates` holds the text {candidate!r}; texts need `tokenizer`.")
+                    ids = tokenizer(candidate, add_special_tokens=False).input_ids
+                ids = [int(token) for token in ids]
+                size = self.config.get_text_config().vocab_size
+                if not ids or self.config.mask_token_id in ids or not all(0 <= token < size for token in ids):
+                    raise ValueError(
+                        f"`candidates` holds {candidate!r}; allowed are non-empty answers of ids below {size} without "
+                        f"the mask token {self.config.mask_token_id}."
+                    )
+                prepared[-1].append(ids + end)
+        return prepared
+
+    def _masked_log_probability(self, prompt, answer, masks, batch_size) -> torch.DoubleTensor:
+        """Sum of the log-probabilities of the masked tokens, for each of `masks` `(masks, answer)`."""
+        embed = self.get_input_embeddings()
+        sums = []
+        for part in masks.split(batch_size):
+            ids = torch.where(part, self.config.mask_token_id, answer)  # (rows, answer)
+            embeds = torch.cat([prompt.expand(len(part), -1, -1), embed(ids)], dim=1)
+            keep = torch.nn.functional.pad(part, (len(prompt), 0))
+            logits = self(inputs_embeds=embeds, logits_to_keep=keep).logits  # (masked tokens, vocabulary)
+            targets = answer.expand(len(part), -1)[part]
+            chosen = []
+            for values, target in zip(logits.split(8), targets.split(8)):  # a float64 copy of all would be large
+                values = values.double()
+                chosen.append(values.gather(-1, target[:, None])[:, 0] - values.logsumexp(dim=-1))
+            row = torch.arange(len(part), device=part.device)[:, None].expand_as(part)[part]
+            sums.append(
+                torch.zeros(len(part), dtype=torch.float64, device=part.device).index_add(0, row, torch.cat(chosen))
+            )
+        return torch.cat(sums)
+
+
+def _all_masks(length: int) -> torch.BoolTensor:
+    """Every non-empty subset of the places, `(2^length - 1, length)`."""
+    return torch.tensor(list(itertools.product([False, True], repeat=length)))[1:]
+
+
+def _random_masks(length: int, count: int, seed: int) -> torch.BoolTensor:
+    """`count` subsets: their size uniform in 1…length, their places uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, length + 1, (count, 1), generator=generator)
+    rank = torch.rand(count, length, generator=generator).argsort(dim=1).argsort(dim=1)
+    return rank < sizes
+
+
+__all__ = ["LLaDAMedVScoreOutput", "LLaDAMedVScoringMixin"]
