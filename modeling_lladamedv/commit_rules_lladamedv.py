@@ -103,6 +103,16 @@ class CandidateScores:
     entropy: torch.Tensor | None = None
     noise: torch.Tensor | None = None
 
+    def defer(self, places: torch.BoolTensor) -> "CandidateScores":
+        """The same, but with every score of `places` worse than any other place's, their own order kept."""
+        worse = {"confidence": -2.0, "margin": -2.0, "noise": -2.0, "entropy": 1e3}  # all but the last lie in 0…1
+        shifted = {
+            name: torch.where(places, getattr(self, name) + shift, getattr(self, name))
+            for name, shift in worse.items()
+            if getattr(self, name) is not None
+        }
+        return CandidateScores(**shifted)
+
 
 class CommitRule:
     """Base of the rules.

@@ -83,6 +83,12 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
             Texts that end the answer; they need the `tokenizer=` argument of `generate`.
         eos_token_id (`int` or `list[int]`, *optional*):
             Ids that end the answer. LLaDA-MedV ends a turn with `<|eot_id|>`.
+        min_new_tokens (`int`, *optional*):
+            Places at the start of the canvas where no token of `eos_token_id` is proposed, as in Transformers.
+        defer_eos (`bool`, *optional*, defaults to `False`):
+            Whether places for which an end or padding token (`eos_token_id`, `pad_token_id`) is proposed are committed
+            after all others of the step, at every temperature: the cure of LLaDA's authors (`confidence_eos_eot_inf`)
+            for answers that end too early, because models trained on padded answers are surest of their end.
         generation_suffix (`str`, *optional*):
             Fixed text after the canvas, seen from the first step on and appended to the answer; it needs `tokenizer=`.
         output_history (`bool`, *optional*, defaults to `False`):
@@ -113,6 +119,8 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
         self.cache_refresh_interval = kwargs.pop("cache_refresh_interval", None)
         self.suppress_tokens = kwargs.pop("suppress_tokens", None)
         self.stop_strings = kwargs.pop("stop_strings", None)
+        self.min_new_tokens = kwargs.pop("min_new_tokens", None)
+        self.defer_eos = kwargs.pop("defer_eos", False)
         self.generation_suffix = kwargs.pop("generation_suffix", None)
         self.output_history = kwargs.pop("output_history", False)
         self.return_dict_in_generate = kwargs.pop("return_dict_in_generate", False)
@@ -168,7 +176,7 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
 
     def validate(self, **kwargs):
         """Check every value by itself; what must fit together is checked by `generate`, which knows the prompt."""
-        for name in ("max_new_tokens", "block_length", "steps", "cache_refresh_interval"):
+        for name in ("max_new_tokens", "min_new_tokens", "block_length", "steps", "cache_refresh_interval"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers of at least 1.")
@@ -184,7 +192,7 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
         for name in ("cache_implementation", "cache_refresh_interval"):
             if getattr(self, name) is not None and not self.use_cache:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, which is allowed with use_cache=True only.")
-        for name in ("use_cache", "output_history", "return_dict_in_generate"):
+        for name in ("use_cache", "defer_eos", "output_history", "return_dict_in_generate"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are True and False.")
 
@@ -346,6 +354,9 @@ class LLaDAMedVGenerationMixin:
             for number, values in enumerate(parts):
                 logits[owner == number] = values
         logits[:, state.suppressed] = float("-inf")
+        if options.min_new_tokens is not None:
+            early = (state.positions < options.min_new_tokens).expand_as(candidates)[candidates]
+            logits[early.nonzero(), state.eos] = float("-inf")
 
         # 1.c. Propose a token for each candidate, and its confidence.
         tokens, values = self._propose(logits, options.temperature, state.rule.needs)
@@ -356,8 +367,11 @@ class LLaDAMedVGenerationMixin:
             scores.noise = self._random_scores(canvas)
 
         # 1.d. Commit what the rule keeps: by default the k most confident proposals, k from the block's schedule.
+        confidence = scores.confidence
+        if options.defer_eos:
+            scores = scores.defer(torch.isin(proposed, state.deferred))
         committed = state.rule(candidates, scores, state.tokens_to_commit())
-        state.commit(committed, proposed, scores.confidence)
+        state.commit(committed, proposed, confidence)
 
         # 1.e. Look for a stop sequence, and move on to the next block, or finish the row.
         state.find_stops()
@@ -494,6 +508,13 @@ class LLaDAMedVGenerationMixin:
                 f"`block_length` is {options.block_length}, which does not divide `max_new_tokens` ({length}); allowed "
                 f"are {[size for size in range(1, length + 1) if length % size == 0]}."
             )
+        for name in ("min_new_tokens", "defer_eos"):
+            if getattr(options, name) and options.eos_token_id is None:
+                raise ValueError(f"`{name}` is {getattr(options, name)}, but there is no `eos_token_id` to hold back.")
+        if (options.min_new_tokens or 0) > length:
+            raise ValueError(
+                f"`min_new_tokens` is {options.min_new_tokens}; it must be at most `max_new_tokens` ({length})."
+            )
         blocks = length // options.block_length
         if options.steps is None:
             options.steps = length
@@ -594,6 +615,10 @@ class _DenoisingState:
         self.stops = [torch.tensor(stop, device=device) for stop in stops if len(stop) <= length]
         suppressed = options.suppress_tokens if options.suppress_tokens is not None else [self.mask_token_id]
         self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=device)
+        eos = [] if options.eos_token_id is None else torch.tensor(options.eos_token_id).flatten().tolist()
+        padding = [] if options.pad_token_id is None else [options.pad_token_id]
+        self.eos = torch.tensor(eos, dtype=torch.long, device=device)
+        self.deferred = torch.tensor([*eos, *padding], dtype=torch.long, device=device)
         self.prompt_mask, self.suffix = attention_mask, suffix.to(device)
         self.unpadded = bool(attention_mask.all())
         self.positions = torch.arange(length, device=device)

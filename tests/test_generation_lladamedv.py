@@ -9,6 +9,7 @@ from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import TextDiffusionStreamer
 
 from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig, LLaDAMedVGenerationOutput
+from lladamedv.modeling_lladamedv.generation_lladamedv import _DenoisingState
 from tests.brute_force import denoise
 from tests.tiny import image_prompt, tiny_model
 
@@ -290,3 +291,83 @@ def test_streamer_protocol(model):
 def test_not_a_transformers_generation_config(model):
     with pytest.raises(ValueError, match="`generation_config` is a GenerationConfig"):
         generate(model, generation_config=GenerationConfig(max_new_tokens=4))
+
+
+# Where an answer may end
+
+
+@torch.no_grad()
+def test_min_new_tokens(model):
+    """The end token stands where it would come first, and not before the place that is asked for."""
+    options = {"max_new_tokens": 12, "block_length": 12, "steps": 12}
+    free = generate(model, **options)
+    first = free.sequences[0, -12:].tolist()[2]  # a token that the model likes to write early
+    prompt_length = image_prompt(PROMPT).shape[1]
+
+    def answer(**extra):
+        return generate(model, **options, eos_token_id=[first], **extra).sequences[0, prompt_length:].tolist()
+
+    assert len(answer()) <= 2
+    for least in (4, 8, 12):
+        longer = answer(min_new_tokens=least)
+        assert len(longer) >= least and first not in longer[:least]
+    assert len(answer(min_new_tokens=12)) == 12
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "rule",
+    [{}, {"remasking": "margin"}, {"remasking": "entropy"}, {"remasking": "random"}, {"confidence_threshold": 0.1},
+     {"factor": 2.4}, {"entropy_bound": 2.0}],
+    ids=str,
+)  # fmt: skip
+@torch.no_grad()
+def test_deferred_ends_come_last(monkeypatch, rule, temperature):
+    """A step commits an end only where it has nothing else to commit, whatever the rule and the temperature."""
+    model = tiny_model(seed=1)  # one that proposes different tokens at different places
+    ends, seen = [], []
+    commit = _DenoisingState.commit
+
+    def choose_ends(state, committed, proposed, confidences):
+        if not ends:  # half of what the first step proposes
+            found = proposed[0].unique().tolist()
+            ends.extend(found[: (len(found) + 1) // 2])
+        commit(state, committed, proposed, confidences)
+
+    monkeypatch.setattr(_DenoisingState, "commit", choose_ends)
+    generate(model, max_new_tokens=16, block_length=16, steps=16)
+
+    def spy(state, committed, proposed, confidences):
+        masked = (state.canvas[state.rows] == 98) & (state.positions < state.stop[:, None])
+        seen.append((masked[0], committed[0], torch.isin(proposed[0], torch.tensor(ends))))
+        assert (confidences[committed] >= 0).all(), "the reported confidence is not shifted"
+        commit(state, committed, proposed, confidences)
+
+    monkeypatch.setattr(_DenoisingState, "commit", spy)
+    torch.manual_seed(0)
+    generate(
+        model, max_new_tokens=16, block_length=16, steps=16, eos_token_id=ends, defer_eos=True,
+        temperature=temperature, **rule,
+    )  # fmt: skip
+    mixed = 0
+    for masked, committed, is_end in seen:
+        others = masked & ~is_end
+        if (committed & is_end).any():
+            assert (committed | ~others).all(), "an end was committed before something else"
+        mixed += bool((masked & is_end).any() and others.any())
+    assert mixed, "a step must have had the choice"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_new_tokens": 3}, "`min_new_tokens` is 3, but there is no `eos_token_id`"),
+        ({"defer_eos": True}, "`defer_eos` is True, but there is no `eos_token_id`"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8, "eos_token_id": 5}, "`min_new_tokens` is 9; it must be at most"),
+        ({"min_new_tokens": 0}, "`min_new_tokens` is 0; allowed are whole numbers of at least 1"),
+        ({"defer_eos": 1}, "`defer_eos` is 1"),
+    ],
+)
+def test_ends_that_are_none(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, **options)
