@@ -96,11 +96,8 @@ def convert_checkpoint(
     _check_shard_size(max_shard_size)
     _check_push(push)
     folder = resolve_source(source, revision)
-    # What is no checkpoint is told so before its tokenizer is missed.
-    read_config(folder)
-    read_weights(folder)
     tower = None if vision_tower is None else resolve_source(vision_tower)
-    loaded, ids = _load_tokenizer(folder if tokenizer is None else resolve_source(tokenizer))
+    loaded, ids = _load_tokenizer(folder, tokenizer)
     plan = plan_conversion(folder, tower, **ids)
     _check_ids(loaded, plan.config)
     preset = preset or choose_preset(source, plan.layout)
@@ -151,9 +148,7 @@ def initialize_checkpoint(
     _check_choice("dtype", dtype, DTYPES)
     _check_shard_size(max_shard_size)
     text, tower = resolve_source(language_model), resolve_source(vision_tower)
-    read_config(text)
-    read_weights(text)
-    loaded, ids = _load_tokenizer(text if tokenizer is None else resolve_source(tokenizer))
+    loaded, ids = _load_tokenizer(text, tokenizer)
     plan = plan_initialization(text, tower, projector, aspect_ratio, seed, **ids)
     _check_ids(loaded, plan.config)
     sources = {
@@ -197,8 +192,13 @@ def _check_push(repo: str | None) -> None:
         raise ValueError(f"`push` is {repo!r}, but the Hub does not let us in: {error}") from error
 
 
-def _load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
-    """The tokenizer with `<image>`, and the ids that the configuration needs."""
+def _load_tokenizer(weights: Path, source: str | Path | None) -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
+    """The tokenizer with `<image>`, from `source` or else from beside the weights, and the ids that the configuration
+    needs."""
+    # What is no checkpoint is told so before its tokenizer is missed.
+    read_config(weights)
+    read_weights(weights)
+    folder = weights if source is None else resolve_source(source)
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"The folder {str(folder)!r} holds no tokenizer.json; give `tokenizer` (--tokenizer).")
     try:
@@ -242,13 +242,15 @@ def _write_folder(
     dtype = None if dtype is None else DTYPES[dtype]
     sources = {part: _public_name(name) for part, name in sources.items() if name is not None}
     generation = settings.generation_options(tokenizer.get_vocab())
-    for line in plan.report.summary():
+    summary = plan.report.summary()
+    for line in summary:
         report(line)
     report(f"preset {preset}: {settings.description}")
 
-    _check_disk(out, plan.num_bytes(dtype) + _SPARE_BYTES)
+    num_bytes = sum(plan.num_bytes(dtype).values())
+    _check_disk(out, num_bytes + _SPARE_BYTES)
     with _whole_or_not_at_all(out) as folder:
-        with tqdm(total=plan.num_bytes(dtype), unit="B", unit_scale=True, desc="Converting weights") as bar:
+        with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Converting weights") as bar:
             write_weights(plan, folder, dtype, max_shard_size, progress=bar.update)
         _build_processor(plan.config, tokenizer, settings.chat_template).save_pretrained(folder)
         LLaDAMedVGenerationConfig(**generation).save_pretrained(folder)
@@ -256,7 +258,6 @@ def _write_folder(
         keys = {"layout": plan.report.layout, "mapped": plan.report.mapped, "ignored": plan.report.ignored}
         text = json.dumps(names | keys | {"missing": plan.report.missing}, indent=2) + "\n"
         (folder / "conversion_report.json").write_text(text, encoding="utf-8")
-        shapes = LLaDAMedVForConditionalGeneration.parameter_shapes(plan.config)
         facts = ConversionFacts(
             name=out.name,
             description=settings.description if trained else "A new LLaDA-MedV, with an untrained projector",
@@ -267,8 +268,8 @@ def _write_folder(
             trained=trained,
             generation=generation,
             chat_template=settings.chat_template,
-            key_report=plan.report.summary(),
-            num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
+            key_report=summary,
+            num_parameters=sum(torch.Size(weight.shape).numel() for weight in plan.weights.values()),
             dtype=str(plan.output_dtype("lm_head.weight", dtype)).removeprefix("torch."),
             version=lladamedv.__version__,
         )

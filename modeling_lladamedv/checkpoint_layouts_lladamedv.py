@@ -65,7 +65,6 @@ KEY_MAPPINGS = {
 }
 TEXT_LAYOUTS = ("llada", "llada_hf")
 RELEASED_MODEL_TYPES = ("llada", "llava_llada")
-SIGLIP_PART = "SigLIP's {}: the features are the output of the second-to-last layer"
 
 # The special tokens that prompts and decoding need, with their ids in the released tokenizer.
 SPECIAL_TOKENS = {
@@ -115,7 +114,7 @@ class Preset:
         }
 
 
-_LLADA, _LLADA_V, _TOWER_ID = "GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-V", "google/siglip2-so400m-patch14-384"
+_LLADA, _TOWER_ID = "GSAI-ML/LLaDA-8B-Instruct", "google/siglip2-so400m-patch14-384"
 _MEDV_PAPERS = ("2508.01617", "2505.16933", "2502.09992")
 PRESETS = {
     "llada-medv": Preset(
@@ -213,6 +212,12 @@ class KeyReport:
     unexpected: list[str] = field(default_factory=list)
     misshaped: dict[str, str] = field(default_factory=dict)
 
+    def add(self, part: KeyReport) -> None:
+        """Account for another source that the same model is put together from."""
+        self.layout += f" + {part.layout}"
+        self.mapped |= part.mapped
+        self.ignored |= part.ignored
+
     def check(self, source: object) -> None:
         """Raise ValueError, naming keys, unless every weight is there, known and of the right shape."""
         problems = {
@@ -238,7 +243,7 @@ class KeyReport:
 
 @dataclass
 class ReleasedCheckpoint:
-    """A folder in a released layout, as read from its headers: our config, where each of our weights is, the report."""
+    """A folder in a released layout, as read from its headers: our configuration, and where each weight is."""
 
     folder: Path
     layout: str
@@ -306,7 +311,7 @@ def _reason_to_ignore(key: str, ours: str, layout: str, config: LLaDAMedVConfig)
         for prefix, part in ((last, "last layer"), (f"{_TOWER}post_layernorm.", "final norm (post-layernorm)"),
                              (f"{_TOWER}head.", "pooling head")):  # fmt: skip
             if ours.startswith(prefix):
-                return SIGLIP_PART.format(part)
+                return f"SigLIP's {part}: the features are the output of the second-to-last layer"
     if ours == "model.image_newline" and not config.text_only and config.max_anyres_tiles is None:
         return "newline embedding: images of one tile have no rows to end"
     return None
@@ -446,15 +451,18 @@ def detect_layout(keys, config: dict, folder: object = "") -> str:
                 "--language-model … --vision-tower … --projector …`."
             )
         raise ValueError(f"{where} is in none of the released layouts; its first keys are {sorted(keys)[:3]}.")
-    layout = "llada" if found == ["llada"] else "llava_llada" if eyes else "llada_hf"
+    if found == ["llada"]:
+        layout = "llada"
+    else:
+        layout = "llava_llada" if eyes or model_type == "llava_llada" else "llada_hf"
     wanted = "llava_llada" if layout == "llava_llada" else "llada"
-    if model_type != wanted and not (layout == "llada_hf" and model_type == "llava_llada"):
+    if model_type != wanted:
         raise ValueError(
             f"{where} has the weights of layout {layout}, but `model_type` is {model_type!r}, not {wanted!r}."
         )
     if (layout == "llada") != ("d_model" in config):
         raise ValueError(f"{where} has the weights of layout {layout}, but the config of another one.")
-    return "llava_llada" if model_type == "llava_llada" else layout
+    return layout
 
 
 def convert_config(original: dict, layout: str, vision_tower: dict | None = None, **ids: int) -> LLaDAMedVConfig:

@@ -46,7 +46,7 @@ class ConversionPlan:
 
     Args:
         config: ours.
-        weights: for each of our names, where its weight is, or the weight itself if it is new.
+        weights: for each of our names, in the model's order, where its weight is, or the weight itself if it is new.
         report: what became of each source key.
         layout: the layout of the (main) source.
     """
@@ -61,10 +61,10 @@ class ConversionPlan:
         weight = self.weights[name]
         return dtype or (_STORED_DTYPES[weight.dtype] if isinstance(weight, StoredWeight) else weight.dtype)
 
-    def num_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Size of all weights as written."""
-        sizes = LLaDAMedVForConditionalGeneration.parameter_shapes(self.config)
-        return sum(self.output_dtype(name, dtype).itemsize * _numel(shape) for name, shape in sizes.items())
+    def num_bytes(self, dtype: torch.dtype | None = None) -> dict[str, int]:
+        """Size of each weight as written."""
+        sizes = {name: torch.Size(weight.shape).numel() for name, weight in self.weights.items()}
+        return {name: self.output_dtype(name, dtype).itemsize * size for name, size in sizes.items()}
 
 
 def plan_conversion(folder: str | Path, vision_tower: str | Path | None = None, **ids: int) -> ConversionPlan:
@@ -91,7 +91,7 @@ def plan_conversion(folder: str | Path, vision_tower: str | Path | None = None, 
         weights |= _add_tower(report, Path(vision_tower), expected, checkpoint.config)
     report.check(folder)
     _check_dtypes(weights.values())
-    return ConversionPlan(checkpoint.config, weights, report, checkpoint.layout)
+    return ConversionPlan(checkpoint.config, {name: weights[name] for name in expected}, report, checkpoint.layout)
 
 
 def plan_initialization(
@@ -132,10 +132,9 @@ def plan_initialization(
     }
     config = LLaDAMedVConfig(**config)
     expected = LLaDAMedVForConditionalGeneration.parameter_shapes(config)
-    weights, report = match_keys(text.layout, text.stored, expected, config)
-    text_report = KeyReport(text.layout, report.mapped, report.ignored, [], report.unexpected, report.misshaped)
-    text_report.missing = [name for name in report.missing if not name.startswith(_VISION_PARTS)]
-    text_report.check(language_model)
+    language = {name: shape for name, shape in expected.items() if not name.startswith(_VISION_PARTS)}
+    weights, report = text.match(language)
+    report.check(language_model)
     weights |= _add_tower(report, vision_tower, expected, config)
     _check_dtypes(weights.values())
 
@@ -144,12 +143,8 @@ def plan_initialization(
     if projector is not None:
         trained, part = _read_projector(Path(projector), new)
         new |= trained
-        report.layout += " + projector"
-        report.mapped |= part.mapped
-        report.ignored |= part.ignored
+        report.add(part)
     weights |= {name: weight.to(dtype) for name, weight in new.items()}
-    report.missing = [name for name in expected if name not in weights]
-    report.check(language_model)
     return ConversionPlan(config, {name: weights[name] for name in expected}, report, text.layout)
 
 
@@ -158,9 +153,7 @@ def _add_tower(report, folder, expected, config) -> dict[str, StoredWeight]:
     expected = {name: shape for name, shape in expected.items() if name.startswith("model.vision_tower.")}
     weights, part = match_keys("siglip", read_weights(folder), expected, config)
     part.check(folder)
-    report.layout += " + siglip"
-    report.mapped |= part.mapped
-    report.ignored |= part.ignored
+    report.add(part)
     report.missing = [name for name in report.missing if name not in weights]
     return weights
 
@@ -242,8 +235,7 @@ def write_weights(
     Raises:
         ValueError: if a weight is not finite, or not in the range of `dtype`.
     """
-    shapes = LLaDAMedVForConditionalGeneration.parameter_shapes(plan.config)
-    sizes = {name: plan.output_dtype(name, dtype).itemsize * _numel(shape) for name, shape in shapes.items()}
+    sizes = plan.num_bytes(dtype)
     split = split_state_dict_into_shards_factory(
         sizes, get_storage_size=lambda size: size, filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
@@ -273,7 +265,3 @@ def _read(weight: StoredWeight | torch.Tensor, dtype: torch.dtype, name: str) ->
             raise ValueError(f"{key} does not fit into {dtype}: its values go from {weight.min()} to {weight.max()}.")
         raise ValueError(f"{key} holds values that are not finite: the file is damaged.")
     return converted
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()

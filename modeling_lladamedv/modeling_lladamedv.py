@@ -119,16 +119,16 @@ def _find_released_checkpoint(name, vision_tower, options):
     """The checkpoint `name` if it is in a released layout, downloaded if need be, else `None`."""
     hub = ("cache_dir", "force_download", "local_files_only", "token", "revision")
     hub = {key: options[key] for key in hub if key in options}
-    folder = f"{options.get('subfolder') or ''}"
+    subfolder = options.get("subfolder") or ""
     try:
-        original, _ = PreTrainedConfig.get_config_dict(name, subfolder=folder, **hub)
+        original, _ = PreTrainedConfig.get_config_dict(name, subfolder=subfolder, **hub)
     except (OSError, ValueError):
         return None  # the library reports it better
     if not original:  # the library would go on with the defaults and initialise eight billion weights
         raise ValueError(f"`pretrained_model_name_or_path` is {str(name)!r}, which holds no config.json.")
     if original.get("model_type") not in RELEASED_MODEL_TYPES:
         return None
-    return read_checkpoint(resolve_source(name, **hub) / folder, vision_tower)
+    return read_checkpoint(resolve_source(name, **hub) / subfolder, vision_tower)
 
 
 class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
