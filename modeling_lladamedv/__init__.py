@@ -1,7 +1,8 @@
 """The model: configuration, network, denoising loop, and conversion of released checkpoints."""
 
 from .configuration_lladamedv import LLaDAMedVConfig
-from .generation_lladamedv import LLaDAMedVGenerationConfig, LLaDAMedVGenerationMixin, LLaDAMedVGenerationOutput
+from .generation_config_lladamedv import LLaDAMedVGenerationConfig
+from .generation_lladamedv import LLaDAMedVGenerationMixin, LLaDAMedVGenerationOutput
 from .modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVModel, LLaDAMedVPreTrainedModel
 
 

@@ -41,12 +41,14 @@ class DenoisingCacheLayer(CacheLayerMixin):
         place = (rows[:, None], slice(None), positions)
         self.keys[place] = key_states.transpose(1, 2)
         self.values[place] = value_states.transpose(1, 2)
+        if not self.cache.partial:
+            return key_states, value_states
         if len(rows) == self.cache.num_rows:
             return self.keys, self.values
         return self.keys[rows], self.values[rows]
 
     def get_mask_sizes(self, query_length):
-        return self.cache.row_length, 0
+        return (self.cache.row_length if self.cache.partial else query_length), 0
 
     def get_seq_length(self):
         return self.cache.row_length if self.is_initialized else 0
@@ -70,10 +72,17 @@ class DenoisingCache(Cache):
         self.row_length = row_length
         self.rows: torch.LongTensor | None = None
         self.positions: torch.LongTensor | None = None
+        self.partial = False
 
-    def select(self, rows: torch.LongTensor, positions: torch.LongTensor | None = None) -> "DenoisingCache":
-        """Say what the next pass runs: rows in ascending order, and `(rows, positions)` of each, or `None` for all."""
-        self.rows, self.positions = rows, positions
+    def select(self, rows: torch.LongTensor, positions: torch.LongTensor | None, partial: bool) -> "DenoisingCache":
+        """Say what the next pass runs.
+
+        Args:
+            rows (`(rows,)`): in ascending order.
+            positions (`(rows, positions)`): of each row; `None` for all of them.
+            partial: whether the pass attends to the stored states of the other positions, too.
+        """
+        self.rows, self.positions, self.partial = rows, positions, partial
         return self
 
 

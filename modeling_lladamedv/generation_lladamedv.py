@@ -8,193 +8,23 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig
+from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.utils import ModelOutput
 
-from .commit_rules_lladamedv import (
-    CandidateScores,
-    CountRuleConfig,
-    EntropyBoundRuleConfig,
-    FactorRuleConfig,
-    ThresholdRuleConfig,
-    build_commit_rule,
-    commit_schedule,
-)
-from .denoising_cache_lladamedv import CACHE_IMPLEMENTATIONS, DenoisingCache
+from .commit_rules_lladamedv import CandidateScores
+from .confidence_lladamedv import answer_confidence, calibrate_confidence
+from .denoising_cache_lladamedv import DenoisingCache
+from .denoising_state_lladamedv import DenoisingState, ForwardPass
+from .generation_config_lladamedv import ADAPTIVE_RULES, LLaDAMedVGenerationConfig
+from .repetition_lladamedv import ban_repeated_ngrams
 
 
-# Options that replace the schedule, and the rules that they stand for.
-_ADAPTIVE_RULES = {
-    "confidence_threshold": ThresholdRuleConfig,
-    "factor": FactorRuleConfig,
-    "entropy_bound": EntropyBoundRuleConfig,
-}
 _DEFAULT_MAX_NEW_TOKENS = 256
 _DEFAULT_BLOCK_LENGTH = 64
 # Logits that are turned into float64 at a time: exactness where it counts, without a second copy of them all. On a CPU
 # what fits into its cache, on a GPU what keeps it busy.
 _FLOAT64_ELEMENTS_CPU = 2**18
 _FLOAT64_ELEMENTS_GPU = 2**24
-
-
-class LLaDAMedVGenerationConfig(GenerationConfig):
-    """Options of [`LLaDAMedVGenerationMixin.generate`], saved as `generation_config.json` and reloaded as this class.
-
-    Args:
-        max_new_tokens (`int`, *optional*):
-            Length of the canvas of masks that is denoised, in tokens; 256 if unset.
-        block_length (`int`, *optional*):
-            Tokens per block; blocks are denoised left to right. Must divide `max_new_tokens`. If unset, the largest
-            divisor of `max_new_tokens` that is at most 64.
-        steps (`int`, *optional*):
-            Denoising steps (forward passes) for the whole canvas; must be a multiple of the number of blocks. If
-            unset, one per token.
-        temperature (`float`, *optional*, defaults to 0.0):
-            Strength of the Gumbel noise on the logits; 0 is greedy.
-        cfg_scale (`float`, *optional*, defaults to 0.0):
-            Strength of the classifier-free guidance `u + (cfg_scale + 1) * (c - u)`; 0 is off. It doubles the work.
-        remasking (`str`, *optional*, defaults to `"low_confidence"`):
-            Which masked tokens stay masked at each step: those of the lowest probability (`"low_confidence"`), of the
-            smallest lead over the second-best token (`"margin"`), of the highest entropy (`"entropy"`), or `"random"`
-            ones. See `CountRuleConfig` in `commit_rules_lladamedv.py`, and there for the next four.
-        schedule_shift (`float`, *optional*):
-            LaViDa's α: below 1 commits more tokens in a block's early steps, above 1 in its late ones.
-        confidence_threshold (`float`, *optional*):
-            Instead of the fixed number of tokens per step, commit every token of the block at least this probable,
-            and always the most probable one (Fast-dLLM, arXiv 2505.22618). In (0, 1].
-        factor (`float`, *optional*):
-            Instead of that, commit the r most probable tokens while the r-th has at least 1 - factor / (r + 1).
-        entropy_bound (`float`, *optional*):
-            Instead of that, commit the most certain tokens while the sum of their entropies (in nats, without the
-            largest) is at most this.
-        use_cache (`bool`, *optional*, defaults to `False`):
-            Whether steps after a block's first run only a part of the row, on cached states of the rest. Much faster,
-            and an approximation: the cached states do not see the tokens committed since.
-        cache_implementation (`str`, *optional*):
-            With `use_cache`: `"dual"` (the default there) runs the block alone, `"prefix"` the block and everything
-            right of it (Fast-dLLM, arXiv 2505.22618).
-        cache_refresh_interval (`int`, *optional*):
-            With `use_cache`: run the whole row again after this many steps within a block too, not only when a block
-            begins. With 1 nothing is approximated.
-        suppress_tokens (`list[int]`, *optional*):
-            Ids that are never proposed. If unset, the mask token alone; a list that leaves the mask token out lets
-            the model propose it, and such a position stays masked, possibly to the end.
-        stop_strings (`str` or `list[str]`, *optional*):
-            Texts that end the answer; they need the `tokenizer=` argument of `generate`.
-        eos_token_id (`int` or `list[int]`, *optional*):
-            Ids that end the answer. LLaDA-MedV ends a turn with `<|eot_id|>`.
-        min_new_tokens (`int`, *optional*):
-            Places at the start of the canvas where no token of `eos_token_id` is proposed, as in Transformers.
-        defer_eos (`bool`, *optional*, defaults to `False`):
-            Whether places for which an end or padding token (`eos_token_id`, `pad_token_id`) is proposed are committed
-            after all others of the step, at every temperature: the cure of LLaDA's authors (`confidence_eos_eot_inf`)
-            for answers that end too early, because models trained on padded answers are surest of their end.
-        generation_suffix (`str`, *optional*):
-            Fixed text after the canvas, seen from the first step on and appended to the answer; it needs `tokenizer=`.
-        output_history (`bool`, *optional*, defaults to `False`):
-            Whether to return the canvas after every forward pass.
-        return_dict_in_generate (`bool`, *optional*, defaults to `False`):
-            Whether to return a [`LLaDAMedVGenerationOutput`] instead of the sequences alone.
-        pad_token_id, bos_token_id (`int`, *optional*): as in Transformers.
-
-    Raises:
-        ValueError: for an argument that does not exist or a value that is not allowed.
-    """
-
-    def __init__(self, **kwargs):
-        # `super().__init__` is left out on purpose: it would bring some seventy autoregressive options that would
-        # then be accepted and do nothing.
-        self.max_new_tokens = kwargs.pop("max_new_tokens", None)
-        self.block_length = kwargs.pop("block_length", None)
-        self.steps = kwargs.pop("steps", None)
-        self.temperature = kwargs.pop("temperature", 0.0)
-        self.cfg_scale = kwargs.pop("cfg_scale", 0.0)
-        self.remasking = kwargs.pop("remasking", "low_confidence")
-        self.schedule_shift = kwargs.pop("schedule_shift", None)
-        self.confidence_threshold = kwargs.pop("confidence_threshold", None)
-        self.factor = kwargs.pop("factor", None)
-        self.entropy_bound = kwargs.pop("entropy_bound", None)
-        self.use_cache = kwargs.pop("use_cache", False)
-        self.cache_implementation = kwargs.pop("cache_implementation", None)
-        self.cache_refresh_interval = kwargs.pop("cache_refresh_interval", None)
-        self.suppress_tokens = kwargs.pop("suppress_tokens", None)
-        self.stop_strings = kwargs.pop("stop_strings", None)
-        self.min_new_tokens = kwargs.pop("min_new_tokens", None)
-        self.defer_eos = kwargs.pop("defer_eos", False)
-        self.generation_suffix = kwargs.pop("generation_suffix", None)
-        self.output_history = kwargs.pop("output_history", False)
-        self.return_dict_in_generate = kwargs.pop("return_dict_in_generate", False)
-        self.bos_token_id = kwargs.pop("bos_token_id", None)
-        self.eos_token_id = kwargs.pop("eos_token_id", None)
-        self.pad_token_id = kwargs.pop("pad_token_id", None)
-        self._commit_hash = kwargs.pop("_commit_hash", None)
-        self._from_model_config = kwargs.pop("_from_model_config", None)
-        self.transformers_version = kwargs.pop("transformers_version", None)
-        if kwargs:
-            raise ValueError(
-                f"Unknown generation arguments {sorted(kwargs)}; allowed are "
-                f"{sorted(name for name in self.__dict__ if not name.startswith('_'))}."
-            )
-        self.validate()
-
-    @classmethod
-    def from_model_config(cls, model_config):
-        """Defaults for a model without a `generation_config.json`: its padding and start ids, and nothing else."""
-        text_config = model_config.get_text_config()
-        return cls(
-            bos_token_id=text_config.bos_token_id, pad_token_id=text_config.pad_token_id, _from_model_config=True
-        )
-
-    def commit_rule_config(self):
-        """The config dataclass of the commit rule that the options ask for.
-
-        Raises:
-            ValueError: for a value that is not allowed, or options that exclude each other.
-        """
-        adaptive = [name for name in _ADAPTIVE_RULES if getattr(self, name) is not None]
-        counts = CountRuleConfig(self.remasking, self.schedule_shift)
-        if not adaptive:
-            return counts
-        name, value = adaptive[0], getattr(self, adaptive[0])
-        rule = _ADAPTIVE_RULES[name](value)
-        if len(adaptive) > 1:
-            other = getattr(self, adaptive[1])
-            raise ValueError(
-                f"`{name}` is {value} and `{adaptive[1]}` is {other}; each is a rule of its own: only one is allowed."
-            )
-        if self.remasking != "low_confidence":
-            raise ValueError(
-                f"`{name}` cannot be combined with remasking={self.remasking!r}, which it does not rank by; use "
-                "remasking='low_confidence'."
-            )
-        if self.schedule_shift is not None:
-            raise ValueError(
-                f"`schedule_shift` is {self.schedule_shift}, but with `{name}` no schedule counts the tokens; it must "
-                "be None."
-            )
-        return rule
-
-    def validate(self, **kwargs):
-        """Check every value by itself; what must fit together is checked by `generate`, which knows the prompt."""
-        for name in ("max_new_tokens", "min_new_tokens", "block_length", "steps", "cache_refresh_interval"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers of at least 1.")
-        for name in ("temperature", "cfg_scale"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` is {value!r}; allowed are finite numbers of at least 0.")
-        self.commit_rule_config()
-        if self.cache_implementation not in (None, *CACHE_IMPLEMENTATIONS):
-            raise ValueError(
-                f"`cache_implementation` is {self.cache_implementation!r}; allowed are {CACHE_IMPLEMENTATIONS}."
-            )
-        for name in ("cache_implementation", "cache_refresh_interval"):
-            if getattr(self, name) is not None and not self.use_cache:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}, which is allowed with use_cache=True only.")
-        for name in ("use_cache", "defer_eos", "output_history", "return_dict_in_generate"):
-            if not isinstance(getattr(self, name), (bool, type(None))):
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are True and False.")
 
 
 @dataclass
@@ -214,6 +44,14 @@ class LLaDAMedVGenerationOutput(ModelOutput):
             Probability of each canvas token when it was committed; NaN where none was.
         commit_step (`torch.LongTensor` of shape `(batch, max_new_tokens)`):
             Forward pass, from 0, at which each canvas token was committed; -1 where none was.
+        answer_confidence (`torch.DoubleTensor` of shape `(batch,)`):
+            Geometric mean of the confidences of the answer's tokens and of the first one that ends it, calibrated by
+            `confidence_temperature`.
+        abstained (`torch.BoolTensor` of shape `(batch,)`, *optional*):
+            Whether that is below `abstention_threshold`, if there is one.
+        cache_drift (`torch.DoubleTensor` of shape `(forward passes, batch)`, *optional*):
+            KL divergence, in nats, of the cached from the exact distributions, averaged over the row's candidates, with
+            `output_cache_drift` or `cache_drift_bound`; NaN where it was not measured.
         history (`torch.LongTensor` of shape `(forward passes, batch, max_new_tokens)`, *optional*):
             The canvas after every forward pass, with `output_history=True`.
     """
@@ -224,6 +62,9 @@ class LLaDAMedVGenerationOutput(ModelOutput):
     num_full_forwards: torch.LongTensor = None
     commit_confidence: torch.DoubleTensor = None
     commit_step: torch.LongTensor = None
+    answer_confidence: torch.DoubleTensor = None
+    abstained: torch.BoolTensor | None = None
+    cache_drift: torch.DoubleTensor | None = None
     history: torch.LongTensor | None = None
 
 
@@ -284,40 +125,29 @@ class LLaDAMedVGenerationMixin:
         options = self._prepare_generation_config(generation_config, **kwargs)
         stops = self._prepare_stop_sequences(options, tokenizer)
         suffix = self._prepare_suffix(options, tokenizer)
-        attention_mask = self._check_prompt(input_ids, attention_mask, options, len(suffix))
+        attention_mask = self._check_prompt(input_ids, attention_mask, options.max_new_tokens, len(suffix))
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"`streamer` works with one prompt; `input_ids` holds {len(input_ids)}.")
-        state = _DenoisingState(self, options, input_ids, attention_mask, suffix, stops)
-        state.prompt_embeds, _ = self.model.get_multimodal_embeddings(
-            input_ids, pixel_values, image_sizes, batch_num_images
-        )
-        if options.use_cache:
-            num_rows = len(input_ids) * (2 if options.cfg_scale > 0 else 1)
-            row_length = input_ids.shape[1] + options.max_new_tokens + len(suffix)
-            num_layers = self.config.get_text_config().num_hidden_layers
-            state.cache = DenoisingCache(num_layers, num_rows, row_length)
+        canvas = torch.full((len(input_ids), options.max_new_tokens), self.config.mask_token_id).to(input_ids)
+        state = DenoisingState(self, options, canvas, attention_mask, suffix, stops)
         if streamer is not None:
             streamer.put(input_ids.cpu())
-
-        # 1. While a row is unfinished, one forward pass over all unfinished rows:
-        history = []
-        streamed = 0
-        while state.rows.numel():
-            self._denoising_step(state, options)
-            if options.output_history:
-                history.append(state.canvas.clone())
-            if streamer is not None:
-                streamed = self._stream(streamer, state, streamed, suffix)
+        history = self._denoise(
+            state, input_ids, pixel_values, image_sizes, batch_num_images, streamer=streamer
+        )
 
         # 2. Cut every answer at its stop and append the suffix.
         answers = [torch.cat([canvas[:stop], suffix]) for canvas, stop in zip(state.canvas, state.stop.tolist())]
-        padding = options.pad_token_id if options.pad_token_id is not None else 0
-        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=padding)
+        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=state.padding)
         sequences = torch.cat([input_ids, padded], dim=1)
         if streamer is not None:
             streamer.end()
         if not options.return_dict_in_generate:
             return sequences
+        # The token that ends an answer was decided on, too.
+        confidence = answer_confidence(state.commit_confidence, state.stop + 1)
+        confidence = calibrate_confidence(confidence, options.confidence_temperature)
+        threshold = options.abstention_threshold
         return LLaDAMedVGenerationOutput(
             sequences=sequences,
             tokens_per_forward=state.stop / state.num_forwards,
@@ -325,38 +155,55 @@ class LLaDAMedVGenerationMixin:
             num_full_forwards=state.num_full_forwards,
             commit_confidence=state.commit_confidence,
             commit_step=state.commit_step,
-            history=torch.stack(history) if options.output_history else None,
+            answer_confidence=confidence,
+            abstained=None if threshold is None else confidence < threshold,
+            cache_drift=torch.stack(state.cache_drift) if state.cache_drift else None,
+            history=history,
         )
 
-    def _denoising_step(self, state: "_DenoisingState", options: LLaDAMedVGenerationConfig) -> None:
+    def _denoise(self, state, input_ids, pixel_values, image_sizes, batch_num_images, streamer=None):
+        """The loop: step 1 of [`generate`], until all rows are finished. Returns the history if it is asked for."""
+        options = state.options
+        state.prompt_ids = input_ids
+        state.prompt_embeds, _ = self.model.get_multimodal_embeddings(
+            input_ids, pixel_values, image_sizes, batch_num_images
+        )
+        if options.use_cache:
+            num_rows = len(input_ids) * (2 if options.cfg_scale > 0 else 1)
+            row_length = input_ids.shape[1] + state.canvas.shape[1] + len(state.suffix)
+            text_config = self.config.get_text_config()
+            state.cache = DenoisingCache(text_config.num_hidden_layers, num_rows, row_length)
+        if options.compile_config is not None:
+            self._compile_language_model(options.compile_config)
+            if options.use_cache:  # inside the graph it would make a first pass unlike all others
+                state.cache.early_initialization(
+                    num_rows, text_config.num_key_value_heads, text_config.head_dim, state.prompt_embeds.dtype,
+                    state.prompt_embeds.device,
+                )  # fmt: skip
+
+        # 1. While a row is unfinished, one forward pass over all unfinished rows:
+        history = []
+        streamed = 0
+        while state.rows.numel():
+            self._denoising_step(state)
+            if options.output_history:
+                history.append(state.canvas.clone())
+            if streamer is not None:
+                streamed = self._stream(streamer, state, streamed)
+        return torch.stack(history) if options.output_history else None
+
+    def _denoising_step(self, state: DenoisingState) -> None:
         """One forward pass: steps 1.a to 1.e of [`generate`]."""
-        rows = state.rows
-        canvas = state.canvas[rows]  # (rows, canvas)
+        options, canvas = state.options, state.canvas[state.rows]  # (rows, canvas)
 
         # 1.a. Find the candidates: masked positions up to the end of the row's block and left of its stop.
-        limit = torch.minimum(state.block_end[rows], state.stop[rows])
-        candidates = (canvas == state.mask_token_id) & (state.positions < limit[:, None])
-        passes = state.plan_passes(options)
-        for part, start in passes:
-            if start is not None:  # what a partial pass does not run has no logits
-                candidates[part] &= state.positions >= start[:, None]
+        passes = state.plan_passes()
+        candidates = state.candidates(passes)
 
         # 1.b. Compute logits at the candidates only, guided if asked for. With a cache, rows that need no refresh run
         # only their block, or what begins with it.
-        parts = [self._candidate_logits(state, part, start, candidates[part], options) for part, start in passes]
-        logits = parts[0]
-        if len(parts) > 1:
-            owner = torch.empty(len(rows), dtype=torch.long, device=rows.device)
-            for number, (part, _) in enumerate(passes):
-                owner[part] = number
-            owner = owner[:, None].expand_as(candidates)[candidates]
-            logits = torch.empty(len(owner), logits.shape[-1], dtype=logits.dtype, device=logits.device)
-            for number, values in enumerate(parts):
-                logits[owner == number] = values
-        logits[:, state.suppressed] = float("-inf")
-        if options.min_new_tokens is not None:
-            early = (state.positions < options.min_new_tokens).expand_as(candidates)[candidates]
-            logits[early.nonzero(), state.eos] = float("-inf")
+        logits = self._step_logits(state, passes, candidates)
+        logits = self._process_logits(state, candidates, logits)
 
         # 1.c. Propose a token for each candidate, and its confidence.
         tokens, values = self._propose(logits, options.temperature, state.rule.needs)
@@ -365,60 +212,115 @@ class LLaDAMedVGenerationMixin:
         scores = CandidateScores(**{name: empty.masked_scatter(candidates, value) for name, value in values.items()})
         if "noise" in state.rule.needs:
             scores.noise = self._random_scores(canvas)
+        if state.blanks is not None:
+            proposed = state.blanks.choose(state, candidates, logits, proposed, scores)
 
         # 1.d. Commit what the rule keeps: by default the k most confident proposals, k from the block's schedule.
         confidence = scores.confidence
         if options.defer_eos:
             scores = scores.defer(torch.isin(proposed, state.deferred))
         committed = state.rule(candidates, scores, state.tokens_to_commit())
+        if state.blanks is not None:
+            committed = state.blanks.complete(state, committed)
         state.commit(committed, proposed, confidence)
 
         # 1.e. Look for a stop sequence, and move on to the next block, or finish the row.
+        if state.blanks is not None:
+            state.blanks.close(state)
         state.find_stops()
         state.advance()
 
-    def _candidate_logits(self, state, part, start, candidates, options):
+    def _step_logits(self, state, passes, candidates):
+        """Logits of all passes of a step in one tensor, `(candidates, vocabulary)`; takes note of the cache's drift."""
+        options = state.options
+        row, place = candidates.nonzero(as_tuple=True)
+        drift = None
+        if options.output_cache_drift or options.cache_drift_bound is not None:
+            drift = torch.full((len(state.rows),), float("nan"), dtype=torch.float64, device=row.device)
+
+        def owned(each):  # which of the candidates a pass runs
+            start = torch.full((len(state.rows),), candidates.shape[1], device=row.device)
+            start[each.part] = 0 if each.start is None else each.start
+            return place >= start[row]
+
+        parts = []
+        for each in passes:
+            stale = []
+            if each.start is None and options.cache_drift_bound is not None:
+                # What the old states would have said, before this pass overwrites them.
+                for probe in state.partial_passes(each.part[state.step[state.rows[each.part]] > 0]):
+                    stale.append((probe, owned(probe), self._candidate_logits(state, probe, candidates)))
+            logits = self._candidate_logits(state, each, candidates)
+            parts.append((owned(each), logits))
+            exact = None
+            if each.start is not None and options.output_cache_drift:
+                exact = self._candidate_logits(state, each, candidates, whole=True)
+                drift[each.part] = self._mean_divergence(exact, logits, row[owned(each)], each.part, len(drift))
+            for probe, mask, cached in stale:
+                exact = logits[mask[owned(each)]]
+                drift[probe.part] = self._mean_divergence(exact, cached, row[mask], probe.part, len(drift))
+        state.note_passes(passes, drift)
+        if len(parts) == 1:
+            return parts[0][1]
+        logits = parts[0][1].new_empty(len(row), parts[0][1].shape[-1])
+        for mask, values in parts:
+            logits[mask] = values
+        return logits
+
+    def _candidate_logits(self, state, each: ForwardPass, candidates, whole: bool = False):
         """Logits in at least float32 at the candidates of one pass, `(number of candidates, vocabulary)`.
 
         Args:
-            part: which of the unfinished rows the pass runs.
-            start: for each, where in its canvas a partial pass begins; `None` for a full pass.
-            candidates: `(rows of the pass, canvas)`.
+            candidates: `(rows, canvas)` of all unfinished rows.
+            whole: run the whole row for what a partial pass runs, and leave the cache alone.
         """
-        rows = state.rows[part]
+        options, rows, start = state.options, state.rows[each.part], each.start
+        partial = start is not None and not whole
         embed = self.get_input_embeddings()
-        prompt_mask, prompt_length = state.prompt_mask[rows], state.prompt_mask.shape[1]
-        row_ids = torch.cat([state.canvas[rows], state.suffix.expand(len(rows), -1)], dim=1)
-        row_mask = torch.cat([prompt_mask, torch.ones_like(row_ids)], dim=1)
-        position_ids = (row_mask.cumsum(dim=1) - 1).clamp(min=0)  # a row's padding is not counted
-        keep = torch.nn.functional.pad(candidates, (prompt_length, len(state.suffix)))  # (rows, row length)
-        if start is None:
-            state.num_full_forwards[rows] += 1
-            places = None
-            row_embeds = embed(row_ids)
-            inputs_embeds = torch.cat([state.prompt_embeds[rows], row_embeds], dim=1)
-        else:
-            # All rows of the pass run equally many positions: one block, or in the same block all that is left.
-            dual = options.cache_implementation != "prefix"
-            width = options.block_length if dual else row_ids.shape[1] - int(start[0])
-            places = start[:, None] + torch.arange(width, device=rows.device)  # (rows, width), within the canvas
-            inputs_embeds = embed(row_ids.gather(1, places))
-            places = places + prompt_length
-            position_ids, keep = position_ids.gather(1, places), keep.gather(1, places)
+        prompt_mask = state.prompt_mask[rows].bool()
+        keep = candidates[each.part]
+        if start is not None:
+            keep = keep & (state.positions >= start[:, None])
+        keep = torch.nn.functional.pad(keep, (0, len(state.suffix)))  # (rows, tail), the tail being canvas and suffix
+
+        # Which places of the tail are run, the same number in each row.
+        columns = state.tail_columns(rows)
+        if partial and options.cache_implementation == "prefix":
+            columns = columns[columns >= start[0]]
+        elif partial:
+            columns = start[:, None] + torch.arange(options.block_length, device=rows.device)
+        columns = columns.expand(len(rows), -1)
+        keep = keep.gather(1, columns)
+        position_ids = state.tail_position_ids(rows).gather(1, columns)
+        inputs_embeds = embed(state.tail_ids(rows).gather(1, columns))  # (rows, columns, hidden)
+        places = columns + prompt_mask.shape[1]  # within the row
+        tail_mask = state.tail_mask(rows)
+        blank_embeds = inputs_embeds
+        if not partial:
+            prompt_places = torch.arange(prompt_mask.shape[1], device=rows.device).expand_as(prompt_mask)
+            prompt_positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)  # a row's padding is not counted
+            places = torch.cat([prompt_places, places], dim=1)
+            position_ids = torch.cat([prompt_positions, position_ids], dim=1)
+            keep = torch.cat([torch.zeros_like(prompt_mask), keep], dim=1)
+            tail_mask = tail_mask.gather(1, columns)
+            inputs_embeds = torch.cat([state.prompt_embeds[rows], inputs_embeds], dim=1)
+        attention_mask = torch.cat([prompt_mask, tail_mask], dim=1)
         if options.cfg_scale > 0:
             # The unconditional row has the same length, with a mask for every prompt token.
-            blank = inputs_embeds
-            if start is None:
-                blank = torch.cat([embed(torch.full_like(prompt_mask, state.mask_token_id)), row_embeds], dim=1)
-            inputs_embeds = torch.cat([inputs_embeds, blank])
-            row_mask, position_ids, keep = (each.repeat(2, 1) for each in (row_mask, position_ids, keep))
-            places = None if places is None else places.repeat(2, 1)
+            if not partial:
+                blank_embeds = torch.cat([embed(prompt_places * 0 + state.mask_token_id), blank_embeds], dim=1)
+            inputs_embeds = torch.cat([inputs_embeds, blank_embeds])
+            attention_mask, position_ids, keep, places = (
+                value.repeat(2, 1) for value in (attention_mask, position_ids, keep, places)
+            )
             rows = torch.cat([rows, rows + len(state.canvas)])
-        cache = state.cache.select(rows, places) if options.use_cache else None
-        attention_mask = None if state.unpadded else row_mask
+        cache = None
+        if options.use_cache and not whole:
+            everywhere = places.shape[1] == state.cache.row_length
+            cache = state.cache.select(rows, None if everywhere else places, partial)
         logits = self(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            attention_mask=None if bool(attention_mask.all()) else attention_mask.long(),
             position_ids=position_ids,
             past_key_values=cache,
             logits_to_keep=keep,
@@ -431,6 +333,41 @@ class LLaDAMedVGenerationMixin:
         return logits
 
     @staticmethod
+    def _mean_divergence(exact, cached, row, part, num_rows):
+        """Mean over each row's candidates of KL(exact || cached), in nats, for the rows `part`."""
+        sums = torch.zeros(num_rows, dtype=torch.float64, device=row.device)
+        counts = torch.zeros_like(sums).index_add_(0, row, torch.ones_like(row, dtype=torch.float64))
+        elements = _FLOAT64_ELEMENTS_CPU if row.device.type == "cpu" else _FLOAT64_ELEMENTS_GPU
+        size = max(1, elements // exact.shape[-1])
+        for p, q, rows in zip(exact.split(size), cached.split(size), row.split(size)):
+            p, q = p.double().log_softmax(dim=-1), q.double().log_softmax(dim=-1)
+            sums.index_add_(0, rows, (p.exp() * (p - q)).sum(dim=-1))
+        return (sums / counts)[part]
+
+    def _process_logits(self, state, candidates, logits):
+        """What must not, or had better not, be proposed."""
+        options = state.options
+        row, place = candidates.nonzero(as_tuple=True)
+        if options.repetition_penalty != 1 or options.no_repeat_ngram_size is not None:
+            canvas = state.canvas[state.rows]
+            committed = canvas != state.mask_token_id
+            if state.absent is not None:
+                committed &= ~state.absent[state.rows]
+        if options.repetition_penalty != 1:
+            # What is no token of the row is replaced by one that is, which changes nothing.
+            ids = torch.cat([state.prompt_ids[state.rows], canvas], dim=1)
+            real = torch.cat([state.prompt_mask[state.rows].bool(), committed], dim=1)
+            ids = torch.where(real, ids, ids.gather(1, real.byte().argmax(dim=1, keepdim=True)))
+            logits = RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))(ids[row], logits)
+        logits[:, state.suppressed] = float("-inf")
+        if options.min_new_tokens is not None:
+            logits[(place < options.min_new_tokens).nonzero(), state.eos] = float("-inf")
+        if options.no_repeat_ngram_size is not None:
+            canvas = torch.where(committed, canvas, -1)
+            logits = ban_repeated_ngrams(logits, row, place, canvas, options.no_repeat_ngram_size)
+        return logits
+
+    @staticmethod
     def _propose(logits, temperature, needs=()):
         """Proposed tokens `(candidates,)`, and what is known of them by its name in [`CandidateScores`].
 
@@ -440,20 +377,24 @@ class LLaDAMedVGenerationMixin:
         tokens, values = [], {name: [] for name in ("confidence", *needs) if name != "noise"}
         elements = _FLOAT64_ELEMENTS_CPU if logits.device.type == "cpu" else _FLOAT64_ELEMENTS_GPU
         for part in logits.split(max(1, elements // logits.shape[-1])):
-            part = part.double()
-            noised = part
+            best, token = part.max(dim=-1, keepdim=True)
+            log_odds = part.double().sub_(best)  # against the most probable token
+            chosen = 0.0
             if temperature > 0:
                 # argmax of exp(logits) / (-log u)^temperature, taken in the logarithm
-                noised = part - temperature * torch.rand_like(part).log_().neg_().log_()
-            token = noised.argmax(dim=-1, keepdim=True)
+                noise = torch.rand_like(log_odds).log_().neg_().log_()
+                token = (log_odds - temperature * noise).argmax(dim=-1, keepdim=True)
+                chosen = log_odds.gather(-1, token).squeeze(-1)
             tokens.append(token.squeeze(-1))
-            normalizer = part.logsumexp(dim=-1, keepdim=True)
-            values["confidence"].append((part.gather(-1, token) - normalizer).exp().squeeze(-1))
             if "margin" in values:
-                first, second = (part.topk(2, dim=-1).values - normalizer).exp().unbind(dim=-1)
-                values["margin"].append(first - second)
+                second = part.topk(2, dim=-1).values[:, 1].double() - best.squeeze(-1)
+            weights = log_odds.exp_()
+            total = weights.sum(dim=-1)
+            values["confidence"].append(torch.as_tensor(chosen, dtype=torch.float64).exp().to(total) / total)
+            if "margin" in values:
+                values["margin"].append((1 - second.exp()) / total)
             if "entropy" in values:
-                values["entropy"].append(torch.special.entr((part - normalizer).exp()).sum(dim=-1))
+                values["entropy"].append(torch.special.entr(weights / total[:, None]).sum(dim=-1))
         return torch.cat(tokens), {name: torch.cat(parts) for name, parts in values.items()}
 
     @staticmethod
@@ -462,7 +403,7 @@ class LLaDAMedVGenerationMixin:
         return torch.rand(canvas.shape, dtype=torch.float64, device=canvas.device)
 
     @staticmethod
-    def _stream(streamer, state, streamed, suffix):
+    def _stream(streamer, state, streamed):
         """Hand finished blocks to the streamer, and the rest as a draft; returns how much of the canvas is out."""
         finished = not state.rows.numel()
         stop = int(state.stop[0])
@@ -472,8 +413,8 @@ class LLaDAMedVGenerationMixin:
             streamer.put_draft(canvas[None, max(streamed, ready) : stop])
         if ready > streamed:
             streamer.put(canvas[streamed:ready])
-        if finished and len(suffix):
-            streamer.put(suffix.cpu())
+        if finished and len(state.suffix):
+            streamer.put(state.suffix.cpu())
         return max(streamed, ready)
 
     def _prepare_generation_config(self, generation_config, **kwargs) -> LLaDAMedVGenerationConfig:
@@ -527,7 +468,34 @@ class LLaDAMedVGenerationMixin:
                 f"`max_new_tokens` {length} / `block_length` {options.block_length}); allowed are {blocks}, "
                 f"{2 * blocks}, …"
             )
+        self._check_combinations(options)
         return options
+
+    @staticmethod
+    def _check_combinations(options) -> None:
+        """What must fit together, once everything is filled in."""
+        initial, block = options.initial_canvas_length, options.block_length
+        if initial is not None and (initial % block or initial > options.max_new_tokens):
+            raise ValueError(
+                f"`initial_canvas_length` is {initial}; allowed are multiples of `block_length` ({block}) up to "
+                f"`max_new_tokens` ({options.max_new_tokens})."
+            )
+        if options.abstention_threshold is not None and not options.return_dict_in_generate:
+            raise ValueError(
+                f"`abstention_threshold` is {options.abstention_threshold}; it needs return_dict_in_generate=True, or "
+                "nobody would see which answers are below it."
+            )
+        if options.no_repeat_ngram_size is not None:
+            several = [name for name in ADAPTIVE_RULES if getattr(options, name) is not None]
+            if options.steps < options.max_new_tokens:
+                several.append("steps")
+            if several:
+                raise ValueError(
+                    f"`no_repeat_ngram_size` is {options.no_repeat_ngram_size} and `{several[0]}` is "
+                    f"{getattr(options, several[0])}: tokens that are committed in one step do not know of each other. "
+                    f"Allowed are steps of one token: `steps` of at least `max_new_tokens` ({options.max_new_tokens}) "
+                    f"and no {', '.join(ADAPTIVE_RULES)}."
+                )
 
     def _prepare_stop_sequences(self, options, tokenizer) -> list[list[int]]:
         """Token sequences that end an answer: the end-of-sequence ids and the tokenised stop strings."""
@@ -554,7 +522,14 @@ class LLaDAMedVGenerationMixin:
         tokens = tokenizer(options.generation_suffix, add_special_tokens=False).input_ids
         return torch.tensor(tokens, dtype=torch.long, device=self.device)
 
-    def _check_prompt(self, input_ids, attention_mask, options, suffix_length) -> torch.Tensor:
+    def _compile_language_model(self, compile_config) -> None:
+        """Compile what a denoising step runs most; again only if the options differ."""
+        settings = compile_config.to_dict()
+        if getattr(self, "_language_model_compiled_with", None) != settings:
+            self.model.language_model.compile(**settings)
+            self._language_model_compiled_with = settings
+
+    def _check_prompt(self, input_ids, attention_mask, canvas_length, suffix_length) -> torch.Tensor:
         """The attention mask to use, after checks that need no forward pass."""
         if input_ids is None or input_ids.dim() != 2 or 0 in input_ids.shape:
             shape = None if input_ids is None else tuple(input_ids.shape)
@@ -574,12 +549,12 @@ class LLaDAMedVGenerationMixin:
             raise ValueError(
                 f"`input_ids` holds the mask token {self.config.mask_token_id}; masks are allowed in the canvas only."
             )
-        total = int(lengths.max()) + options.max_new_tokens + suffix_length
+        total = int(lengths.max()) + canvas_length + suffix_length
         context = self.config.get_text_config().max_position_embeddings
         if total > context:
             raise ValueError(
-                f"The prompt ({int(lengths.max())} tokens), `max_new_tokens` ({options.max_new_tokens}) and the suffix "
-                f"({suffix_length}) need {total} positions; the model's context allows {context}."
+                f"The prompt ({int(lengths.max())} tokens), the canvas (`max_new_tokens`, {canvas_length}) and the "
+                f"suffix ({suffix_length}) need {total} positions; the model's context allows {context}."
             )
         return attention_mask
 
@@ -597,111 +572,6 @@ class LLaDAMedVGenerationMixin:
                 )
             except OSError:
                 pass  # no such file: the defaults from the model's config stay
-
-
-class _DenoisingState:
-    """Where every row of a `generate` call stands. `rows` are the indices of the unfinished ones."""
-
-    def __init__(self, model, options, input_ids, attention_mask, suffix, stops):
-        batch, device = len(input_ids), input_ids.device
-        length = options.max_new_tokens
-        self.mask_token_id = model.config.mask_token_id
-        self.block_length = options.block_length
-        self.num_blocks = length // options.block_length
-        self.steps_per_block = options.steps // self.num_blocks
-        self.rule = build_commit_rule(options.commit_rule_config())
-        # Rows are the numbers of masks that a block may start with.
-        self.schedule = commit_schedule(self.block_length, self.steps_per_block, options.schedule_shift).to(device)
-        self.stops = [torch.tensor(stop, device=device) for stop in stops if len(stop) <= length]
-        suppressed = options.suppress_tokens if options.suppress_tokens is not None else [self.mask_token_id]
-        self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=device)
-        eos = [] if options.eos_token_id is None else torch.tensor(options.eos_token_id).flatten().tolist()
-        padding = [] if options.pad_token_id is None else [options.pad_token_id]
-        self.eos = torch.tensor(eos, dtype=torch.long, device=device)
-        self.deferred = torch.tensor([*eos, *padding], dtype=torch.long, device=device)
-        self.prompt_mask, self.suffix = attention_mask, suffix.to(device)
-        self.unpadded = bool(attention_mask.all())
-        self.positions = torch.arange(length, device=device)
-        self.canvas = torch.full((batch, length), self.mask_token_id, device=device)
-        self.stop = torch.full((batch,), length, device=device)  # first position that is not part of the answer
-        self.block = torch.zeros(batch, dtype=torch.long, device=device)
-        self.step = torch.zeros(batch, dtype=torch.long, device=device)  # within the block
-        self.masks_at_start = torch.full((batch,), self.block_length, device=device)  # of the block
-        self.num_forwards = torch.zeros(batch, dtype=torch.long, device=device)
-        self.num_full_forwards = torch.zeros(batch, dtype=torch.long, device=device)
-        self.commit_step = torch.full((batch, length), -1, device=device)
-        self.commit_confidence = torch.full((batch, length), float("nan"), dtype=torch.float64, device=device)
-        self.rows = torch.arange(batch, device=device)
-
-    @property
-    def block_end(self):
-        return (self.block + 1) * self.block_length
-
-    def plan_passes(self, options):
-        """The forward passes of this step: pairs of rows (indices into `rows`), and where in its canvas each begins,
-        or `None` for whole rows.
-
-        A row's passes depend on its own block and step alone, so that neighbours change nothing. Rows of a partial
-        pass run equally many positions; with the prefix cache those are rows in the same block.
-        """
-        everything = torch.arange(len(self.rows), device=self.rows.device)
-        if not options.use_cache:
-            return [(everything, None)]
-        step = self.step[self.rows]
-        interval = options.cache_refresh_interval
-        full = step == 0 if interval is None else step % interval == 0
-        start = self.block[self.rows] * self.block_length
-        passes = [(everything[full], None)] if bool(full.any()) else []
-        parts = [~full]
-        if options.cache_implementation == "prefix":
-            parts = [~full & (start == value) for value in start[~full].unique()]
-        return passes + [(everything[part], start[part]) for part in parts if bool(part.any())]
-
-    def tokens_to_commit(self):
-        """The schedule's k for each unfinished row."""
-        step = self.step[self.rows].clamp(max=self.steps_per_block - 1)  # an adaptive rule may take more steps
-        return self.schedule[self.masks_at_start[self.rows], step]
-
-    def commit(self, committed, proposed, confidences):
-        """Write the committed proposals into the canvas and take note of when and how sure."""
-        rows = self.rows
-        self.canvas[rows] = torch.where(committed, proposed, self.canvas[rows])
-        self.commit_step[rows] = torch.where(committed, self.num_forwards[rows, None], self.commit_step[rows])
-        self.commit_confidence[rows] = torch.where(committed, confidences, self.commit_confidence[rows])
-        self.num_forwards[rows] += 1
-        self.step[rows] += 1
-
-    def find_stops(self):
-        """Set `stop` to the first place where a stop sequence stands in the canvas.
-
-        Once a row has a stop, only the first sequence can move it further left: the authors' rule.
-        """
-        canvas = self.canvas[self.rows]
-        stop = self.stop[self.rows]
-        unstopped = stop == len(self.positions)
-        for index, sequence in enumerate(self.stops):
-            matches = (canvas.unfold(1, len(sequence), 1) == sequence).all(dim=-1)  # (rows, places)
-            places = torch.where(matches, self.positions[: matches.shape[1]], len(self.positions)).amin(dim=1)
-            stop = torch.where(unstopped | (index == 0), torch.minimum(stop, places), stop)
-        self.stop[self.rows] = stop
-
-    def advance(self):
-        """Leave blocks that are done and drop rows that are finished."""
-        rows = self.rows
-        canvas, stop, end = self.canvas[rows], self.stop[rows], self.block_end[rows]
-        masked = (canvas == self.mask_token_id) & (self.positions < stop[:, None])
-        left = (masked & (self.positions < end[:, None])).any(dim=1)
-        # An adaptive rule commits at least one token a step, and so needs no more steps than the block has places,
-        # unless the model proposes the mask itself.
-        used_up = self.step[rows] >= (self.block_length if self.rule.adaptive else self.steps_per_block)
-        done = ~left | used_up
-        self.block[rows] += done
-        self.step[rows] = torch.where(done, 0, self.step[rows])
-        in_block = self.positions // self.block_length == self.block[rows, None]
-        begin = (canvas == self.mask_token_id) & in_block
-        self.masks_at_start[rows] = torch.where(done, begin.sum(dim=1), self.masks_at_start[rows])
-        finished = (self.block[rows] >= self.num_blocks) | ((stop < len(self.positions)) & ~masked.any(dim=1))
-        self.rows = rows[~finished]
 
 
 __all__ = ["LLaDAMedVGenerationConfig", "LLaDAMedVGenerationMixin", "LLaDAMedVGenerationOutput"]

@@ -24,7 +24,10 @@ from .checkpoint_layouts_lladamedv import (
     resolve_source,
 )
 from .configuration_lladamedv import LLaDAMedVConfig
-from .generation_lladamedv import LLaDAMedVGenerationConfig, LLaDAMedVGenerationMixin
+from .decoder_layer_lladamedv import LLaDAMedVLastDecoderLayer
+from .generation_config_lladamedv import LLaDAMedVGenerationConfig
+from .generation_lladamedv import LLaDAMedVGenerationMixin
+from .infilling_lladamedv import LLaDAMedVInfillingMixin
 from .scoring_lladamedv import LLaDAMedVScoringMixin
 
 
@@ -38,7 +41,7 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     # Parts of a stand-alone SigLIP tower that come after the features.
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.(post_layernorm|head)\."]
-    _no_split_modules = ["LlamaDecoderLayer", "SiglipEncoderLayer"]
+    _no_split_modules = ["LlamaDecoderLayer", "LLaDAMedVLastDecoderLayer", "SiglipEncoderLayer"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -146,6 +149,8 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             if config.max_anyres_tiles is not None:
                 self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
         self.language_model = AutoModel.from_config(config.text_config)
+        last = config.text_config.num_hidden_layers - 1
+        self.language_model.layers[last] = LLaDAMedVLastDecoderLayer(self.language_model.config, last)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -286,6 +291,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         turn_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        query_positions: torch.LongTensor | None = None,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
         """One bidirectional pass.
@@ -299,9 +305,10 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             turn_ids (`(batch, sequence)`, *optional*): conversation turn of each token. A token then attends to its
                 own and earlier turns only (LLaDA-V, arXiv 2505.16933, section 3.2: the dialogue-causal mask).
             inputs_embeds (`(batch, sequence, hidden)`, *optional*): merged embeddings.
+            query_positions (`(batch, queries)`, *optional*): positions whose output is wanted; by default all.
 
         Returns:
-            `LlavaModelOutputWithPast` with `last_hidden_state` `(batch, sequence, hidden)`.
+            `LlavaModelOutputWithPast` with `last_hidden_state` `(batch, sequence or queries, hidden)`.
 
         Raises:
             ValueError: for contradictory inputs, or `turn_ids` under an attention implementation that cannot mask
@@ -320,6 +327,8 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         if turn_ids is not None:
             attention_mask = self._turn_mask(inputs_embeds, attention_mask, turn_ids)
+        if query_positions is not None:
+            kwargs["query_positions"] = query_positions  # for the last layer; the others pass it by
         outputs = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
@@ -342,10 +351,11 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
 
 
 class LLaDAMedVForConditionalGeneration(
-    LLaDAMedVPreTrainedModel, LLaDAMedVGenerationMixin, LLaDAMedVScoringMixin, GenerationMixin
+    LLaDAMedVPreTrainedModel, LLaDAMedVGenerationMixin, LLaDAMedVInfillingMixin, LLaDAMedVScoringMixin, GenerationMixin
 ):
-    """LLaDA-MedV with its output layer, the denoising [`~LLaDAMedVGenerationMixin.generate`] and
-    [`~LLaDAMedVScoringMixin.score`], which says how likely given answers are."""
+    """LLaDA-MedV with its output layer, the denoising [`~LLaDAMedVGenerationMixin.generate`],
+    [`~LLaDAMedVInfillingMixin.infill`], which fills in templates, and [`~LLaDAMedVScoringMixin.score`], which says how
+    likely given answers are."""
 
     generation_config_class = LLaDAMedVGenerationConfig
 
@@ -385,7 +395,8 @@ class LLaDAMedVForConditionalGeneration(
         Args:
             logits_to_keep (`int` or `torch.Tensor`): which positions get logits, as everywhere in Transformers: the
                 last `n` (0: all), a 1-D tensor of positions, a 2-D integer tensor of positions per row, or a boolean
-                `(batch, sequence)` mask, which gives `(number of True, vocab_size)`.
+                `(batch, sequence)` mask, which gives `(number of True, vocab_size)` and spares the last layer the
+                positions that no row of the batch reads.
             labels: not accepted, because a masked-diffusion loss needs to know the noise.
 
         The other arguments are those of [`LLaDAMedVModel.forward`].
@@ -401,6 +412,7 @@ class LLaDAMedVForConditionalGeneration(
                 "`labels` is not accepted: the next-token loss does not apply to a masked-diffusion model. Noise the "
                 "tokens and weigh the loss as lladamedv.trainers does."
             )
+        query_positions = self._positions_to_query(logits_to_keep, **kwargs)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -410,8 +422,11 @@ class LLaDAMedVForConditionalGeneration(
             position_ids=position_ids,
             turn_ids=turn_ids,
             inputs_embeds=inputs_embeds,
+            query_positions=query_positions,
             **kwargs,
         )
+        if query_positions is not None:  # the mask of what was read, on the positions that were run
+            logits_to_keep = logits_to_keep.gather(1, query_positions)
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         return LlavaCausalLMOutputWithPast(
             logits=logits,
@@ -420,6 +435,26 @@ class LLaDAMedVForConditionalGeneration(
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+
+    def _positions_to_query(self, logits_to_keep, output_attentions=None, output_hidden_states=None, **kwargs):
+        """`(batch, queries)` positions that the last layer must run for a boolean `logits_to_keep`, in their order and
+        filled up to the row with most; `None` for all positions."""
+        if not isinstance(logits_to_keep, torch.Tensor) or logits_to_keep.dtype != torch.bool:
+            return None
+        language_model = self.model.language_model
+        # The recorded states must be whole; only these masks can be cut; a compiled graph wants one shape.
+        if (
+            output_attentions or output_hidden_states
+            or language_model.config.output_attentions or language_model.config.output_hidden_states
+            or language_model.config._attn_implementation not in ("sdpa", "eager")
+            or language_model._compiled_call_impl is not None
+        ):  # fmt: skip
+            return None
+        most = int(logits_to_keep.sum(dim=1).max())
+        if not 0 < most < logits_to_keep.shape[1]:
+            return None
+        return logits_to_keep.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
 
 
 LLaDAMedVModel.register_for_auto_class("AutoModel")

@@ -61,42 +61,69 @@ def by_entropy_bound(bound):
     return choose
 
 
+def penalized(logits, ids, penalty):
+    """CTRL's repetition penalty (arXiv 1909.05858) on one place's logits."""
+    for token in set(ids):
+        logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    return logits
+
+
+def would_repeat(canvas, place, token, size, mask):
+    """Whether the token makes two runs of `size` committed tokens equal that were not before."""
+    canvas = [*canvas[:place], token, *canvas[place + 1 :]]
+    runs = [tuple(canvas[i : i + size]) for i in range(len(canvas) - size + 1)]
+    runs = [(i, run) for i, run in enumerate(runs) if mask not in run]
+    own = [(i, run) for i, run in runs if i <= place < i + size]
+    return any(run == other and i != j for i, run in own for j, other in runs)
+
+
 def denoise(
     model, prompt, pixel_values, length, block_length, steps, cfg_scale=0.0, suppressed=(), stops=(), suffix=(),
-    choose=most_probable, adaptive=False, forward=None,
+    choose=most_probable, adaptive=False, forward=None, initial=None, suffix_blocks=None, penalty=1.0, ngram=None,
 ):  # fmt: skip
     """Answer token ids, with the (step, position) order of commits.
 
     `forward(row, block_start, step_in_block)`, if given, replaces the model: it returns `(row length, vocabulary)`.
     """
     mask = model.config.mask_token_id
-    row = list(prompt) + [mask] * length + list(suffix)
+    canvas = [mask] * length
     start, blocks = len(prompt), length // block_length
     commits, stop, number = [], length, 0
     for block in range(blocks):
         end = (block + 1) * block_length
-        masks = sum(row[start + i] == mask for i in range(block * block_length, end))
+        masks = sum(token == mask for token in canvas[block * block_length : end])
         per_step = steps // blocks
+        grown = max(end, length if initial is None else initial)
+        window = grown if suffix_blocks is None else min(grown, end + suffix_blocks * block_length)
+        positions = [*range(start + window), *range(start + grown, start + grown + len(suffix))]
         for step in range(block_length if adaptive else per_step):
-            open_places = [i for i in range(min(end, stop)) if row[start + i] == mask]
+            open_places = [i for i in range(min(end, stop)) if canvas[i] == mask]
             if not open_places:
                 break
             quota = masks // per_step + (1 if step < masks % per_step else 0)
+            row = list(prompt) + canvas[:window] + list(suffix)
             if forward is not None:
                 logits = forward(row, start + block * block_length, step).double()
             else:
-                logits = model(input_ids=torch.tensor([row]), pixel_values=pixel_values).logits[0].double()
+                inputs = {"input_ids": torch.tensor([row]), "position_ids": torch.tensor([positions])}
+                logits = model(**inputs, pixel_values=pixel_values).logits[0].double()
             if cfg_scale:
-                blank = [mask] * start + row[start:]
-                free = model(input_ids=torch.tensor([blank])).logits[0].double()
+                blank = {"input_ids": torch.tensor([[mask] * start + row[start:]])}
+                free = model(**blank, position_ids=torch.tensor([positions])).logits[0].double()
                 logits = free + (cfg_scale + 1) * (logits - free)
+            logits = logits[start:]
+            for place in open_places:
+                if penalty != 1:
+                    penalized(logits[place], [*prompt, *(token for token in canvas if token != mask)], penalty)
+                for token in range(logits.shape[1] if ngram else 0):
+                    if would_repeat(canvas, place, token, ngram, mask):
+                        logits[place, token] = -torch.inf
             logits[:, list(suppressed)] = -torch.inf
             probabilities = logits.softmax(-1)
-            for place in choose({i: probabilities[start + i].tolist() for i in open_places}, quota):
-                row[start + place] = probabilities[start + place].argmax().item()
+            for place in choose({i: probabilities[i].tolist() for i in open_places}, quota):
+                canvas[place] = probabilities[place].argmax().item()
                 commits.append((number, place))
             number += 1
-            canvas = row[start : start + length]
             for stop_sequence in stops:
                 for place in range(length - len(stop_sequence) + 1):
                     if canvas[place : place + len(stop_sequence)] == list(stop_sequence):
@@ -104,4 +131,4 @@ def denoise(
                         break
             if stop < length and mask not in canvas[:stop]:
                 return canvas[:stop] + list(suffix), commits, number
-    return row[start : start + stop] + list(suffix), commits, number
+    return canvas[:stop] + list(suffix), commits, number

@@ -15,6 +15,13 @@ from tests.tiny import tiny_model, tiny_processor
 torch.set_num_threads(2)
 
 
+@pytest.fixture
+def uncompiled_flex():
+    """Compiled flex attention is broken on CPUs for some lengths; what it means can be tested uncompiled."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def model() -> lladamedv.LLaDAMedVForConditionalGeneration:
     """A random model of one-tile images; do not change it."""

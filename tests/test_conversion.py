@@ -60,13 +60,14 @@ def test_a_complete_folder(tmp_path, source, tokenizer):
     out = tmp_path / "new" / "out"
     report = convert(source, out, tokenizer, max_shard_size=3_000_000)
     expected = {
-        "README.md", "additional_chat_templates", "chat_template.jinja", "config.json", "configuration_lladamedv.py",
-        "conversion_report.json", "checkpoint_layouts_lladamedv.py", "commit_rules_lladamedv.py",
-        "denoising_cache_lladamedv.py", "generation_config.json",
-        "generation_lladamedv.py", "image_processing_lladamedv.py", "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors", "model.safetensors.index.json", "modeling_lladamedv.py",
-        "processing_lladamedv.py", "processor_config.json", "scoring_lladamedv.py", "tokenizer.json",
-        "tokenizer_config.json",
+        "README.md", "additional_chat_templates", "chat_template.jinja", "checkpoint_layouts_lladamedv.py",
+        "commit_rules_lladamedv.py", "confidence_lladamedv.py", "config.json", "configuration_lladamedv.py",
+        "conversion_report.json", "decoder_layer_lladamedv.py", "denoising_cache_lladamedv.py",
+        "denoising_state_lladamedv.py", "generation_config.json", "generation_config_lladamedv.py",
+        "generation_lladamedv.py", "image_processing_lladamedv.py", "infilling_lladamedv.py",
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
+        "modeling_lladamedv.py", "processing_lladamedv.py", "processor_config.json", "repetition_lladamedv.py",
+        "scoring_lladamedv.py", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert {path.name for path in out.iterdir()} == expected
     assert [path.name for path in out.parent.iterdir()] == ["out"]

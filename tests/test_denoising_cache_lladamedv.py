@@ -205,9 +205,114 @@ def test_a_proposed_mask_ends_too(model, monkeypatch):
         assert output.num_forwards.tolist() == [8] and (output.sequences[0, -8:] == 98).all()
 
 
+# Drift
+
+
+def divergence(exact, cached, places):
+    """Mean over `places` of KL(exact || cached), in nats."""
+    exact, cached = exact[places].double().log_softmax(-1), cached[places].double().log_softmax(-1)
+    return torch.nn.functional.kl_div(cached, exact, log_target=True, reduction="none").sum(-1).mean().item()
+
+
+class MeasuredStates(StaleStates):
+    """[`StaleStates`] that compares cached logits with whole ones: at every step, or, with a bound, at every refresh,
+    which then sets the interval."""
+
+    def __init__(self, *arguments, bound):
+        super().__init__(*arguments[:-1], None)
+        self.pixels, self.bound, self.age, self.drift = arguments[2], bound, 0, []
+        self.refresh_after = arguments[-1] or (4 if bound else 10**9)
+
+    def __call__(self, row, block_start, step):
+        whole = self.model(input_ids=torch.tensor([row]), pixel_values=self.pixels).logits[0]
+        refresh = step == 0 or self.age >= self.refresh_after
+        cached, drift = None, float("nan")
+        if step and (not refresh or self.bound is not None):
+            cached = super().__call__(row, block_start, step)
+            if refresh or self.bound is None:
+                places = [i for i in range(block_start, block_start + self.block_length) if row[i] == 98]
+                drift = divergence(whole, cached, places)
+        if refresh:
+            super().__call__(row, block_start, 0)  # stores the states
+            self.partial_passes -= cached is not None
+            if cached is not None:
+                self.refresh_after = max(1, self.refresh_after // 2) if drift > self.bound else self.refresh_after * 2
+        self.age = 1 if refresh else self.age + 1
+        self.drift.append(drift)
+        return whole if refresh else cached
+
+
+@pytest.mark.parametrize("kind", ["dual", "prefix"])
+@pytest.mark.parametrize(
+    "options",
+    [{"output_cache_drift": True}, {"output_cache_drift": True, "interval": 3}, {"bound": 1e-3}, {"bound": 0.05},
+     {"bound": 0.3, "interval": 1}],
+    ids=str,
+)  # fmt: skip
+@torch.no_grad()
+def test_drift_against_whole_passes(kind, options):
+    model = tiny_model(num_hidden_layers=3)
+    prompt, bound, interval = image_prompt(PROMPT), options.get("bound"), options.get("interval")
+    states = MeasuredStates(model, prompt, PIXELS, 12, kind, interval, bound=bound)
+    expected, _, forwards = denoise(
+        model, prompt[0].tolist(), PIXELS, 24, 12, 24, suppressed=SUPPRESSED, forward=states
+    )
+    output = generate(
+        model, max_new_tokens=24, block_length=12, use_cache=True, cache_implementation=kind,
+        cache_refresh_interval=interval, cache_drift_bound=bound,
+        output_cache_drift=options.get("output_cache_drift", False),
+    )  # fmt: skip
+    assert output.sequences[0, prompt.shape[1] :].tolist() == expected
+    assert output.num_full_forwards.item() == forwards - states.partial_passes
+    drift = torch.tensor(states.drift, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(output.cache_drift, drift, atol=1e-6, rtol=1e-3, equal_nan=True)
+    assert output.cache_drift.nan_to_num().max() > 1e-4, "there must be something to measure"
+
+
+@torch.no_grad()
+def test_measuring_changes_nothing(model):
+    options = {"max_new_tokens": 12, "block_length": 6, "use_cache": True}
+    plain, measured = generate(model, **options), generate(model, **options, output_cache_drift=True)
+    assert torch.equal(plain.commit_confidence, measured.commit_confidence) and plain.cache_drift is None
+    assert torch.equal(plain.num_full_forwards, measured.num_full_forwards)
+
+
+@pytest.mark.parametrize("kind", ["dual", "prefix"])
+@torch.no_grad()
+def test_a_tighter_bound_refreshes_more(kind):
+    model = tiny_model(num_hidden_layers=3)
+    options = {"max_new_tokens": 24, "block_length": 24, "use_cache": True, "cache_implementation": kind}
+    counts = [
+        generate(model, **options, cache_drift_bound=bound).num_full_forwards.item() for bound in (1e-9, 0.02, 1e3)
+    ]
+    assert counts[0] > counts[1] >= counts[2] and counts[2] == 3  # at steps 0, 4 and 12
+
+
+@pytest.mark.parametrize("kind", ["dual", "prefix"])
+@torch.no_grad()
+def test_rows_find_their_own_interval(kind):
+    model = tiny_model(num_hidden_layers=3)
+    prompts = [image_prompt(PROMPT), torch.tensor([[8, 9]]), image_prompt((3,))]
+    images = [PIXELS, None, PIXELS.flip(-2)]
+    ids, mask = padded(prompts, "left")
+    options = {"max_new_tokens": 24, "block_length": 12, "use_cache": True, "cache_implementation": kind}
+    options |= {"cache_drift_bound": 0.03}
+    together = generate(model, ids, torch.cat(images[::2]), attention_mask=mask, **options)
+    for row, (prompt, image) in enumerate(zip(prompts, images)):
+        alone = generate(model, prompt, image, **options)
+        assert torch.equal(together.sequences[row, -24:], alone.sequences[0, -24:])
+        assert together.num_full_forwards[row] == alone.num_full_forwards[0]
+        torch.testing.assert_close(
+            together.cache_drift[:, row], alone.cache_drift[:, 0], atol=1e-6, rtol=1e-3, equal_nan=True
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"cache_drift_bound": 0.1}, "`cache_drift_bound` is 0.1, which is allowed with use_cache=True"),
+        ({"output_cache_drift": True}, "`output_cache_drift` is True, which is allowed with use_cache=True"),
+        ({"use_cache": True, "cache_drift_bound": -1}, "`cache_drift_bound` is -1; allowed are finite numbers above 0"),
         ({"use_cache": True, "cache_implementation": "static"}, "`cache_implementation` is 'static'; allowed are"),
         ({"cache_implementation": "dual"}, "`cache_implementation` is 'dual', which is allowed with use_cache=True"),
         ({"cache_refresh_interval": 4}, "`cache_refresh_interval` is 4, which is allowed with use_cache=True"),

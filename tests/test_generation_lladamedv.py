@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
+from transformers import CompileConfig, GenerationConfig, TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import TextDiffusionStreamer
 
 from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig, LLaDAMedVGenerationOutput
-from lladamedv.modeling_lladamedv.generation_lladamedv import _DenoisingState
+from lladamedv.modeling_lladamedv.denoising_state_lladamedv import DenoisingState
 from tests.brute_force import denoise
-from tests.tiny import image_prompt, tiny_model
+from tests.tiny import image_prompt, small_vocabulary_config, tiny_model
 
 
 PROMPT = (5, 6, 7)
@@ -326,7 +326,7 @@ def test_deferred_ends_come_last(monkeypatch, rule, temperature):
     """A step commits an end only where it has nothing else to commit, whatever the rule and the temperature."""
     model = tiny_model(seed=1)  # one that proposes different tokens at different places
     ends, seen = [], []
-    commit = _DenoisingState.commit
+    commit = DenoisingState.commit
 
     def choose_ends(state, committed, proposed, confidences):
         if not ends:  # half of what the first step proposes
@@ -334,7 +334,7 @@ def test_deferred_ends_come_last(monkeypatch, rule, temperature):
             ends.extend(found[: (len(found) + 1) // 2])
         commit(state, committed, proposed, confidences)
 
-    monkeypatch.setattr(_DenoisingState, "commit", choose_ends)
+    monkeypatch.setattr(DenoisingState, "commit", choose_ends)
     generate(model, max_new_tokens=16, block_length=16, steps=16)
 
     def spy(state, committed, proposed, confidences):
@@ -343,7 +343,7 @@ def test_deferred_ends_come_last(monkeypatch, rule, temperature):
         assert (confidences[committed] >= 0).all(), "the reported confidence is not shifted"
         commit(state, committed, proposed, confidences)
 
-    monkeypatch.setattr(_DenoisingState, "commit", spy)
+    monkeypatch.setattr(DenoisingState, "commit", spy)
     torch.manual_seed(0)
     generate(
         model, max_new_tokens=16, block_length=16, steps=16, eos_token_id=ends, defer_eos=True,
@@ -371,3 +371,172 @@ def test_deferred_ends_come_last(monkeypatch, rule, temperature):
 def test_ends_that_are_none(model, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, **options)
+
+
+@torch.no_grad()
+def test_exact_length(model):
+    """`min_new_tokens` equal to `max_new_tokens` fills the canvas, whatever the model would rather do."""
+    options = {"max_new_tokens": 12, "block_length": 4}
+    ends = generate(model, **options).sequences[0, -12:].unique().tolist()
+    width = image_prompt(PROMPT).shape[1]
+    assert generate(model, **options, eos_token_id=ends).sequences.shape[1] < width + 12
+    full = generate(model, **options, eos_token_id=ends, min_new_tokens=12).sequences[0, width:].tolist()
+    assert len(full) == 12 and not set(full) & {*ends, 98}
+
+
+# A canvas that is not all there from the start
+
+
+WINDOWS = [{"initial_canvas_length": 4}, {"initial_canvas_length": 8}, {"suffix_blocks": 0}, {"suffix_blocks": 1},
+           {"initial_canvas_length": 12, "suffix_blocks": 1}]  # fmt: skip
+
+
+def window_arguments(window):
+    return {"initial": window.get("initial_canvas_length"), "suffix_blocks": window.get("suffix_blocks")}
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
+@pytest.mark.parametrize("suffix", ["", "30 31"])
+@pytest.mark.parametrize("stop", [False, True])
+@torch.no_grad()
+def test_windows_against_brute_force(model, window, cfg_scale, suffix, stop):
+    prompt = image_prompt(PROMPT)
+    arguments = {"length": 16, "block_length": 4, "steps": 8, "cfg_scale": cfg_scale, "suppressed": SUPPRESSED}
+    arguments |= {"suffix": [int(part) for part in suffix.split()], **window_arguments(window)}
+    stops = []
+    if stop:
+        answer, _, _ = denoise(model, prompt[0].tolist(), PIXELS, **arguments)
+        stops = [[answer[6]]]
+    expected, commits, forwards = denoise(model, prompt[0].tolist(), PIXELS, **arguments, stops=stops)
+    options = {"max_new_tokens": 16, "block_length": 4, "steps": 8, "cfg_scale": cfg_scale, "tokenizer": _Tokenizer()}
+    options |= {"generation_suffix": suffix or None, "eos_token_id": stops[0] if stops else None}
+    output = generate(model, **options, **window)
+    assert output.sequences[0, prompt.shape[1] :].tolist() == expected
+    assert output.num_forwards.tolist() == [forwards]
+    order = [(int(step), place) for place, step in enumerate(output.commit_step[0]) if step >= 0]
+    assert sorted(order) == sorted(commits)
+    whole = generate(model, **options)
+    assert not torch.equal(whole.commit_confidence, output.commit_confidence), "the window must have made a difference"
+
+
+@torch.no_grad()
+def test_only_the_window_is_run(model, monkeypatch):
+    lengths = []
+    forward = model.model.language_model.forward
+    monkeypatch.setattr(
+        model.model.language_model,
+        "forward",
+        lambda *arguments, **options: (
+            lengths.append(options["inputs_embeds"].shape[1]) or forward(*arguments, **options)
+        ),
+    )
+    prompt = image_prompt(PROMPT).shape[1]
+    options = {"max_new_tokens": 16, "block_length": 4, "steps": 4}
+    generate(model, **options, initial_canvas_length=8)
+    assert [length - prompt for length in lengths] == [8, 8, 12, 16]
+    lengths.clear()
+    generate(model, **options, suffix_blocks=1)
+    assert [length - prompt for length in lengths] == [8, 12, 16, 16]
+
+
+@torch.no_grad()
+def test_the_canvas_grows_until_the_answer_ends(model):
+    """An answer that ends within the first canvas never sees a longer one."""
+    options = {"block_length": 4, "initial_canvas_length": 4}
+    short = generate(model, max_new_tokens=4, block_length=4).sequences[0, -4:].tolist()
+    ended = generate(model, max_new_tokens=400, eos_token_id=short[2], **options)
+    assert ended.num_forwards.item() <= 4 and ended.sequences.shape[1] <= image_prompt(PROMPT).shape[1] + 3
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("cache", [{}, {"use_cache": True}, {"use_cache": True, "cache_implementation": "prefix"}])
+@pytest.mark.parametrize("rule", [{}, {"confidence_threshold": 0.2, "generation_suffix": "30 31"}], ids=str)
+@torch.no_grad()
+def test_windows_in_a_batch(model, window, cache, rule):
+    """Rows in different blocks at a time have windows of different lengths; each is as it is alone."""
+    prompts = [image_prompt(PROMPT), torch.tensor([[8, 9]]), image_prompt((10, 11, 12, 13, 14))]
+    images = [PIXELS, None, PIXELS.flip(-1)]
+    options = {"max_new_tokens": 16, "block_length": 4, "steps": 8, "tokenizer": _Tokenizer(), "eos_token_id": [7, 40]}
+    options |= {**window, **cache, **rule}
+    width = max(prompt.shape[1] for prompt in prompts)
+    ids = torch.cat([torch.nn.functional.pad(prompt, (width - prompt.shape[1], 0), value=91) for prompt in prompts])
+    mask = torch.stack([torch.arange(width) >= width - prompt.shape[1] for prompt in prompts]).long()
+    together = generate(model, ids, torch.cat(images[::2]), attention_mask=mask, **options)
+    for row, (prompt, image) in enumerate(zip(prompts, images)):
+        alone = generate(model, prompt, image, **options)
+        answer = alone.sequences[0, prompt.shape[1] :]
+        assert torch.equal(together.sequences[row, width:][: len(answer)], answer)
+        assert torch.equal(together.commit_step[row], alone.commit_step[0])
+        assert together.num_full_forwards[row] == alone.num_full_forwards[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"initial_canvas_length": 6, "max_new_tokens": 16, "block_length": 4}, "`initial_canvas_length` is 6"),
+        ({"initial_canvas_length": 32, "max_new_tokens": 16, "block_length": 4}, "up to `max_new_tokens` \\(16\\)"),
+        ({"suffix_blocks": -1}, "`suffix_blocks` is -1; allowed are whole numbers of at least 0"),
+    ],
+)
+def test_windows_that_are_none(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, **options)
+
+
+# Compiled, and in half precision
+
+
+@pytest.mark.parametrize("cache", [{}, {"use_cache": True}])
+@torch.no_grad()
+def test_compiled_once_for_all_blocks(cache):
+    """Later blocks and later answers compile nothing more; the answer is the same."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny_model()
+    options = {"max_new_tokens": 12, "block_length": 4, **cache}
+    expected = generate(model, **options)
+    options["compile_config"] = CompileConfig(backend=backend, fullgraph=True, mode=None)
+    for _ in range(2):
+        assert torch.equal(generate(model, **options).sequences, expected.sequences)
+        assert len(graphs) == 1 + bool(cache), "one for whole rows and one for blocks"
+
+
+@torch.no_grad()
+def test_a_compile_config_is_not_saved(tmp_path):
+    config = LLaDAMedVGenerationConfig(max_new_tokens=8, compile_config=CompileConfig())
+    config.save_pretrained(tmp_path)
+    assert LLaDAMedVGenerationConfig.from_pretrained(tmp_path).compile_config is None
+    with pytest.raises(ValueError, match="`compile_config` is True; allowed is"):
+        LLaDAMedVGenerationConfig(compile_config=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cache", [{}, {"use_cache": True}])
+@torch.no_grad()
+def test_half_precision(dtype, cache):
+    output = generate(tiny_model().to(dtype), max_new_tokens=12, block_length=4, **cache)
+    assert not (output.sequences == 98).any() and output.commit_confidence.dtype == torch.float64
+    assert (output.commit_confidence > 0).all() and (output.commit_confidence <= 1).all()
+
+
+@pytest.mark.usefixtures("uncompiled_flex")
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@pytest.mark.parametrize("cache", [{}, {"use_cache": True}, {"use_cache": True, "cache_implementation": "prefix"}])
+@torch.no_grad()
+def test_attention_implementations(model, implementation, cache):
+    """Whole rows, cached parts and padded batches decode alike under all of them."""
+    config = small_vocabulary_config()
+    other = LLaDAMedVForConditionalGeneration._from_config(config, attn_implementation=implementation).eval()
+    other.load_state_dict(model.state_dict())
+    prompts = torch.cat([image_prompt(PROMPT), torch.nn.functional.pad(image_prompt((8,)), (2, 0), value=91)])
+    mask = (prompts != 91).long()
+    options = {"max_new_tokens": 8, "block_length": 4, "attention_mask": mask, **cache}
+    images = torch.cat([PIXELS, PIXELS.flip(-1)])
+    expected, output = (generate(each, prompts, images, **options) for each in (model, other))
+    assert torch.equal(output.sequences, expected.sequences)
+    torch.testing.assert_close(output.commit_confidence, expected.commit_confidence, atol=1e-4, rtol=1e-3)

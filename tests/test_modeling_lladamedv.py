@@ -24,6 +24,7 @@ def with_attention(model, implementation):
     return other.eval()
 
 
+@pytest.mark.usefixtures("uncompiled_flex")
 @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
 @torch.no_grad()
 def test_attention_implementations_agree(model, implementation):

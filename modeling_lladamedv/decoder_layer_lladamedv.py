@@ -1,0 +1,70 @@
+"""The language model's last layer, run only where its output is read.
+
+A denoising step reads logits at a few masked positions. Every position still gives the last layer its key and value,
+but queries, output projection and MLP are needed at those positions alone.
+"""
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb, eager_attention_forward
+
+
+class LLaDAMedVLastDecoderLayer(LlamaDecoderLayer):
+    """A `LlamaDecoderLayer` that can be told which positions' output is wanted."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        query_positions: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """As `LlamaDecoderLayer.forward`.
+
+        Args:
+            query_positions (`(batch, queries)`, *optional*): positions whose output is wanted; `None` means all.
+
+        Returns:
+            `(batch, queries, hidden)`, or `(batch, sequence, hidden)` without `query_positions`.
+        """
+        if query_positions is None:
+            return super().forward(
+                hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
+            )
+        attention = self.self_attn
+        every = query_positions[..., None]  # (batch, queries, 1)
+        normed = self.input_layernorm(hidden_states)
+        wanted = normed.gather(1, every.expand(-1, -1, normed.shape[-1]))
+
+        def split_heads(states):  # (batch, positions, width) -> (batch, heads, positions, head width)
+            return states.view(*states.shape[:2], -1, attention.head_dim).transpose(1, 2)
+
+        queries = split_heads(attention.q_proj(wanted))
+        keys, values = split_heads(attention.k_proj(normed)), split_heads(attention.v_proj(normed))
+        cos, sin = (each.expand(len(normed), -1, -1) for each in position_embeddings)
+        cos_wanted, sin_wanted = (each.gather(1, every.expand(-1, -1, each.shape[-1])) for each in (cos, sin))
+        queries, _ = apply_rotary_pos_emb(queries, queries, cos_wanted, sin_wanted)
+        _, keys = apply_rotary_pos_emb(keys, keys, cos, sin)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, attention.layer_idx)
+        if attention_mask is not None and attention_mask.shape[2] > 1:  # (batch, heads or 1, sequence, keys)
+            mask = attention_mask.expand(len(normed), -1, -1, -1)
+            attention_mask = mask.gather(2, every[:, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            attention.config._attn_implementation, eager_attention_forward
+        )
+        output, _ = interface(
+            attention, queries, keys, values, attention_mask,
+            dropout=attention.attention_dropout if self.training else 0.0, scaling=attention.scaling,
+            **kwargs,
+        )  # fmt: skip
+        hidden_states = hidden_states.gather(1, every.expand(-1, -1, hidden_states.shape[-1]))
+        hidden_states = hidden_states + attention.o_proj(output.flatten(2))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+__all__ = ["LLaDAMedVLastDecoderLayer"]
