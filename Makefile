@@ -10,22 +10,25 @@ demo: $(VENV)/installed
 	@echo "== lladamedv demo"
 	$(BIN)/lladamedv demo
 
-test: $(VENV)/installed
+test: $(VENV)/installed-test
 	@echo "== lint"
 	$(BIN)/ruff check .
 	@echo "== tests"
 	$(BIN)/python -m pytest -q
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 
-$(VENV)/installed: pyproject.toml constraints.txt
+# The demo needs the package alone; tests and lint also what the `test` extra names.
+$(VENV)/installed: EXTRAS :=
+$(VENV)/installed-test: EXTRAS := [test]
+$(VENV)/installed $(VENV)/installed-test: pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (first time only; downloads torch and transformers)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is missing or older than 3.10; set PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) \
 		|| { echo "$(PYTHON) cannot make virtual environments; install its venv module"; exit 1; }
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' \
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)' \
 		|| { echo "installation failed: a package index that has the versions in constraints.txt is needed"; exit 1; }
 	@touch $@
 

@@ -2,9 +2,10 @@
 
     python benchmarks/bench_generation.py --size cpu --repeats 3 --json results.json
 
-Same random weights, prompt and machine, all in one run; the modes take turns, and medians are given. Sizes: `tiny` (a
-smoke test), `cpu` (hidden 512, 8 layers, the true vocabulary, 729 image tokens, 64 new tokens) and `h200` (the 8B shape
-in bfloat16). Random weights give flat distributions, so what an approximate mode costs in quality is not seen here.
+Same random weights, prompt and machine, all in one run; the modes take turns, and medians are given. Seconds are per
+answer: a batch's time is divided by its rows. Sizes: `tiny` (a smoke test), `cpu` (hidden 512, 8 layers, the true
+vocabulary, 729 image tokens, 64 new tokens) and `h200` (the 8B shape in bfloat16). Random weights give flat
+distributions, so what an approximate mode costs in quality is not seen here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 from naive_generation import generate as naive_generate
+from transformers import CompileConfig
 
 from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import PRESETS
@@ -42,7 +44,7 @@ SIZES = {
         "text": {}, "vision": {}, "dtype": torch.bfloat16, "canvases": [(64, 64), (256, 64)], "question": 71,
     },
 }  # fmt: skip
-# Options of `generate` by the name that the table gives them.
+# Options of `generate` by the name that the table gives them; `steps` as a part of the tokens, and how many rows.
 MODES = {
     "exact": {},
     "half the steps": {"steps": 0.5},
@@ -50,7 +52,11 @@ MODES = {
     "prefix cache": {"use_cache": True, "cache_implementation": "prefix"},
     "dual cache": {"use_cache": True},
     "dual cache, refresh 16": {"use_cache": True, "cache_refresh_interval": 16},
+    "dual cache, compiled": {"use_cache": True, "compile_config": CompileConfig(mode=None)},
     "dual, quarter of steps": {"use_cache": True, "steps": 0.25},
+    "dual, quarter, compiled": {"use_cache": True, "steps": 0.25, "compile_config": CompileConfig(mode=None)},
+    "exact, batch of 8": {"batch": 8},
+    "dual cache, batch of 8": {"use_cache": True, "batch": 8},
 }
 
 
@@ -67,13 +73,16 @@ def build_model(size: dict, device: str) -> LLaDAMedVForConditionalGeneration:
     return model.eval()
 
 
-def build_inputs(model, size: dict) -> dict[str, torch.Tensor]:
-    """An image's tokens and a question of random ids."""
+def build_inputs(model, size: dict, rows: int = 1) -> dict[str, torch.Tensor]:
+    """An image's tokens and a question of random ids, for each row."""
     vision = model.config.vision_config
     tokens = (vision.image_size // vision.patch_size) ** 2
-    question = torch.randint(0, 100_000, (1, size["question"]), generator=torch.Generator().manual_seed(1))
-    ids = torch.cat([torch.full((1, tokens), model.config.image_token_id), question], dim=1)
-    pixels = torch.randn(1, 1, 3, vision.image_size, vision.image_size, generator=torch.Generator().manual_seed(2))
+    questions = torch.Generator().manual_seed(1)
+    question = torch.cat([torch.randint(0, 100_000, (1, size["question"]), generator=questions) for _ in range(rows)])
+    ids = torch.cat([torch.full((rows, tokens), model.config.image_token_id), question], dim=1)
+    pictures = torch.Generator().manual_seed(2)
+    shape = (1, 1, 3, vision.image_size, vision.image_size)
+    pixels = torch.cat([torch.randn(shape, generator=pictures) for _ in range(rows)])
     return {"input_ids": ids.to(model.device), "pixel_values": pixels.to(model.device)}
 
 
@@ -104,9 +113,12 @@ class PeakMemory:
         return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def run_mode(model, inputs, options: dict | None, length: int, block: int, device: str) -> dict:
-    """One answer: seconds, forward passes, peak bytes and the tokens; `None` is the plain loop."""
+def run_mode(model, size: dict, options: dict | None, length: int, block: int, device: str) -> dict:
+    """One run: seconds an answer, forward passes, peak bytes and the first row's tokens; `None` is the plain loop."""
     suppressed = PRESETS["llada-medv"].generation_options()["suppress_tokens"]
+    options = None if options is None else dict(options)
+    rows = 1 if options is None else options.pop("batch", 1)
+    inputs = build_inputs(model, size, rows)
     with PeakMemory(device) as memory:
         start = time.perf_counter()
         if options is None:
@@ -114,7 +126,6 @@ def run_mode(model, inputs, options: dict | None, length: int, block: int, devic
                 model, **inputs, max_new_tokens=length, block_length=block, steps=length, suppressed=suppressed
             )
         else:
-            options = dict(options)
             blocks = length // block
             options["steps"] = max(1, int(options.pop("steps", 1) * block)) * blocks
             output = model.generate(
@@ -124,25 +135,33 @@ def run_mode(model, inputs, options: dict | None, length: int, block: int, devic
             tokens, forwards = output.sequences[0, inputs["input_ids"].shape[1] :], int(output.num_forwards[0])
         if device != "cpu":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = (time.perf_counter() - start) / rows
     return {"seconds": seconds, "forwards": forwards, "bytes": memory.bytes, "tokens": tokens.tolist()}
 
 
 def benchmark(size_name: str, repeats: int, device: str, modes: list[str], report=print) -> list[dict]:
     """All modes in turns; a row per mode and canvas."""
     size = SIZES[size_name]
-    model = build_model(size, device)
-    inputs = build_inputs(model, size)
+    # A model stays compiled, so that the compiled modes have one of their own, with the same weights.
+    models = {False: build_model(size, device)}
+    if any("compile_config" in MODES[name] for name in modes):
+        models[True] = build_model(size, device)
     rows = []
     for length, block in size["canvases"]:
         settings = {"naive": None} | {name: MODES[name] for name in modes}
         runs = {name: [] for name in settings}
-        for options in settings.values():  # warm-up: threads, allocator, kernels
+
+        def run(options, length=length, block=block):
+            model = models[options is not None and "compile_config" in options]
+            return run_mode(model, size, options, length, block, device)
+
+        for options in settings.values():  # warm-up: threads, allocator, kernels, and what is to be compiled
+            compiled = options is not None and "compile_config" in options
             short = min(block, 4)
-            run_mode(model, inputs, options, short, short, device)
+            run(options, *(() if compiled else (short, short)))
         for _ in range(repeats):
             for name, options in settings.items():
-                runs[name].append(run_mode(model, inputs, options, length, block, device))
+                runs[name].append(run(options))
         reference = runs["naive"][0]
         for name, results in runs.items():
             tokens = results[0]["tokens"]

@@ -40,6 +40,12 @@ MODES = {
     "dual, threshold 0.9": CACHE | {"confidence_threshold": 0.9},
     "dual, threshold 0.9, block 24": CACHE | {"confidence_threshold": 0.9, "block_length": 24},
     "dual, entropy bound 0.1, block 24": CACHE | {"entropy_bound": 0.1, "block_length": 24},
+    "dual, drift bound 0.01": CACHE | {"cache_drift_bound": 0.01},
+    "growing canvas": {"initial_canvas_length": 8},
+    "no suffix blocks": {"suffix_blocks": 0},
+    "dual, threshold 0.9, no suffix": CACHE | {"confidence_threshold": 0.9, "suffix_blocks": 0},
+    "repetition penalty 1.2": {"repetition_penalty": 1.2},
+    "no bigram twice": {"no_repeat_ngram_size": 2},
 }
 
 

@@ -62,6 +62,7 @@ class DenoisingState:
         self.canvas = canvas
         self.absent = absent
         self.blanks = None  # of a template that is filled in
+        self.prompt_ids = self.prompt_embeds = self.cache = None  # as soon as the loop begins
         self.positions = torch.arange(length, device=device)
         self.stop = torch.full((batch,), length, device=device)  # first position that is not part of the answer
         masks = self._masks_per_block(canvas)

@@ -21,10 +21,10 @@ from .repetition_lladamedv import ban_repeated_ngrams
 
 _DEFAULT_MAX_NEW_TOKENS = 256
 _DEFAULT_BLOCK_LENGTH = 64
-# Logits that are turned into float64 at a time: exactness where it counts, without a second copy of them all. On a CPU
-# what fits into its cache, on a GPU what keeps it busy.
-_FLOAT64_ELEMENTS_CPU = 2**18
-_FLOAT64_ELEMENTS_GPU = 2**24
+# Logits that are turned into probabilities at a time, without a second copy of them all: on a CPU what fits into its
+# cache, on a GPU what keeps it busy.
+_ELEMENTS_CPU = 2**18
+_ELEMENTS_GPU = 2**24
 
 
 @dataclass
@@ -130,11 +130,7 @@ class LLaDAMedVGenerationMixin:
             raise ValueError(f"`streamer` works with one prompt; `input_ids` holds {len(input_ids)}.")
         canvas = torch.full((len(input_ids), options.max_new_tokens), self.config.mask_token_id).to(input_ids)
         state = DenoisingState(self, options, canvas, attention_mask, suffix, stops)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        history = self._denoise(
-            state, input_ids, pixel_values, image_sizes, batch_num_images, streamer=streamer
-        )
+        history = self._denoise(state, input_ids, pixel_values, image_sizes, batch_num_images, streamer)
 
         # 2. Cut every answer at its stop and append the suffix.
         answers = [torch.cat([canvas[:stop], suffix]) for canvas, stop in zip(state.canvas, state.stop.tolist())]
@@ -163,8 +159,7 @@ class LLaDAMedVGenerationMixin:
 
     def _denoise(self, state, input_ids, pixel_values, image_sizes, batch_num_images, streamer=None):
         """The loop: step 1 of [`generate`], until all rows are finished. Returns the history if it is asked for."""
-        options = state.options
-        state.prompt_ids = input_ids
+        options, state.prompt_ids = state.options, input_ids
         state.prompt_embeds, _ = self.model.get_multimodal_embeddings(
             input_ids, pixel_values, image_sizes, batch_num_images
         )
@@ -180,6 +175,8 @@ class LLaDAMedVGenerationMixin:
                     num_rows, text_config.num_key_value_heads, text_config.head_dim, state.prompt_embeds.dtype,
                     state.prompt_embeds.device,
                 )  # fmt: skip
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
 
         # 1. While a row is unfinished, one forward pass over all unfinished rows:
         history = []
@@ -252,7 +249,6 @@ class LLaDAMedVGenerationMixin:
                     stale.append((probe, owned(probe), self._candidate_logits(state, probe, candidates)))
             logits = self._candidate_logits(state, each, candidates)
             parts.append((owned(each), logits))
-            exact = None
             if each.start is not None and options.output_cache_drift:
                 exact = self._candidate_logits(state, each, candidates, whole=True)
                 drift[each.part] = self._mean_divergence(exact, logits, row[owned(each)], each.part, len(drift))
@@ -337,7 +333,7 @@ class LLaDAMedVGenerationMixin:
         """Mean over each row's candidates of KL(exact || cached), in nats, for the rows `part`."""
         sums = torch.zeros(num_rows, dtype=torch.float64, device=row.device)
         counts = torch.zeros_like(sums).index_add_(0, row, torch.ones_like(row, dtype=torch.float64))
-        elements = _FLOAT64_ELEMENTS_CPU if row.device.type == "cpu" else _FLOAT64_ELEMENTS_GPU
+        elements = _ELEMENTS_CPU if row.device.type == "cpu" else _ELEMENTS_GPU
         size = max(1, elements // exact.shape[-1])
         for p, q, rows in zip(exact.split(size), cached.split(size), row.split(size)):
             p, q = p.double().log_softmax(dim=-1), q.double().log_softmax(dim=-1)
@@ -371,30 +367,34 @@ class LLaDAMedVGenerationMixin:
     def _propose(logits, temperature, needs=()):
         """Proposed tokens `(candidates,)`, and what is known of them by its name in [`CandidateScores`].
 
-        Float64, because float32 probabilities near 1 tie and low-precision Gumbel noise is biased (arXiv 2409.02908),
-        a few rows at a time, because a float64 copy of all logits is large.
+        A few rows at a time, so that the copies stay small. Probabilities near 1 would tie in float32, so that they are
+        made of the sum of all others, in float64; noise is float64 throughout, because in low precision it is biased
+        (arXiv 2409.02908).
         """
         tokens, values = [], {name: [] for name in ("confidence", *needs) if name != "noise"}
-        elements = _FLOAT64_ELEMENTS_CPU if logits.device.type == "cpu" else _FLOAT64_ELEMENTS_GPU
+        elements = _ELEMENTS_CPU if logits.device.type == "cpu" else _ELEMENTS_GPU
+        dtype = torch.float64 if temperature > 0 or "entropy" in values else logits.dtype
         for part in logits.split(max(1, elements // logits.shape[-1])):
             best, token = part.max(dim=-1, keepdim=True)
-            log_odds = part.double().sub_(best)  # against the most probable token
-            chosen = 0.0
+            log_odds = part.to(dtype) - best  # against the most probable token
+            first = token
             if temperature > 0:
                 # argmax of exp(logits) / (-log u)^temperature, taken in the logarithm
                 noise = torch.rand_like(log_odds).log_().neg_().log_()
                 token = (log_odds - temperature * noise).argmax(dim=-1, keepdim=True)
-                chosen = log_odds.gather(-1, token).squeeze(-1)
             tokens.append(token.squeeze(-1))
-            if "margin" in values:
-                second = part.topk(2, dim=-1).values[:, 1].double() - best.squeeze(-1)
             weights = log_odds.exp_()
-            total = weights.sum(dim=-1)
-            values["confidence"].append(torch.as_tensor(chosen, dtype=torch.float64).exp().to(total) / total)
             if "margin" in values:
-                values["margin"].append((1 - second.exp()) / total)
+                second = weights.topk(2, dim=-1).values[:, 1].double()
+            chosen = weights.gather(-1, token).squeeze(-1).double()
+            others = weights.scatter_(-1, first, 0.0).sum(dim=-1).double()
+            total = 1 + others
+            values["confidence"].append(chosen / total)
+            if "margin" in values:
+                values["margin"].append((1 - second) / total)
             if "entropy" in values:
-                values["entropy"].append(torch.special.entr(weights / total[:, None]).sum(dim=-1))
+                rest = torch.special.entr(weights / total[:, None]).sum(dim=-1)
+                values["entropy"].append(rest + total.log() / total)
         return torch.cat(tokens), {name: torch.cat(parts) for name, parts in values.items()}
 
     @staticmethod
