@@ -1,7 +1,9 @@
-"""The command line: `lladamedv demo`, `ask`, `convert` and `init`."""
+"""The command line: `lladamedv demo`, `ask`, `convert`, `init` and `train`."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -146,6 +148,39 @@ def init(
         )  # fmt: skip
     except ValueError as error:
         _fail(error)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[str | None, typer.Argument(help="Name of a recipe, or a YAML file.")] = None,
+    accelerate: Annotated[
+        str | None,
+        typer.Option(help="Where to run: a configuration of accelerate, by the name of a shipped one or as a file."),
+    ] = None,
+    list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
+) -> None:
+    """Fine-tune a model: `accelerate launch -m lladamedv.trainers.sft --config RECIPE`.
+
+    All other options, to be given after RECIPE, are arguments of that script and override the recipe, as in
+    `lladamedv train lora_one_gpu --model_name_or_path FOLDER --train_data DATA.json --output_dir OUT`.
+    """
+    from lladamedv.trainers.recipes import accelerate_file, describe_recipes, recipe_file
+
+    if list_recipes:
+        for line in describe_recipes():
+            typer.echo(line)
+        return
+    try:
+        file = recipe_file(recipe)
+        configuration = accelerate_file(accelerate)
+    except ValueError as error:
+        _fail(error)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    if configuration is not None:
+        launch += ["--config_file", str(configuration)]
+    command = [*launch, "-m", "lladamedv.trainers.sft", "--config", str(file), *context.args]
+    raise typer.Exit(subprocess.run(command).returncode)
 
 
 if __name__ == "__main__":

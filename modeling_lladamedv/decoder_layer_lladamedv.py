@@ -31,10 +31,15 @@ class LLaDAMedVLastDecoderLayer(LlamaDecoderLayer):
         Returns:
             `(batch, queries, hidden)`, or `(batch, sequence, hidden)` without `query_positions`.
         """
-        if query_positions is None:
-            return super().forward(
+        # Masks of other kinds (a flash kernel's padding, flex's blocks) cannot be cut.
+        cuttable = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4)
+        if query_positions is None or not cuttable:
+            output = super().forward(
                 hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
             )
+            if query_positions is None:
+                return output
+            return output.gather(1, query_positions[..., None].expand(-1, -1, output.shape[-1]))
         attention = self.self_attn
         every = query_positions[..., None]  # (batch, queries, 1)
         normed = self.input_layernorm(hidden_states)
@@ -67,4 +72,14 @@ class LLaDAMedVLastDecoderLayer(LlamaDecoderLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-__all__ = ["LLaDAMedVLastDecoderLayer"]
+def positions_in_rows(wanted: torch.BoolTensor) -> torch.LongTensor:
+    """Positions of the True of each row of `wanted` `(batch, sequence)`, in their order, as `query_positions`.
+
+    Returns:
+        `(batch, most)`, the shorter rows filled up with positions that are not wanted; at least one column.
+    """
+    most = max(1, int(wanted.sum(dim=1).max()))
+    return wanted.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+
+
+__all__ = ["LLaDAMedVLastDecoderLayer", "positions_in_rows"]

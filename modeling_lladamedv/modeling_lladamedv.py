@@ -24,7 +24,7 @@ from .checkpoint_layouts_lladamedv import (
     resolve_source,
 )
 from .configuration_lladamedv import LLaDAMedVConfig
-from .decoder_layer_lladamedv import LLaDAMedVLastDecoderLayer
+from .decoder_layer_lladamedv import LLaDAMedVLastDecoderLayer, positions_in_rows
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig
 from .generation_lladamedv import LLaDAMedVGenerationMixin
 from .infilling_lladamedv import LLaDAMedVInfillingMixin
@@ -159,11 +159,31 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(
+    def get_vision_features(
         self,
         pixel_values: torch.FloatTensor,
         image_sizes: torch.LongTensor | None = None,
         batch_num_images: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+    ) -> torch.FloatTensor:
+        """What the vision tower sees in each image, before the projector: all that a frozen tower ever adds to a model.
+
+        Args: those of [`~LLaDAMedVModel.get_image_features`].
+
+        Returns:
+            `(num_images, num_tiles, patches, vision width)`, zero where an image has fewer tiles.
+        """
+        counts = self._tile_counts(pixel_values, "pixel_values", 5, image_sizes, batch_num_images, image_index)
+        hidden = self._run_tower(pixel_values, counts)
+        return torch.nn.utils.rnn.pad_sequence(hidden.split(counts), batch_first=True)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
     ) -> list[torch.FloatTensor]:
         """Encode, project and lay out every image as a sequence of embeddings.
 
@@ -173,42 +193,63 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             image_sizes (`(num_images, 2)`): original height and width; needed for anyres.
             batch_num_images (`(batch_size,)`, *optional*): images per prompt. Anyres tiles an image only where it is
                 alone in its prompt, as LLaVA-OneVision does; `None` means that each is.
+            image_index (`(placeholders,)`, *optional*): which image stands at each placeholder of the batch, so that an
+                image that several prompts show is encoded once; by default one after the other.
+            vision_features (`(num_images, num_tiles, patches, vision width)`, *optional*): what
+                [`~LLaDAMedVModel.get_vision_features`] returned, in place of `pixel_values`.
 
         Returns:
-            `list` of `(num_image_tokens, hidden_size)`, one per image.
+            `list` of `(num_image_tokens, hidden_size)`, one per placeholder.
 
         Raises:
             ValueError: if the shapes do not fit each other or the config, or the model is text-only.
         """
-        if self.config.text_only:
-            raise ValueError("`pixel_values` is given, but this model is text-only: it has no vision tower.")
-        if pixel_values.dim() != 5:
-            raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected five dimensions: "
-                "(num_images, num_tiles, 3, height, width)."
-            )
-        num_images = pixel_values.shape[0]
-        grids = self._tile_grids(num_images, image_sizes, batch_num_images)
-        tile_counts = [1 if grid is None else 1 + grid[0] * grid[1] for grid in grids]
-        if max(tile_counts) > pixel_values.shape[1]:
-            raise ValueError(
-                f"`pixel_values` has {pixel_values.shape[1]} tiles per image, but `image_sizes` asks for "
-                f"{max(tile_counts)}."
-            )
-        tiles = torch.cat([image[:count] for image, count in zip(pixel_values, tile_counts)])
-        hidden = self.vision_tower(tiles.to(self.dtype)).last_hidden_state  # (tiles, patches, vision width)
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("Give exactly one of `pixel_values` and `vision_features`.")
+        if vision_features is None:
+            counts = self._tile_counts(pixel_values, "pixel_values", 5, image_sizes, batch_num_images, image_index)
+            hidden = self._run_tower(pixel_values, counts)
+        else:
+            layout = (image_sizes, batch_num_images, image_index)
+            counts = self._tile_counts(vision_features, "vision_features", 4, *layout)
+            hidden = torch.cat([image[:count] for image, count in zip(vision_features, counts)])
+            hidden = hidden.to(self.multi_modal_projector.linear_1.weight.dtype)
         features = self.multi_modal_projector(hidden)  # (tiles, patches, hidden)
-        return [
-            self._lay_out(feature, grid, size)
-            for feature, grid, size in zip(
-                features.split(tile_counts),
-                grids,
-                image_sizes.tolist() if image_sizes is not None else [None] * num_images,
-            )
-        ]
+        grids = self._tile_grids(len(counts), image_sizes, batch_num_images, image_index)
+        sizes = image_sizes.tolist() if image_sizes is not None else [None] * len(counts)
+        images = [self._lay_out(*each) for each in zip(features.split(counts), grids, sizes)]
+        return images if image_index is None else [images[number] for number in image_index.tolist()]
 
-    def _tile_grids(self, num_images, image_sizes, batch_num_images):
+    def _run_tower(self, pixel_values, counts):
+        tiles = torch.cat([image[:count] for image, count in zip(pixel_values, counts)])
+        return self.vision_tower(tiles.to(self.dtype)).last_hidden_state  # (tiles, patches, vision width)
+
+    def _tile_counts(self, images, name, dimensions, image_sizes, batch_num_images, image_index) -> list[int]:
+        """How many tiles of each image count."""
+        if self.config.text_only:
+            raise ValueError(f"`{name}` is given, but this model is text-only: it has no vision tower.")
+        if images.dim() != dimensions:
+            expected = "3, height, width" if dimensions == 5 else "patches, vision width"
+            raise ValueError(
+                f"`{name}` has shape {tuple(images.shape)}; expected {dimensions} dimensions: "
+                f"(num_images, num_tiles, {expected})."
+            )
+        grids = self._tile_grids(len(images), image_sizes, batch_num_images, image_index)
+        counts = [1 if grid is None else 1 + grid[0] * grid[1] for grid in grids]
+        if max(counts) > images.shape[1]:
+            raise ValueError(
+                f"`{name}` has {images.shape[1]} tiles per image, but `image_sizes` asks for {max(counts)}."
+            )
+        return counts
+
+    def _tile_grids(self, num_images, image_sizes, batch_num_images, image_index):
         """Rows and columns of each image's tile grid, or `None` for an image of one tile."""
+        shown = list(range(num_images)) if image_index is None else image_index.tolist()
+        if set(shown) != set(range(num_images)):
+            raise ValueError(
+                f"`image_index` is {shown}, but there are {num_images} images; allowed are their numbers, each at "
+                "least once."
+            )
         if self.config.max_anyres_tiles is None:
             return [None] * num_images
         if image_sizes is None or len(image_sizes) != num_images:
@@ -216,15 +257,24 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
                 f"`image_sizes` has {0 if image_sizes is None else len(image_sizes)} rows for {num_images} images; "
                 f"{self.config.vision_aspect_ratio!r} needs one (height, width) per image."
             )
-        counts = [1] * num_images if batch_num_images is None else [int(count) for count in batch_num_images]
-        if sum(counts) != num_images:
-            raise ValueError(f"`batch_num_images` sums to {sum(counts)}, but `pixel_values` holds {num_images} images.")
-        alone = [count == 1 for count in counts for _ in range(count)]
+        prompts = [1] * len(shown) if batch_num_images is None else [int(count) for count in batch_num_images]
+        if sum(prompts) != len(shown):
+            raise ValueError(f"`batch_num_images` sums to {sum(prompts)}, but the prompts show {len(shown)} images.")
+        tiled = {}
+        for number, alone in zip(shown, [count == 1 for count in prompts for _ in range(count)]):
+            if tiled.setdefault(number, alone) != alone:
+                raise ValueError(
+                    f"`image_index` names image {number} alone in one prompt and beside others in another one; anyres "
+                    "cuts it differently there: it must be given twice."
+                )
         tile = self.config.vision_config.image_size
         grids = []
-        for size, tiled in zip(image_sizes.tolist(), alone):
-            height, width = select_best_resolution(tuple(size), self.config.image_grid_pinpoints) if tiled else (0, 0)
-            grids.append((height // tile, width // tile) if tiled else None)
+        for number, size in enumerate(image_sizes.tolist()):
+            if tiled[number]:
+                height, width = select_best_resolution(tuple(size), self.config.image_grid_pinpoints)
+                grids.append((height // tile, width // tile))
+            else:
+                grids.append(None)
         return grids
 
     def _lay_out(self, features, grid, image_size):
@@ -253,11 +303,13 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         pixel_values: torch.FloatTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
         batch_num_images: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
     ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
         """Token embeddings `(batch, sequence, hidden)` with the image features at the image tokens.
 
         Returns:
-            The embeddings, and the features of all images one after the other (`None` without images).
+            The embeddings, and the features of all placeholders one after the other (`None` without images).
 
         Raises:
             ValueError: if the number of image tokens differs from the number of features.
@@ -265,18 +317,19 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         is_image = input_ids == self.config.image_token_id  # (batch, sequence)
         embeddings = self.get_input_embeddings()(input_ids)
         num_tokens = int(is_image.sum())
-        if pixel_values is None:
+        if pixel_values is None and vision_features is None:
             if num_tokens:
                 raise ValueError(
                     f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}) but `pixel_values` "
                     "is None: pass everything that the processor returned."
                 )
             return embeddings, None
-        features = torch.cat(self.get_image_features(pixel_values, image_sizes, batch_num_images)).to(embeddings)
+        features = self.get_image_features(pixel_values, image_sizes, batch_num_images, image_index, vision_features)
+        features = torch.cat(features).to(embeddings)
         if num_tokens != len(features):
             raise ValueError(
-                f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}), but the "
-                f"{len(pixel_values)} images in `pixel_values` make {len(features)} features; the two must be equal."
+                f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}), but the images make "
+                f"{len(features)} features; the two must be equal."
             )
         return embeddings.masked_scatter(is_image[..., None], features), features
 
@@ -290,7 +343,10 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         turn_ids: torch.LongTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
         query_positions: torch.LongTensor | None = None,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
@@ -298,12 +354,16 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
 
         Args:
             input_ids (`(batch, sequence)`): tokens; give either these or `inputs_embeds`.
-            pixel_values, image_sizes, batch_num_images: see [`~LLaDAMedVModel.get_image_features`].
+            pixel_values, image_sizes, batch_num_images, image_index, vision_features: see
+                [`~LLaDAMedVModel.get_image_features`].
             attention_mask (`(batch, sequence)`, *optional*): 1 for tokens, 0 for padding on either side.
             position_ids (`(batch, sequence)`, *optional*): by default a row's tokens are numbered from 0, its padding
                 left out, so that a row means the same alone and in any batch.
             turn_ids (`(batch, sequence)`, *optional*): conversation turn of each token. A token then attends to its
                 own and earlier turns only (LLaDA-V, arXiv 2505.16933, section 3.2: the dialogue-causal mask).
+            segment_ids (`(batch, sequence)`, *optional*): 0 for a part that all share, such as the image, and a number
+                for each of several questions about it. A token then attends to the shared part and to its own segment,
+                and the shared part to itself alone: a prefix-LM, in which questions do not know of each other.
             inputs_embeds (`(batch, sequence, hidden)`, *optional*): merged embeddings.
             query_positions (`(batch, queries)`, *optional*): positions whose output is wanted; by default all.
 
@@ -319,14 +379,14 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         features = None
         if inputs_embeds is None:
             inputs_embeds, features = self.get_multimodal_embeddings(
-                input_ids, pixel_values, image_sizes, batch_num_images
+                input_ids, pixel_values, image_sizes, batch_num_images, image_index, vision_features
             )
-        elif pixel_values is not None:
-            raise ValueError("`pixel_values` needs `input_ids`: `inputs_embeds` must already hold the image features.")
+        elif pixel_values is not None or vision_features is not None:
+            raise ValueError("Images need `input_ids`: `inputs_embeds` must already hold the image features.")
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        if turn_ids is not None:
-            attention_mask = self._turn_mask(inputs_embeds, attention_mask, turn_ids)
+        if turn_ids is not None or segment_ids is not None:
+            attention_mask = self._structured_mask(inputs_embeds, attention_mask, turn_ids, segment_ids)
         if query_positions is not None:
             kwargs["query_positions"] = query_positions  # for the last layer; the others pass it by
         outputs = self.language_model(
@@ -334,19 +394,30 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         )
         return LlavaModelOutputWithPast(**outputs, image_hidden_states=features)
 
-    def _turn_mask(self, inputs_embeds, attention_mask, turn_ids):
-        """Attention mask, in the form that the current implementation wants, that hides later turns."""
+    def _structured_mask(self, inputs_embeds, attention_mask, turn_ids, segment_ids):
+        """Attention mask, in the form that the current implementation wants, that hides later turns and other
+        segments."""
         implementation = self.language_model.config._attn_implementation
         if "flash" in implementation:
             raise ValueError(
-                f"`turn_ids` cannot be used with attn_implementation={implementation!r}, which has no arbitrary "
-                "masks; use 'sdpa', 'eager' or 'flex_attention'."
+                f"`turn_ids` and `segment_ids` cannot be used with attn_implementation={implementation!r}, which has "
+                "no arbitrary masks; use 'sdpa', 'eager' or 'flex_attention'."
             )
+
+        def allowed(batch, head, query, key):
+            seen = query >= 0
+            if turn_ids is not None:
+                seen = seen & (turn_ids[batch, key] <= turn_ids[batch, query])
+            if segment_ids is not None:
+                segment = segment_ids[batch, key]
+                seen = seen & ((segment == 0) | (segment == segment_ids[batch, query]))
+            return seen
+
         return create_bidirectional_mask(
             config=self.language_model.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            and_mask_function=lambda batch, head, query, key: turn_ids[batch, key] <= turn_ids[batch, query],
+            and_mask_function=allowed,
         )
 
 
@@ -385,7 +456,10 @@ class LLaDAMedVForConditionalGeneration(
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         turn_ids: torch.LongTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -421,7 +495,10 @@ class LLaDAMedVForConditionalGeneration(
             attention_mask=attention_mask,
             position_ids=position_ids,
             turn_ids=turn_ids,
+            segment_ids=segment_ids,
             inputs_embeds=inputs_embeds,
+            image_index=image_index,
+            vision_features=vision_features,
             query_positions=query_positions,
             **kwargs,
         )
@@ -438,23 +515,19 @@ class LLaDAMedVForConditionalGeneration(
 
 
     def _positions_to_query(self, logits_to_keep, output_attentions=None, output_hidden_states=None, **kwargs):
-        """`(batch, queries)` positions that the last layer must run for a boolean `logits_to_keep`, in their order and
-        filled up to the row with most; `None` for all positions."""
+        """The positions that the last layer must run for a boolean `logits_to_keep`; `None` for all positions."""
         if not isinstance(logits_to_keep, torch.Tensor) or logits_to_keep.dtype != torch.bool:
             return None
         language_model = self.model.language_model
-        # The recorded states must be whole; only these masks can be cut; a compiled graph wants one shape.
+        # The recorded states must be whole, and a compiled graph wants one shape.
         if (
             output_attentions or output_hidden_states
             or language_model.config.output_attentions or language_model.config.output_hidden_states
-            or language_model.config._attn_implementation not in ("sdpa", "eager")
             or language_model._compiled_call_impl is not None
         ):  # fmt: skip
             return None
-        most = int(logits_to_keep.sum(dim=1).max())
-        if not 0 < most < logits_to_keep.shape[1]:
-            return None
-        return logits_to_keep.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+        positions = positions_in_rows(logits_to_keep)
+        return positions if positions.shape[1] < logits_to_keep.shape[1] else None
 
 
 LLaDAMedVModel.register_for_auto_class("AutoModel")

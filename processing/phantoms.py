@@ -23,6 +23,8 @@ SHAPES = ("solid", "ring", "star")
 SIZES = ("small", "large")
 PLANES = ("axial", "coronal")
 KINDS = ("closed", "open", "description")
+# A question that no demo model was trained on, to see whether fine-tuning teaches it: never drawn unless asked for.
+NEW_KIND = "new"
 
 _MODALITY = {
     "chest_xray": "chest X-ray",
@@ -56,11 +58,13 @@ _WORDINGS = {
     "shape": ("What shape is the lesion?", "What is the form of the lesion?"),
     "organ": ("Which organ is shown?", "What part of the body is this?"),
     "description": ("Describe the image.", "What does the image show?"),
+    "free_side": ("Which side is free of lesions?", "Which side shows no lesion?"),
 }
 _TOPICS = {
     "closed": ("is_domain", "any_lesion", "sign", "on_left", "several", "is_large", "which_plane"),
     "open": ("modality", "side", "count", "shape", "organ"),
     "description": ("description",),
+    NEW_KIND: ("free_side",),
 }
 
 
@@ -118,7 +122,7 @@ class PhantomExample:
         image: RGB `PIL.Image`, `image_size` pixels square.
         question: the question, without any image placeholder.
         answer: the reference answer.
-        kind: one of `KINDS`; closed answers are Yes, No, Axial or Coronal.
+        kind: one of `KINDS`, or `NEW_KIND`; closed answers are Yes, No, Axial or Coronal.
         topic: what is asked about, for example `"on_left"`.
         attributes: what was drawn.
     """
@@ -166,9 +170,9 @@ class PhantomVQA(Sequence):
         image_size: int = 64,
         topic_weights: dict[str, int] | None = None,
     ):
-        unknown = set(kinds) - set(KINDS)
+        unknown = set(kinds) - set(_TOPICS)
         if unknown or not kinds:
-            raise ValueError(f"`kinds` is {tuple(kinds)}; allowed are one or more of {KINDS}.")
+            raise ValueError(f"`kinds` is {tuple(kinds)}; allowed are one or more of {tuple(_TOPICS)}.")
         if seed < 0 or length < 0:
             raise ValueError(f"`seed` is {seed} and `length` is {length}; both must be 0 or more.")
         if image_size < 16:
@@ -250,6 +254,8 @@ def _choose_answer(topic, rng):
         return attributes, None, _MODALITY[domain][0].upper() + _MODALITY[domain][1:]
     if topic == "side":
         return with_lesion, None, with_lesion.side.capitalize()
+    if topic == "free_side":
+        return with_lesion, None, SIDES[1 - SIDES.index(with_lesion.side)].capitalize()
     if topic == "count":
         attributes = replace(attributes, count=int(rng.integers(4)))
         return attributes, None, ("None", "One", "Two", "Three")[attributes.count]

@@ -69,8 +69,6 @@ def _chat_template(system: str | None, image: str = "'<image>\\n'", suffix: str 
 
 
 CHAT_TEMPLATE = _chat_template(MEDICAL_SYSTEM_PROMPT)
-# The same text; marks the assistant's tokens, its end of turn included, for `return_assistant_tokens_mask=True`.
-TRAINING_CHAT_TEMPLATE = _chat_template(MEDICAL_SYSTEM_PROMPT, training=True)
 # What the released checkpoints were trained or are run with, under the authors' names where they have one. A converted
 # folder carries all of them, for `apply_chat_template(…, chat_template=name)`.
 CHAT_TEMPLATES = {
@@ -81,6 +79,33 @@ CHAT_TEMPLATES = {
     "llada_plain": _PLAIN_TEMPLATE,
     "llada": _chat_template(None, image="raise_exception('This prompt is for a text-only model: it takes no images.')"),
 }
+
+
+# The same texts; they mark the assistant's tokens, its end of turn included, for `return_assistant_tokens_mask=True`.
+_TRAINING_CHAT_TEMPLATES = {
+    CHAT_TEMPLATES["llava_llada_med"]: _chat_template(MEDICAL_SYSTEM_PROMPT, training=True),
+    CHAT_TEMPLATES["llava_llada"]: _chat_template(GENERAL_SYSTEM_PROMPT, training=True),
+    CHAT_TEMPLATES["llava_llada_demo"]: _chat_template(
+        GENERAL_SYSTEM_PROMPT, image="'<image>'", suffix=CONCISE_SUFFIX, training=True
+    ),
+    CHAT_TEMPLATES["llada"]: _chat_template(None, image="'<image>\\n'", training=True),
+}
+
+
+def get_training_chat_template(chat_template: str) -> str:
+    """The template that renders the same text and marks the assistant's tokens with `{% generation %}`.
+
+    Raises:
+        ValueError: for a template that is none of [`CHAT_TEMPLATES`] and marks nothing itself.
+    """
+    if "{% generation %}" in chat_template or "{%- generation" in chat_template:
+        return chat_template
+    if chat_template not in _TRAINING_CHAT_TEMPLATES:
+        raise ValueError(
+            f"`chat_template` begins {chat_template[:60]!r} and marks no answers; allowed are the templates that come "
+            "with this package, and templates with {% generation %} around the assistant's text."
+        )
+    return _TRAINING_CHAT_TEMPLATES[chat_template]
 
 
 class LLaDAMedVProcessor(ProcessorMixin):
@@ -146,4 +171,4 @@ class LLaDAMedVProcessor(ProcessorMixin):
 
 LLaDAMedVProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["CHAT_TEMPLATES", "LLaDAMedVProcessor"]
+__all__ = ["CHAT_TEMPLATES", "LLaDAMedVProcessor", "get_training_chat_template"]

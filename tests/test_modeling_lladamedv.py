@@ -77,7 +77,7 @@ def test_turn_mask_hides_later_turns_and_nothing_else(model):
 
 def test_turn_mask_under_flash_attention_is_refused(model, monkeypatch):
     monkeypatch.setattr(model.model.language_model.config, "_attn_implementation_internal", "flash_attention_2")
-    with pytest.raises(ValueError, match="`turn_ids` cannot be used with attn_implementation='flash_attention_2'"):
+    with pytest.raises(ValueError, match="`segment_ids` cannot be used with attn_implementation='flash_attention_2'"):
         model(input_ids=torch.tensor([[5, 6]]), turn_ids=torch.tensor([[0, 1]]))
 
 
@@ -166,7 +166,7 @@ def test_missing_and_misshaped_weights(model, tmp_path):
         ({"input_ids": image_prompt()[:, 1:], "pixel_values": pixels()}, "15 image tokens .* make 16 features"),
         ({"input_ids": image_prompt(), "pixel_values": pixels(2)}, "16 image tokens .* make 32 features"),
         ({"input_ids": image_prompt(), "pixel_values": pixels()[0]}, "`pixel_values` has shape"),
-        ({"inputs_embeds": torch.zeros(1, 2, 16), "pixel_values": pixels()}, "`pixel_values` needs `input_ids`"),
+        ({"inputs_embeds": torch.zeros(1, 2, 16), "pixel_values": pixels()}, "Images need `input_ids`"),
         ({"input_ids": torch.tensor([[5]]), "labels": torch.tensor([[5]])}, "`labels` is not accepted"),
     ],
 )

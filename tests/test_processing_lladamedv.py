@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lladamedv import LLaDAMedVProcessor
-from lladamedv.processing.processing_lladamedv import MEDICAL_SYSTEM_PROMPT, TRAINING_CHAT_TEMPLATE
+from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATE, MEDICAL_SYSTEM_PROMPT, get_training_chat_template
 from tests.tiny import random_image, tiny_processor
 
 
@@ -61,13 +61,13 @@ def test_system_message(processor):
 def test_training_template_marks_the_assistants_tokens(processor):
     conversation = chat(random_image(), "What is this?", answer="A lesion.")
     assert processor.apply_chat_template(conversation) == processor.apply_chat_template(
-        conversation, chat_template=TRAINING_CHAT_TEMPLATE
+        conversation, chat_template=get_training_chat_template(CHAT_TEMPLATE)
     )
     inputs = encode(
         processor,
         conversation,
         add_generation_prompt=False,
-        chat_template=TRAINING_CHAT_TEMPLATE,
+        chat_template=get_training_chat_template(CHAT_TEMPLATE),
         return_assistant_tokens_mask=True,
     )
     marked = inputs["input_ids"][torch.as_tensor(inputs["assistant_masks"]).bool()]

@@ -1,0 +1,162 @@
+"""Speed and memory of a training step against the plain one of `naive_training.py`, and what packing questions gains.
+
+    python benchmarks/bench_training.py --size cpu --repeats 3 --json results.json
+
+Same random weights, batch and draws, all in one run; the modes take turns, and medians are given. A step is forward,
+backward and AdamW; memory is what it needs on top of the weights and the optimizer's states. Sizes: `tiny` (a smoke
+test) and `cpu` (hidden 512, 8 layers, the true vocabulary, 729 image tokens and 64 text tokens, four rows).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from bench_generation import SIZES, PeakMemory, build_model
+from naive_training import loss as naive_loss
+from trl.trainer.utils import add_fused_lm_head
+
+from lladamedv.trainers.masked_diffusion_loss import IGNORE_INDEX, add_noise, loss_weights, run_masked_loss
+
+
+TEXT, ANSWER, QUESTIONS = 64, 32, 8  # tokens of question and answer, of the answer; questions about a picture
+
+
+def build_batch(model, rows: int, questions: int = 1, pictures: int | None = None) -> dict:
+    """Rows of an image and one question, or several that do not see each other, with draws; answers of random ids.
+
+    `pictures` different images are shown by the rows in turn; by default each row has its own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vision = model.config.vision_config
+    image = torch.full((rows, (vision.image_size // vision.patch_size) ** 2), model.config.image_token_id)
+    text = torch.randint(0, 100_000, (rows, questions * TEXT), generator=generator)
+    learned = (torch.arange(questions * TEXT) % TEXT >= TEXT - ANSWER).expand(rows, -1)
+    labels = torch.cat([torch.full_like(image, IGNORE_INDEX), text.masked_fill(~learned, IGNORE_INDEX)], dim=1)
+    segment = torch.arange(questions).repeat_interleave(TEXT)
+    answers = torch.cat([torch.zeros_like(image), segment + questions * torch.arange(rows)[:, None]], dim=1)
+    pictures = pictures or rows
+    shape = (pictures, 1, 3, vision.image_size, vision.image_size)
+    batch = {
+        "input_ids": torch.cat([image, text], dim=1), "labels": labels, "answer_ids": answers,
+        "pixel_values": torch.randn(shape, generator=generator), "image_index": torch.arange(rows) % pictures,
+        "t": torch.rand(rows * questions, generator=generator)[answers],
+        "uniform": torch.rand(labels.shape, generator=generator),
+    }  # fmt: skip
+    if questions > 1:
+        width = image.shape[1]
+        batch["segment_ids"] = torch.cat([torch.zeros_like(image), (segment + 1).expand(rows, -1)], dim=1)
+        places = torch.cat([torch.arange(width), width + torch.arange(questions * TEXT) % TEXT])
+        batch["position_ids"] = places.expand(rows, -1)
+    return batch
+
+
+def our_loss(model, batch: dict) -> torch.FloatTensor:
+    names = ("pixel_values", "image_index", "segment_ids", "position_ids")
+    inputs = {name: batch[name] for name in names if name in batch}
+    labels = batch["labels"]
+    noised = add_noise(batch["input_ids"], labels, batch["t"], model.config.mask_token_id, uniform=batch["uniform"])
+    return run_masked_loss(model, inputs, labels, noised, loss_weights(labels, noised, batch["answer_ids"]))[0]
+
+
+def plain_loss(model, batch: dict) -> torch.FloatTensor:
+    pixels = batch["pixel_values"][batch["image_index"]]
+    return naive_loss(model, batch["input_ids"], batch["labels"], batch["t"][:, -1], batch["uniform"], pixels)
+
+
+def run_step(model, optimizer, batch, compute, checkpointing: bool) -> dict:
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with PeakMemory("cpu") as memory:
+        start = time.perf_counter()
+        loss = compute(model, batch)
+        loss.backward()
+        optimizer.step()
+        seconds = time.perf_counter() - start
+    optimizer.zero_grad()
+    if checkpointing:
+        model.gradient_checkpointing_disable()
+    return {"seconds": seconds, "bytes": memory.bytes, "loss": float(loss)}
+
+
+def gradient_difference(model, batch) -> float:
+    """Largest distance of a weight's gradients from those of the plain step, relative to their size."""
+    gradients = []
+    for compute in (plain_loss, our_loss):
+        model.zero_grad()
+        compute(model, batch).backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    model.zero_grad()
+    return max(
+        float((gradients[1][name] - value).norm() / value.norm()) for name, value in gradients[0].items() if value.any()
+    )
+
+
+def benchmark(size_name: str, repeats: int, report=print) -> dict:
+    size = SIZES[size_name]
+    model = build_model(size, "cpu").train()
+    for weight in model.model.vision_tower.parameters():  # as in all stages of LLaDA-MedV
+        weight.requires_grad_(False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.05)  # a loss of the size that training has
+    add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
+    rows = 4
+    batch = build_batch(model, rows)
+    difference = gradient_difference(model, batch)
+    report(f"gradients differ by at most {difference:.1e}, relative")
+    modes = {
+        "plain": (plain_loss, batch, rows, False),
+        "ours": (our_loss, batch, rows, False),
+        "ours, checkpointed": (our_loss, batch, rows, True),  # as TRL does by default
+        "one question a row": (our_loss, build_batch(model, QUESTIONS, pictures=1), QUESTIONS, False),
+        "packed questions": (our_loss, build_batch(model, 1, QUESTIONS), QUESTIONS, False),
+    }
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.0, fused=True)  # the weights stay, so that all modes do the same work
+    runs = {name: [] for name in modes}
+    for repeat in range(repeats + 1):
+        for name, (compute, data, _, checkpointing) in modes.items():
+            result = run_step(model, optimizer, data, compute, checkpointing)
+            if repeat:  # the first is for threads, the allocator and the optimizer's states
+                runs[name].append(result)
+    results = {"gradient_difference": difference, "modes": {}}
+    for name, (_, data, answers, _) in modes.items():
+        seconds = statistics.median(run["seconds"] for run in runs[name])
+        peak = max(run["bytes"] for run in runs[name])
+        results["modes"][name] = {
+            "seconds": seconds, "peak_bytes": peak, "answers_per_second": answers / seconds,
+            "tokens_per_second": data["input_ids"].numel() / seconds, "loss": runs[name][0]["loss"],
+        }  # fmt: skip
+        report(
+            f"{name:20} {seconds:7.2f} s a step  {peak / 2**20:7.0f} MiB  {answers / seconds:6.2f} answers/s  "
+            f"{data['input_ids'].numel() / seconds:7.0f} tokens/s"
+        )
+    plain, ours, checkpointed, single, packed = (results["modes"][name] for name in modes)
+    for label, mode in (("ours", ours), ("ours, checkpointed", checkpointed)):
+        speedup, ratio = plain["seconds"] / mode["seconds"], plain["peak_bytes"] / mode["peak_bytes"]
+        mode |= {"speedup": speedup, "memory_ratio": ratio}
+        report(f"{label}: {speedup:.1f} times as fast as the plain step, with 1/{ratio:.1f} of its memory")
+    results["packing_gain"] = packed["answers_per_second"] / single["answers_per_second"]
+    report(f"packing gives {results['packing_gain']:.1f} times the answers per second")
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("tiny", "cpu"), default="tiny")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = benchmark(options.size, options.repeats)
+    if options.json is not None:
+        options.json.write_text(json.dumps(results | {"torch": torch.__version__}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

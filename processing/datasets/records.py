@@ -1,0 +1,246 @@
+"""What all loaders of records need: JSON read record by record, image files that may be missing, and a report.
+
+LLaVA-Med's files have up to 358 MB and name images of which many can no longer be downloaded. So a file is never held
+in memory as a whole, a syntax error is named by its line, and a missing image costs its own row and nothing else: it is
+counted and listed, never replaced by another.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+
+logger = logging.getLogger(__name__)
+_CHUNK = 2**20  # characters
+_SHOWN = 5
+
+
+class InvalidRecordError(ValueError):
+    """A record that cannot become a row; the message says why, but not which record it is."""
+
+
+class MissingImageError(InvalidRecordError):
+    """A record whose image file is not there; the message is its name."""
+
+
+@dataclass
+class LoadReport:
+    """What becomes of the records of one source. With streaming it fills while rows are read, in the process that reads
+    them.
+
+    Args:
+        source: the file, folder or Hub id.
+        invalid_records: what to do with malformed records: stop (`"error"`) or leave them out (`"skip"`). A record
+            whose image file is missing is always left out.
+
+    Attributes:
+        rows: how many records became rows.
+        missing_images: `(id, image)` of each record that was left out because its image file is not there.
+        invalid: `(id, reason)` of each record that was left out because it is malformed.
+
+    Raises:
+        ValueError: for a value of `invalid_records` that is not allowed.
+    """
+
+    source: str
+    invalid_records: str = "error"
+    rows: int = 0
+    missing_images: list[tuple[str, str]] = field(default_factory=list)
+    invalid: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.invalid_records not in ("error", "skip"):
+            raise ValueError(f"`invalid_records` is {self.invalid_records!r}; allowed are 'error' and 'skip'.")
+
+    def __deepcopy__(self, memo) -> LoadReport:
+        return self  # `datasets` copies what it streams from; the copy still reports here
+
+    def restart(self) -> None:
+        """Forget an earlier pass over the source."""
+        self.rows = 0
+        self.missing_images.clear()
+        self.invalid.clear()
+
+    def leave_out(self, record_id: str, error: InvalidRecordError, where: str = "") -> None:
+        """Note a record that becomes no row; `where` it is in the file.
+
+        Raises:
+            ValueError: if the record is malformed and such records are to stop everything.
+        """
+        missing = isinstance(error, MissingImageError)
+        reason = f"no such image file as {error}" if missing else str(error)
+        if not missing and self.invalid_records == "error":
+            raise ValueError(
+                f"{self.source!r} has an invalid record, {record_id}{where}: {reason}. Mend it, or leave such records "
+                "out with 'skip'."
+            ) from None
+        (self.missing_images if missing else self.invalid).append((record_id, str(error)))
+        if len(self.missing_images) + len(self.invalid) <= _SHOWN:
+            logger.warning("%s: record %s left out, %s", self.source, record_id, reason)
+
+    def summary(self) -> str:
+        """One line: how many rows, how many left out, why, and the first few of those."""
+        parts = [f"{self.source}: {self.rows} rows"]
+        for name, left_out in (("missing images", self.missing_images), ("invalid records", self.invalid)):
+            if left_out:
+                shown = ", ".join(f"{record_id} ({reason})" for record_id, reason in left_out[:_SHOWN])
+                parts.append(f"{len(left_out)} {name}: {shown}" + (", …" if len(left_out) > _SHOWN else ""))
+        return "; ".join(parts)
+
+
+class ImageFiles:
+    """Finds the image files that records name. Each folder is listed once, which is much quicker than asking for
+    hundreds of thousands of files one by one.
+
+    Args:
+        folder: what the names are relative to.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = os.path.abspath(os.path.expanduser(folder))
+        self._listed: dict[str, set[str]] = {}
+
+    def __getstate__(self) -> dict:
+        return {"folder": self.folder, "_listed": {}}  # a copy in another process, or a later run, looks anew
+
+    def find(self, name: str) -> str:
+        """The full path of an image; a URL is returned as it is.
+
+        Raises:
+            MissingImageError: if there is no such file.
+        """
+        if "://" in name:
+            return name
+        path = os.path.normpath(os.path.join(self.folder, name))
+        parent, file = os.path.split(path)
+        if parent not in self._listed:
+            try:
+                self._listed[parent] = {entry.name for entry in os.scandir(parent) if entry.is_file()}
+            except OSError:
+                self._listed[parent] = set()
+        if file not in self._listed[parent]:
+            raise MissingImageError(name)
+        return path
+
+
+def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """The records of a JSON list or of JSON lines, one at a time.
+
+    Args:
+        path: file of one list of objects, or of one object a line.
+
+    Yields:
+        The line on which a record begins, from 1, and the record.
+
+    Raises:
+        ValueError: if the file cannot be read, or is neither of the two, with the line where that shows.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            first = file.read(1)
+            while first.isspace():
+                first = file.read(1)
+            file.seek(0)
+            yield from _read_list(file, path) if first == "[" else _read_lines(file, path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as JSON: {error}") from error
+
+
+def _read_lines(file: TextIO, path) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise _no_json(path, number, error.msg) from None
+            yield number, _as_object(record, path, number)
+
+
+def _read_list(file: TextIO, path) -> Iterator[tuple[int, dict]]:
+    """The objects of a list, of which no more is in memory than the current one and what was read beyond it."""
+    text, place, line, ended = "", 0, 1, False
+
+    def skip(characters: str) -> str:
+        """Move on to the next character that is none of these and return it, or "" at the end of the file."""
+        nonlocal text, place, line, ended
+        while True:
+            while place < len(text) and text[place] in characters:
+                line += text[place] == "\n"
+                place += 1
+            if place < len(text) or ended:
+                return text[place : place + 1]
+            text, place = file.read(_CHUNK), 0
+            ended = not text
+
+    skip(" \t\r\n\ufeff")
+    place += 1  # the opening bracket
+    decoder, separator = json.JSONDecoder(), ""
+    while (character := skip(" \t\r\n")) != "]":
+        if separator:
+            if character != ",":
+                raise _no_json(path, line, "expected ',' or ']'")
+            place += 1
+            skip(" \t\r\n")
+        separator = ","
+        while True:
+            try:
+                record, end = decoder.raw_decode(text, place)
+                break
+            except json.JSONDecodeError as error:
+                # Perhaps only the end of the object is not read yet. Reading as much again each time keeps this linear.
+                more = file.read(max(_CHUNK, len(text) - place))
+                if not more:
+                    raise _no_json(path, line + text.count("\n", place, error.pos), error.msg) from None
+                text, place = text[place:] + more, 0
+        begins = line
+        line += text.count("\n", place, end)
+        place = end
+        yield begins, _as_object(record, path, begins)
+    place += 1
+    if skip(" \t\r\n"):
+        raise _no_json(path, line, "more follows after the list")
+
+
+def _no_json(path, line: int, reason: str) -> ValueError:
+    return ValueError(f"{str(path)!r} is no JSON at line {line}: {reason}.")
+
+
+def _as_object(record, path, line: int) -> dict:
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"{str(path)!r} has a {type(record).__name__} at line {line}; allowed are a list of objects, or one object "
+            "a line."
+        )
+    return record
+
+
+def rows_of(path: str | Path, convert: Callable[[dict, str], dict], report: LoadReport) -> Iterator[dict]:
+    """The rows that a file's records become.
+
+    Args:
+        path: see [`read_records`].
+        convert: makes a row of a record and what to call it if it has no `id`.
+        report: decides about records that `convert` refuses, and is told what became of each.
+
+    Raises:
+        ValueError: for a file that is no JSON, or a malformed record if that is what the report says.
+    """
+    report.restart()
+    for number, (line, record) in enumerate(read_records(path)):
+        record_id = str(record.get("id", f"{Path(path).stem}/{number}"))
+        try:
+            row = convert(record, record_id)
+        except InvalidRecordError as error:
+            report.leave_out(record_id, error, f" at line {line}")
+            continue
+        report.rows += 1
+        yield row
+
+
+__all__ = ["ImageFiles", "InvalidRecordError", "LoadReport", "MissingImageError", "read_records", "rows_of"]

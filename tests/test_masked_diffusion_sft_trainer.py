@@ -1,0 +1,493 @@
+"""The trainer: what is trained and with which noise, resumed, accumulated, packed, with adapters; and bad rows."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
+from lladamedv.demo import DEMO_MODEL
+from lladamedv.trainers import MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer
+from lladamedv.trainers.masked_diffusion_loss import AnswerNoise, add_noise
+from tests.test_data_collator import chat
+from tests.tiny import random_image, randomize
+
+
+QUESTIONS = [
+    ("Is it small?", "Yes."), ("Where is it?", "On the left side."), ("What is it?", "A lung."), ("Big?", "No."),
+]  # fmt: skip
+
+
+def tiny_processor():
+    """The demo model's: its vocabulary is small, which keeps the runs short."""
+    return LLaDAMedVProcessor.from_pretrained(DEMO_MODEL)
+
+
+def tiny_model(seed=0):
+    config = LLaDAMedVConfig.from_pretrained(DEMO_MODEL).to_dict()
+    narrow = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config["text_config"] |= narrow | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
+    config["vision_config"] |= narrow
+    model = LLaDAMedVForConditionalGeneration(LLaDAMedVConfig(**config))
+    randomize(model, seed)
+    with torch.no_grad():  # small logits, so that a few steps change them smoothly
+        model.lm_head.weight.mul_(0.1)
+    return model
+
+
+def rows(count=8, images=True):
+    data = [
+        chat(*QUESTIONS[number % 4], images=[random_image(seed=number // 4)] if images else [], id=f"row-{number}")
+        for number in range(count)
+    ]
+    return datasets.Dataset.from_list(data).cast_column("images", datasets.List(datasets.Image()))
+
+
+def arguments(folder, **options):
+    options = {
+        "per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 1, "save_strategy": "no", "report_to": [],
+        "learning_rate": 1e-2, "bf16": False, "use_cpu": True, "activation_checkpointing": False, "seed": 3,
+        "disable_tqdm": True, **options,
+    }  # fmt: skip
+    return MaskedDiffusionSFTConfig(output_dir=str(folder), **options)
+
+
+def make_trainer(folder, model=None, dataset=None, processor=None, **options):
+    peft_config, evaluation = options.pop("peft_config", None), options.pop("eval_dataset", None)
+    return MaskedDiffusionSFTTrainer(
+        model=model or tiny_model(), args=arguments(folder, **options),
+        train_dataset=rows() if dataset is None else dataset,
+        eval_dataset=evaluation, processing_class=processor or tiny_processor(), peft_config=peft_config,
+    )  # fmt: skip
+
+
+def weights_of(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# What is trained
+
+
+@pytest.mark.parametrize(
+    ("trainable", "trained"),
+    [
+        ("projector", ("multi_modal_projector",)),
+        ("projector+language_model", ("multi_modal_projector", "language_model", "lm_head")),
+        ("all", ("multi_modal_projector", "language_model", "lm_head", "vision_tower")),
+    ],
+)
+def test_the_trained_parts_change_and_the_others_do_not(tmp_path, trainable, trained):
+    trainer = make_trainer(tmp_path, trainable=trainable)
+    before = weights_of(trainer.model)
+    trainer.train()
+    for name, weight in trainer.model.named_parameters():
+        expected = any(part in name for part in trained)
+        if expected and "embed_tokens" not in name and "lm_head" not in name and "bias" not in name:
+            assert not torch.equal(weight, before[name]), name
+        if not expected:
+            assert torch.equal(weight, before[name]), name
+    assert all(math.isfinite(loss) for loss in losses(trainer)) and len(losses(trainer)) == 4
+
+
+def test_a_learning_rate_for_each_part(tmp_path):
+    options = {"trainable": "all", "projector_learning_rate": 1e-3, "vision_learning_rate": 2e-6}
+    trainer = make_trainer(tmp_path, lr_scheduler_type="constant", warmup_steps=0, **options)
+    trainer.create_optimizer()
+    names = {id(weight): name for name, weight in trainer.model.named_parameters()}
+    seen = {}
+    for group in trainer.optimizer.param_groups:
+        for weight in group["params"]:
+            seen[names[id(weight)]] = (group["lr"], group["weight_decay"])
+    assert len(seen) == len(names) == sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    for name, (rate, _) in seen.items():
+        rates = {"multi_modal_projector": 1e-3, "vision_tower": 2e-6}
+        assert rate == next((value for part, value in rates.items() if part in name), 1e-2), name
+    trainer.train()
+    assert math.isfinite(losses(trainer)[-1])
+
+
+def test_the_head_and_the_tower_run_where_they_must(tmp_path):
+    """Two rows about one image: one image in the tower, and in the last layer only as many positions as are masked."""
+    trainer = make_trainer(tmp_path)
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
+    towers, positions = [], []
+    trainer.model.model.vision_tower.register_forward_hook(lambda *a: towers.append(a[1][0].shape[0]))
+    trainer.model.model.language_model.layers[-1].mlp.register_forward_hook(
+        lambda *a: positions.append(a[2].shape[1])
+    )
+    noised = []
+    original = trainer._masked_loss
+    trainer._masked_loss = lambda *a, **k: noised.append(a[4]) or original(*a, **k)
+    batches, _ = trainer.get_batch_samples(iter([batch]), 1, "cpu")
+    trainer.compute_loss(trainer.model, batches[0])
+    assert towers == [1]
+    assert positions == [max(1, int(noised[0].masked.sum(dim=1).max()))]
+
+
+def test_lora(tmp_path):
+    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q|v)_proj", task_type="CAUSAL_LM")
+    trainer = make_trainer(tmp_path, peft_config=config)
+    before = weights_of(trainer.model)
+    trainer.train()
+    changed = {name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    trainer.save_model(tmp_path / "adapter")
+    assert not list((tmp_path / "adapter").glob("model*.safetensors"))
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        expected, got = trainer.model.eval()(**inputs).logits, again.eval()(**inputs).logits
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
+    answers = [each.generate(**inputs, max_new_tokens=4, block_length=4, steps=4) for each in (trainer.model, again)]
+    assert torch.equal(*answers) and answers[0].shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_a_lora_target_that_matches_nothing(tmp_path):
+    config = LoraConfig(r=4, target_modules=["no_such_layer"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="no_such_layer"):
+        make_trainer(tmp_path, peft_config=config)
+
+
+def test_saved_and_loaded(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    model = LLaDAMedVForConditionalGeneration.from_pretrained(tmp_path)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, trainer.model.get_parameter(name)), name
+    assert isinstance(LLaDAMedVProcessor.from_pretrained(tmp_path), LLaDAMedVProcessor)
+    trainer.create_model_card("tiny")
+    card = (tmp_path / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card and "licence:" not in card and "research-only" in card
+
+
+# Noise
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    runs = []
+    for noise_seed in (None, None, 9):
+        trainer = make_trainer(tmp_path, noise_seed=noise_seed)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("normalization", ["answer_length", "tokens", "batch"])
+@pytest.mark.parametrize("options", [{}, {"complementary_masking": True}, {"time_sampling": "stratified"}], ids=str)
+def test_accumulation_changes_nothing(tmp_path, normalization, options):
+    """Four rows at once, two and two, or one by one: the same noise, the same loss, the same weights."""
+    results = []
+    for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        trainer = make_trainer(
+            tmp_path, max_steps=2, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
+            loss_normalization=normalization, optim="sgd", learning_rate=1e-3, **options,
+        )  # fmt: skip
+        trainer.train()
+        results.append((losses(trainer), weights_of(trainer.model)))
+    for other_losses, other_weights in results[1:]:
+        assert other_losses == pytest.approx(results[0][0], rel=1e-4)
+        for name, weight in other_weights.items():
+            torch.testing.assert_close(weight, results[0][1][name], atol=1e-5, rtol=1e-3)
+
+
+def test_resumed(tmp_path):
+    whole = make_trainer(tmp_path / "whole", max_steps=6)
+    whole.train()
+    first = make_trainer(tmp_path / "parts", max_steps=6, save_strategy="steps", save_steps=2)
+    first.train()
+    other = tiny_model(seed=5)  # its weights must not matter
+    again = make_trainer(tmp_path / "parts", model=other, max_steps=6, save_strategy="steps", save_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    assert losses(again)[-4:] == pytest.approx(losses(whole)[2:], rel=1e-5)
+    for name, weight in again.model.named_parameters():
+        torch.testing.assert_close(weight, whole.model.get_parameter(name), atol=1e-5, rtol=1e-4)
+
+
+def run_worker(folder, options, *flags, processes=1, kill_when=None):
+    """A training in other processes; the appearance of the file `kill_when` kills it. Returns the losses by step."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    worker = [*launcher, "-m", "tests.training_worker", str(folder), json.dumps(options), *flags]
+    process = subprocess.Popen(
+        [sys.executable, *worker], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if kill_when is not None:
+        while not kill_when.exists():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        return None
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-3000:]
+    return json.loads((folder / "losses.json").read_text())
+
+
+def test_killed_and_resumed(tmp_path):
+    """SIGKILL while the run goes on behind its second checkpoint; the loss curve is that of an uninterrupted run."""
+    options = {"max_steps": 30, "save_strategy": "steps", "save_steps": 2}
+    expected = run_worker(tmp_path / "whole", options)
+    run_worker(tmp_path / "killed", options, kill_when=tmp_path / "killed" / "checkpoint-4" / "trainer_state.json")
+    assert not (tmp_path / "killed" / "losses.json").exists()
+    resumed = run_worker(tmp_path / "killed", options, "resume")
+    assert len(expected) == 30 and resumed.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert resumed[step] == pytest.approx(loss, rel=1e-4), step
+
+
+@pytest.mark.parametrize("options", [{}, {"complementary_masking": True, "loss_normalization": "tokens"}], ids=str)
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, options):
+    options = {"max_steps": 4, "optim": "sgd", **options}
+    one = run_worker(tmp_path / "one", options | {"per_device_train_batch_size": 4})
+    options |= {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    two = run_worker(tmp_path / "two", options, processes=2)
+    assert two == pytest.approx(one, rel=1e-4) and len(one) == 4
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, atol=1e-5, rtol=1e-3)
+
+
+def labels_of(lengths, padding=0):
+    width = 6 + max(lengths) + padding
+    labels = torch.full((len(lengths), width), -100)
+    for row, length in enumerate(lengths):
+        labels[row, 6 : 6 + length] = torch.arange(length) + 10
+    return labels, torch.arange(len(lengths))[:, None].expand_as(labels)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "stratified", "antithetic"])
+def test_draws_depend_neither_on_padding_nor_on_the_split(sampling):
+    noise = AnswerNoise(0, sampling)
+    labels, answers = labels_of([3, 5, 4, 2])
+    t, uniform = noise(labels, answers, 7, 0, 4)
+    wider, wide_answers = labels_of([3, 5, 4, 2], padding=9)
+    other_t, other_uniform = noise(wider, wide_answers, 7, 0, 4)
+    learned = labels != -100
+    assert torch.equal(other_t[wider != -100], t[learned])
+    assert torch.equal(other_uniform[wider != -100], uniform[learned])
+    for first in (0, 2):
+        part = slice(first, first + 2)
+        part_t, part_uniform = noise(labels[part], answers[part] - first, 7, first, 4)
+        assert torch.equal(part_t, t[part]) and torch.equal(part_uniform, uniform[part])
+    assert not torch.equal(noise(labels, answers, 8, 0, 4)[0], t)
+    assert not torch.equal(AnswerNoise(1, sampling)(labels, answers, 7, 0, 4)[0], t)
+    assert len(t[learned].unique()) == 4 and len(uniform[learned].unique()) == 14
+
+
+def test_distributions_of_times():
+    labels, answers = labels_of([1] * 8)
+    for sampling in ("uniform", "stratified", "antithetic"):
+        noise = AnswerNoise(0, sampling)
+        times = torch.stack([noise(labels, answers, step, 0, 8)[0][:, 6] for step in range(400)])
+        assert times.min() >= 0 and times.max() <= 1
+        counts = torch.histc(times, 10, 0, 1)
+        assert ((counts - 320).abs() < 5 * (320 * 0.9) ** 0.5).all(), "each row's time is uniform"
+        if sampling == "stratified":
+            assert torch.equal((times * 8).long().sort(dim=1).values, torch.arange(8).expand(400, 8))
+        if sampling == "antithetic":
+            torch.testing.assert_close(times[:, ::2] + times[:, 1::2], torch.ones(400, 4))
+
+
+def test_several_answers_of_a_row_are_drawn_apart():
+    labels = torch.tensor([[-100, 10, 11, -100, 12, 13]])
+    answers = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    for sampling in ("uniform", "stratified"):
+        t, _ = AnswerNoise(0, sampling)(labels, answers, 0, 0, 1)
+        assert t[0, 1] == t[0, 2] != t[0, 4] == t[0, 5]
+
+
+# Evaluation
+
+
+def test_eval_loss(tmp_path):
+    """A plain version of the bound, the same whatever the batch size, and the same again."""
+    values = []
+    for batch_size in (1, 2, 4):
+        trainer = make_trainer(
+            tmp_path, eval_dataset=rows(4), per_device_eval_batch_size=batch_size, eval_time_steps=3, noise_seed=1
+        )
+        values += [trainer.evaluate()["eval_loss"] for _ in range(2)]
+    assert values == pytest.approx([values[0]] * 6, rel=1e-5)
+    model, total = trainer.model.eval(), 0.0
+    for row in trainer.eval_dataset:
+        batch = trainer.data_collator([row])
+        labels = batch["labels"]
+        for number in range(3):
+            t, uniform = AnswerNoise(1).fixed(labels, batch["answer_ids"], number, 3)
+            torch.testing.assert_close(t, torch.full_like(t, (number + 0.5) / 3))
+            noised = add_noise(batch["input_ids"], labels, t[:, 0], model.config.mask_token_id, uniform=uniform)
+            with torch.no_grad():
+                logits = model(input_ids=noised.input_ids, pixel_values=batch["pixel_values"]).logits
+            entropy = torch.nn.functional.cross_entropy(logits[noised.masked], labels[noised.masked], reduction="sum")
+            total += (entropy / noised.probability[0] / (labels != -100).sum() / 3).item()
+    assert values[0] == pytest.approx(total / 4, rel=1e-4)
+
+
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.tables = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.tables += [logs["answers"]] if "answers" in logs else []
+
+
+def test_answers_are_logged(tmp_path):
+    """To every callback that reports, as a table, and to a file; they are the answers that `generate` gives."""
+    trainer = make_trainer(
+        tmp_path, eval_dataset=rows(4), log_answers=3, eval_strategy="steps", eval_steps=2, max_steps=4
+    )
+    recorder = Recorder()
+    trainer.add_callback(recorder)
+    trainer.train()
+    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [2, 2, 2, 4, 4, 4] and len(recorder.tables) == 2
+    assert [record["reference"] for record in records[:3]] == ["Yes.", "On the left side.", "A lung."]
+    assert recorder.tables[1].count("\n") == 4 and "| Where is it? | On the left side. |" in recorder.tables[1]
+    processor, row = trainer.processing_class, trainer.eval_dataset[1]
+    content = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": "Where is it?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    sequences = trainer.model.eval().generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+    assert records[4]["answer"] == processor.decode(sequences, skip_special_tokens=True).strip()
+    with pytest.raises(ValueError, match="`log_answers` is 2, but there is no `eval_dataset`"):
+        make_trainer(tmp_path, log_answers=2)
+
+
+# Packing
+
+
+def test_packed_logits_are_those_of_each_question_alone(tmp_path):
+    """Under the prefix mask: a question sees the image and itself, the image sees itself."""
+    trainer = make_trainer(tmp_path, pack_questions=4)
+    assert len(trainer.train_dataset) == 2 and trainer.row_reports["train_dataset"].packed_into == 2
+    model = trainer.model.eval()
+    packed = trainer.data_collator([trainer.train_dataset[0]])
+    names = ("input_ids", "position_ids", "segment_ids", "pixel_values", "attention_mask")
+    with torch.no_grad():
+        together = model(**{name: packed[name] for name in names}).logits[0]
+        for number, row in enumerate(rows(4)):
+            own = trainer.data_collator([row])
+            alone = model(**{name: own[name] for name in names}).logits[0]
+            mine = packed["segment_ids"][0] == number + 1
+            torch.testing.assert_close(together[mine], alone[own["segment_ids"][0] == 1], atol=2e-5, rtol=1e-4)
+        full = model(input_ids=own["input_ids"], pixel_values=own["pixel_values"]).logits[0]
+    assert not torch.allclose(full, alone, atol=1e-3), "fully bidirectional attention is something else"
+
+
+def test_packed_training(tmp_path):
+    trainer = make_trainer(tmp_path, pack_questions=3, max_steps=2)
+    assert len(trainer.train_dataset) == 4  # two images of four questions each: 3 and 1
+    assert trainer.train_dataset[0]["id"] == "row-0 + row-1 + row-2"
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in losses(trainer))
+
+
+# Bad input
+
+
+def broken(**changes):
+    data = rows(4).to_list()
+    data[2] |= changes
+    return datasets.Dataset.from_list(data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"messages": [{"role": "user", "content": "Is it?"}]}, "no assistant turn"),
+        ({"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": " "}]}, "no assistant"),
+        ({"messages": chat("<image> or <image>?", "No.")["messages"]}, "2 <image> for 1 images"),
+        ({"images": [{"path": "gone.png", "bytes": None}]}, "no such image file as gone.png"),
+        ({"images": []} | chat("<image>?", "No."), "1 <image> for 0 images"),
+    ],
+)
+def test_bad_rows(tmp_path, changes, reason):
+    with pytest.raises(ValueError, match=f"row-2 has a problem: {reason}.*invalid_rows='skip'"):
+        make_trainer(tmp_path, dataset=broken(**changes))
+    trainer = make_trainer(tmp_path, dataset=broken(**changes), invalid_rows="skip")
+    report = trainer.row_reports["train_dataset"]
+    assert report.kept == len(trainer.train_dataset) == 3
+    assert sum(report.left_out.values()) == 1 and list(report.examples.values()) == [["row-2"]]
+    assert reason.split()[0] in report.summary() and "row-2" in report.summary()
+    trainer.train()
+
+
+def test_long_rows(tmp_path):
+    long = broken(messages=chat("Why? " * 100, "No.")["messages"])
+    with pytest.raises(ValueError, match=r"row-2 has a problem: \d+ tokens, where 200 are allowed.*long_rows='drop'"):
+        make_trainer(tmp_path, dataset=long, max_length=200)
+    trainer = make_trainer(tmp_path, dataset=long, max_length=200, long_rows="drop")
+    assert len(trainer.train_dataset) == 3
+    assert trainer.row_reports["train_dataset"].left_out == {"more than 200 tokens": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": datasets.Dataset.from_list([])}, "`train_dataset` is empty"),
+        ({"dataset": datasets.Dataset.from_list([{"text": "a"}])}, "the columns \\['text'\\]; needed are `messages`"),
+        ({"dataset": broken(messages=[]).select([2])}, "of which none can be trained on|no `messages`"),
+        ({"max_length": 9999}, "`max_length` is 9999; the model's context allows 512"),
+        ({"trainable": "everything"}, "`trainable` is 'everything'; allowed are"),
+        ({"loss_weighting": "none"}, "`loss_weighting` is 'none'; allowed are"),
+        ({"packing": True}, "`packing` is True, which does not apply to masked diffusion"),
+        ({"completion_only_loss": True}, "`completion_only_loss` is True, which does not apply"),
+        ({"pack_questions": 1}, "`pack_questions` is 1; allowed are whole numbers of at least 2"),
+        ({"pack_questions": 4, "turn_mask": True}, "only one of the two is allowed"),
+        ({"pack_questions": 4, "dataset": rows(4, images=False)}, "`pack_questions` is 4, but row-0 has 0 images"),
+        ({"max_loss_weight": 0.5}, "`max_loss_weight` is 0.5"),
+        ({"eval_time_steps": 0}, "`eval_time_steps` is 0"),
+        ({"vision_learning_rate": -1.0}, "`vision_learning_rate` is -1.0"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **options)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[:] = math.nan
+    trainer = make_trainer(tmp_path, model=model)
+    with pytest.raises(ValueError, match="The loss is nan at step 0; the batch's ids are in"):
+        trainer.train()
+    record = json.loads((tmp_path / "not_finite.json").read_text())
+    assert len(record["row_ids"]) == 2 and all(name.startswith("row-") for name in record["row_ids"])
+    assert "assistant" in record["texts"][0] and "<image>" not in record["texts"][0]
+
+
+def test_text_only_rows_and_streams(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=rows(4, images=False).remove_columns("images"))
+    trainer.train()
+    streamed = make_trainer(tmp_path, dataset=rows(8).to_iterable_dataset(), max_steps=3)
+    streamed.train()
+    assert len(losses(streamed)) == 3 and streamed.row_reports["train_dataset"].kept >= 6
+
+
+def test_features_from_the_cache_give_the_same_run(tmp_path):
+    runs = []
+    for folder in (None, str(tmp_path / "cache"), str(tmp_path / "cache")):
+        trainer = make_trainer(tmp_path, cache_image_features=folder)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == runs[1] == runs[2]
+    assert trainer.feature_cache.misses == 0 and trainer.feature_cache.hits >= 4

@@ -1,0 +1,349 @@
+"""`lladamedv train`, and the script behind it: what it loads, what it trains, what it leaves, and what it refuses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
+from lladamedv.cli import app
+from lladamedv.demo import DEMO_MODEL, load_model
+from lladamedv.processing.phantoms import PhantomVQA
+from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
+from lladamedv.trainers import recipes, sft
+from tests import released
+from tests.tiny import tiny_tokenizer
+
+
+# What every run here has in common: a few quick steps on the CPU, in float32, without progress bars.
+QUICK = {
+    "model_name_or_path": "demo", "max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False,
+    "disable_tqdm": True, "report_to": "none", "logging_steps": 1, "save_strategy": "no", "warmup_steps": 0,
+    "activation_checkpointing": False, "learning_rate": 1e-3,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    """On a busy machine, threads that wait for each other take longer than matrices of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def flags(**options):
+    """Options as the command line has them."""
+    words = []
+    for name, value in (QUICK | options).items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def arguments(**options):
+    return sft.make_parser().parse_args_and_config(flags(train_data="phantoms:1:8", **options))
+
+
+def train(tmp_path, name="out", **options):
+    """Train in this process and return the output folder."""
+    sft.main(flags(**{"train_data": "phantoms:1:8", "output_dir": tmp_path / name} | options))
+    return tmp_path / name
+
+
+def weights(folder):
+    return LLaDAMedVForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def changed(folder, origin=DEMO_MODEL):
+    """The parts of the model that training has changed, as the beginnings of their weights' names."""
+    before, after = weights(origin), weights(folder)
+    return {".".join(name.split(".")[:2]) for name in before if not torch.equal(before[name], after[name])}
+
+
+def llava_med_file(tmp_path, count, missing=()):
+    """A file in LLaVA-Med's alignment format about phantoms, without some of their images."""
+    records = []
+    (tmp_path / "images").mkdir()
+    for number, example in enumerate(PhantomVQA(3, count)):
+        if number not in missing:
+            example.image.save(tmp_path / "images" / f"{number}.png")
+        turns = [{"from": "human", "value": f"{example.question}\n<image>"}, {"from": "gpt", "value": example.answer}]
+        records.append({"id": f"pair {number}", "image": f"{number}.png", "conversatons": turns})
+    file = tmp_path / "alignment.json"
+    file.write_text(json.dumps(records))
+    return file
+
+
+# The command
+
+
+def test_a_recipe_trains_through_the_command(tmp_path):
+    """LLaVA-Med's records, a missing image, adapters, accelerate's launcher: all that a user would type."""
+    file = llava_med_file(tmp_path, 12, missing=(3, 7))
+    options = {"train_data": file, "image_folder": tmp_path / "images", "output_dir": tmp_path / "out"}
+    options |= {"eval_strategy": "no", "answer_rows": 0}
+    command = [sys.executable, "-m", "lladamedv.cli", "train", "demo_lora", *flags(**options)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment())
+    assert result.returncode == 0, result.stderr
+    assert "10 rows; 2 missing images: pair 3 (3.png), pair 7 (7.png)" in result.stdout
+    assert "'loss'" in result.stdout and f"wrote {tmp_path / 'out'}" in result.stdout
+    (report,) = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert report["rows"] == 10 and report["missing_images"] == [["pair 3", "3.png"], ["pair 7", "7.png"]]
+
+    model, _ = load_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    adapted = PeftModel.from_pretrained(model, tmp_path / "out")
+    adapters = [name for name, weight in adapted.named_parameters() if "lora_B" in name and weight.abs().max() > 0]
+    assert len(adapters) == 7 * model.config.text_config.num_hidden_layers
+    merged = adapted.merge_and_unload().state_dict()
+    touched = {name for name in before if not torch.equal(before[name], merged[name])}
+    assert touched and all(re.fullmatch(sft.LORA_TARGET_MODULES + r"\.weight", name) for name in touched)
+    assert LLaDAMedVProcessor.from_pretrained(tmp_path / "out").tokenizer.get_vocab()
+
+
+def environment():
+    """For a process that finds this package wherever it runs."""
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_an_error_is_one_line_and_an_exit_code(tmp_path):
+    command = [sys.executable, "-m", "lladamedv.cli", "train", "demo_lora", "--train_data", "none.json"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment())
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "lladamedv: `train_data` holds 'none.json', which cannot be loaded: no such file" in result.stderr
+
+
+def test_list():
+    result = CliRunner().invoke(app, ["train", "--list"])
+    assert result.exit_code == 0 and result.output.splitlines() == recipes.describe_recipes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train"], "`recipe` is None; allowed are demo_full, demo_lora"),
+        (["train", "stage4"], "`recipe` is 'stage4'"),
+        (["train", "demo_lora", "--accelerate", "fsdp3"], "`accelerate` is 'fsdp3'; allowed are cpu, ddp"),
+    ],
+)
+def test_names_that_do_not_exist(words, message):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
+
+
+def test_everything_else_is_passed_on(monkeypatch):
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    others = ["--max_steps", "3", "--from_scratch", "--train_data", "a", "b"]
+    assert CliRunner().invoke(app, ["train", "demo_lora", "--accelerate", "fsdp2", *others]).exit_code == 7
+    (command,) = commands
+    launcher, script = command[: command.index("lladamedv.trainers.sft")], command[command.index("--config") :]
+    assert launcher[1:3] == ["-m", "accelerate.commands.launch"]
+    assert launcher[launcher.index("--config_file") + 1] == str(recipes.ACCELERATE / "fsdp2.yaml")
+    assert script == ["--config", str(recipes.RECIPES / "demo_lora.yaml"), *others]
+
+
+# What is trained and what is left
+
+
+def test_stage_one_leaves_a_projector_to_go_on_with(tmp_path):
+    out = train(tmp_path, trainable="projector", chat_template="llada_plain")
+    assert changed(out) == {"model.multi_modal_projector"}
+    projector = load_file(out / sft.PROJECTOR_FILE)
+    saved = {name: weight for name, weight in load_file(out / "model.safetensors").items() if name in projector}
+    assert len(projector) == 4 and all(torch.equal(projector[name], weight) for name, weight in saved.items())
+    assert LLaDAMedVProcessor.from_pretrained(out).chat_template == CHAT_TEMPLATES["llada_plain"]
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
+    whole = train(tmp_path, "whole", max_steps=4, save_strategy="steps", save_steps=2)
+    unfinished = whole / "checkpoint-9"  # as a killed process leaves it
+    unfinished.mkdir()
+    (whole / "checkpoint-4" / "trainer_state.json").unlink()
+    expected = weights(whole)
+    again = train(tmp_path, "whole", max_steps=4, resume_from_checkpoint="last")
+    assert all(torch.equal(expected[name], weight) for name, weight in weights(again).items())
+    assert not (whole / sft.PROJECTOR_FILE).exists()
+
+
+def test_answers_are_shown(tmp_path):
+    out = train(tmp_path, eval_data="phantoms:2:6", eval_strategy="steps", eval_steps=1, answer_rows=3)
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    examples = PhantomVQA(2, 3)
+    assert [answer["step"] for answer in answers] == [1, 1, 1, 2, 2, 2]
+    for answer, example in zip(answers, [*examples, *examples]):
+        assert (answer["question"], answer["reference"]) == (example.question, example.answer) and answer["answer"]
+
+
+def test_streaming(tmp_path):
+    file = llava_med_file(tmp_path, 8, missing=(2,))
+    options = {"streaming": True, "shuffle_buffer": 4, "train_data": file, "image_folder": tmp_path / "images"}
+    out = train(tmp_path, max_steps=1, **options)
+    (report,) = json.loads((out / "data_report.json").read_text())
+    assert report["missing_images"] == [["pair 2", "2.png"]]
+    assert changed(out) == {"model.multi_modal_projector", "model.language_model", "lm_head.weight"}
+
+
+def test_quantised_base(tmp_path):
+    """The language model in 4 bits, everything else as it was, adapters on top."""
+    script, _, model_args = arguments(use_peft=True, load_in_4bit=True, output_dir=tmp_path)
+    model, _ = sft.load_model(script, model_args)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            in_layers = name.startswith("model.language_model.layers.")
+            assert (module.weight.dtype == torch.uint8) == in_layers, name
+    out = train(tmp_path, use_peft=True, load_in_4bit=True, lora_dropout=0.0)
+    assert any(weight.abs().max() > 0 for name, weight in load_file(out / "adapter_model.safetensors").items()
+               if "lora_B" in name)  # fmt: skip
+
+
+def test_from_scratch(tmp_path):
+    script, _, model_args = arguments(output_dir=tmp_path)
+    trained = sft.load_model(script, model_args)[0]
+    script.from_scratch = True
+    new, _ = sft.load_model(script, model_args)
+    for name, weight in new.state_dict().items():
+        assert weight.shape == trained.state_dict()[name].shape
+    assert not torch.equal(trained.lm_head.weight, new.lm_head.weight)
+
+
+def test_a_released_checkpoint_loads_as_it_is(tmp_path):
+    folder = released.write_llava(tmp_path / "LLaDA-MedV")
+    tiny_tokenizer().save_pretrained(folder)
+    script, _, model_args = arguments(model_name_or_path=folder, output_dir=tmp_path, chat_template="llava_llada")
+    model, processor = sft.load_model(script, model_args)
+    assert processor.image_token_id == model.config.image_token_id
+    assert processor.tokenizer.convert_tokens_to_ids("<|startoftext|>") == processor.tokenizer.bos_token_id
+    assert processor.chat_template == CHAT_TEMPLATES["llava_llada"]
+    assert processor.image_processor.vision_aspect_ratio == "anyres_max_4"
+    assert processor.image_processor.image_grid_pinpoints == model.config.image_grid_pinpoints
+    processor.save_pretrained(tmp_path / "processor")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="`processor` is None; none can be loaded"):
+        sft.load_model(script, model_args)
+    script.processor = str(tmp_path / "processor")
+    assert sft.load_model(script, model_args)[1].image_token_id == processor.image_token_id
+
+
+def test_a_released_language_model_without_eyes(tmp_path):
+    folder = tmp_path / "LLaDA"
+    released.write(folder, released.LLAMA_CONFIG, released.llama_weights())
+    tiny_tokenizer().save_pretrained(folder)
+    script, _, model_args = arguments(model_name_or_path=folder, output_dir=tmp_path)
+    model, processor = sft.load_model(script, model_args)
+    assert model.config.text_only and processor.tokenizer.eos_token_id == model.config.text_config.eos_token_id
+
+
+# Adapters and checkpoints
+
+
+def test_adapters_are_on_the_language_model_alone():
+    model, _ = load_model()
+    _, _, model_args = arguments(use_peft=True)
+    config = sft.lora_config(model, model_args)
+    targets = [name for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)]
+    assert len(targets) == 28 and all(name.startswith("model.language_model.layers.") for name in targets)
+    assert config.modules_to_save is None and sft.lora_config(model, arguments()[2]) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_target_modules": ["q_proj", "query"]}, r"`lora_target_modules` holds 'query', which no module of"),
+        ({"lora_target_modules": [r".*\.query"]}, r"holds '\.\*\\\\\.query', .*, q_proj, "),
+        ({"lora_target_modules": ["proj"]}, "holds 'proj'"),
+        ({"lora_modules_to_save": ["mm_projector"]}, "`lora_modules_to_save` holds 'mm_projector'"),
+    ],
+)
+def test_a_target_that_matches_nothing(options, message):
+    with pytest.raises(ValueError, match=message):
+        sft.lora_config(load_model()[0], arguments(use_peft=True, **options)[2])
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["all-linear"], [r".*\.fc1"], ["self_attn.q_proj"]])
+def test_targets_that_match(targets):
+    options = {"lora_target_modules": targets, "lora_modules_to_save": ["multi_modal_projector"]}
+    assert sft.lora_config(load_model()[0], arguments(use_peft=True, **options)[2]) is not None
+
+
+def test_which_checkpoint(tmp_path):
+    assert sft.find_checkpoint(None, tmp_path) is sft.find_checkpoint("false", tmp_path) is None
+    assert sft.find_checkpoint("last", tmp_path) is None
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` is 'true', but `output_dir` .* no complete"):
+        sft.find_checkpoint("true", tmp_path)
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 100:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    for word in ("true", True, "last"):
+        assert sft.find_checkpoint(word, tmp_path) == str(tmp_path / "checkpoint-10")
+    assert sft.find_checkpoint(str(tmp_path / "checkpoint-9"), tmp_path) == str(tmp_path / "checkpoint-9")
+    for wrong in ("checkpoint-100", "none"):
+        with pytest.raises(ValueError, match=f"`resume_from_checkpoint` is '.*{wrong}', which is no checkpoint"):
+            sft.find_checkpoint(str(tmp_path / wrong), tmp_path)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_name_or_path": "none/at-all"}, "`model_name_or_path` is 'none/at-all', which cannot be loaded"),
+        ({"model_name_or_path": "{llama}"}, "a model of type 'llama'; allowed are ('lladamedv', 'llada', "),
+        ({"load_in_8bit": True}, "`load_in_8bit` is True, but `use_peft` False"),
+        ({"from_scratch": True, "load_in_4bit": True, "use_peft": True}, "`from_scratch` needs"),
+        ({"use_peft": True, "lora_target_modules": ["query"]}, "`lora_target_modules` holds 'query'"),
+        ({"train_data": "phantoms:1:0"}, "`train_data` holds a source without a row"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "`eval_data` is empty"),
+        ({"answer_rows": 2}, "`answer_rows` is 2, but `eval_strategy` is 'no'"),
+        ({"shuffle_buffer": 0}, "`shuffle_buffer` is 0"),
+        ({"resume_from_checkpoint": "none"}, "`resume_from_checkpoint` is 'none'"),
+        ({"trainable": "stage1"}, "invalid choice: 'stage1'"),
+        ({"stage": "1"}, "--stage"),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, options, message):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    if "model_name_or_path" in options:
+        options = {"model_name_or_path": options["model_name_or_path"].format(llama=tmp_path)}
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path, **options)
+    assert message in f"{stopped.value}{capsys.readouterr().err}"
+
+
+def test_a_recipe_with_an_unknown_key(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: demo\ntrain_dat: phantoms:1:2\n")
+    with pytest.raises(SystemExit, match=r"lladamedv: Unknown arguments from config file: \['--train_dat'"):
+        sft.main(["--config", str(recipe), "--use_cpu"])
+
+
+def test_a_mixture_in_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "train_data:\n- path: phantoms:1:20:closed\n  weight: 3\n- path: phantoms:2:20:open\n  weight: 1\n"
+        "stopping_strategy: all_exhausted\n"
+    )
+    script, training, model_args = sft.make_parser().parse_args_and_config(
+        ["--config", str(recipe), *flags(output_dir=tmp_path / "out")]
+    )
+    trainer, reports = sft.build_trainer(script, training, model_args)
+    assert [report.rows for report in reports] == [20, 20]
+    ids = [row["id"] for row in trainer.train_dataset.remove_columns("images")]
+    assert {name.partition("/2/")[0] for name in ids} > {"phantoms"}
+    assert len({name for name in ids if name.startswith("phantoms/2/")}) == 20  # every row of every source

@@ -1,0 +1,324 @@
+"""Whatever a recipe names becomes the same rows, streamed or not; mixtures have the shares that were asked for."""
+
+import json
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+
+from lladamedv.processing.phantoms import PhantomVQA
+from lladamedv.trainers.data import ROW_FEATURES, DataSource, load_dataset_mixture
+from tests.tiny import random_image
+
+
+NAMES = [f"{number}.png" for number in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six images, their names and sizes by number."""
+    path = tmp_path / "images"
+    path.mkdir()
+    for number, name in enumerate(NAMES):
+        random_image(30 + number, 20, seed=number).save(path / name)
+    return path
+
+
+def qa(number, image=None):
+    return {"question": f"Q{number}?", "answer": f"A{number}"} | ({"image": image} if image else {})
+
+
+def chat(number, image=None, parts=False):
+    question = [{"type": "image"}, {"type": "text", "text": f"Q{number}?"}] if parts else f"Q{number}?"
+    answer = [{"type": "text", "text": f"A{number}"}] if parts else f"A{number}"
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"id": f"row {number}", "messages": messages} | ({"image": image} if image else {})
+
+
+def llava(number, image=None):
+    turns = [{"from": "human", "value": f"Q{number}?\n<image>"}, {"from": "gpt", "value": f"A{number}"}]
+    return {"id": f"row {number}", "conversatons": turns} | ({"image": image} if image else {})
+
+
+def write(path, content):
+    lines = path.suffix == ".jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in content) if lines else json.dumps(content))
+    return str(path)
+
+
+def load(*sources, **options):
+    return load_dataset_mixture(list(sources), **options)[0]
+
+
+def unstreamed(dataset):
+    """Rows with their images as pixels, for comparisons."""
+    return [{**row, "images": [np.asarray(image).tolist() for image in row["images"]]} for row in dataset]
+
+
+def check_rows(dataset, numbers, ids=None):
+    """Rows about these images, in this order, in the one form that all sources become."""
+    rows = list(dataset)
+    assert [row["images"][0].size for row in rows] == [(30 + number, 20) for number in numbers]
+    for row, number in zip(rows, numbers):
+        assert row["messages"] == [
+            {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": f"Q{number}?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": f"A{number}"}]},
+        ]
+    assert [row["id"] for row in rows] == (ids or [f"row {number}" for number in numbers])
+
+
+def embedded(folder, make):
+    """Records whose images are in the data set, as on the Hub."""
+    images = [{"bytes": (folder / name).read_bytes(), "path": name} for name in NAMES]
+    table = datasets.Dataset.from_list([make(number, image) for number, image in enumerate(images)])
+    return table.cast_column("image", datasets.Image())
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("make", [qa, chat, llava], ids=["vqa", "messages", "llava_med"])
+def test_files_of_records(folder, tmp_path, make, suffix, streaming):
+    file = write(tmp_path / f"data{suffix}", [make(number, name) for number, name in enumerate(NAMES)])
+    dataset = load(DataSource(file, image_folder=str(folder)), streaming=streaming)
+    assert dataset.features == ROW_FEATURES
+    check_rows(dataset, range(6), [f"data/{number}" for number in range(6)] if make is qa else None)
+    beside = write(folder / f"data{suffix}", [make(2, NAMES[2])])  # without `image_folder`, where the file lies
+    check_rows(load(beside, streaming=streaming), [2], ["data/0"] if make is qa else None)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("make", [qa, chat, llava], ids=["vqa", "messages", "llava_med"])
+@pytest.mark.parametrize("kind", ["parquet", "folder", "saved", "saved splits"])
+def test_tables(folder, tmp_path, kind, make, streaming):
+    table, path = embedded(folder, make), tmp_path / "data"
+    if kind == "parquet":
+        path = tmp_path / "data.parquet"
+        table.to_parquet(path)
+    elif kind == "folder":
+        path.mkdir()
+        table.to_parquet(path / "validation-00000.parquet")
+    else:
+        (table if kind == "saved" else datasets.DatasetDict({"validation": table})).save_to_disk(path)
+    source = DataSource(str(path), split="validation")
+    dataset = load(source, streaming=streaming)
+    assert isinstance(dataset, datasets.IterableDataset) == streaming and dataset.features == ROW_FEATURES
+    check_rows(dataset, range(6), [f"data/validation/{number}" for number in range(6)] if make is qa else None)
+    if not streaming:
+        assert list(load(source).data.column("messages")) == list(dataset.data.column("messages"))  # from the cache
+
+
+def test_chats_with_parts_and_lists_of_images(folder, tmp_path):
+    content = [chat(number, parts=True) | {"images": [name]} for number, name in enumerate(NAMES)]
+    check_rows(load(DataSource(write(tmp_path / "a.json", content), image_folder=str(folder))), range(6))
+    two = chat(0) | {"images": NAMES[:2]}
+    none = chat(1) | {"images": []}
+    rows = list(load(DataSource(write(tmp_path / "b.jsonl", [two, none]), image_folder=str(folder))))
+    assert [image.size[0] for image in rows[0]["images"]] == [30, 31] and rows[1]["images"] == []
+    assert [part["type"] for part in rows[0]["messages"][0]["content"]] == ["image", "image", "text"]
+    assert [part["type"] for part in rows[1]["messages"][0]["content"]] == ["text"]
+
+
+def test_images_are_decoded_when_they_are_needed(folder, tmp_path):
+    (folder / "broken.png").write_bytes(b"no picture")
+    file = write(tmp_path / "a.json", [qa(0, NAMES[0]), qa(1, "broken.png")])
+    dataset = load(DataSource(file, image_folder=str(folder)))
+    assert len(dataset) == 2 and dataset[0]["images"][0].size == (30, 20)
+    held = dataset.cast_column("images", datasets.List(datasets.Image(decode=False)))[1]["images"]
+    assert held == [{"bytes": None, "path": str(folder / "broken.png")}]
+    with pytest.raises(OSError):
+        dataset[1]
+    # … and what a table holds is taken over as it is.
+    embedded(folder, qa).to_parquet(tmp_path / "a.parquet")
+    held = load(str(tmp_path / "a.parquet")).cast_column("images", datasets.List(datasets.Image(decode=False)))[0]
+    assert held["images"][0]["bytes"] == (folder / NAMES[0]).read_bytes()
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_missing_images_cost_their_rows_only(folder, tmp_path, streaming):
+    content = [qa(number, name) for number, name in enumerate(NAMES)]
+    content[1:1] = [qa(8, "gone/8.png")]
+    content.append(qa(9, "9.png"))
+    file = write(tmp_path / "a.json", content)
+    for source in (file, str(tmp_path / "a.parquet")):
+        datasets.Dataset.from_list(content).to_parquet(tmp_path / "a.parquet")
+        dataset, (report,) = load_dataset_mixture([DataSource(source, image_folder=str(folder))], streaming=streaming)
+        names = "a" if source == file else "a/train"
+        check_rows(dataset, range(6), [f"{names}/{number}" for number in (0, 2, 3, 4, 5, 6)])
+        assert report.rows == 6
+        assert report.missing_images == [(f"{names}/1", "gone/8.png"), (f"{names}/7", "9.png")]
+    random_image(39, 20).save(folder / "9.png")  # nothing of an earlier run is remembered
+    for source in (file, str(tmp_path / "a.parquet")):
+        (report,) = load_dataset_mixture([DataSource(source, image_folder=str(folder))])[1]
+        assert report.rows == 7 and len(report.missing_images) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_a_null_image_is_a_missing_one(folder, tmp_path, streaming):
+    table = embedded(folder, qa)
+    nothing = datasets.Dataset.from_dict({"question": ["Q"], "answer": ["A"], "image": [None]}, table.features)
+    datasets.concatenate_datasets([nothing, table]).to_parquet(tmp_path / "a.parquet")
+    dataset, (report,) = load_dataset_mixture([str(tmp_path / "a.parquet")], streaming=streaming)
+    check_rows(dataset, range(6), [f"a/train/{number}" for number in range(1, 7)])
+    assert report.missing_images == [("a/train/0", "None")]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_malformed_records_stop_or_are_counted(folder, tmp_path, streaming):
+    content = [qa(0, NAMES[0]), qa(1, NAMES[1]) | {"answer": None}, qa(2, NAMES[2])]
+    datasets.Dataset.from_list(content).to_parquet(tmp_path / "a.parquet")
+    for file, where in ((write(tmp_path / "a.jsonl", content), "a/1 at line 2"), ("a.parquet", "a/train/1")):
+        source = DataSource(str(tmp_path / file), image_folder=str(folder))
+        with pytest.raises(ValueError, match=f"invalid record, {where}: its messages cannot be read"):
+            list(load(source, streaming=streaming))
+        dataset, (report,) = load_dataset_mixture([source], streaming=streaming, invalid_records="skip")
+        assert len(list(dataset)) == report.rows == 2 and len(report.invalid) == 1
+
+
+def test_records_that_are_not_like_the_first(tmp_path):
+    for first, other in ((chat(0), llava(1)), (llava(0), chat(1)), (qa(0, "0.png"), {"image": "0.png"})):
+        random_image().save(tmp_path / "0.png")
+        file = write(tmp_path / "a.jsonl", [first, other, {**first, "id": 3}])
+        dataset, (report,) = load_dataset_mixture([file], invalid_records="skip")
+        assert len(dataset) == 2 and len(report.invalid) == 1
+    file = write(tmp_path / "b.json", [qa(0, 5)])
+    with pytest.raises(ValueError, match="invalid record, b/0 at line 1: an image is a int, not the name of a file"):
+        load(file)
+
+
+def test_phantoms():
+    examples = PhantomVQA(7, 12, ("closed", "open"))
+    dataset = load("phantoms:7:12:closed,open")
+    streamed = load("phantoms:7:12:closed,open", streaming=True)
+    assert unstreamed(dataset) == unstreamed(streamed) and len(dataset) == 12
+    for row, example in zip(dataset, examples):
+        question, answer = row["messages"]
+        assert [part["text"] for part in question["content"]] == [None, example.question]
+        assert answer["content"] == [{"type": "text", "text": example.answer}]
+        assert np.array_equal(row["images"][0], example.image)
+    assert {row["id"] for row in load("phantoms:7:3")} == {"phantoms/7/0", "phantoms/7/1", "phantoms/7/2"}
+
+
+def numbered(tmp_path, name, count, **options):
+    content = [chat(number) | {"id": name} for number in range(count)]
+    return {"path": write(tmp_path / f"{name}.json", content), **options}
+
+
+def shares(dataset):
+    return Counter(row["id"] for row in dataset)
+
+
+def test_a_mixture_without_weights_holds_every_row_once(tmp_path):
+    sources = [numbered(tmp_path, "a", 5), numbered(tmp_path, "b", 20)]
+    whole = load(*sources)
+    assert shares(whole) == {"a": 5, "b": 20} and list(whole) == list(load(*sources, streaming=True))
+    assert [row["id"] for row in whole][:6] == ["a", "b", "a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize("strategy", ["first_exhausted", "all_exhausted"])
+def test_a_weighted_mixture(tmp_path, strategy):
+    """Shares are the weights, within four standard errors; streaming draws the same rows in the same order."""
+    sources = [numbered(tmp_path, "a", 400, weight=3), numbered(tmp_path, "b", 1000, weight=1)]
+    options = {"seed": 3, "stopping_strategy": strategy}
+    whole = load(*sources, **options)
+    count = shares(whole)
+    error = (0.75 * 0.25 / len(whole)) ** 0.5
+    assert abs(count["a"] / len(whole) - 0.75) < 4 * error
+    if strategy == "first_exhausted":
+        assert count["a"] == 400 and count["b"] < 1000
+        questions = [(row["id"], row["messages"][0]["content"][0]["text"]) for row in whole]
+        assert len(set(questions)) == len(questions)
+    else:
+        assert count["b"] == 1000 and count["a"] > 400
+    assert list(whole) == list(load(*sources, **options, streaming=True))
+    assert list(whole) == list(load(*sources, **options)) != list(load(*sources, **options | {"seed": 4}))
+
+
+def test_each_row_once_in_a_weighted_order(tmp_path):
+    sources = [numbered(tmp_path, "a", 50, weight=9), numbered(tmp_path, "b", 50, weight=1)]
+    dataset = load(*sources, stopping_strategy="all_exhausted_without_replacement")
+    assert shares(dataset) == {"a": 50, "b": 50}
+    assert shares(dataset.select(range(40)))["a"] > 28
+
+
+@pytest.mark.parametrize(
+    "source", ["me/data@abc", {"path": "me/data", "revision": "abc"}, DataSource("me/data", revision="abc")]
+)
+def test_hub_ids_are_asked_for_by_revision(folder, monkeypatch, source):
+    asked = []
+
+    def load_dataset(path, name, **options):
+        asked.append((path, name, options))
+        return embedded(folder, qa)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    dataset, (report,) = load_dataset_mixture([source])
+    assert asked == [("me/data", None, {"revision": "abc", "split": "train", "streaming": False})]
+    assert report.source == "me/data@abc"
+    check_rows(dataset, range(6), [f"data/train/{number}" for number in range(6)])
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([], "`train_data` is empty"),
+        (["none.json"], "'none.json', which cannot be loaded: no such file or folder. Allowed are a Hub id"),
+        (["/none/at/all"], "cannot be loaded: no such file or folder"),
+        (["me/none"], "'me/none', which cannot be loaded: .*me/none"),
+        (["me/none@abc"], "'me/none@abc', which cannot be loaded"),
+        ([{"path": "a.json", "wieght": 1}], "`train_data` holds .*'wieght'.*; allowed are `path` and"),
+        ([{"name": "a"}], "allowed are `path` and"),
+        ([{"path": "phantoms:1:2", "weight": 0}], r"`weight` of `train_data` is \[0\]; allowed are numbers above 0"),
+        (["phantoms:1:2", {"path": "phantoms:1:2", "weight": 1}], r"`weight` of `train_data` is \[None, 1\]"),
+        (["phantoms:1"], "'phantoms:1'; allowed is phantoms:SEED:COUNT or"),
+        (["phantoms:1:x"], "allowed is phantoms:SEED:COUNT"),
+        (["phantoms:1:2:moving"], "'phantoms:1:2:moving'.*'closed', 'open', 'description'"),
+    ],
+)
+def test_sources_that_are_none(sources, message, streaming):
+    with pytest.raises(ValueError, match=message):
+        load(*sources, streaming=streaming, argument="train_data")
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_files_that_are_no_data(tmp_path, streaming):
+    cases = [
+        ("a.csv", "x", "a file whose name ends on none of"),
+        ("a.json", "", "'.*a.json', which has no records"),
+        ("b.json", "[]", "which has no records"),
+        ("c.jsonl", '{"messages": []}\n{"mess', "is no JSON at line 2"),
+        ("d.json", '[{"caption": "x", "image": "y"}]', r"columns \['caption', 'image'\]; allowed are messages or"),
+        ("e.parquet", "x", "cannot be loaded"),
+    ]
+    for name, text, message in cases:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            list(load(str(tmp_path / name), streaming=streaming))
+    datasets.Dataset.from_dict({"text": ["x"]}).to_parquet(tmp_path / "f.parquet")
+    with pytest.raises(ValueError, match=r"columns \['text'\]; allowed are messages or conversations or"):
+        load(str(tmp_path / "f.parquet"), streaming=streaming)
+    datasets.Dataset.from_dict({"question": [], "answer": [], "image": []}).to_parquet(tmp_path / "g.parquet")
+    with pytest.raises(ValueError, match=r"which has no records|corresponds to no data"):
+        load(str(tmp_path / "g.parquet"), streaming=streaming)
+
+
+def test_a_source_whose_images_are_all_missing(tmp_path):
+    file = write(tmp_path / "a.json", [qa(number, f"{number}.png") for number in range(3)])
+    with pytest.raises(ValueError, match=r"without a row to train on: .*0 rows; 3 missing images: a/0 \(0.png\)"):
+        load(file)
+
+
+def test_other_values_that_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`stopping_strategy` is 'soon'; allowed are"):
+        load("phantoms:1:2", stopping_strategy="soon")
+    with pytest.raises(ValueError, match="`invalid_records` is 'drop'"):
+        load("phantoms:1:2", invalid_records="drop")
+    datasets.DatasetDict({"test": datasets.Dataset.from_list([qa(0)])}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"`split` is 'train'; allowed are \['test'\]"):
+        load(str(tmp_path / "saved"))

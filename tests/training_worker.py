@@ -1,0 +1,23 @@
+"""A tiny training in a process of its own, for tests that kill it or run two: `FOLDER JSON-OPTIONS [resume]`."""
+
+import json
+import sys
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from tests.test_masked_diffusion_sft_trainer import make_trainer
+
+
+def main() -> None:
+    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    trainer = make_trainer(folder, **options)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if "resume" in sys.argv else None)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+        (folder / "losses.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main()

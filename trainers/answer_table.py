@@ -1,0 +1,72 @@
+"""What the model answers while it is trained: a few held-out questions, the reference beside each answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from .rows import images_of, normalize_messages
+
+
+class AnswerTableCallback(TrainerCallback):
+    """Generates answers at every evaluation and logs them, as a Markdown table, to whatever the trainer reports to.
+
+    They are also appended to `output_dir/answers.jsonl`, one line per answer. Every process generates the same answers,
+    which sharded models need.
+
+    Args:
+        trainer ([`MaskedDiffusionSFTTrainer`]): whose model is asked.
+        rows (`list[dict]`): rows with `messages` and images; what stands before a row's last answer is the prompt.
+    """
+
+    def __init__(self, trainer, rows):
+        self.trainer, self.rows = trainer, rows
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        records = [{"step": state.global_step, **self._answer(row)} for row in self.rows]
+        if state.is_world_process_zero:
+            with (Path(args.output_dir) / "answers.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        self.trainer.log({"answers": _markdown(records)})
+
+    @torch.no_grad()
+    def _answer(self, row: dict) -> dict:
+        model, processor = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.processing_class
+        images = images_of(row)
+        messages = normalize_messages(row["messages"], len(images))
+        last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+        prompt, reference = messages[:last], messages[last]
+        shown = iter(images)
+        for message in prompt:
+            message["content"] = [
+                {"type": "image", "image": next(shown)} if part["type"] == "image" else part
+                for part in message["content"]
+            ]
+        inputs = processor.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(model.device)
+        was_training = model.training
+        model.eval()
+        output = model.generate(**inputs, return_dict_in_generate=True)
+        model.train(was_training)
+        answer = processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return {
+            "id": row.get("id"), "question": _text(prompt[-1]), "reference": _text(reference),
+            "answer": answer.strip(), "confidence": round(float(output.answer_confidence[0]), 4),
+        }  # fmt: skip
+
+
+def _text(message: dict) -> str:
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
+
+
+def _markdown(records: list[dict]) -> str:
+    names = list(records[0])
+    cells = [[str(record[name]).replace("|", "\\|").replace("\n", " ") for name in names] for record in records]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [names, ["---"] * len(names), *cells])
+
+
+__all__ = ["AnswerTableCallback"]

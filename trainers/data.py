@@ -1,0 +1,379 @@
+"""The data sets that a recipe names, as rows of messages and images to train on.
+
+A source is a Hub id, a folder, a file or the built-in phantoms; its records may be LLaVA-Med's, chat messages, or
+questions and answers. All become the same three columns, `id`, `messages` and `images`, so that sources can be mixed
+and streamed, and images stay files or compressed bytes until a batch needs them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
+
+from lladamedv.processing.datasets.llava_med import SPELLINGS, record_to_row
+from lladamedv.processing.datasets.records import (
+    ImageFiles,
+    InvalidRecordError,
+    LoadReport,
+    MissingImageError,
+    read_records,
+    rows_of,
+)
+from lladamedv.processing.phantoms import KINDS, PhantomVQA
+
+from .rows import images_of, normalize_messages, undecoded
+
+
+STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
+# What each kind of records is known by: one of these sets of columns.
+_KINDS = {
+    "messages": ({"messages"},),
+    "llava_med": tuple({spelling} for spelling in SPELLINGS),
+    "vqa": ({"question", "answer", "image"}, {"question", "answer", "images"}),
+}
+_PHANTOMS = "phantoms:"
+_JSON, _PARQUET = (".json", ".jsonl"), (".parquet",)
+_CHUNK = 5_000  # rows that are Python objects at a time
+_EMBEDDED = True  # stands for an image whose bytes are in the data set, where only the text is looked at
+_CONTENT = List({"type": Value("string"), "text": Value("string")})
+ROW_FEATURES = Features(
+    {
+        "id": Value("string"),
+        "messages": List({"role": Value("string"), "content": _CONTENT}),
+        "images": List(Image()),
+    }
+)
+
+
+@dataclass
+class DataSource:
+    """One source of a mixture.
+
+    Args:
+        path: a Hub id, also as `id@revision`; a folder with data files, or one that `Dataset.save_to_disk` wrote; a
+            .json, .jsonl or .parquet file; or `phantoms:SEED:COUNT`, also with kinds of questions as in
+            `phantoms:7:2000:closed,open`.
+        name: configuration of a data set on the Hub.
+        revision: of a data set on the Hub; the full hash of a commit pins it.
+        split: which split of a Hub id or folder.
+        image_folder: folder that names of image files are relative to; by default where the data file lies.
+        weight: share of the mixture, relative to the other weights; all sources of a mixture have one, or none.
+    """
+
+    path: str
+    name: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    image_folder: str | None = None
+    weight: float | None = None
+
+    def __str__(self) -> str:
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
+
+
+def load_dataset_mixture(
+    sources: Sequence[DataSource | dict | str],
+    image_folder: str | None = None,
+    streaming: bool = False,
+    seed: int = 0,
+    stopping_strategy: str = "first_exhausted",
+    invalid_records: str = "error",
+    argument: str = "sources",
+) -> tuple[Dataset | IterableDataset, list[LoadReport]]:
+    """Load sources and mix them.
+
+    Args:
+        sources: each a [`DataSource`], a dict of its fields, or its `path` alone.
+        image_folder: for sources that have none.
+        streaming: read rows as they are needed. The rows and their order are the same.
+        seed: of the order in which weighted sources take turns.
+        stopping_strategy: where a weighted mixture ends. `"first_exhausted"`: with the first source of which no row is
+            left, so that no row comes twice; `"all_exhausted"`: when every row of every source came at least once, so
+            that smaller sources are repeated; `"all_exhausted_without_replacement"`: when every row came exactly once,
+            so that only the order follows the weights. Without weights sources take turns row by row, and every row
+            comes exactly once.
+        invalid_records: what to do with records that cannot become rows: stop (`"error"`) or leave them out and report
+            how many (`"skip"`). A record whose image file is missing is always left out and reported.
+        argument: how error messages call `sources`.
+
+    Returns:
+        A data set with `ROW_FEATURES`, and a report per source.
+
+    Raises:
+        ValueError: for a value that is not allowed, a source that is not there, cannot be read, has other columns, or
+            has no rows.
+    """
+    sources = [_as_source(source, image_folder, argument) for source in sources]
+    if not sources:
+        raise ValueError(f"`{argument}` is empty; at least one source is needed.")
+    if stopping_strategy not in STOPPING_STRATEGIES:
+        raise ValueError(f"`stopping_strategy` is {stopping_strategy!r}; allowed are {STOPPING_STRATEGIES}.")
+    weights = [source.weight for source in sources]
+    if any(weight is not None for weight in weights):
+        if not all(isinstance(weight, (int, float)) and weight > 0 for weight in weights):
+            raise ValueError(
+                f"`weight` of `{argument}` is {weights}; allowed are numbers above 0 for all, or for none."
+            )
+        weights = [weight / sum(weights) for weight in weights]
+    loaded = [_load(source, streaming, invalid_records, argument) for source in sources]
+    parts, reports = [dataset for dataset, _ in loaded], [report for _, report in loaded]
+    if len(parts) == 1:
+        return parts[0], reports
+    if weights[0] is None:
+        weights, stopping_strategy = None, "all_exhausted_without_replacement"
+    return datasets.interleave_datasets(parts, weights, seed, stopping_strategy=stopping_strategy), reports
+
+
+def _as_source(source, image_folder: str | None, argument: str) -> DataSource:
+    if isinstance(source, dict):
+        unknown = set(source) - set(DataSource.__dataclass_fields__)
+        if unknown or "path" not in source:
+            raise ValueError(
+                f"`{argument}` holds {source}; allowed are `path` and, if need be, "
+                f"{sorted(set(DataSource.__dataclass_fields__) - {'path'})}."
+            )
+        source = DataSource(**source)
+    elif not isinstance(source, DataSource):
+        source = DataSource(str(source))
+    changes = {"image_folder": source.image_folder or image_folder}
+    path, at, revision = source.path.rpartition("@")
+    if at and source.revision is None and not os.path.exists(source.path):
+        changes |= {"path": path, "revision": revision}
+    return replace(source, **changes)
+
+
+def _load(source: DataSource, streaming: bool, invalid_records: str, argument: str):
+    """The rows of a source, and the report that they fill."""
+    report = LoadReport(str(source), invalid_records)
+    if source.path.startswith(_PHANTOMS):
+        rows = partial(_phantom_rows, report=report, **_parse_phantoms(source.path, argument))
+        dataset = _from_rows(rows, streaming)
+    elif source.path.endswith(_JSON) and Path(source.path).expanduser().is_file():
+        path = Path(source.path).expanduser()
+        first = next((record for _, record in read_records(path)), None)
+        if first is None:
+            raise ValueError(f"`{argument}` holds {str(source)!r}, which has no records.")
+        images = ImageFiles(path.parent if source.image_folder is None else source.image_folder)
+        convert = partial(_to_row, kind=_kind_of(first, source, argument), images=images)
+        dataset = _from_rows(partial(rows_of, path, convert, report), streaming)
+    else:
+        dataset = _from_table(_open(source, streaming, argument), source, report, argument)
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise ValueError(f"`{argument}` holds a source without a row to train on: {report.summary()}.")
+    return dataset, report
+
+
+def _kind_of(columns, source: DataSource, argument: str) -> str:
+    """Which kind of records has these columns."""
+    for kind, alternatives in _KINDS.items():
+        if any(needed <= set(columns) for needed in alternatives):
+            return kind
+    allowed = " or ".join(" + ".join(sorted(needed)) for sets in _KINDS.values() for needed in sets)
+    raise ValueError(
+        f"`{argument}` holds {str(source)!r}, which has the columns {sorted(columns)}; allowed are {allowed}."
+    )
+
+
+# Rows from records
+
+
+def _to_row(record: dict, record_id: str, kind: str, images: ImageFiles) -> dict:
+    """One record as a row.
+
+    Args:
+        record_id: what to call a record without an id.
+        kind: one of `_KINDS`.
+        images: where image files are.
+
+    Raises:
+        InvalidRecordError, MissingImageError: if it cannot become one.
+    """
+    given = [_find(image, images) for image in _given_images(record)]
+    name = next((str(record[key]) for key in ("id", "qid", "question_id") if record.get(key) is not None), record_id)
+    if kind == "llava_med":
+        row = record_to_row({**record, "image": ["" for _ in given]}, record_id)
+        return {**row, "id": name, "images": given}
+    if kind == "vqa":
+        if not given:
+            raise MissingImageError(f"{record.get('image')}")
+        turns = {"user": record.get("question"), "assistant": record.get("answer")}
+        messages = [{"role": role, "content": text} for role, text in turns.items()]
+    else:
+        messages = record.get("messages")
+    try:
+        messages = normalize_messages(messages, len(given))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InvalidRecordError(f"its messages cannot be read: {type(error).__name__}: {error}") from None
+    for message in messages:
+        message["content"] = [{"type": part["type"], "text": part.get("text")} for part in message["content"]]
+    return {"id": name, "messages": messages, "images": given}
+
+
+def _given_images(record: dict) -> list:
+    """The images that a record has or names, under `image` or `images`, which may be one or a list."""
+    given = [each for image in images_of(record) for each in (image if isinstance(image, list) else [image])]
+    return [image for image in given if image and (not isinstance(image, dict) or any(image.values()))]
+
+
+def _find(image, images: ImageFiles):
+    """An image as the data set shall hold it: with its bytes, or with the full path of a file that is there."""
+    if image is _EMBEDDED:
+        return image
+    if isinstance(image, dict):
+        return image if image.get("bytes") is not None else images.find(image["path"])
+    if not isinstance(image, str):
+        raise InvalidRecordError(f"an image is a {type(image).__name__}, not the name of a file")
+    return images.find(image)
+
+
+def _from_rows(rows, streaming: bool) -> Dataset | IterableDataset:
+    """What the iterators that `rows()` returns yield, as a data set."""
+    if streaming:
+        return IterableDataset.from_generator(rows, ROW_FEATURES)
+    # Not `Dataset.from_generator`: that would take the rows of an earlier run from its cache, though the file or the
+    # images have changed since, and leave nothing to report.
+    iterator, chunks = rows(), []
+    while chunk := list(islice(iterator, _CHUNK)):
+        chunks.append(Dataset.from_list(chunk, ROW_FEATURES))
+    return datasets.concatenate_datasets(chunks) if chunks else Dataset.from_dict({})
+
+
+# Rows from tables
+
+
+def _open(source: DataSource, streaming: bool, argument: str) -> Dataset | IterableDataset:
+    """A data set of the Hub, of a folder or of a parquet file, as it is."""
+    path = os.path.expanduser(source.path)
+    options = {"split": source.split, "streaming": streaming}
+    try:
+        if os.path.isfile(path) and path.endswith(_PARQUET):
+            return datasets.load_dataset("parquet", data_files=path, **{**options, "split": "train"})
+        if os.path.isfile(path):
+            raise ValueError(f"a file whose name ends on none of {(*_JSON, *_PARQUET)}")
+        if os.path.isdir(path):
+            saved = any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
+            if not saved:
+                return datasets.load_dataset(path, source.name, **options)
+            dataset = datasets.load_from_disk(path)
+            if isinstance(dataset, datasets.DatasetDict):
+                if source.split not in dataset:
+                    raise ValueError(f"`split` is {source.split!r}; allowed are {sorted(dataset)}")
+                dataset = dataset[source.split]
+            return dataset.to_iterable_dataset() if streaming else dataset
+        if path.startswith(("/", ".")) or path.endswith((*_JSON, *_PARQUET)):
+            raise ValueError("no such file or folder")
+        return datasets.load_dataset(path, source.name, revision=source.revision, **options)
+    except Exception as error:  # `datasets` and the Hub's client raise many kinds
+        raise ValueError(
+            f"`{argument}` holds {str(source)!r}, which cannot be loaded: {error}. Allowed are a Hub id, also with "
+            "@revision, a folder, a .json, .jsonl or .parquet file, and phantoms:SEED:COUNT."
+        ) from error
+
+
+def _from_table(table, source: DataSource, report: LoadReport, argument: str):
+    """The rows of a table, with its images neither decoded nor, where that can be helped, read."""
+    first = next(iter(table), None)
+    if first is None:
+        raise ValueError(f"`{argument}` holds {str(source)!r}, which has no records.")
+    columns = list(first)
+    kind = _kind_of(columns, source, argument)
+    table = undecoded(table)
+    folder = source.image_folder or (source.path if os.path.isdir(source.path) else os.path.dirname(source.path))
+    names = f"{Path(source.path).stem}/{source.split}"
+    options = {"kind": kind, "images": ImageFiles(folder), "names": names}
+    if isinstance(table, IterableDataset):
+        options["report"] = report
+        rows = table.map(_convert_batch, batched=True, with_indices=True, remove_columns=columns, fn_kwargs=options)
+        return rows.cast(ROW_FEATURES)  # `features` of `map` would leave the images undecoded
+    # Two passes: the first, over the texts, finds what is left out and is made every time; the second, which writes the
+    # images, is cached by `datasets`.
+    keep = []
+    for number, record in enumerate(_light_records(table)):
+        record_id = f"{names}/{number}"
+        try:
+            _to_row(record, record_id, kind, options["images"])
+        except InvalidRecordError as error:
+            report.leave_out(record_id, error)
+            continue
+        keep.append(number)
+    report.rows = len(keep)
+    rows = table if len(keep) == len(table) else table.select(keep)
+    options["keep"] = keep
+    return rows.map(_convert_kept, with_indices=True, remove_columns=columns, features=ROW_FEATURES, fn_kwargs=options)
+
+
+def _convert_batch(batch: dict[str, list], numbers: list[int], kind, images, names, report) -> dict:
+    """A batch of a stream as rows, without the records that cannot become one."""
+    rows = []
+    for number, *values in zip(numbers, *batch.values()):
+        record_id = f"{names}/{number}"
+        try:
+            rows.append(_to_row(dict(zip(batch, values)), record_id, kind, images))
+        except InvalidRecordError as error:
+            report.leave_out(record_id, error)
+    report.rows += len(rows)
+    return {column: [row[column] for row in rows] for column in ROW_FEATURES}
+
+
+def _convert_kept(record: dict, number: int, kind, images, names, keep) -> dict:
+    return _to_row(record, f"{names}/{keep[number]}", kind, images)
+
+
+def _light_records(table: Dataset) -> Iterator[dict]:
+    """The records of a table with `_EMBEDDED` in place of images whose bytes it holds: they may be gigabytes."""
+    for batch in table.with_format("arrow").iter(_CHUNK):
+        columns = {
+            name: _light_images(batch[name]) if name in ("image", "images") else batch[name].to_pylist()
+            for name in batch.column_names
+        }
+        for values in zip(*columns.values()):
+            yield dict(zip(columns, values))
+
+
+def _light_images(column: pa.ChunkedArray) -> list:
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        images = iter(_light_images(column.flatten()))
+        lengths = pc.list_value_length(column).to_pylist()
+        return [None if length is None else list(islice(images, length)) for length in lengths]
+    if not pa.types.is_struct(column.type):
+        return column.to_pylist()
+    embedded = pc.is_valid(pc.struct_field(column, "bytes")).to_pylist()
+    paths = pc.struct_field(column, "path").to_pylist()
+    return [_EMBEDDED if inside else path for inside, path in zip(embedded, paths)]
+
+
+# Phantoms
+
+
+def _parse_phantoms(path: str, argument: str) -> dict:
+    parts = path.removeprefix(_PHANTOMS).split(":")
+    kinds = parts[2].split(",") if len(parts) == 3 else list(KINDS)
+    if not 2 <= len(parts) <= 3 or not all(part.isdigit() for part in parts[:2]) or not set(kinds) <= set(KINDS):
+        raise ValueError(
+            f"`{argument}` holds {path!r}; allowed is phantoms:SEED:COUNT or phantoms:SEED:COUNT:KINDS, with kinds of "
+            f"{KINDS}, separated by commas."
+        )
+    return {"seed": int(parts[0]), "count": int(parts[1]), "kinds": kinds}
+
+
+def _phantom_rows(seed: int, count: int, kinds: list[str], report: LoadReport) -> Iterator[dict]:
+    report.restart()
+    for number, example in enumerate(PhantomVQA(seed, count, kinds)):
+        messages = normalize_messages(example.messages(with_answer=True), 1)
+        for message in messages:
+            message["content"] = [{"type": part["type"], "text": part.get("text")} for part in message["content"]]
+        report.rows += 1
+        yield {"id": f"phantoms/{seed}/{number}", "messages": messages, "images": [example.image]}
+
+
+__all__ = ["ROW_FEATURES", "STOPPING_STRATEGIES", "DataSource", "load_dataset_mixture"]

@@ -1,0 +1,226 @@
+"""Rows of messages and images into a batch for the masked-diffusion loss: tokens, labels, and who may see whom."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import ExifTags, Image
+from torch.nn.utils.rnn import pad_sequence
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from lladamedv.processing.processing_lladamedv import get_training_chat_template
+
+from .masked_diffusion_loss import IGNORE_INDEX
+from .rows import count_placeholders, images_of, normalize_messages
+
+
+@dataclass
+class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
+    """Data collator of the [`MaskedDiffusionSFTTrainer`].
+
+    An image that several rows of the batch show is processed once; `image_index` says where it stands.
+
+    Args:
+        eos_padding, eos_padding_token, train_on_template_tokens, turn_mask: see [`MaskedDiffusionSFTConfig`].
+        packed (`bool`): whether each (user, assistant) pair of a row is a question of its own about the row's image.
+        max_length (`int`): longest row.
+        chat_template (`str`, *optional*): by default the processor's own.
+        The other arguments are those of TRL's collator.
+
+    Returns (when called): a dict with
+        - `input_ids`, `attention_mask`, `labels` (`(batch, sequence)`), padded on the right; labels are -100 where
+          nothing is to be learned,
+        - `answer_ids` (`(batch, sequence)`): number of the answer that a token belongs to, within the batch,
+        - with images `pixel_values`, `image_sizes`, `batch_num_images`, `image_index`, as the model takes them,
+        - `turn_ids` with `turn_mask`; `segment_ids` and `position_ids` if packed,
+        - `row_ids` (`list[str]`): `id` of each row, or how it begins.
+
+    Raises (when called):
+        ValueError: for a row longer than `max_length`, or whose images and placeholders differ in number.
+    """
+
+    eos_padding: int = 0
+    eos_padding_token: str | None = None
+    train_on_template_tokens: bool = False
+    turn_mask: bool = False
+    packed: bool = False
+
+    def __post_init__(self):
+        tokenizer = self.processor.tokenizer
+        template = self.chat_template or self.processor.chat_template
+        if isinstance(template, dict):
+            template = template["default"]
+        self.chat_template = get_training_chat_template(template)
+        token_id = tokenizer.convert_tokens_to_ids
+        end = self.eos_padding_token or tokenizer.pad_token
+        if end not in tokenizer.get_vocab():
+            raise ValueError(f"`eos_padding_token` is {end!r}; allowed are tokens of the tokenizer's vocabulary.")
+        self._end = token_id(end)
+        special = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+        self._template_ids = {tokenizer.bos_token_id, *(token_id(token) for token in special)}
+        self._header = {
+            role: tokenizer(f"<|start_header_id|>{role}<|end_header_id|>\n\n", add_special_tokens=False).input_ids
+            for role in ("user", "assistant")
+        }
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        fetch = self.processor.image_processor.fetch_images
+        images = [[fetch(_stored(image)) for image in images_of(row)] for row in examples]
+        sizes = [[(image.height, image.width) for image in own] for own in images]
+        rows = [self._encode_row(row, own) for row, own in zip(examples, sizes)]
+        names = ("input_ids", "attention_mask", "labels", "answer_ids")
+        names += ("turn_ids",) * self.turn_mask + ("segment_ids", "position_ids") * self.packed
+        first_answer = 0
+        for row in rows:
+            row["answer_ids"] = [first_answer + number for number in row["answer_ids"]]
+            first_answer = max(row["answer_ids"]) + 1
+        fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
+        batch = {
+            name: pad_sequence([torch.tensor(row[name]) for row in rows], True, fill.get(name, 0)) for name in names
+        }
+        if self.pad_to_multiple_of:
+            width = batch["input_ids"].shape[1]
+            missing = -width % self.pad_to_multiple_of
+            for name in names:
+                batch[name] = torch.nn.functional.pad(batch[name], (0, missing), value=fill.get(name, 0))
+        if any(images):
+            batch |= self._process_images(images)
+        batch["row_ids"] = [row["id"] for row in rows]
+        return batch
+
+    def _encode_row(self, row: dict, sizes: list[tuple[int, int]]) -> dict:
+        """Token ids of a row and what goes with them, as lists; `sizes` are those of its images, height first."""
+        encoded = self._encode_packed(row, sizes) if self.packed else self._encode_single(row, sizes)
+        first = row["messages"][0]["content"]
+        encoded["id"] = str(row["id"] if row.get("id") is not None else first)
+        length = len(encoded["input_ids"])
+        encoded["attention_mask"] = [1] * length
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"Row {encoded['id']!r} has {length} tokens; `max_length` allows {self.max_length}. Rows are never "
+                "cut; leave long ones out with long_rows='drop'."
+            )
+        return encoded
+
+    def row_length(self, row: dict) -> int:
+        """Number of tokens of a row; of its images only the sizes are read."""
+        unlimited = replace(self, max_length=None)
+        return len(unlimited._encode_row(row, [_stored_size(image) for image in images_of(row)])["input_ids"])
+
+    def _encode_single(self, row: dict, sizes: list) -> dict:
+        encoded = self._encode_conversation(normalize_messages(row["messages"], len(sizes)), sizes)
+        encoded["input_ids"] += [self._end] * self.eos_padding
+        encoded["labels"] += [self._end] * self.eos_padding
+        encoded["turn_ids"] += encoded["turn_ids"][-1:] * self.eos_padding
+        encoded["answer_ids"] = [0] * len(encoded["input_ids"])
+        return encoded
+
+    def _encode_conversation(self, messages: list[dict], sizes: list) -> dict:
+        """A conversation as lists of equal length: ids, labels, turns."""
+        if count_placeholders(messages) != len(sizes):
+            raise ValueError(f"A row shows {count_placeholders(messages)} images and holds {len(sizes)}.")
+        output = self.processor.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, tokenize=True, return_dict=True,
+            return_assistant_tokens_mask=True,
+        )  # fmt: skip
+        ids, answers = output["input_ids"], [bool(value) for value in output["assistant_masks"]]
+        turns = self._turns(ids)
+        if self.train_on_template_tokens:
+            answers = self._with_template_tokens(ids, answers)
+        labels = [token if answer else IGNORE_INDEX for token, answer in zip(ids, answers)]
+
+        # One placeholder becomes as many as the image has features.
+        count = self.processor.image_processor.get_number_of_image_tokens
+        counts = iter([count(height, width, len(sizes) == 1) for height, width in sizes])
+        repeats = [next(counts) if token == self.processor.image_token_id else 1 for token in ids]
+
+        def expand(values):
+            return [value for value, times in zip(values, repeats) for _ in range(times)]
+
+        return {"input_ids": expand(ids), "labels": expand(labels), "turn_ids": expand(turns)}
+
+    def _encode_packed(self, row: dict, sizes: list) -> dict:
+        """Questions about one image: what all share once, and then each question with its answer."""
+        conversations, start = [], 0
+        for number, message in enumerate(row["messages"]):
+            if message["role"] == "assistant":
+                conversations.append(row["messages"][start : number + 1])
+                start = number + 1
+        encoded = [self._encode_conversation(normalize_messages(each, len(sizes)), sizes) for each in conversations]
+        ids = encoded[0]["input_ids"]
+        shared = len(ids) - ids[::-1].index(self.processor.image_token_id)  # up to the end of the image
+        packed = {"input_ids": ids[:shared], "labels": [IGNORE_INDEX] * shared, "position_ids": list(range(shared))}
+        packed |= {"segment_ids": [0] * shared, "answer_ids": [0] * shared}
+        for number, each in enumerate(encoded):
+            if each["input_ids"][:shared] != packed["input_ids"][:shared]:
+                raise ValueError("Packed questions must begin with the same text and the same image.")
+            own = each["input_ids"][shared:] + [self._end] * self.eos_padding
+            packed["input_ids"] += own
+            packed["labels"] += each["labels"][shared:] + [self._end] * self.eos_padding
+            packed["position_ids"] += range(shared, shared + len(own))
+            packed["segment_ids"] += [number + 1] * len(own)
+            packed["answer_ids"] += [number] * len(own)
+        return packed
+
+    def _turns(self, ids: list[int]) -> list[int]:
+        """Turn of each token; the system text and the first question with its answer are turn 0."""
+        header, turn, turns = self._header["user"], -1, []
+        for place in range(len(ids)):
+            turn += ids[place : place + len(header)] == header
+            turns.append(max(turn, 0))
+        return turns
+
+    def _with_template_tokens(self, ids: list[int], answers: list[bool]) -> list[bool]:
+        """`answers`, the template's special tokens everywhere, and the headers of the answers, which the code that
+        LLaDA-MedV was trained with learns, too."""
+        header, learned = self._header["assistant"], list(answers)
+        for place, token in enumerate(ids):
+            learned[place] |= token in self._template_ids
+            if ids[place : place + len(header)] == header:
+                learned[place : place + len(header)] = [True] * len(header)
+        return learned
+
+    def _process_images(self, images: list[list]) -> dict:
+        """Each image once, and where it stands."""
+        processor, unique, index = self.processor.image_processor, {}, []
+        for row in images:
+            # Beside others an image is one tile under anyres, and so another one.
+            alone = len(row) == 1 or not processor.vision_aspect_ratio.startswith("anyres")
+            for image in row:
+                key = (hashlib.sha256(image.tobytes()).digest(), image.size, alone)
+                if key not in unique:
+                    output = processor([[image] if alone else [image, image]], return_tensors="pt")
+                    unique[key] = (len(unique), output["pixel_values"][0], output["image_sizes"][0])
+                index.append(unique[key][0])
+        _, pixels, sizes = zip(*unique.values())
+        return {
+            "pixel_values": pad_sequence(pixels, batch_first=True),
+            "image_sizes": torch.stack(sizes),
+            "batch_num_images": torch.tensor([len(row) for row in images]),
+            "image_index": torch.tensor(index),
+        }
+
+
+def _stored(image):
+    """An image, or where `datasets` left it undecoded its bytes or its path."""
+    if isinstance(image, dict):
+        return image["bytes"] if image.get("bytes") is not None else image["path"]
+    return image
+
+
+def _stored_size(image) -> tuple[int, int]:
+    """Height and width of an image, upright, without decoding it where that can be helped."""
+    image = _stored(image)
+    if not isinstance(image, Image.Image):
+        try:
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ValueError(f"`images` holds an image that cannot be read: {error}") from error
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # a quarter turn
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+__all__ = ["DataCollatorForMaskedDiffusion"]

@@ -1,0 +1,203 @@
+"""Arguments of [`MaskedDiffusionSFTTrainer`]: TRL's `SFTConfig` and what masked diffusion adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from .masked_diffusion_loss import LOSS_NORMALIZATIONS, LOSS_WEIGHTINGS, TIME_SAMPLINGS
+
+
+TRAINABLE = ("projector", "projector+language_model", "all")
+LONG_ROWS = ("error", "drop")
+INVALID_ROWS = ("error", "skip")
+
+
+@dataclass
+class MaskedDiffusionSFTConfig(SFTConfig):
+    r"""
+    Configuration class for the [`MaskedDiffusionSFTTrainer`].
+
+    This class includes only the parameters that masked diffusion adds; see [`trl.SFTConfig`] for the others.
+
+    Parameters:
+        > The loss
+
+        loss_weighting (`str`, *optional*, defaults to `"inverse_probability"`):
+            What a masked token counts: `"inverse_probability"`, 1 / p (LLaDA, arXiv 2502.09992, equation 5);
+            `"clipped"`, 1 / p but at most `max_loss_weight`; or `"uniform"`, 1.
+        max_loss_weight (`float`, *optional*, defaults to `10.0`):
+            The largest weight with `loss_weighting="clipped"`.
+        loss_normalization (`str`, *optional*, defaults to `"answer_length"`):
+            Divide each answer's loss by its number of tokens and average over answers (`"answer_length"`, as LLaDA-V's
+            training does, arXiv 2505.16933), divide the whole batch's loss by its number of answer tokens, over all
+            processes and accumulation steps (`"tokens"`), or average the answers' sums (`"batch"`, LLaDA's equation 5).
+        time_sampling (`str`, *optional*, defaults to `"uniform"`):
+            How the times t of a batch are drawn: independently (`"uniform"`, LLaDA), each in its own part of [0, 1)
+            over the whole batch of all processes (`"stratified"`, VDM's low-discrepancy sampler, arXiv 2107.00630), or
+            as t and 1 - t for rows next to each other (`"antithetic"`).
+        complementary_masking (`bool`, *optional*, defaults to `False`):
+            Whether each row comes twice, with a mask and with its complement, so that every answer token is learned
+            from; images are encoded once (LaViDa, arXiv 2505.16839, section 3.2). Doubles the rows of a batch.
+        noise_seed (`int`, *optional*):
+            Seed of times and masks; by default `seed`.
+
+        > The data
+
+        eos_padding (`int`, *optional*, defaults to `0`):
+            How many end tokens follow the last answer of a row and belong to the loss. LLaDA's SFT fills answers up so
+            (arXiv 2502.09992, appendix B.1); without any the model learns the end of turn alone.
+        eos_padding_token (`str`, *optional*):
+            That end token; by default the tokenizer's padding token, `<|endoftext|>`.
+        train_on_template_tokens (`bool`, *optional*, defaults to `False`):
+            Whether the special tokens of the template in every turn, and the assistant's header, belong to the loss, as
+            in the code that LLaDA-MedV was trained with. By default the answers and their ends of turn do.
+        turn_mask (`bool`, *optional*, defaults to `False`):
+            Whether a token sees its own and earlier turns only (LLaDA-V, arXiv 2505.16933, section 3.2).
+        pack_questions (`int`, *optional*):
+            Put up to this many questions about one image into one row. Each sees the image and itself alone, at the
+            positions that it would have alone; the image no longer sees the questions, unlike in the paper's fully
+            bidirectional attention. Needs single-turn rows that begin with the image.
+        long_rows (`str`, *optional*, defaults to `"error"`):
+            What to do with rows of more than `max_length` tokens (by default the model's context): stop (`"error"`) or
+            leave them out and report how many (`"drop"`). Nothing is ever cut.
+        invalid_rows (`str`, *optional*, defaults to `"error"`):
+            What to do with rows without an answer, without an image that they name, or with more `<image>` than images:
+            stop (`"error"`) or leave them out and report how many (`"skip"`).
+
+        > What is trained
+
+        trainable (`str`, *optional*, defaults to `"projector+language_model"`):
+            `"projector"` (stage 1 of LLaDA-MedV), `"projector+language_model"` (its stages 2 and 3) or `"all"`. With a
+            `peft_config` the adapters are trained instead, and whatever its `modules_to_save` names.
+        projector_learning_rate, vision_learning_rate, language_model_learning_rate (`float`, *optional*):
+            Learning rates of these parts; by default `learning_rate`. Adapters belong to the part that they adapt.
+        cache_image_features (`str`, *optional*):
+            Folder in which to keep what a frozen vision tower sees in each image, for later epochs and runs. A cache of
+            another tower is refused.
+
+        > Evaluation
+
+        eval_time_steps (`int`, *optional*, defaults to `8`):
+            `eval_loss` averages over this many times, spread evenly over [0, 1], with masks that are always the same.
+        log_answers (`int`, *optional*, defaults to `0`):
+            At every evaluation, answer the first so many rows of `eval_dataset` and log them as a table.
+
+    > [!NOTE]
+    > These parameters have other default values than in [`trl.SFTConfig`]:
+    > - `learning_rate`: `1e-5` instead of `2e-5` (LLaDA-V's; LLaDA-MedV does not say).
+    > - `lr_scheduler_type`: `"cosine"`; `warmup_steps`: `0.03`, a part of all steps (LLaDA-V's).
+    > - `max_length`: `None` instead of `1024`: image tokens are never cut off.
+
+    Raises:
+        ValueError: for a value that is not allowed, or options of `SFTConfig` that mean nothing here.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning-rate schedule."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Warm-up, in steps, or as a part of all steps if below 1."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest row, in tokens; by default the model's context. Nothing is cut."}
+    )
+
+    # The loss
+    loss_weighting: str = field(
+        default="inverse_probability",
+        metadata={"help": "What a masked token counts.", "choices": list(LOSS_WEIGHTINGS)},
+    )
+    max_loss_weight: float = field(default=10.0, metadata={"help": "Largest weight with loss_weighting='clipped'."})
+    loss_normalization: str = field(
+        default="answer_length",
+        metadata={"help": "What the loss is divided by.", "choices": list(LOSS_NORMALIZATIONS)},
+    )
+    time_sampling: str = field(
+        default="uniform", metadata={"help": "How times are drawn.", "choices": list(TIME_SAMPLINGS)}
+    )
+    complementary_masking: bool = field(
+        default=False, metadata={"help": "Whether each row comes with a mask and with its complement."}
+    )
+    noise_seed: int | None = field(default=None, metadata={"help": "Seed of times and masks; by default `seed`."})
+
+    # The data
+    eos_padding: int = field(default=0, metadata={"help": "End tokens after the last answer that are learned."})
+    eos_padding_token: str | None = field(
+        default=None, metadata={"help": "That end token; by default the tokenizer's padding token."}
+    )
+    train_on_template_tokens: bool = field(
+        default=False, metadata={"help": "Whether the template's special tokens belong to the loss."}
+    )
+    turn_mask: bool = field(default=False, metadata={"help": "Whether a token sees its own and earlier turns only."})
+    pack_questions: int | None = field(
+        default=None, metadata={"help": "Put up to this many questions about one image into one row."}
+    )
+    long_rows: str = field(
+        default="error", metadata={"help": "What to do with rows that are too long.", "choices": list(LONG_ROWS)}
+    )
+    invalid_rows: str = field(
+        default="error",
+        metadata={"help": "What to do with rows that cannot be trained on.", "choices": list(INVALID_ROWS)},
+    )
+
+    # What is trained
+    trainable: str = field(
+        default="projector+language_model", metadata={"help": "Which parts are trained.", "choices": list(TRAINABLE)}
+    )
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
+    vision_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
+    language_model_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the language model and its output layer."}
+    )
+    cache_image_features: str | None = field(
+        default=None, metadata={"help": "Folder in which to keep what a frozen vision tower sees."}
+    )
+
+    # Evaluation
+    eval_time_steps: int = field(default=8, metadata={"help": "How many times t `eval_loss` averages over."})
+    log_answers: int = field(default=0, metadata={"help": "How many evaluation rows to answer and log as a table."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        choices = {
+            "loss_weighting": LOSS_WEIGHTINGS, "loss_normalization": LOSS_NORMALIZATIONS,
+            "time_sampling": TIME_SAMPLINGS, "long_rows": LONG_ROWS, "invalid_rows": INVALID_ROWS,
+            "trainable": TRAINABLE,
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {allowed}.")
+        for name, least in (("eos_padding", 0), ("pack_questions", 2), ("eval_time_steps", 1),
+                            ("log_answers", 0)):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers of at least {least}.")
+        for name in ("max_loss_weight", "projector_learning_rate", "vision_learning_rate",
+                     "language_model_learning_rate"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` is {value!r}; allowed are numbers above 0.")
+        if self.max_loss_weight < 1:
+            raise ValueError(f"`max_loss_weight` is {self.max_loss_weight}; below 1 it would weigh all tokens alike.")
+        # Options of SFTConfig that would be accepted and do nothing, or something else than they say.
+        for name, value, instead in (
+            ("packing", False, "`pack_questions`"),
+            ("padding_free", False, "`pack_questions`"),
+            ("completion_only_loss", None, "answers alone are learned anyway, see `train_on_template_tokens`"),
+            ("loss_type", "nll", "`loss_weighting`"),
+            ("label_smoothing_factor", 0.0, "nothing"),
+        ):
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, which does not apply to masked diffusion; it must be "
+                    f"{value!r}. Instead there is: {instead}."
+                )
+        if self.pack_questions is not None and self.turn_mask:
+            raise ValueError(
+                f"`pack_questions` is {self.pack_questions} and `turn_mask` is True; a packed row holds questions of "
+                "one turn: only one of the two is allowed."
+            )
+
+
+__all__ = ["MaskedDiffusionSFTConfig"]

@@ -1,0 +1,314 @@
+"""Supervised fine-tuning of LLaDA-MedV: TRL's `SFTTrainer` with the masked-diffusion loss instead of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from trl import SFTTrainer
+
+from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
+from lladamedv.processing import LLaDAMedVProcessor
+
+from .answer_table import AnswerTableCallback
+from .data_collator import DataCollatorForMaskedDiffusion
+from .image_feature_cache import ImageFeatureCache
+from .masked_diffusion_loss import (
+    IGNORE_INDEX,
+    AnswerNoise,
+    NoisedBatch,
+    add_noise,
+    complement,
+    loss_weights,
+    run_masked_loss,
+)
+from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
+from .rows import pack_rows, prepare_rows
+
+
+# How the names of the parameters of each part begin, within the model that is trained.
+_PARTS = {
+    "projector": ("model.multi_modal_projector.", "model.image_newline"),
+    "vision": ("model.vision_tower.",),
+    "language_model": ("model.language_model.", "lm_head."),
+}
+_TRAINED_PARTS = {
+    "projector": ("projector",),
+    "projector+language_model": ("projector", "language_model"),
+    "all": ("projector", "language_model", "vision"),
+}
+
+
+class MaskedDiffusionSFTTrainer(SFTTrainer):
+    """Trainer for the masked-diffusion SFT of LLaDA (arXiv 2502.09992, algorithm 2), LLaDA-V and LLaDA-MedV.
+
+    Per answer: t ~ U(0, 1), p = (1 - ε) t + ε, each answer token masked with probability p; the cross-entropy of the
+    masked tokens is weighted by 1 / p, divided by the answer's number of tokens, and averaged over answers.
+    [`MaskedDiffusionSFTConfig`] has the variants.
+
+    The last layer and the output layer run on masked answer tokens alone (the latter in TRL's fused form), images that
+    several rows show are encoded once, and a frozen vision tower keeps no activations.
+
+    Args:
+        model ([`LLaDAMedVForConditionalGeneration`] or `str`): the model, or the folder or Hub id of one.
+        args ([`MaskedDiffusionSFTConfig`]): the arguments.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Rows with `messages` (chat messages, contents as text or parts) and `images` (or `image`); an `id` is named
+            in messages where there is one.
+        eval_dataset (the same, or a `dict` of them, *optional*): rows for `eval_loss`.
+        processing_class ([`LLaDAMedVProcessor`], *optional*): by default the one beside the model.
+        peft_config (`peft.PeftConfig`, *optional*): adapters to train instead of the model's own weights.
+        kwargs: as for `SFTTrainer`.
+
+    Attributes:
+        row_reports (`dict[str, RowReport]`): what became of the rows of each data set.
+
+    Raises:
+        ValueError: before training, for rows or options that cannot be trained on; during training, when the loss is
+            not finite: the ids of the batch are then in `output_dir/not_finite.json`.
+    """
+
+    _tag_names = ["trl", "masked-diffusion-sft"]
+    _name = "Masked-diffusion SFT"
+    # The whole batch's numbers of answers and tokens are known, and divided by, in `compute_loss`.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model,
+        args: MaskedDiffusionSFTConfig,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        peft_config=None,
+        data_collator=None,
+        **kwargs,
+    ):
+        if isinstance(model, str):
+            model = LLaDAMedVForConditionalGeneration.from_pretrained(model, **(args.model_init_kwargs or {}))
+            args.model_init_kwargs = None
+        if train_dataset is None or (isinstance(train_dataset, datasets.Dataset) and not len(train_dataset)):
+            raise ValueError("`train_dataset` is empty; at least one row is needed.")
+        if processing_class is None:
+            processing_class = LLaDAMedVProcessor.from_pretrained(model.config._name_or_path)
+        context = model.config.get_text_config().max_position_embeddings
+        if args.max_length is not None and args.max_length > context:
+            raise ValueError(f"`max_length` is {args.max_length}; the model's context allows {context}.")
+        if data_collator is None:
+            data_collator = DataCollatorForMaskedDiffusion(
+                processor=processing_class, max_length=args.max_length or context, eos_padding=args.eos_padding,
+                eos_padding_token=args.eos_padding_token, train_on_template_tokens=args.train_on_template_tokens,
+                turn_mask=args.turn_mask, packed=args.pack_questions is not None,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+            )  # fmt: skip
+        self.row_reports = {}
+
+        def prepare(dataset, name):
+            return self._prepare_rows(dataset, name, args, data_collator)
+
+        train_dataset = prepare(train_dataset, "train_dataset")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: prepare(each, f"eval_dataset[{name!r}]") for name, each in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = prepare(eval_dataset, "eval_dataset")
+
+        if peft_config is None:
+            for name, parameter in model.named_parameters():
+                trained = part_of(name) in _TRAINED_PARTS[args.trainable]
+                parameter.requires_grad_(trained and parameter.is_floating_point())
+        self.noise = AnswerNoise(args.seed if args.noise_seed is None else args.noise_seed, args.time_sampling)
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            processing_class=processing_class, peft_config=peft_config, data_collator=data_collator, **kwargs,
+        )  # fmt: skip
+        if args.log_answers:
+            self.add_callback(AnswerTableCallback(self, self._first_rows(eval_dataset, args.log_answers)))
+        self.feature_cache = None
+        if args.cache_image_features is not None:
+            self.feature_cache = ImageFeatureCache(args.cache_image_features, self._base_model, processing_class)
+
+    @staticmethod
+    def _first_rows(dataset, count):
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        if dataset is None:
+            raise ValueError(f"`log_answers` is {count}, but there is no `eval_dataset` whose rows could be answered.")
+        return list(dataset.take(count))
+
+    @property
+    def _base_model(self) -> LLaDAMedVForConditionalGeneration:
+        """The model without adapters or wrappers."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model if isinstance(model, LLaDAMedVForConditionalGeneration) else model.get_base_model()
+
+    def _prepare_rows(self, dataset, name, args, data_collator):
+        """The rows to train on, packed if asked for."""
+        columns = dataset.column_names or next(iter(dataset)).keys()
+        if "messages" not in columns:
+            raise ValueError(f"`{name}` has the columns {sorted(columns)}; needed are `messages` and `images`.")
+        length_of = data_collator.row_length
+        if args.pack_questions is not None:
+            alone = DataCollatorForMaskedDiffusion(processor=data_collator.processor, eos_padding=args.eos_padding)
+            length_of = alone.row_length
+        dataset, report = prepare_rows(
+            dataset, length_of, data_collator.max_length, args.invalid_rows, args.long_rows, name
+        )
+        if args.pack_questions is not None:
+            dataset = pack_rows(dataset, args.pack_questions)
+            report.packed_into = len(dataset)
+        self.row_reports[name] = report
+        if "images" not in columns and "image" not in columns:  # TRL knows by this column that rows may hold images
+            dataset = dataset.map(lambda row: {"images": []})
+        return dataset
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["messages", "image", "images", "id"]
+
+    # Noise and loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in `Trainer`; every batch learns its place in, and the size of, the whole batch of this optimizer step."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.tensor(
+            [
+                [len(batch["labels"]), int(batch["answer_ids"].max()) + 1, int((batch["labels"] != IGNORE_INDEX).sum())]
+                for batch in batches
+            ],
+            device=device,
+        ).view(-1, 3)
+        everyone = self.accelerator.gather(counts[None])  # (processes, batches, 3)
+        num_rows, num_answers, num_tokens = everyone.sum(dim=(0, 1)).tolist()
+        rows = everyone[..., 0].T.flatten()  # batch after batch, process after process
+        first = (rows.cumsum(0) - rows).view(len(batches), -1)[:, self.accelerator.process_index].tolist()
+        for batch, first_row in zip(batches, first):
+            batch["whole"] = {
+                "first_row": first_row, "num_rows": num_rows, "num_answers": num_answers, "num_tokens": num_tokens,
+            }  # fmt: skip
+        return batches, num_items_in_batch
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:
+            raise ValueError("`return_outputs` is True, but the full logits are never computed; only False is allowed.")
+        inputs = dict(inputs)
+        labels, answer_ids, row_ids = inputs.pop("labels"), inputs.pop("answer_ids"), inputs.pop("row_ids", None)
+        whole = inputs.pop("whole", None)
+        inputs["use_cache"] = False
+        if self.feature_cache is not None and "pixel_values" in inputs:
+            names = ("image_sizes", "batch_num_images", "image_index")
+            inputs["vision_features"] = self.feature_cache.vision_features(
+                self._base_model, inputs.pop("pixel_values"), **{name: inputs[name] for name in names}
+            )
+        if whole is None:  # an evaluation
+            losses = []
+            for number in range(self.args.eval_time_steps):
+                noised = self._fixed_noise(inputs, labels, answer_ids, number)
+                losses.append(self._masked_loss(model, inputs, labels, answer_ids, noised))
+            loss = torch.stack(losses).mean()
+        else:
+            place = (whole["first_row"], whole["num_rows"])
+            t, uniform = self.noise(labels, answer_ids, self.state.global_step, *place)
+            noised = add_noise(inputs["input_ids"], labels, t, self._base_model.config.mask_token_id, uniform=uniform)
+            totals = {name: whole[name] for name in ("num_answers", "num_tokens")}
+            if self.args.complementary_masking:
+                inputs, labels, answer_ids, noised = self._with_complement(inputs, labels, answer_ids, noised)
+                totals = {name: 2 * value for name, value in totals.items()}
+            # Processes average their gradients; the sum is wanted.
+            loss = self._masked_loss(model, inputs, labels, answer_ids, noised, **totals)
+            loss = loss * self.accelerator.num_processes
+            self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            self._stop_if_not_finite(loss, row_ids, inputs)
+        return loss
+
+    def _fixed_noise(self, inputs, labels, answer_ids, number) -> NoisedBatch:
+        t, uniform = self.noise.fixed(labels, answer_ids, number, self.args.eval_time_steps)
+        return add_noise(inputs["input_ids"], labels, t, self._base_model.config.mask_token_id, uniform=uniform)
+
+    def _with_complement(self, inputs, labels, answer_ids, noised):
+        """Every row twice, images once."""
+        other = complement(noised, inputs["input_ids"], labels, self._base_model.config.mask_token_id)
+        doubled = {name: torch.cat([getattr(noised, name), getattr(other, name)]) for name in vars(noised)}
+        shared = ("pixel_values", "vision_features", "image_sizes", "use_cache")
+        inputs = {name: value if name in shared else torch.cat([value, value]) for name, value in inputs.items()}
+        answers = torch.cat([answer_ids, answer_ids + int(answer_ids.max()) + 1])
+        return inputs, torch.cat([labels, labels]), answers, NoisedBatch(**doubled)
+
+    def _masked_loss(self, model, inputs, labels, answer_ids, noised: NoisedBatch, **totals) -> torch.FloatTensor:
+        """The weighted cross-entropy of the masked tokens, and how many of them the model finds."""
+        args = self.args
+        weights = loss_weights(
+            labels, noised, answer_ids, args.loss_weighting, args.max_loss_weight, args.loss_normalization, **totals
+        )
+        loss, outputs = run_masked_loss(model, inputs, labels, noised, weights)
+        mode = "train" if self.model.training else "eval"
+        right, asked = (self.accelerator.gather(each.sum()).sum() for each in (outputs.is_top1, outputs.label_mask))
+        if asked > 0:
+            self._metrics[mode]["mean_token_accuracy"].append((right / asked).item())
+        return loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """`eval_loss` and nothing else: an answer's quality shows in answers, not in logits (see the answer table)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def _stop_if_not_finite(self, loss, row_ids, inputs):
+        if bool(torch.isfinite(loss)):
+            return
+        file = Path(self.args.output_dir) / f"not_finite{self.accelerator.process_index or ''}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        texts = self.processing_class.tokenizer.batch_decode(inputs["input_ids"])
+        image = self.processing_class.image_token
+        texts = [text.replace(image, "") for text in texts]
+        record = {"step": self.state.global_step, "loss": str(loss.item()), "row_ids": row_ids, "texts": texts}
+        file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        raise ValueError(
+            f"The loss is {loss.item()} at step {self.state.global_step}; the batch's ids are in {file}. Try a lower "
+            "learning rate, bf16 instead of fp16, or look at these rows."
+        )
+
+    # What is trained
+
+    def create_optimizer(self, *args, **kwargs):
+        """As in `Trainer`, with a learning rate of its own for each part that has one."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rates = {part: getattr(self.args, f"{part}_learning_rate") for part in _PARTS}
+        if not any(rates.values()) or any("part" in group for group in optimizer.param_groups):
+            return optimizer
+        part = {id(weight): part_of(name) for name, weight in self.model.named_parameters()}
+        groups, optimizer.param_groups = optimizer.param_groups, []
+        for group in groups:
+            for name in _PARTS:
+                weights = [weight for weight in group["params"] if part[id(weight)] == name]
+                if weights:
+                    rate = rates[name] or group["lr"]
+                    optimizer.add_param_group({**group, "params": weights, "lr": rate, "part": name})
+        return optimizer
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """TRL's card, with what is true of this model."""
+        super().create_model_card(model_name, dataset_name, tags)
+        file = Path(self.args.output_dir) / "README.md"
+        if not self.is_world_process_zero() or not file.is_file():
+            return
+        card = ModelCard.load(file)
+        tags = [*(card.data.tags or []), "masked-diffusion", "medical", "research-only", "not-a-medical-device"]
+        data = card.data.to_dict() | {"pipeline_tag": "image-text-to-text", "tags": list(dict.fromkeys(tags))}
+        data.pop("licence", None)  # TRL's placeholder
+        card.data = ModelCardData(**data, ignore_metadata_errors=True)
+        card.save(file)
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to, by its name, also within adapters."""
+    name = name.removeprefix("base_model.model.").removeprefix("module.")
+    for part, beginnings in _PARTS.items():
+        if name.startswith(beginnings):
+            return part
+    raise ValueError(f"{name!r} is no parameter of a LLaDA-MedV model.")
+
+
+__all__ = ["MaskedDiffusionSFTTrainer"]

@@ -1,0 +1,63 @@
+"""The recipes and accelerate configurations that come with this package, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+RECIPES = Path(__file__).parent
+ACCELERATE = RECIPES / "accelerate"
+
+
+def recipe_file(name: str | None) -> Path:
+    """The file of a recipe.
+
+    Args:
+        name: of a recipe that comes with this package, or path of a YAML file.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    return _resolve("recipe", name, RECIPES)
+
+
+def accelerate_file(name: str | None) -> Path | None:
+    """The file of an accelerate configuration.
+
+    Args:
+        name: of a configuration that comes with this package, or path of a file. `None` means accelerate's own default,
+            or the one for CPUs where there is neither a default nor a GPU: accelerate would use a single thread.
+
+    Returns:
+        The file, or `None` for accelerate's own default.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name is not None:
+        return _resolve("accelerate", name, ACCELERATE)
+    import torch
+    from accelerate.commands.config import default_config_file
+
+    alone = not torch.accelerator.is_available() and not Path(default_config_file).is_file()
+    return ACCELERATE / "cpu.yaml" if alone else None
+
+
+def describe_recipes() -> list[str]:
+    """A line for each recipe: its name and what it begins with."""
+    files = sorted(RECIPES.glob("*.yaml"))
+    first_lines = [file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for file in files]
+    width = max(len(file.stem) for file in files)
+    return [f"{file.stem:{width}}  {line}" for file, line in zip(files, first_lines)]
+
+
+def _resolve(argument: str, name: str | None, folder: Path) -> Path:
+    shipped = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if name in shipped:
+        return shipped[name]
+    if name is None or not Path(name).is_file():
+        raise ValueError(f"`{argument}` is {name!r}; allowed are {', '.join(shipped)}, or a YAML file.")
+    return Path(name)
+
+
+__all__ = ["ACCELERATE", "RECIPES", "accelerate_file", "describe_recipes", "recipe_file"]

@@ -1,0 +1,356 @@
+"""Fine-tuning from the command line: `accelerate launch -m lladamedv.trainers.sft --config RECIPE --flag value`.
+
+`lladamedv train RECIPE --flag value` is the same, with the recipes of this package by name. A recipe is a YAML file of
+the arguments below; flags have the last word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+from peft import PeftConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
+from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import RELEASED_MODEL_TYPES
+from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
+from lladamedv.processing.datasets import LoadReport
+from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
+
+from .answer_table import AnswerTableCallback
+from .data import STOPPING_STRATEGIES, DataSource, load_dataset_mixture
+from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
+from .masked_diffusion_sft_trainer import MaskedDiffusionSFTTrainer
+
+
+DEMO = "demo"  # as a model: the tiny one that comes with the package
+# The language model's matrices and nobody else's: the tower has layers of the same names.
+LORA_TARGET_MODULES = r"model\.language_model\.layers\.\d+\.\w+\.(q|k|v|o|gate|up|down)_proj"
+# In full, because Transformers matches a name from its beginning. What is not here is the language model's layers.
+QUANTIZATION_SKIP_MODULES = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+PROJECTOR_FILE = "mm_projector.safetensors"
+
+
+@dataclass
+class SFTScriptArguments:
+    """
+    What the script needs besides [`MaskedDiffusionSFTConfig`] and [`trl.ModelConfig`].
+
+    Parameters:
+        train_data (`list[DataSource]`):
+            What to train on; on the command line the `path`s of [`DataSource`], in a recipe also all its fields.
+        eval_data (`list[DataSource]`, *optional*):
+            What `eval_loss` is computed on, if `eval_strategy` asks for it.
+        answer_rows (`int`, *optional*, defaults to `0`):
+            How many rows of `eval_data` are answered at each evaluation; see [`AnswerTableCallback`].
+        image_folder (`str`, *optional*):
+            The `image_folder` of sources that do not have one of their own.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to read the training data while training; needs `max_steps`.
+        shuffle_buffer (`int`, *optional*, defaults to `1000`):
+            How many streamed rows wait in memory, undecoded, to be drawn from at random.
+        stopping_strategy (`str`, *optional*, defaults to `"first_exhausted"`):
+            Where a weighted mixture ends; see [`load_dataset_mixture`].
+        processor (`str`, *optional*):
+            Folder or Hub id of the processor, if it is not beside the model.
+        chat_template (`str`, *optional*):
+            Name of the prompt to train with, one of [`CHAT_TEMPLATES`]; by default the processor's own.
+        from_scratch (`bool`, *optional*, defaults to `False`):
+            Whether to take only the model's configuration and start from random weights.
+        quantization_skip_modules (`list[str]`, *optional*):
+            Full names of modules that `load_in_4bit` and `load_in_8bit` leave as they are; by default the vision tower,
+            the projector and the output layer.
+    """
+
+    train_data: list[DataSource] = field(
+        default_factory=list, metadata={"help": "Hub ids, folders, files or phantoms:SEED:COUNT to train on."}
+    )
+    eval_data: list[DataSource] = field(default_factory=list, metadata={"help": "The same, for `eval_loss`."})
+    answer_rows: int = field(default=0, metadata={"help": "Rows of `eval_data` to answer at each evaluation."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Folder that names of image files are relative to."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Whether to read the data while training."})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Streamed rows to draw from at random."})
+    stopping_strategy: str = field(
+        default="first_exhausted",
+        metadata={"help": "Where a weighted mixture ends.", "choices": list(STOPPING_STRATEGIES)},
+    )
+    processor: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the processor, if it is not beside the model."}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Name of the prompt to train with.", "choices": list(CHAT_TEMPLATES)}
+    )
+    from_scratch: bool = field(default=False, metadata={"help": "Whether to start from random weights."})
+    quantization_skip_modules: list[str] | None = field(
+        default=None, metadata={"help": "Full names of modules that are not quantised."}
+    )
+
+    def __post_init__(self):
+        for name in ("train_data", "eval_data"):  # a recipe may name a single source
+            value = getattr(self, name)
+            setattr(self, name, list(value) if isinstance(value, (list, tuple)) else [value])
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"`shuffle_buffer` is {self.shuffle_buffer}; allowed are whole numbers of at least 1.")
+
+
+def make_parser() -> TrlParser:
+    """The parser of recipes and flags."""
+    return TrlParser((SFTScriptArguments, MaskedDiffusionSFTConfig, ModelConfig))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as a recipe and flags say; by default those of the command line.
+
+    Raises:
+        SystemExit: with one line of text, if an argument, the model or the data is not what it should be.
+    """
+    try:
+        script_args, training_args, model_args = make_parser().parse_args_and_config(arguments)
+        checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+        trainer, reports = build_trainer(script_args, training_args, model_args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"lladamedv: {error}")
+    for report in (*reports, *trainer.row_reports.values()):
+        trainer.accelerator.print(report.summary())
+    _write_reports(trainer, reports)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if script_args.streaming:  # only now is it known what became of the data
+        _write_reports(trainer, reports)
+    if training_args.should_save and training_args.trainable == "projector" and not model_args.use_peft:
+        write_projector(training_args.output_dir)
+    trainer.accelerator.print(f"wrote {training_args.output_dir}")
+    if training_args.push_to_hub:
+        names = [report.source.partition("@")[0] for report in reports[: len(script_args.train_data)]]
+        hub_ids = [name for name in names if not os.path.exists(name) and ":" not in name]
+        trainer.push_to_hub(dataset_name=hub_ids[0] if len(hub_ids) == 1 else None)
+        trainer.accelerator.print(f"pushed to {trainer.hub_model_id}")
+    trainer.end()
+
+
+def build_trainer(
+    script_args: SFTScriptArguments, training_args: MaskedDiffusionSFTConfig, model_args: ModelConfig
+) -> tuple[MaskedDiffusionSFTTrainer, list[LoadReport]]:
+    """Load model, processor and data.
+
+    Returns:
+        The trainer, and what became of each source of the data.
+
+    Raises:
+        ValueError: if something is not what it should be; the message names the argument, its value and what is
+            allowed.
+    """
+    set_seed(training_args.seed)  # of random weights
+    model, processor = load_model(script_args, model_args)
+    peft_config = lora_config(model, model_args)
+    options = {
+        "image_folder": script_args.image_folder, "seed": training_args.seed,
+        "stopping_strategy": script_args.stopping_strategy, "invalid_records": training_args.invalid_rows,
+    }  # fmt: skip
+    with training_args.main_process_first(desc="loading data"):
+        train_data, reports = load_dataset_mixture(
+            script_args.train_data, streaming=script_args.streaming, argument="train_data", **options
+        )
+        eval_data = None
+        if training_args.eval_strategy != "no":
+            eval_data, more = load_dataset_mixture(script_args.eval_data, argument="eval_data", **options)
+            reports = reports + more
+    if script_args.answer_rows and eval_data is None:
+        raise ValueError(
+            f"`answer_rows` is {script_args.answer_rows}, but `eval_strategy` is 'no'; allowed are 'steps' and 'epoch'."
+        )
+    if script_args.streaming:
+        train_data = train_data.shuffle(training_args.seed, buffer_size=script_args.shuffle_buffer)
+    trainer = MaskedDiffusionSFTTrainer(
+        model=model, args=training_args, train_dataset=train_data, eval_dataset=eval_data, processing_class=processor,
+        peft_config=peft_config,
+    )  # fmt: skip
+    if script_args.answer_rows:
+        rows = eval_data.select(range(min(script_args.answer_rows, len(eval_data))))
+        trainer.add_callback(AnswerTableCallback(trainer, list(rows)))
+    return trainer, reports
+
+
+def _write_reports(trainer: MaskedDiffusionSFTTrainer, reports: list[LoadReport]) -> None:
+    """Put what became of the data into `output_dir/data_report.json`, with every record that was left out."""
+    if trainer.is_world_process_zero():
+        file = Path(trainer.args.output_dir, "data_report.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps([asdict(report) for report in reports], indent=2, ensure_ascii=False) + "\n"
+        file.write_text(text, encoding="utf-8")
+
+
+def load_model(
+    script_args: SFTScriptArguments, model_args: ModelConfig
+) -> tuple[LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor]:
+    """The model to train, quantised if asked for, and its processor.
+
+    Raises:
+        ValueError: if the folder or Hub id holds no checkpoint of this model, or options contradict each other.
+    """
+    name = model_args.model_name_or_path
+    if name is None:
+        raise ValueError(f"`model_name_or_path` is not given; allowed are a folder, a Hub id, or {DEMO!r}.")
+    name = str(files("lladamedv") / "demo_model") if name == DEMO else os.path.expanduser(name)
+    try:
+        model_type = PreTrainedConfig.get_config_dict(name, revision=model_args.model_revision)[0].get("model_type")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be loaded: {error}") from error
+    allowed = (LLaDAMedVConfig.model_type, *RELEASED_MODEL_TYPES)
+    if model_type not in allowed:
+        raise ValueError(
+            f"`model_name_or_path` is {name!r}, which holds a model of type {model_type!r}; allowed are {allowed}."
+        )
+    quantization = quantization_config(script_args, model_args)
+    try:
+        if script_args.from_scratch:
+            if quantization is not None or model_type in RELEASED_MODEL_TYPES:
+                raise ValueError("`from_scratch` needs a folder of this package's own format, without quantisation.")
+            model = LLaDAMedVForConditionalGeneration(LLaDAMedVConfig.from_pretrained(name, revision=model_args.model_revision))
+        else:
+            model = LLaDAMedVForConditionalGeneration.from_pretrained(
+                name, revision=model_args.model_revision, dtype=model_args.dtype,
+                attn_implementation=model_args.attn_implementation, quantization_config=quantization,
+            )  # fmt: skip
+    except OSError as error:
+        raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be loaded: {error}") from error
+    try:
+        if script_args.processor is None and model_type in RELEASED_MODEL_TYPES:
+            processor = _processor_of_released(name, model.config, model_args.model_revision)
+        elif script_args.processor is None:
+            processor = LLaDAMedVProcessor.from_pretrained(name, revision=model_args.model_revision)
+        else:
+            processor = LLaDAMedVProcessor.from_pretrained(os.path.expanduser(script_args.processor))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`processor` is {script_args.processor!r}; none can be loaded: {error}") from error
+    if script_args.chat_template is not None:
+        template = CHAT_TEMPLATES[script_args.chat_template]
+        several = isinstance(processor.chat_template, dict)
+        processor.chat_template = {**processor.chat_template, "default": template} if several else template
+    return model, processor
+
+
+def _processor_of_released(name, config, revision) -> LLaDAMedVProcessor:
+    """The processor of a checkpoint in a released layout, which carries only a tokenizer."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+    for token in ("bos", "eos", "pad"):
+        token_id = getattr(config.text_config, f"{token}_token_id")
+        setattr(tokenizer, f"{token}_token", tokenizer.convert_ids_to_tokens(token_id))
+    images = LLaDAMedVImageProcessor()
+    if not config.text_only:
+        side = config.vision_config.image_size
+        images = LLaDAMedVImageProcessor(
+            size={"height": side, "width": side}, patch_size=config.vision_config.patch_size,
+            vision_aspect_ratio=config.vision_aspect_ratio, image_grid_pinpoints=config.image_grid_pinpoints,
+        )  # fmt: skip
+    return LLaDAMedVProcessor(images, tokenizer)
+
+
+def quantization_config(script_args: SFTScriptArguments, model_args: ModelConfig):
+    """How to quantise the base of adapters, or `None`.
+
+    Raises:
+        ValueError: if there shall be no adapters: quantised weights cannot be trained.
+    """
+    config = get_quantization_config(model_args)
+    if config is None:
+        return None
+    if not model_args.use_peft:
+        option = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
+        raise ValueError(f"`{option}` is True, but `use_peft` False; quantised weights are trained with adapters only.")
+    config.llm_int8_skip_modules = list(script_args.quantization_skip_modules or QUANTIZATION_SKIP_MODULES)
+    config.llm_int8_threshold = 0.0  # the default lets rows of a batch change each other's logits
+    return config
+
+
+def lora_config(model: LLaDAMedVForConditionalGeneration, model_args: ModelConfig) -> PeftConfig | None:
+    """The adapters to train, by default on all matrices of the language model's layers, or `None`.
+
+    Raises:
+        ValueError: for a name among `lora_target_modules` or `lora_modules_to_save` that no module has.
+    """
+    if not model_args.use_peft:
+        return None
+    if model_args.lora_target_modules is None and model_args.lora_target_parameters is None:
+        model_args.lora_target_modules = LORA_TARGET_MODULES
+    names = [name for name, _ in model.named_modules() if name]
+    for argument in ("lora_target_modules", "lora_modules_to_save"):
+        value = getattr(model_args, argument)
+        if value is None or value == "all-linear":  # PEFT's word for all matrices
+            continue
+        if isinstance(value, str):
+            if any(re.fullmatch(value, name) for name in names):
+                continue
+            value = [value]  # ModelConfig takes the only name of a list for a regular expression
+            setattr(model_args, argument, value)
+        absent = [each for each in value if not any(f".{name}".endswith(f".{each}") for name in names)]
+        if absent:
+            last = sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()})
+            raise ValueError(
+                f"`{argument}` holds {', '.join(map(repr, absent))}, which no module of the model is called; allowed "
+                f"are a regular expression for whole names, or the ends of names: {', '.join(last)}."
+            )
+    return get_peft_config(model_args)
+
+
+def find_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
+    """The checkpoint to go on from.
+
+    Args:
+        value: `resume_from_checkpoint`: `"true"` for the last complete checkpoint in `output_dir`; `"last"` for the
+            same, or the start if there is none; a folder; or nothing.
+        output_dir: where checkpoints are.
+
+    Returns:
+        Its folder, or `None` for the start.
+
+    Raises:
+        ValueError: if there is no such checkpoint.
+    """
+    word = str(value).lower()
+    if value is None or word == "false":
+        return None
+    if word not in ("true", "last"):
+        if not _is_complete(Path(value)):
+            raise ValueError(
+                f"`resume_from_checkpoint` is {value!r}, which is no checkpoint; allowed are its folder, "
+                "true, last and false."
+            )
+        return value
+    found = [folder for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_complete(folder)]
+    if not found and word == "true":
+        raise ValueError(
+            f"`resume_from_checkpoint` is {value!r}, but `output_dir` {output_dir!r} holds no complete checkpoint; "
+            "'last' would start anew."
+        )
+    return str(max(found, key=lambda folder: int(folder.name.rpartition("-")[2]))) if found else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    return (checkpoint / "trainer_state.json").is_file()  # written last, after weights and optimizer
+
+
+def write_projector(folder: str | Path) -> None:
+    """Put the projector of a saved model into a file of its own, for `lladamedv init --projector`."""
+    weights = {}
+    for file in sorted(Path(folder).glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            weights |= {name: stored.get_tensor(name) for name in stored.keys() if "multi_modal_projector" in name}
+    save_file(weights, Path(folder) / PROJECTOR_FILE, metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()
