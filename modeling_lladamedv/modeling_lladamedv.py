@@ -222,7 +222,10 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
 
     def _run_tower(self, pixel_values, counts):
         tiles = torch.cat([image[:count] for image, count in zip(pixel_values, counts)])
-        return self.vision_tower(tiles.to(self.dtype)).last_hidden_state  # (tiles, patches, vision width)
+        # A frozen tower keeps no activations, even where its inputs are made to require gradients (as PEFT does).
+        trained = any(weight.requires_grad for weight in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            return self.vision_tower(tiles.to(self.dtype)).last_hidden_state  # (tiles, patches, vision width)
 
     def _tile_counts(self, images, name, dimensions, image_sizes, batch_num_images, image_index) -> list[int]:
         """How many tiles of each image count."""
@@ -234,6 +237,8 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
                 f"`{name}` has shape {tuple(images.shape)}; expected {dimensions} dimensions: "
                 f"(num_images, num_tiles, {expected})."
             )
+        if image_sizes is not None and len(image_sizes) != len(images):
+            raise ValueError(f"`image_sizes` has {len(image_sizes)} rows for {len(images)} images; each needs one.")
         grids = self._tile_grids(len(images), image_sizes, batch_num_images, image_index)
         counts = [1 if grid is None else 1 + grid[0] * grid[1] for grid in grids]
         if max(counts) > images.shape[1]:
@@ -252,10 +257,9 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             )
         if self.config.max_anyres_tiles is None:
             return [None] * num_images
-        if image_sizes is None or len(image_sizes) != num_images:
+        if image_sizes is None:
             raise ValueError(
-                f"`image_sizes` has {0 if image_sizes is None else len(image_sizes)} rows for {num_images} images; "
-                f"{self.config.vision_aspect_ratio!r} needs one (height, width) per image."
+                f"`image_sizes` is None, but {self.config.vision_aspect_ratio!r} needs (height, width) of each image."
             )
         prompts = [1] * len(shown) if batch_num_images is None else [int(count) for count in batch_num_images]
         if sum(prompts) != len(shown):

@@ -177,12 +177,58 @@ def test_bad_input(model, inputs, message):
 
 def test_anyres_needs_sizes():
     model = tiny_model("anyres_max_4")
-    with pytest.raises(ValueError, match="`image_sizes` has 0 rows for 1 images"):
+    with pytest.raises(ValueError, match="`image_sizes` is None, but 'anyres_max_4' needs"):
         model.get_image_features(pixels(1, 2))
     with pytest.raises(ValueError, match="1 tiles per image, but `image_sizes` asks for 5"):
         model.get_image_features(pixels(), torch.tensor([[64, 64]]))
     with pytest.raises(ValueError, match="`batch_num_images` sums to 2"):
         model.get_image_features(pixels(), torch.tensor([[64, 64]]), torch.tensor([2]))
+
+
+@pytest.mark.parametrize("aspect_ratio", ["square", "anyres_max_4"])
+def test_a_size_for_each_image(aspect_ratio):
+    """Fewer sizes than images would lose images silently."""
+    with pytest.raises(ValueError, match="`image_sizes` has 1 rows for 2 images; each needs one"):
+        tiny_model(aspect_ratio).get_image_features(pixels(2, 5), torch.tensor([[40, 30]]))
+
+
+# Images that several prompts show, and towers that are frozen
+
+
+@pytest.mark.parametrize("aspect_ratio", ["square", "anyres_max_4"])
+@torch.no_grad()
+def test_an_image_index_spares_the_tower(aspect_ratio):
+    model, sizes = tiny_model(aspect_ratio), torch.tensor([[40, 30], [64, 64]])
+    images, index = pixels(2, 5), torch.tensor([1, 0, 1])
+    tiles = []
+    hook = model.model.vision_tower.register_forward_hook(lambda *a: tiles.append(len(a[2].last_hidden_state)))
+    once = model.get_image_features(images, sizes, image_index=index)
+    again = model.get_image_features(images[index], sizes[index])
+    hook.remove()
+    assert len(once) == 3 and all(torch.equal(a, b) for a, b in zip(once, again)) and tiles[0] < tiles[1]
+    features = model.model.get_vision_features(images, sizes, image_index=index)
+    from_features = model.get_image_features(None, sizes, None, index, features)
+    assert all(torch.equal(a, b) for a, b in zip(once, from_features))
+
+
+def test_an_image_index_that_is_none():
+    model = tiny_model("anyres_max_4")
+    sizes = torch.tensor([[40, 30], [64, 64]])
+    with pytest.raises(ValueError, match=r"`image_index` is \[0, 0\], but there are 2 images"):
+        model.get_image_features(pixels(2, 5), sizes, image_index=torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match="`image_index` names image 0 alone in one prompt and beside others"):
+        model.get_image_features(pixels(2, 5), sizes, torch.tensor([1, 2]), torch.tensor([0, 0, 1]))
+    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `vision_features`"):
+        model.get_image_features()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_tower_keeps_no_activations(frozen):
+    model = tiny_model()
+    model.model.vision_tower.requires_grad_(not frozen)
+    model.enable_input_require_grads()
+    features = model.model.get_vision_features(pixels())
+    assert features.requires_grad is not frozen
 
 
 def test_a_folder_without_a_configuration(tmp_path):

@@ -109,7 +109,7 @@ def counts():
         all_weights, all_weights - newline, projector, all_weights - number(model, "model.vision_tower."),
         number(model, "model.language_model.layers.0."), all_weights - layers, all_weights - newline - layers,
         number(model, "lm_head."), matrices, all_weights - matrices, number(demo, ""), adapters(model, 64),
-        adapters(demo, 8),
+        adapters(demo, 16),
     }  # fmt: skip
 
 

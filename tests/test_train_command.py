@@ -20,6 +20,8 @@ from lladamedv.processing.phantoms import PhantomVQA
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
 from lladamedv.trainers import recipes, sft
 from tests import released
+from tests.hub_stub import environment as hub_environment
+from tests.hub_stub import running_hub
 from tests.tiny import tiny_tokenizer
 
 
@@ -89,7 +91,7 @@ def test_a_recipe_trains_through_the_command(tmp_path):
     """LLaVA-Med's records, a missing image, adapters, accelerate's launcher: all that a user would type."""
     file = llava_med_file(tmp_path, 12, missing=(3, 7))
     options = {"train_data": file, "image_folder": tmp_path / "images", "output_dir": tmp_path / "out"}
-    options |= {"eval_strategy": "no", "answer_rows": 0}
+    options |= {"eval_strategy": "no", "log_answers": 0}
     command = [sys.executable, "-m", "lladamedv.cli", "train", "demo_lora", *flags(**options)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment())
     assert result.returncode == 0, result.stderr
@@ -120,6 +122,22 @@ def test_an_error_is_one_line_and_an_exit_code(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment())
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "lladamedv: `train_data` holds 'none.json', which cannot be loaded: no such file" in result.stderr
+
+
+def test_a_model_is_pushed(tmp_path):
+    """Through `accelerate launch` alone, without the command."""
+    with running_hub() as hub:
+        options = {"push_to_hub": True, "hub_model_id": "me/adapters", "use_peft": True, "max_steps": 1}
+        words = flags(train_data="phantoms:1:8", output_dir=tmp_path / "out", **options)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "-m", "lladamedv.trainers.sft", *words]
+        result = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment() | hub_environment(hub, tmp_path)
+        )
+        assert result.returncode == 0, result.stderr
+        assert "pushed to me/adapters" in result.stdout
+        files = hub.repos["me/adapters"]
+        assert {"adapter_model.safetensors", "adapter_config.json", "processor_config.json", "README.md"} <= set(files)
+        assert files["adapter_model.safetensors"] == (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
 
 
 def test_list():
@@ -181,7 +199,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
 
 
 def test_answers_are_shown(tmp_path):
-    out = train(tmp_path, eval_data="phantoms:2:6", eval_strategy="steps", eval_steps=1, answer_rows=3)
+    out = train(tmp_path, eval_data="phantoms:2:6", eval_strategy="steps", eval_steps=1, log_answers=3)
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     examples = PhantomVQA(2, 3)
     assert [answer["step"] for answer in answers] == [1, 1, 1, 2, 2, 2]
@@ -310,7 +328,7 @@ def test_which_checkpoint(tmp_path):
         ({"use_peft": True, "lora_target_modules": ["query"]}, "`lora_target_modules` holds 'query'"),
         ({"train_data": "phantoms:1:0"}, "`train_data` holds a source without a row"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "`eval_data` is empty"),
-        ({"answer_rows": 2}, "`answer_rows` is 2, but `eval_strategy` is 'no'"),
+        ({"log_answers": 2}, "`log_answers` is 2, but there is no `eval_dataset`"),
         ({"shuffle_buffer": 0}, "`shuffle_buffer` is 0"),
         ({"resume_from_checkpoint": "none"}, "`resume_from_checkpoint` is 'none'"),
         ({"trainable": "stage1"}, "invalid choice: 'stage1'"),

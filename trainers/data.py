@@ -28,7 +28,7 @@ from lladamedv.processing.datasets.records import (
     read_records,
     rows_of,
 )
-from lladamedv.processing.phantoms import KINDS, PhantomVQA
+from lladamedv.processing.phantoms import KINDS, NEW_KIND, PhantomVQA
 
 from .rows import images_of, normalize_messages, undecoded
 
@@ -357,11 +357,11 @@ def _light_images(column: pa.ChunkedArray) -> list:
 
 def _parse_phantoms(path: str, argument: str) -> dict:
     parts = path.removeprefix(_PHANTOMS).split(":")
-    kinds = parts[2].split(",") if len(parts) == 3 else list(KINDS)
-    if not 2 <= len(parts) <= 3 or not all(part.isdigit() for part in parts[:2]) or not set(kinds) <= set(KINDS):
+    kinds, allowed = parts[2].split(",") if len(parts) == 3 else list(KINDS), (*KINDS, NEW_KIND)
+    if not 2 <= len(parts) <= 3 or not all(part.isdigit() for part in parts[:2]) or not set(kinds) <= set(allowed):
         raise ValueError(
             f"`{argument}` holds {path!r}; allowed is phantoms:SEED:COUNT or phantoms:SEED:COUNT:KINDS, with kinds of "
-            f"{KINDS}, separated by commas."
+            f"{allowed}, separated by commas."
         )
     return {"seed": int(parts[0]), "count": int(parts[1]), "kinds": kinds}
 

@@ -28,7 +28,6 @@ from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
 
-from .answer_table import AnswerTableCallback
 from .data import STOPPING_STRATEGIES, DataSource, load_dataset_mixture
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
 from .masked_diffusion_sft_trainer import MaskedDiffusionSFTTrainer
@@ -52,8 +51,6 @@ class SFTScriptArguments:
             What to train on; on the command line the `path`s of [`DataSource`], in a recipe also all its fields.
         eval_data (`list[DataSource]`, *optional*):
             What `eval_loss` is computed on, if `eval_strategy` asks for it.
-        answer_rows (`int`, *optional*, defaults to `0`):
-            How many rows of `eval_data` are answered at each evaluation; see [`AnswerTableCallback`].
         image_folder (`str`, *optional*):
             The `image_folder` of sources that do not have one of their own.
         streaming (`bool`, *optional*, defaults to `False`):
@@ -77,7 +74,6 @@ class SFTScriptArguments:
         default_factory=list, metadata={"help": "Hub ids, folders, files or phantoms:SEED:COUNT to train on."}
     )
     eval_data: list[DataSource] = field(default_factory=list, metadata={"help": "The same, for `eval_loss`."})
-    answer_rows: int = field(default=0, metadata={"help": "Rows of `eval_data` to answer at each evaluation."})
     image_folder: str | None = field(
         default=None, metadata={"help": "Folder that names of image files are relative to."}
     )
@@ -168,19 +164,12 @@ def build_trainer(
         if training_args.eval_strategy != "no":
             eval_data, more = load_dataset_mixture(script_args.eval_data, argument="eval_data", **options)
             reports = reports + more
-    if script_args.answer_rows and eval_data is None:
-        raise ValueError(
-            f"`answer_rows` is {script_args.answer_rows}, but `eval_strategy` is 'no'; allowed are 'steps' and 'epoch'."
-        )
     if script_args.streaming:
         train_data = train_data.shuffle(training_args.seed, buffer_size=script_args.shuffle_buffer)
     trainer = MaskedDiffusionSFTTrainer(
         model=model, args=training_args, train_dataset=train_data, eval_dataset=eval_data, processing_class=processor,
         peft_config=peft_config,
     )  # fmt: skip
-    if script_args.answer_rows:
-        rows = eval_data.select(range(min(script_args.answer_rows, len(eval_data))))
-        trainer.add_callback(AnswerTableCallback(trainer, list(rows)))
     return trainer, reports
 
 
@@ -219,7 +208,9 @@ def load_model(
         if script_args.from_scratch:
             if quantization is not None or model_type in RELEASED_MODEL_TYPES:
                 raise ValueError("`from_scratch` needs a folder of this package's own format, without quantisation.")
-            model = LLaDAMedVForConditionalGeneration(LLaDAMedVConfig.from_pretrained(name, revision=model_args.model_revision))
+            model = LLaDAMedVForConditionalGeneration(
+                LLaDAMedVConfig.from_pretrained(name, revision=model_args.model_revision)
+            )
         else:
             model = LLaDAMedVForConditionalGeneration.from_pretrained(
                 name, revision=model_args.model_revision, dtype=model_args.dtype,
