@@ -103,6 +103,16 @@ def test_the_trained_parts_change_and_the_others_do_not(tmp_path, trainable, tra
     assert all(math.isfinite(loss) for loss in losses(trainer)) and len(losses(trainer)) == 4
 
 
+@pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"bf16": True}], ids=str)
+def test_checkpointing_and_half_precision(tmp_path, options):
+    """The same run: to the last bits, or to the precision of bfloat16."""
+    plain, other = make_trainer(tmp_path), make_trainer(tmp_path, **options)
+    for trainer in (plain, other):
+        trainer.train()
+    assert losses(other) == pytest.approx(losses(plain), rel=0.05 if "bf16" in options else 1e-5)
+    assert ("bf16" in options) == (losses(other) != pytest.approx(losses(plain), rel=1e-5))
+
+
 def test_a_learning_rate_for_each_part(tmp_path):
     options = {"trainable": "all", "projector_learning_rate": 1e-3, "vision_learning_rate": 2e-6}
     trainer = make_trainer(tmp_path, lr_scheduler_type="constant", warmup_steps=0, **options)
@@ -138,9 +148,11 @@ def test_the_head_and_the_tower_run_where_they_must(tmp_path):
     assert positions == [max(1, int(noised[0].masked.sum(dim=1).max()))]
 
 
-def test_lora(tmp_path):
-    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q|v)_proj", task_type="CAUSAL_LM")
-    trainer = make_trainer(tmp_path, peft_config=config)
+@pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora(tmp_path, variant, checkpointing):
+    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q|v)_proj", task_type="CAUSAL_LM", **variant)
+    trainer = make_trainer(tmp_path, peft_config=config, activation_checkpointing=checkpointing)
     before = weights_of(trainer.model)
     trainer.train()
     changed = {name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])}
