@@ -29,6 +29,7 @@ from lladamedv.modeling_lladamedv import (
     LLaDAMedVGenerationOutput,
     LLaDAMedVModel,
     LLaDAMedVPreTrainedModel,
+    fit_confidence_temperature,
 )
 from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
 
@@ -52,4 +53,5 @@ __all__ = [
     "LLaDAMedVModel",
     "LLaDAMedVPreTrainedModel",
     "LLaDAMedVProcessor",
+    "fit_confidence_temperature",
 ]

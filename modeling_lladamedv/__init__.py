@@ -1,5 +1,6 @@
 """The model: configuration, network, denoising loop, and conversion of released checkpoints."""
 
+from .confidence_lladamedv import fit_confidence_temperature
 from .configuration_lladamedv import LLaDAMedVConfig
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig
 from .generation_lladamedv import LLaDAMedVGenerationMixin, LLaDAMedVGenerationOutput
@@ -14,4 +15,5 @@ __all__ = [
     "LLaDAMedVGenerationOutput",
     "LLaDAMedVModel",
     "LLaDAMedVPreTrainedModel",
+    "fit_confidence_temperature",
 ]
