@@ -199,8 +199,9 @@ class LLaDAMedVGenerationMixin:
 
         # 1.b. Compute logits at the candidates only, guided if asked for. With a cache, rows that need no refresh run
         # only their block, or what begins with it.
-        logits = self._step_logits(state, passes, candidates)
-        logits = self._process_logits(state, candidates, logits)
+        row, place = candidates.nonzero(as_tuple=True)  # of each candidate
+        logits = self._step_logits(state, passes, candidates, row, place)
+        logits = self._process_logits(state, logits, row, place)
 
         # 1.c. Propose a token for each candidate, and its confidence.
         tokens, values = self._propose(logits, options.temperature, state.rule.needs)
@@ -227,10 +228,9 @@ class LLaDAMedVGenerationMixin:
         state.find_stops()
         state.advance()
 
-    def _step_logits(self, state, passes, candidates):
+    def _step_logits(self, state, passes, candidates, row, place):
         """Logits of all passes of a step in one tensor, `(candidates, vocabulary)`; takes note of the cache's drift."""
         options = state.options
-        row, place = candidates.nonzero(as_tuple=True)
         drift = None
         if options.output_cache_drift or options.cache_drift_bound is not None:
             drift = torch.full((len(state.rows),), float("nan"), dtype=torch.float64, device=row.device)
@@ -247,13 +247,13 @@ class LLaDAMedVGenerationMixin:
                 # What the old states would have said, before this pass overwrites them.
                 for probe in state.partial_passes(each.part[state.step[state.rows[each.part]] > 0]):
                     stale.append((probe, owned(probe), self._candidate_logits(state, probe, candidates)))
-            logits = self._candidate_logits(state, each, candidates)
-            parts.append((owned(each), logits))
+            logits, own = self._candidate_logits(state, each, candidates), owned(each)
+            parts.append((own, logits))
             if each.start is not None and options.output_cache_drift:
                 exact = self._candidate_logits(state, each, candidates, whole=True)
-                drift[each.part] = self._mean_divergence(exact, logits, row[owned(each)], each.part, len(drift))
+                drift[each.part] = self._mean_divergence(exact, logits, row[own], each.part, len(drift))
             for probe, mask, cached in stale:
-                exact = logits[mask[owned(each)]]
+                exact = logits[mask[own]]
                 drift[probe.part] = self._mean_divergence(exact, cached, row[mask], probe.part, len(drift))
         state.note_passes(passes, drift)
         if len(parts) == 1:
@@ -333,17 +333,15 @@ class LLaDAMedVGenerationMixin:
         """Mean over each row's candidates of KL(exact || cached), in nats, for the rows `part`."""
         sums = torch.zeros(num_rows, dtype=torch.float64, device=row.device)
         counts = torch.zeros_like(sums).index_add_(0, row, torch.ones_like(row, dtype=torch.float64))
-        elements = _ELEMENTS_CPU if row.device.type == "cpu" else _ELEMENTS_GPU
-        size = max(1, elements // exact.shape[-1])
+        size = _rows_at_a_time(exact)
         for p, q, rows in zip(exact.split(size), cached.split(size), row.split(size)):
             p, q = p.double().log_softmax(dim=-1), q.double().log_softmax(dim=-1)
             sums.index_add_(0, rows, (p.exp() * (p - q)).sum(dim=-1))
         return (sums / counts)[part]
 
-    def _process_logits(self, state, candidates, logits):
+    def _process_logits(self, state, logits, row, place):
         """What must not, or had better not, be proposed."""
         options = state.options
-        row, place = candidates.nonzero(as_tuple=True)
         if options.repetition_penalty != 1 or options.no_repeat_ngram_size is not None:
             canvas = state.canvas[state.rows]
             committed = canvas != state.mask_token_id
@@ -372,9 +370,8 @@ class LLaDAMedVGenerationMixin:
         (arXiv 2409.02908).
         """
         tokens, values = [], {name: [] for name in ("confidence", *needs) if name != "noise"}
-        elements = _ELEMENTS_CPU if logits.device.type == "cpu" else _ELEMENTS_GPU
         dtype = torch.float64 if temperature > 0 or "entropy" in values else logits.dtype
-        for part in logits.split(max(1, elements // logits.shape[-1])):
+        for part in logits.split(_rows_at_a_time(logits)):
             best, token = part.max(dim=-1, keepdim=True)
             log_odds = part.to(dtype) - best  # against the most probable token
             first = token
@@ -572,6 +569,11 @@ class LLaDAMedVGenerationMixin:
                 )
             except OSError:
                 pass  # no such file: the defaults from the model's config stay
+
+
+def _rows_at_a_time(logits: torch.Tensor) -> int:
+    elements = _ELEMENTS_CPU if logits.device.type == "cpu" else _ELEMENTS_GPU
+    return max(1, elements // logits.shape[-1])
 
 
 __all__ = ["LLaDAMedVGenerationConfig", "LLaDAMedVGenerationMixin", "LLaDAMedVGenerationOutput"]

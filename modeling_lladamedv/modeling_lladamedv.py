@@ -206,16 +206,17 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Give exactly one of `pixel_values` and `vision_features`.")
+        layout = (image_sizes, batch_num_images, image_index)
         if vision_features is None:
-            counts = self._tile_counts(pixel_values, "pixel_values", 5, image_sizes, batch_num_images, image_index)
+            grids = self._checked_grids(pixel_values, "pixel_values", 5, *layout)
+            counts = _count_tiles(grids)
             hidden = self._run_tower(pixel_values, counts)
         else:
-            layout = (image_sizes, batch_num_images, image_index)
-            counts = self._tile_counts(vision_features, "vision_features", 4, *layout)
+            grids = self._checked_grids(vision_features, "vision_features", 4, *layout)
+            counts = _count_tiles(grids)
             hidden = torch.cat([image[:count] for image, count in zip(vision_features, counts)])
             hidden = hidden.to(self.multi_modal_projector.linear_1.weight.dtype)
         features = self.multi_modal_projector(hidden)  # (tiles, patches, hidden)
-        grids = self._tile_grids(len(counts), image_sizes, batch_num_images, image_index)
         sizes = image_sizes.tolist() if image_sizes is not None else [None] * len(counts)
         images = [self._lay_out(*each) for each in zip(features.split(counts), grids, sizes)]
         return images if image_index is None else [images[number] for number in image_index.tolist()]
@@ -229,6 +230,12 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
 
     def _tile_counts(self, images, name, dimensions, image_sizes, batch_num_images, image_index) -> list[int]:
         """How many tiles of each image count."""
+        return _count_tiles(
+            self._checked_grids(images, name, dimensions, image_sizes, batch_num_images, image_index)
+        )
+
+    def _checked_grids(self, images, name, dimensions, image_sizes, batch_num_images, image_index):
+        """[`_tile_grids`] of images, or of features of theirs, of the right shape."""
         if self.config.text_only:
             raise ValueError(f"`{name}` is given, but this model is text-only: it has no vision tower.")
         if images.dim() != dimensions:
@@ -240,12 +247,10 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         if image_sizes is not None and len(image_sizes) != len(images):
             raise ValueError(f"`image_sizes` has {len(image_sizes)} rows for {len(images)} images; each needs one.")
         grids = self._tile_grids(len(images), image_sizes, batch_num_images, image_index)
-        counts = [1 if grid is None else 1 + grid[0] * grid[1] for grid in grids]
-        if max(counts) > images.shape[1]:
-            raise ValueError(
-                f"`{name}` has {images.shape[1]} tiles per image, but `image_sizes` asks for {max(counts)}."
-            )
-        return counts
+        most = max(_count_tiles(grids))
+        if most > images.shape[1]:
+            raise ValueError(f"`{name}` has {images.shape[1]} tiles per image, but `image_sizes` asks for {most}.")
+        return grids
 
     def _tile_grids(self, num_images, image_sizes, batch_num_images, image_index):
         """Rows and columns of each image's tile grid, or `None` for an image of one tile."""
@@ -423,6 +428,11 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             attention_mask=attention_mask,
             and_mask_function=allowed,
         )
+
+
+def _count_tiles(grids) -> list[int]:
+    """The overview and the tiles of each grid."""
+    return [1 if grid is None else 1 + grid[0] * grid[1] for grid in grids]
 
 
 class LLaDAMedVForConditionalGeneration(

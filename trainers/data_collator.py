@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from PIL import ExifTags, Image
@@ -71,6 +71,13 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         images = [[fetch(_stored(image)) for image in images_of(row)] for row in examples]
         sizes = [[(image.height, image.width) for image in own] for own in images]
         rows = [self._encode_row(row, own) for row, own in zip(examples, sizes)]
+        for row in rows:
+            length = len(row["input_ids"])
+            if self.max_length is not None and length > self.max_length:
+                raise ValueError(
+                    f"Row {row['id']!r} has {length} tokens; `max_length` allows {self.max_length}. Rows are never "
+                    "cut; leave long ones out with long_rows='drop'."
+                )
         names = ("input_ids", "attention_mask", "labels", "answer_ids")
         names += ("turn_ids",) * self.turn_mask + ("segment_ids", "position_ids") * self.packed
         first_answer = 0
@@ -96,19 +103,12 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         encoded = self._encode_packed(row, sizes) if self.packed else self._encode_single(row, sizes)
         first = row["messages"][0]["content"]
         encoded["id"] = str(row["id"] if row.get("id") is not None else first)
-        length = len(encoded["input_ids"])
-        encoded["attention_mask"] = [1] * length
-        if self.max_length is not None and length > self.max_length:
-            raise ValueError(
-                f"Row {encoded['id']!r} has {length} tokens; `max_length` allows {self.max_length}. Rows are never "
-                "cut; leave long ones out with long_rows='drop'."
-            )
+        encoded["attention_mask"] = [1] * len(encoded["input_ids"])
         return encoded
 
     def row_length(self, row: dict) -> int:
         """Number of tokens of a row; of its images only the sizes are read."""
-        unlimited = replace(self, max_length=None)
-        return len(unlimited._encode_row(row, [_stored_size(image) for image in images_of(row)])["input_ids"])
+        return len(self._encode_row(row, [_stored_size(image) for image in images_of(row)])["input_ids"])
 
     def _encode_single(self, row: dict, sizes: list) -> dict:
         encoded = self._encode_conversation(normalize_messages(row["messages"], len(sizes)), sizes)
