@@ -1,0 +1,92 @@
+"""A model's answers to a batch of chats: the text, how sure the model is, and what the answer cost.
+
+Everything here that asks a model (the benchmarks, the analysis of decoding, the lmms-eval plug-in) asks it this way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
+from lladamedv.processing import LLaDAMedVProcessor
+
+
+_VALUES_PER_TENSOR = 256
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        text: without special tokens and without white space around it.
+        confidence: geometric mean of the probabilities of its tokens, in [0, 1]; `None` if nothing was decided.
+        num_tokens: its length up to the token that ended it.
+        num_forwards: forward passes that it took part in.
+        seconds: wall-clock time of its batch, divided by the batch's size.
+    """
+
+    text: str
+    confidence: float | None
+    num_tokens: int
+    num_forwards: int
+    seconds: float
+
+
+def answer_batch(
+    model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, chats: Sequence[list[dict]], **options
+) -> list[Answer]:
+    """Answer all chats in one batch. A row's answer does not depend on what it is batched with.
+
+    Args:
+        model, processor: as loaded.
+        chats: each a list of messages with their images, as `apply_chat_template` takes them.
+        options: those of `generate`.
+
+    Returns:
+        An [`Answer`] for each chat.
+
+    Raises:
+        ValueError: as `generate` does.
+    """
+    started = time.perf_counter()
+    inputs = processor.apply_chat_template(
+        list(chats), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )  # fmt: skip
+    output = model.generate(
+        **inputs.to(model.device), tokenizer=processor.tokenizer, **options, return_dict_in_generate=True
+    )
+    new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
+    texts = [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    confidences = [None if math.isnan(value) else value for value in output.answer_confidence.tolist()]
+    forwards = output.num_forwards.tolist()
+    lengths = (output.tokens_per_forward * output.num_forwards).round().long().tolist()
+    seconds = (time.perf_counter() - started) / len(texts)
+    return [Answer(*row, seconds) for row in zip(texts, confidences, lengths, forwards)]
+
+
+def question_about(image, question: str) -> list[dict]:
+    """A chat of one question about one image."""
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """sha256 of the names, shapes and some values of all weights: tells checkpoints apart in seconds."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        values = tensor.detach().reshape(-1)
+        if len(values):
+            places = torch.linspace(0, len(values) - 1, _VALUES_PER_TENSOR, device=values.device).round().long()
+            digest.update(values[places].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+__all__ = ["Answer", "answer_batch", "model_fingerprint", "question_about"]

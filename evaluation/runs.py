@@ -1,0 +1,169 @@
+"""Long runs over many items: shared between processes, killed at any moment, taken up again, nothing lost or doubled.
+
+Each process appends what it has done to a file of its own, one line per item, on disk before the next batch begins. A
+later run, with any number of processes, skips what those files hold. At the end they become `predictions.jsonl`, in
+the order of the items.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+
+SETTINGS_FILE, PREDICTIONS_FILE = "run.json", "predictions.jsonl"
+_PARTS = "part-*.jsonl"
+
+
+def run_items(
+    ids: Sequence[str],
+    answer: Callable[[list[int]], list[dict]],
+    folder: str | Path,
+    settings: dict,
+    batch_size: int = 1,
+    unit: str = "question",
+) -> list[dict]:
+    """Do what `answer` does for all items, each once.
+
+    Under `accelerate launch` every process calls this with the same arguments; they must share the file system.
+
+    Args:
+        ids: what the items are called, each differently.
+        answer: gets the places in `ids` of at most `batch_size` items and returns a JSON-able record for each, with its
+            "id".
+        folder: where the files are; made if it is not there.
+        settings: JSON-able; all that the records depend on. A folder whose run had other settings is refused.
+        batch_size: items at a time.
+        unit: what the progress bar calls an item.
+
+    Returns:
+        The records of all items in the order of `ids`, in every process.
+
+    Raises:
+        ValueError: before anything is done, if ids are not unique, `batch_size` is below 1, `folder` holds a run with
+            other settings or items or records that cannot be read, or another run is using it.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}; allowed are whole numbers of at least 1.")
+    seen, doubled = set(), []
+    for item in ids:
+        (doubled.append if item in seen else seen.add)(item)
+    if doubled:
+        raise ValueError(f"`ids` holds {doubled[0]!r} more than once; each item needs its own id.")
+    folder, state = Path(folder), PartialState()
+    settings = {**settings, "num_items": len(ids), "items_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest()}
+    settings = json.loads(json.dumps(settings))  # as it will be read again
+    lock = FileLock(folder / ".lock")
+    problem = [None]
+    if state.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            _check_settings(folder, settings)
+            for part in folder.glob(_PARTS):
+                _cut_torn_line(part)
+        except Timeout:
+            problem = [f"`folder` is {str(folder)!r}, in which another run is at work; wait for it or give another."]
+        except ValueError as error:
+            problem = [str(error)]
+    if state.num_processes > 1:
+        broadcast_object_list(problem)
+    if problem[0] is not None:
+        lock.release()
+        raise ValueError(problem[0])
+    try:
+        done = _read_done(folder, set(ids))
+        pending = [place for place, item in enumerate(ids) if item not in done]
+        state.wait_for_everyone()  # nobody may write before all have read
+        own = pending[state.process_index :: state.num_processes]
+        _run_own(own, answer, folder / f"part-{state.process_index:05}.jsonl", batch_size, unit, state)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            done = _read_done(folder, set(ids))
+            lines = [json.dumps(done[item]) + "\n" for item in ids]
+            _replace(folder / PREDICTIONS_FILE, "".join(lines))
+            for part in folder.glob(_PARTS):
+                part.unlink()
+        state.wait_for_everyone()
+        done = _read_done(folder, set(ids))
+        return [done[item] for item in ids]
+    finally:
+        lock.release()
+
+
+def _run_own(places: list[int], answer, part: Path, batch_size: int, unit: str, state: PartialState) -> None:
+    description = f"process 1 of {state.num_processes}" if state.num_processes > 1 else None
+    with tqdm(total=len(places), unit=unit, desc=description, disable=not state.is_main_process) as progress:
+        for start in range(0, len(places), batch_size):
+            batch = places[start : start + batch_size]
+            records = answer(batch)
+            if len(records) != len(batch):
+                raise RuntimeError(f"{len(batch)} items gave {len(records)} records.")
+            with part.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.flush()
+                os.fsync(file.fileno())
+            progress.update(len(batch))
+
+
+def _check_settings(folder: Path, settings: dict) -> None:
+    file = folder / SETTINGS_FILE
+    if not file.exists():
+        left = [path.name for path in (folder / PREDICTIONS_FILE, *folder.glob(_PARTS)) if path.exists()]
+        if left:
+            raise ValueError(f"`folder` is {str(folder)!r}, which holds {left} but no {SETTINGS_FILE}; give another.")
+        _replace(file, json.dumps(settings, indent=2) + "\n")
+        return
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(file)!r} cannot be read: {error}") from None
+    differing = [name for name in sorted({*earlier, *settings}) if earlier.get(name) != settings.get(name)]
+    if differing:
+        shown = "; ".join(f"{name}: {earlier.get(name)!r} there, {settings.get(name)!r} here" for name in differing)
+        raise ValueError(f"`folder` is {str(folder)!r}, which holds a run with other settings ({shown}); give another.")
+
+
+def _cut_torn_line(part: Path) -> None:
+    """Remove the line in which a killed process was interrupted; its item is done anew."""
+    with part.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def _read_done(folder: Path, known: set[str]) -> dict[str, dict]:
+    done = {}
+    for file in (folder / PREDICTIONS_FILE, *sorted(folder.glob(_PARTS))):
+        if not file.exists():
+            continue
+        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                item = record["id"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{str(file)!r} has no record with an id at line {number}.") from None
+            if item not in known:
+                raise ValueError(f"{str(file)!r} has a record of {item!r} at line {number}, which is no item here.")
+            done.setdefault(item, record)  # killed while the parts were being put together, it is there twice
+    return done
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    unfinished = file.with_suffix(".new")
+    with unfinished.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    unfinished.replace(file)
+
+
+__all__ = ["PREDICTIONS_FILE", "SETTINGS_FILE", "run_items"]

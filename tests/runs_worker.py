@@ -1,0 +1,25 @@
+"""A run for the tests of `evaluation/runs.py`, to be started once or under `accelerate launch`, and killed.
+
+    python tests/runs_worker.py FOLDER ITEMS BATCH_SIZE [SECONDS_PER_BATCH]
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from lladamedv.evaluation.runs import run_items
+
+
+def main(folder: str, items: str, batch_size: str, seconds: str = "0") -> None:
+    def answer(places):
+        time.sleep(float(seconds))
+        with (Path(folder).parent / "asked.txt").open("a") as file:
+            file.writelines(f"{place}\n" for place in places)
+        return [{"id": f"item-{place}", "square": place**2} for place in places]
+
+    records = run_items([f"item-{place}" for place in range(int(items))], answer, folder, {"a": 1}, int(batch_size))
+    assert [record["square"] for record in records] == [place**2 for place in range(int(items))]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
