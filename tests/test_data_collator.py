@@ -64,6 +64,25 @@ def test_answers_and_their_ends_are_learned(processor):
     assert batch["answer_ids"][0].unique().tolist() == [0] and 1 in batch["answer_ids"][1]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_answers_are_filled_up_to_a_canvas(processor, packed):
+    tokenizer, image = processor.tokenizer, random_image()
+    texts = ["Yes.", "There are two small round lesions on the left of it."]
+    rows = [chat("What do you see?", text, images=[image]) for text in texts]
+    if packed:
+        rows = [{"messages": rows[0]["messages"] + rows[1]["messages"], "images": [image]}]
+    collator = DataCollatorForMaskedDiffusion(
+        processor=processor, eos_padding=1, eos_padding_to_multiple_of=8, packed=packed
+    )
+    batch = collator(rows)
+    for number, text in enumerate(texts):
+        learned = batch["labels"][(batch["answer_ids"] == number) & (batch["labels"] >= 0)]
+        length = len(tokenizer(f"{text}<|eot_id|>", add_special_tokens=False).input_ids)
+        ends = -(length + 1) % 8 + 1  # at least one, and a whole number of canvases
+        assert tokenizer.decode(learned) == f"{text}<|eot_id|>" + "<|endoftext|>" * ends
+        assert collator.row_length(rows[-1]) == batch["attention_mask"][-1].sum()
+
+
 def test_stage_1_learns_the_caption(processor):
     collator = DataCollatorForMaskedDiffusion(processor=processor, chat_template=CHAT_TEMPLATES["llada_plain"])
     batch = collator([chat("Describe it.", "A chest X-ray.", images=[random_image()])])

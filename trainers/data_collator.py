@@ -24,7 +24,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
     An image that several rows of the batch show is processed once; `image_index` says where it stands.
 
     Args:
-        eos_padding, eos_padding_token, train_on_template_tokens, turn_mask: see [`MaskedDiffusionSFTConfig`].
+        eos_padding, eos_padding_to_multiple_of, eos_padding_token, train_on_template_tokens, turn_mask: see
+            [`MaskedDiffusionSFTConfig`].
         packed (`bool`): whether each (user, assistant) pair of a row is a question of its own about the row's image.
         max_length (`int`): longest row.
         chat_template (`str`, *optional*): by default the processor's own.
@@ -43,6 +44,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
     """
 
     eos_padding: int = 0
+    eos_padding_to_multiple_of: int | None = None
     eos_padding_token: str | None = None
     train_on_template_tokens: bool = False
     turn_mask: bool = False
@@ -112,9 +114,10 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
 
     def _encode_single(self, row: dict, sizes: list) -> dict:
         encoded = self._encode_conversation(normalize_messages(row["messages"], len(sizes)), sizes)
-        encoded["input_ids"] += [self._end] * self.eos_padding
-        encoded["labels"] += [self._end] * self.eos_padding
-        encoded["turn_ids"] += encoded["turn_ids"][-1:] * self.eos_padding
+        padding = self._end_tokens(encoded["labels"])
+        encoded["input_ids"] += padding
+        encoded["labels"] += padding
+        encoded["turn_ids"] += encoded["turn_ids"][-1:] * len(padding)
         encoded["answer_ids"] = [0] * len(encoded["input_ids"])
         return encoded
 
@@ -157,13 +160,22 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         for number, each in enumerate(encoded):
             if each["input_ids"][:shared] != packed["input_ids"][:shared]:
                 raise ValueError("Packed questions must begin with the same text and the same image.")
-            own = each["input_ids"][shared:] + [self._end] * self.eos_padding
+            padding = self._end_tokens(each["labels"])
+            own = each["input_ids"][shared:] + padding
             packed["input_ids"] += own
-            packed["labels"] += each["labels"][shared:] + [self._end] * self.eos_padding
+            packed["labels"] += each["labels"][shared:] + padding
             packed["position_ids"] += range(shared, shared + len(own))
             packed["segment_ids"] += [number + 1] * len(own)
             packed["answer_ids"] += [number] * len(own)
         return packed
+
+    def _end_tokens(self, labels: list[int]) -> list[int]:
+        """The end tokens that follow the last answer and are learned with it."""
+        count = self.eos_padding
+        if self.eos_padding_to_multiple_of is not None:
+            answer = next((place for place, label in enumerate(reversed(labels)) if label == IGNORE_INDEX), len(labels))
+            count += -(answer + count) % self.eos_padding_to_multiple_of
+        return [self._end] * count
 
     def _turns(self, ids: list[int]) -> list[int]:
         """Turn of each token; the system text and the first question with its answer are turn 0."""

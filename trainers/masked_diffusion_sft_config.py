@@ -48,6 +48,10 @@ class MaskedDiffusionSFTConfig(SFTConfig):
         eos_padding (`int`, *optional*, defaults to `0`):
             How many end tokens follow the last answer of a row and belong to the loss. LLaDA's SFT fills answers up so
             (arXiv 2502.09992, appendix B.1); without any the model learns the end of turn alone.
+        eos_padding_to_multiple_of (`int`, *optional*):
+            More end tokens, until the last answer of a row fills a canvas of that many tokens, or a whole number of
+            them. Generation starts from such a canvas, so the model need not guess from its length how long an answer
+            should be; 64 is the paper's canvas for short answers.
         eos_padding_token (`str`, *optional*):
             That end token; by default the tokenizer's padding token, `<|endoftext|>`.
         train_on_template_tokens (`bool`, *optional*, defaults to `False`):
@@ -123,6 +127,9 @@ class MaskedDiffusionSFTConfig(SFTConfig):
 
     # The data
     eos_padding: int = field(default=0, metadata={"help": "End tokens after the last answer that are learned."})
+    eos_padding_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Length of canvas that the last answer is filled up to with end tokens."}
+    )
     eos_padding_token: str | None = field(
         default=None, metadata={"help": "That end token; by default the tokenizer's padding token."}
     )
@@ -168,8 +175,8 @@ class MaskedDiffusionSFTConfig(SFTConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {allowed}.")
-        for name, least in (("eos_padding", 0), ("pack_questions", 2), ("eval_time_steps", 1),
-                            ("log_answers", 0)):  # fmt: skip
+        for name, least in (("eos_padding", 0), ("eos_padding_to_multiple_of", 1), ("pack_questions", 2),
+                            ("eval_time_steps", 1), ("log_answers", 0)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers of at least {least}.")

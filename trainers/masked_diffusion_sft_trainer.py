@@ -100,7 +100,8 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         if data_collator is None:
             data_collator = DataCollatorForMaskedDiffusion(
                 processor=processing_class, max_length=args.max_length or context, eos_padding=args.eos_padding,
-                eos_padding_token=args.eos_padding_token, train_on_template_tokens=args.train_on_template_tokens,
+                eos_padding_to_multiple_of=args.eos_padding_to_multiple_of, eos_padding_token=args.eos_padding_token,
+                train_on_template_tokens=args.train_on_template_tokens,
                 turn_mask=args.turn_mask, packed=args.pack_questions is not None,
                 pad_to_multiple_of=args.pad_to_multiple_of,
             )  # fmt: skip
@@ -151,7 +152,10 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             raise ValueError(f"`{name}` has the columns {sorted(columns)}; needed are `messages` and `images`.")
         length_of = data_collator.row_length
         if args.pack_questions is not None:
-            alone = DataCollatorForMaskedDiffusion(processor=data_collator.processor, eos_padding=args.eos_padding)
+            alone = DataCollatorForMaskedDiffusion(
+                processor=data_collator.processor, eos_padding=args.eos_padding,
+                eos_padding_to_multiple_of=args.eos_padding_to_multiple_of,
+            )  # fmt: skip
             length_of = alone.row_length
         dataset, report = prepare_rows(
             dataset, length_of, data_collator.max_length, args.invalid_rows, args.long_rows, name
