@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
 from lladamedv.demo import load_model
+from lladamedv.processing.datasets import SOURCES
 from lladamedv.trainers.recipes import ACCELERATE, RECIPES, accelerate_file, describe_recipes, recipe_file
 from lladamedv.trainers.sft import LORA_TARGET_MODULES, make_parser
 
@@ -79,8 +80,12 @@ def test_what_the_paper_says(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_hub_ids_are_pinned(name):
     for source in parse(name)[0].train_data:
-        local = source.path.startswith("phantoms:") or source.path.endswith(".json")
-        assert local or re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", source.path)
+        path = source.path
+        if path.startswith("vqa:"):
+            repository, publication = next(iter(SOURCES[path.removeprefix("vqa:")].items()))
+            path = f"{repository}@{publication.revision}"
+        local = path.startswith("phantoms:") or path.endswith(".json")
+        assert local or re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", path)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,15 @@
 """Whatever a recipe names becomes the same rows, streamed or not; mixtures have the shares that were asked for."""
 
 import json
+import zipfile
 from collections import Counter
+from dataclasses import asdict
 
 import datasets
 import numpy as np
 import pytest
 
+from lladamedv.processing.datasets import SOURCES
 from lladamedv.processing.phantoms import PhantomVQA
 from lladamedv.trainers.data import ROW_FEATURES, DataSource, load_dataset_mixture
 from tests.tiny import random_image
@@ -204,6 +207,59 @@ def test_phantoms():
     assert {row["id"] for row in load("phantoms:7:3")} == {"phantoms/7/0", "phantoms/7/1", "phantoms/7/2"}
 
 
+@pytest.fixture
+def slake_folder(folder, tmp_path):
+    """A copy of SLAKE's repository: English and Chinese questions, images in an archive, of which one is not there."""
+    path = tmp_path / "SLAKE@home"
+    path.mkdir()
+    with zipfile.ZipFile(path / "imgs.zip", "w") as archive:
+        for name in NAMES:
+            archive.write(folder / name, f"imgs/{name}")
+    records = [
+        qa(number) | {"img_name": name, "qid": number} for number, name in enumerate([*NAMES, "6.png", NAMES[0]])
+    ]
+    records[-1]["q_lang"] = "zh"
+    write(path / "train.json", records)
+    write(path / "test.json", records[:2])
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_benchmarks(slake_folder, streaming):
+    options = {"streaming": streaming, "image_folder": str(slake_folder / "imgs.zip")}
+    dataset, (report,) = load_dataset_mixture([f"vqa:slake:train:{slake_folder}"], **options)
+    assert isinstance(dataset, datasets.IterableDataset) == streaming and dataset.features == ROW_FEATURES
+    check_rows(dataset, range(6), [str(number) for number in range(6)])
+    assert report.rows == 6 and report.missing_images == [("6", "6.png")] and report.other_languages == 1
+    assert json.loads(json.dumps(asdict(report)))["images"] == 6  # as the training command writes it
+    source = DataSource(f"vqa:slake::{slake_folder}", split="test", name="OctoMed/SLAKE")
+    dataset, (report,) = load_dataset_mixture([source], streaming=streaming)
+    check_rows(dataset, range(2), ["0", "1"])
+    assert report.published["questions"] == 1061
+    mixture = load(f"vqa:slake:test:{slake_folder}", "vqa:phantoms:test:7:3", "phantoms:7:3", streaming=streaming)
+    rows = unstreamed(mixture)
+    phantoms = [[row for row in rows if row["id"].startswith("phantoms/7/")][number::2] for number in (0, 1)]
+    assert len(rows) == 8 and phantoms[0] == phantoms[1] and len(phantoms[0]) == 3
+
+
+def test_benchmarks_of_the_hub(folder, monkeypatch):
+    asked = []
+
+    def load_dataset(path, name, **options):
+        asked.append((path, options["split"], options["revision"]))
+        return embedded(folder, qa)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    sources = ["vqa:vqa-rad@abc", {"path": "vqa:slake:test", "name": "OctoMed/SLAKE"}, "vqa:path-vqa:validation"]
+    _, reports = load_dataset_mixture(sources)
+    pinned = SOURCES["path-vqa"]["flaviagiammarino/path-vqa"].revision
+    assert asked == [
+        ("OctoMed/VQA-RAD", "train", "abc"), ("OctoMed/SLAKE", "test", None),
+        ("flaviagiammarino/path-vqa", "validation", pinned),
+    ]  # fmt: skip
+    assert [report.rows for report in reports] == [6, 6, 6] and reports[0].source == "OctoMed/VQA-RAD@abc"
+
+
 def numbered(tmp_path, name, count, **options):
     content = [chat(number) | {"id": name} for number in range(count)]
     return {"path": write(tmp_path / f"{name}.json", content), **options}
@@ -278,6 +334,10 @@ def test_hub_ids_are_asked_for_by_revision(folder, monkeypatch, source):
         (["phantoms:1:2", {"path": "phantoms:1:2", "weight": 1}], r"`weight` of `train_data` is \[None, 1\]"),
         (["phantoms:1"], "'phantoms:1'; allowed is phantoms:SEED:COUNT or"),
         (["phantoms:1:x"], "allowed is phantoms:SEED:COUNT"),
+        (["vqa:slke"], "`train_data` holds 'vqa:slke', which cannot be loaded: `benchmark` is 'slke'; allowed are"),
+        (["vqa:slake:dev"], "'vqa:slake:dev', which cannot be loaded: `split` is 'dev'; allowed for BoKelvin/SLAKE"),
+        ([{"path": "vqa:slake", "name": "me/a"}], "`source` is 'me/a'; allowed for slake are"),
+        (["vqa:slake:test:/none"], "`path` is '/none'; no such file or folder"),
         (["phantoms:1:2:moving"], "'phantoms:1:2:moving'.*'closed', 'open', 'description'"),
     ],
 )

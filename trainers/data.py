@@ -1,8 +1,8 @@
 """The data sets that a recipe names, as rows of messages and images to train on.
 
-A source is a Hub id, a folder, a file or the built-in phantoms; its records may be LLaVA-Med's, chat messages, or
-questions and answers. All become the same three columns, `id`, `messages` and `images`, so that sources can be mixed
-and streamed, and images stay files or compressed bytes until a batch needs them.
+A source is a Hub id, a folder, a file, a medical VQA benchmark or the built-in phantoms; its records may be
+LLaVA-Med's, chat messages, or questions and answers. All become the same three columns, `id`, `messages` and `images`,
+so that sources can be mixed and streamed, and images stay files or compressed bytes until a batch needs them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
 from lladamedv.processing.datasets.llava_med import SPELLINGS, record_to_row
 from lladamedv.processing.datasets.records import (
+    JSON_SUFFIXES,
     ImageFiles,
     InvalidRecordError,
     LoadReport,
     MissingImageError,
+    from_rows,
+    open_table,
     read_records,
     rows_of,
 )
+from lladamedv.processing.datasets.vqa import load_vqa, record_to_messages
 from lladamedv.processing.phantoms import KINDS, NEW_KIND, PhantomVQA
 
 from .rows import images_of, normalize_messages, undecoded
@@ -40,8 +44,7 @@ _KINDS = {
     "llava_med": tuple({spelling} for spelling in SPELLINGS),
     "vqa": ({"question", "answer", "image"}, {"question", "answer", "images"}),
 }
-_PHANTOMS = "phantoms:"
-_JSON, _PARQUET = (".json", ".jsonl"), (".parquet",)
+_PHANTOMS, _VQA = "phantoms:", "vqa:"
 _CHUNK = 5_000  # rows that are Python objects at a time
 _EMBEDDED = True  # stands for an image whose bytes are in the data set, where only the text is looked at
 _CONTENT = List({"type": Value("string"), "text": Value("string")})
@@ -60,11 +63,12 @@ class DataSource:
 
     Args:
         path: a Hub id, also as `id@revision`; a folder with data files, or one that `Dataset.save_to_disk` wrote; a
-            .json, .jsonl or .parquet file; or `phantoms:SEED:COUNT`, also with kinds of questions as in
-            `phantoms:7:2000:closed,open`.
-        name: configuration of a data set on the Hub.
-        revision: of a data set on the Hub; the full hash of a commit pins it.
-        split: which split of a Hub id or folder.
+            .json, .jsonl or .parquet file; `phantoms:SEED:COUNT`, also with kinds of questions as in
+            `phantoms:7:2000:closed,open`; or a benchmark of [`load_vqa`] as `vqa:BENCHMARK`, `vqa:BENCHMARK:SPLIT` or,
+            with local data, `vqa:BENCHMARK:SPLIT:PATH`, as in `vqa:slake` and `vqa:slake:train:/data/SLAKE`.
+        name: configuration of a data set on the Hub; of a benchmark, the publication, as in `OctoMed/SLAKE`.
+        revision: of a data set on the Hub; the full hash of a commit pins it. Benchmarks pin their own where they can.
+        split: which split of a Hub id, a folder, or a benchmark whose `path` does not say so.
         image_folder: folder that names of image files are relative to; by default where the data file lies.
         weight: share of the mixture, relative to the other weights; all sources of a mixture have one, or none.
     """
@@ -146,7 +150,8 @@ def _as_source(source, image_folder: str | None, argument: str) -> DataSource:
         source = DataSource(str(source))
     changes = {"image_folder": source.image_folder or image_folder}
     path, at, revision = source.path.rpartition("@")
-    if at and source.revision is None and not os.path.exists(source.path):
+    local = os.path.exists(source.path) or (source.path.startswith(_VQA) and source.path.count(":") > 2)
+    if at and source.revision is None and not local:
         changes |= {"path": path, "revision": revision}
     return replace(source, **changes)
 
@@ -156,15 +161,17 @@ def _load(source: DataSource, streaming: bool, invalid_records: str, argument: s
     report = LoadReport(str(source), invalid_records)
     if source.path.startswith(_PHANTOMS):
         rows = partial(_phantom_rows, report=report, **_parse_phantoms(source.path, argument))
-        dataset = _from_rows(rows, streaming)
-    elif source.path.endswith(_JSON) and Path(source.path).expanduser().is_file():
+        dataset = from_rows(rows, ROW_FEATURES, streaming)
+    elif source.path.startswith(_VQA):
+        dataset, report = _load_benchmark(source, streaming, invalid_records, argument)
+    elif source.path.endswith(JSON_SUFFIXES) and Path(source.path).expanduser().is_file():
         path = Path(source.path).expanduser()
         first = next((record for _, record in read_records(path)), None)
         if first is None:
             raise ValueError(f"`{argument}` holds {str(source)!r}, which has no records.")
         images = ImageFiles(path.parent if source.image_folder is None else source.image_folder)
         convert = partial(_to_row, kind=_kind_of(first, source, argument), images=images)
-        dataset = _from_rows(partial(rows_of, path, convert, report), streaming)
+        dataset = from_rows(partial(rows_of, path, convert, report), ROW_FEATURES, streaming)
     else:
         dataset = _from_table(_open(source, streaming, argument), source, report, argument)
     if isinstance(dataset, Dataset) and not len(dataset):
@@ -235,47 +242,16 @@ def _find(image, images: ImageFiles):
     return images.find(image)
 
 
-def _from_rows(rows, streaming: bool) -> Dataset | IterableDataset:
-    """What the iterators that `rows()` returns yield, as a data set."""
-    if streaming:
-        return IterableDataset.from_generator(rows, ROW_FEATURES)
-    # Not `Dataset.from_generator`: that would take the rows of an earlier run from its cache, though the file or the
-    # images have changed since, and leave nothing to report.
-    iterator, chunks = rows(), []
-    while chunk := list(islice(iterator, _CHUNK)):
-        chunks.append(Dataset.from_list(chunk, ROW_FEATURES))
-    return datasets.concatenate_datasets(chunks) if chunks else Dataset.from_dict({})
-
-
 # Rows from tables
 
 
 def _open(source: DataSource, streaming: bool, argument: str) -> Dataset | IterableDataset:
-    """A data set of the Hub, of a folder or of a parquet file, as it is."""
-    path = os.path.expanduser(source.path)
-    options = {"split": source.split, "streaming": streaming}
     try:
-        if os.path.isfile(path) and path.endswith(_PARQUET):
-            return datasets.load_dataset("parquet", data_files=path, **{**options, "split": "train"})
-        if os.path.isfile(path):
-            raise ValueError(f"a file whose name ends on none of {(*_JSON, *_PARQUET)}")
-        if os.path.isdir(path):
-            saved = any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
-            if not saved:
-                return datasets.load_dataset(path, source.name, **options)
-            dataset = datasets.load_from_disk(path)
-            if isinstance(dataset, datasets.DatasetDict):
-                if source.split not in dataset:
-                    raise ValueError(f"`split` is {source.split!r}; allowed are {sorted(dataset)}")
-                dataset = dataset[source.split]
-            return dataset.to_iterable_dataset() if streaming else dataset
-        if path.startswith(("/", ".")) or path.endswith((*_JSON, *_PARQUET)):
-            raise ValueError("no such file or folder")
-        return datasets.load_dataset(path, source.name, revision=source.revision, **options)
-    except Exception as error:  # `datasets` and the Hub's client raise many kinds
+        return open_table(source.path, source.split, source.name, source.revision, streaming)
+    except ValueError as error:
         raise ValueError(
             f"`{argument}` holds {str(source)!r}, which cannot be loaded: {error}. Allowed are a Hub id, also with "
-            "@revision, a folder, a .json, .jsonl or .parquet file, and phantoms:SEED:COUNT."
+            "@revision, a folder, a .json, .jsonl or .parquet file, phantoms:SEED:COUNT, and vqa:BENCHMARK."
         ) from error
 
 
@@ -350,6 +326,30 @@ def _light_images(column: pa.ChunkedArray) -> list:
     embedded = pc.is_valid(pc.struct_field(column, "bytes")).to_pylist()
     paths = pc.struct_field(column, "path").to_pylist()
     return [_EMBEDDED if inside else path for inside, path in zip(embedded, paths)]
+
+
+# Benchmarks
+
+
+def _load_benchmark(source: DataSource, streaming: bool, invalid_records: str, argument: str):
+    benchmark, split, path = [*source.path.removeprefix(_VQA).split(":", 2), "", ""][:3]
+    try:
+        dataset, report = load_vqa(
+            benchmark,
+            split or source.split,
+            source=source.name,
+            path=path or None,
+            image_folder=source.image_folder,
+            revision=source.revision,
+            streaming=streaming,
+            invalid_records=invalid_records,
+        )
+    except ValueError as error:
+        raise ValueError(f"`{argument}` holds {str(source)!r}, which cannot be loaded: {error}") from error
+    dataset, columns = undecoded(dataset), list(dataset.features)
+    if streaming:
+        return dataset.map(record_to_messages, remove_columns=columns).cast(ROW_FEATURES), report
+    return dataset.map(record_to_messages, remove_columns=columns, features=ROW_FEATURES), report
 
 
 # Phantoms

@@ -1,16 +1,37 @@
-"""Data sets as they are published, into rows of messages and images."""
+"""Data sets as they are published, into rows of messages and images, or of questions and answers."""
 
 from .llava_med import llava_med_rows, record_to_row, row_to_record
-from .records import ImageFiles, InvalidRecordError, LoadReport, MissingImageError, read_records
+from .records import ImageFiles, InvalidRecordError, LoadReport, MissingImageError, ZippedImages, read_records
+from .vqa import (
+    BENCHMARKS,
+    SOURCES,
+    VQA_FEATURES,
+    VQAReport,
+    VQASource,
+    check_image_overlap,
+    load_vqa,
+    record_to_messages,
+    training_open_answers,
+)
 
 
 __all__ = [
+    "BENCHMARKS",
+    "SOURCES",
+    "VQA_FEATURES",
     "ImageFiles",
     "InvalidRecordError",
     "LoadReport",
     "MissingImageError",
+    "VQAReport",
+    "VQASource",
+    "ZippedImages",
+    "check_image_overlap",
     "llava_med_rows",
+    "load_vqa",
     "read_records",
+    "record_to_messages",
     "record_to_row",
     "row_to_record",
+    "training_open_answers",
 ]

@@ -1,4 +1,4 @@
-"""What all loaders of records need: JSON read record by record, image files that may be missing, and a report.
+"""What all loaders need: JSON read record by record, tables opened, image files that may be missing, and a report.
 
 LLaVA-Med's files have up to 358 MB and name images of which many can no longer be downloaded. So a file is never held
 in memory as a whole, a syntax error is named by its line, and a missing image costs its own row and nothing else: it is
@@ -10,14 +10,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from typing import TextIO
+
+import datasets
+from datasets import Dataset, Features, IterableDataset
 
 
 logger = logging.getLogger(__name__)
+JSON_SUFFIXES, PARQUET_SUFFIX = (".json", ".jsonl"), ".parquet"
 _CHUNK = 2**20  # characters
+_ROWS = 5_000  # that are Python objects at a time
 _SHOWN = 5
 
 
@@ -127,6 +135,57 @@ class ImageFiles:
         if file not in self._listed[parent]:
             raise MissingImageError(name)
         return path
+
+
+class ZippedImages:
+    """Finds the image files that records name in a zip archive, of which nothing is unpacked: `datasets` reads a member
+    when its row is needed.
+
+    Args:
+        path: the archive.
+        prefix: folder of the archive that names may leave out.
+
+    Raises (when a file is asked for):
+        ValueError: if `path` is no zip archive.
+    """
+
+    def __init__(self, path: str | Path, prefix: str = "imgs"):
+        self.path, self.prefix = os.path.abspath(os.path.expanduser(path)), prefix
+        self._archive: zipfile.ZipFile | None = None
+        self._intact: dict[str, bool] = {}
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "prefix": self.prefix, "_archive": None, "_intact": {}}
+
+    def find(self, name: str) -> str:
+        """The address of an image, `zip://MEMBER::ARCHIVE`, which `datasets.Image` can decode.
+
+        Raises:
+            MissingImageError: if there is no such member, it is damaged, or the name leads out of the archive.
+        """
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "::" in name:
+            raise MissingImageError(name)
+        for member in (str(path), f"{self.prefix}/{path}"):
+            if self._is_intact(member):
+                return f"zip://{member}::{self.path}"
+        raise MissingImageError(name)
+
+    def _is_intact(self, member: str) -> bool:
+        """Whether a member is there and has the checksum that the archive states."""
+        if member not in self._intact:
+            try:
+                self._archive = self._archive or zipfile.ZipFile(self.path)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise ValueError(f"{self.path!r} cannot be read as a zip archive: {error}.") from error
+            try:
+                with self._archive.open(member) as file:
+                    while file.read(_CHUNK):
+                        pass
+                self._intact[member] = True
+            except (KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+                self._intact[member] = False  # RuntimeError: encrypted, or compressed in an unknown way
+        return self._intact[member]
 
 
 def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
@@ -243,4 +302,69 @@ def rows_of(path: str | Path, convert: Callable[[dict, str], dict], report: Load
         yield row
 
 
-__all__ = ["ImageFiles", "InvalidRecordError", "LoadReport", "MissingImageError", "read_records", "rows_of"]
+def from_rows(rows: Callable[[], Iterator[dict]], features: Features, streaming: bool) -> Dataset | IterableDataset:
+    """What the iterators that `rows()` returns yield, as a data set: read now, or with `streaming` when needed."""
+    if streaming:
+        return IterableDataset.from_generator(rows, features)
+    # Not `Dataset.from_generator`: that would take the rows of an earlier run from its cache, though the file or the
+    # images have changed since, and leave nothing to report.
+    iterator, chunks = rows(), [empty_dataset(features)]
+    while chunk := list(islice(iterator, _ROWS)):
+        chunks.append(Dataset.from_list(chunk, features))
+    return datasets.concatenate_datasets(chunks)
+
+
+def empty_dataset(features: Features) -> Dataset:
+    """A data set of these columns without a row."""
+    return Dataset.from_dict({name: [] for name in features}, features)
+
+
+def open_table(
+    path: str, split: str, name: str | None = None, revision: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """A split of a data set of the Hub or of a folder, or a parquet file, as it is.
+
+    Args:
+        path: a Hub id; a folder with data files, or one that `save_to_disk` wrote; or a .parquet file, whose `split`
+            does not matter.
+        split, name, revision, streaming: as for `datasets.load_dataset`.
+
+    Raises:
+        ValueError: if it cannot be opened, with the reason.
+    """
+    path = os.path.expanduser(path)
+    options = {"split": split, "streaming": streaming}
+    try:
+        if os.path.isfile(path) and path.endswith(PARQUET_SUFFIX):
+            return datasets.load_dataset("parquet", data_files=path, **{**options, "split": "train"})
+        if os.path.isfile(path):
+            raise ValueError(f"a file whose name ends on none of {(*JSON_SUFFIXES, PARQUET_SUFFIX)}")
+        if os.path.isdir(path):
+            saved = any(os.path.isfile(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json"))
+            if not saved:
+                return datasets.load_dataset(path, name, **options)
+            dataset = datasets.load_from_disk(path)
+            if isinstance(dataset, datasets.DatasetDict):
+                if split not in dataset:
+                    raise ValueError(f"`split` is {split!r}; allowed are {sorted(dataset)}")
+                dataset = dataset[split]
+            return dataset.to_iterable_dataset() if streaming else dataset
+        if path.startswith(("/", ".")) or path.endswith((*JSON_SUFFIXES, PARQUET_SUFFIX)):
+            raise ValueError("no such file or folder")
+        return datasets.load_dataset(path, name, revision=revision, **options)
+    except Exception as error:  # `datasets` and the Hub's client raise many kinds
+        raise ValueError(str(error)) from error
+
+
+__all__ = [
+    "ImageFiles",
+    "InvalidRecordError",
+    "LoadReport",
+    "MissingImageError",
+    "ZippedImages",
+    "empty_dataset",
+    "from_rows",
+    "open_table",
+    "read_records",
+    "rows_of",
+]

@@ -1,0 +1,480 @@
+"""Miniature copies of every publication of the medical VQA benchmarks become the same rows; reports count by hand."""
+
+import hashlib
+import io
+import json
+import zipfile
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from lladamedv.processing.datasets import (
+    BENCHMARKS,
+    SOURCES,
+    VQA_FEATURES,
+    check_image_overlap,
+    load_vqa,
+    record_to_messages,
+    record_to_row,
+    training_open_answers,
+    vqa,
+)
+from lladamedv.processing.phantoms import PhantomVQA
+from tests.tiny import random_image
+
+
+WHOLE_AND_STREAMED = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def png(number=0):
+    """The bytes of a picture that is `30 + number` pixels wide."""
+    file = io.BytesIO()
+    random_image(30 + number, 20, seed=number).save(file, "PNG")
+    return file.getvalue()
+
+
+def cmyk():
+    file = io.BytesIO()
+    Image.new("CMYK", (1, 1), (0, 255, 0, 0)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def embedded(records):
+    """A table as the Hub has them, with the pictures in it."""
+    records = [{**each, "image": each["image"] and {"bytes": each["image"], "path": "image.png"}} for each in records]
+    return datasets.Dataset.from_list(records).cast_column("image", datasets.Image())
+
+
+def octomed(number, picture, answer, answer_type, **fields):
+    record = {"qid": 100 + number, "image_name": f"synpic{picture}.jpg", "image_organ": "CHEST", "answer": answer}
+    record |= {"answer_type": answer_type, "question_type": "PRES", "question": f" Q{number}? "}
+    return record | {"phrase_type": "freeform", "image": png(picture), "image_hash": "0"} | fields
+
+
+VQA_RAD = [
+    octomed(0, 1, "Yes ", "CLOSED "), octomed(1, 1, "left lung", "OPEN"), octomed(2, 2, "left", "CLOSED"),
+]  # fmt: skip
+
+
+def plain(picture, answer, question="Is it so?"):
+    return {"image": picture, "question": question, "answer": answer}
+
+
+def slake(number, name, answer, answer_type, **fields):
+    record = {"img_id": number, "img_name": name, "question": f"Q{number}?", "answer": answer, "q_lang": "en"}
+    record |= {"location": "Lung", "modality": "X-Ray", "answer_type": answer_type, "base_type": "vqa"}
+    return record | {"content_type": "Position", "triple": ["vhead", "_", "_"], "qid": number} | fields
+
+
+SLAKE = [
+    slake(0, "xmlab0/source.jpg", "Yes", "CLOSED"),
+    slake(1, "xmlab0/source.jpg", "是", "CLOSED", q_lang="zh"),
+    slake(2, "xmlab1/source.jpg", "Lung", "OPEN"),
+    slake(3, "xmlab2/source.jpg", "Liver", "OPEN"),  # not in the archive
+    slake(4, "../outside.jpg", "Liver", "OPEN"),
+    slake(5, "/outside.jpg", "Liver", "OPEN"),
+    slake(6, "xmlab3/source.jpg", "Left", "CLOSED"),  # damaged
+    slake(7, "xmlab1/source.jpg", "", "OPEN"),
+]
+SLAKE_MISSING = [
+    ("3", "xmlab2/source.jpg"), ("4", "../outside.jpg"), ("5", "/outside.jpg"), ("6", "xmlab3/source.jpg"),
+]  # fmt: skip
+
+
+@pytest.fixture(params=["imgs/", ""], ids=["with prefix", "without"])
+def slake_folder(tmp_path, request):
+    """A copy of the repository, whose archive has a damaged member and some that lead out of it."""
+    folder = tmp_path / "SLAKE"
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.json").write_text(json.dumps(SLAKE))
+    with zipfile.ZipFile(folder / "imgs.zip", "w") as archive:
+        for number in (0, 1, 3):
+            archive.writestr(f"{request.param}xmlab{number}/source.jpg", png(number))
+        for name in ("../outside.jpg", "imgs/../outside.jpg", "/outside.jpg"):
+            archive.writestr(name, png(9))
+    content = (folder / "imgs.zip").read_bytes()
+    damaged = content.index(png(3)) + 60
+    (folder / "imgs.zip").write_bytes(content[:damaged] + b"\0\0\0\0" + content[damaged + 4 :])
+    return folder
+
+
+def check_slake(dataset, report):
+    rows = list(dataset)
+    assert [(row["id"], row["question"], row["answer"], row["answer_type"]) for row in rows] == [
+        ("0", "Q0?", "Yes", "closed"), ("2", "Q2?", "Lung", "open"), ("7", "Q7?", "", "open"),
+    ]  # fmt: skip
+    assert [row["image"].size[0] for row in rows] == [30, 31, 31]
+    assert [row["image_id"] for row in rows] == [f"xmlab{number}/source.jpg" for number in (0, 1, 1)]
+    assert rows[0]["meta"] == {
+        "modality": "X-Ray", "location": "Lung", "content_type": "Position", "base_type": "vqa", "organ": None,
+        "phrase_type": None, "question_type": None,
+    }  # fmt: skip
+    assert {row["language"] for row in rows} == {"en"} and {row["dataset"] for row in rows} == {"slake"}
+    assert report.counts == {"images": 2, "questions": 3, "open": 2, "closed": 1}
+    assert report.other_languages == 1 and report.empty_answers == ["7"] and not report.derived_answer_types
+
+
+@WHOLE_AND_STREAMED
+def test_slake_is_read_from_its_archive(slake_folder, streaming):
+    before = sorted(slake_folder.rglob("*"))
+    dataset, report = load_vqa("slake", path=slake_folder, streaming=streaming)
+    assert dataset.features == VQA_FEATURES
+    check_slake(dataset, report)
+    assert report.missing_images == SLAKE_MISSING and sorted(slake_folder.rglob("*")) == before
+    held = next(iter(dataset.cast_column("image", datasets.Image(decode=False))))["image"]
+    assert held["bytes"] is None and held["path"].endswith(f"xmlab0/source.jpg::{slake_folder / 'imgs.zip'}")
+    archive = load_vqa("slake", path=slake_folder / "train.json", image_folder=slake_folder / "imgs.zip")
+    check_slake(*archive)
+
+
+def test_slake_is_read_from_unpacked_images(tmp_path):
+    for number in (0, 1):
+        (tmp_path / f"imgs/xmlab{number}").mkdir(parents=True)
+        (tmp_path / f"imgs/xmlab{number}/source.jpg").write_bytes(png(number))
+    (tmp_path / "test.json").write_text(json.dumps(SLAKE))
+    dataset, report = load_vqa("slake", path=tmp_path)
+    check_slake(dataset, report)
+    assert report.missing_images == SLAKE_MISSING
+
+
+def test_slake_of_the_hub(slake_folder, monkeypatch):
+    (slake_folder.parent / "outside.jpg").write_bytes(png(9))  # which a name in the file would lead to
+    asked = []
+
+    def hf_hub_download(repo_id, filename, *, repo_type, revision):
+        asked.append((repo_id, filename, repo_type, revision))
+        return str(slake_folder / filename)
+
+    monkeypatch.setattr(vqa, "hf_hub_download", hf_hub_download)
+    dataset, report = load_vqa("slake", "validation", revision="abc")
+    check_slake(dataset, report)
+    assert report.missing_images == SLAKE_MISSING
+    wanted = ("validation.json", "imgs.zip")
+    assert asked == [("BoKelvin/SLAKE", name, "dataset", "abc") for name in wanted]
+    assert report.source == "BoKelvin/SLAKE@abc" and report.revision == "abc" and "CC BY 4.0" in report.licence
+    with pytest.raises(ValueError, match=r"`streaming` is True, but .* in one archive; allowed are streaming=False"):
+        load_vqa("slake", streaming=True)
+
+
+def test_an_archive_that_is_none(slake_folder):
+    (slake_folder / "imgs.zip").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"imgs.zip' cannot be read as a zip archive"):
+        load_vqa("slake", path=slake_folder)
+
+
+@WHOLE_AND_STREAMED
+@pytest.mark.parametrize("kind", ["parquet", "repository", "saved", "saved splits", "without features"])
+def test_vqa_rad_from_tables(tmp_path, kind, streaming):
+    table, path = embedded(VQA_RAD), tmp_path / "data"
+    if kind in ("parquet", "without features"):
+        path = tmp_path / "data.parquet"
+        if kind == "without features":
+            table = datasets.Dataset.from_list([{**each, "image": {"bytes": each["image"]}} for each in VQA_RAD])
+        table.to_parquet(path)
+    elif kind == "repository":
+        (path / "data").mkdir(parents=True)
+        table.to_parquet(path / "data/test-00000-of-00001.parquet")
+    else:
+        (table if kind == "saved" else datasets.DatasetDict({"test": table})).save_to_disk(path)
+    dataset, report = load_vqa("vqa-rad", path=path, streaming=streaming)
+    assert isinstance(dataset, datasets.IterableDataset) == streaming and dataset.features == VQA_FEATURES
+    rows = list(dataset)
+    assert [(row["id"], row["question"], row["answer"], row["answer_type"]) for row in rows] == [
+        ("100", "Q0?", "Yes", "closed"), ("101", "Q1?", "left lung", "open"), ("102", "Q2?", "left", "closed"),
+    ]  # fmt: skip
+    assert [row["image_id"] for row in rows] == ["synpic1.jpg", "synpic1.jpg", "synpic2.jpg"]
+    assert [row["image"].size[0] for row in rows] == [31, 31, 32]
+    assert rows[0]["meta"]["organ"] == "CHEST" and rows[0]["meta"]["phrase_type"] == "freeform"
+    assert report.counts == {"images": 2, "questions": 3, "open": 1, "closed": 2}
+    assert report.differences == {"images": -201, "questions": -448, "open": -178, "closed": -270}
+    text = report.summary()
+    assert "vqa-rad test: 2 images, 3 questions, 1 open, 2 closed" in text
+    assert "here: -201 images, -448 questions, -178 open, -270 closed" in text
+    assert "published for OctoMed/VQA-RAD: 203 images, 451 questions, 179 open, 272 closed" in text
+    assert "at least 202 of the 203 test images also occur in train" in text and "derived" not in text
+    as_dict = json.loads(json.dumps(report.as_dict()))
+    assert as_dict["questions"] == 3 and as_dict["differences"] == report.differences and as_dict["published"]
+
+
+def test_what_was_loaded_can_be_saved_and_loaded(tmp_path):
+    embedded(VQA_RAD).to_parquet(tmp_path / "data.parquet")
+    first, report = load_vqa("vqa-rad", path=tmp_path / "data.parquet")
+    first.save_to_disk(tmp_path / "saved")
+    again, other = load_vqa("vqa-rad", path=tmp_path / "saved")
+    texts = [name for name in VQA_FEATURES if name != "image"]
+    assert list(first.select_columns(texts)) == list(again.select_columns(texts))
+    assert report.counts == other.counts
+
+
+@WHOLE_AND_STREAMED
+def test_nothing_is_decoded_while_rows_are_counted(tmp_path, monkeypatch, streaming):
+    """… of a table with CMYK pictures, as PathVQA's, one missing and one that cannot be decoded at all."""
+    pictures = [cmyk(), png(), cmyk(), None, b"no picture"]
+    answers = ["yes", "in the lung", " No ", "yes", "yes it is"]
+    table = embedded([plain(picture, answer) for picture, answer in zip(pictures, answers)])
+    table.to_parquet(tmp_path / "test.parquet")
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("an image was decoded"))
+        dataset, report = load_vqa("path-vqa", path=tmp_path / "test.parquet", streaming=streaming)
+        rows = list(dataset.cast_column("image", datasets.Image(decode=False)))
+        assert report.counts == {"images": 3, "questions": 4, "open": 2, "closed": 2}
+        assert report.missing_images == [("path-vqa/test/3", "None")] and report.derived_answer_types == 4
+        assert report.differences == {"questions": 4 - 6719}
+        assert "answer types of 4 questions derived" in report.summary()
+    assert [row["answer_type"] for row in rows] == ["closed", "open", "closed", "open"]
+    assert [row["id"] for row in rows] == [f"path-vqa/test/{number}" for number in (0, 1, 2, 4)]
+    assert [row["image_id"] for row in rows] == [
+        hashlib.sha256(pictures[number]).hexdigest() for number in (0, 1, 2, 4)
+    ]
+    assert [row["image"]["bytes"] for row in rows] == [pictures[number] for number in (0, 1, 2, 4)]
+    first = next(iter(dataset))["image"]
+    assert report.images == (1 if streaming else 3)  # a new pass counts anew
+    assert first.mode == "CMYK" and first.size == (1, 1) and first.convert("RGB").getpixel((0, 0))[1] < 60
+
+
+def llava(number, answer, answer_type=None, question="Where is it?\n<image>", key="conversations", **fields):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    record = {"id": 300 + number, "image": f"test/{number % 2}.png", key: turns} | fields
+    return record | ({"answer_type": answer_type} if answer_type else {})
+
+
+LLAVA = [
+    llava(0, " urinary ", "OPEN", question_type="where"),
+    llava(1, "yes", "CLOSED", "<image>\nWhere is it?", "conversatons"),
+    llava(2, "lung", "other", "Where is it? <image>"),
+    llava(3, "2", "number", "Where is it?"),
+    llava(4, "no", "yes/no", "<image>Where is it?"),
+    llava(5, "No"),
+]
+
+
+@WHOLE_AND_STREAMED
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_llava_med_files(tmp_path, suffix, streaming):
+    (tmp_path / "test").mkdir()
+    for number in range(2):
+        (tmp_path / f"test/{number}.png").write_bytes(png(number))
+    text = json.dumps(LLAVA) if suffix == ".json" else "".join(json.dumps(each) + "\n" for each in LLAVA)
+    (tmp_path / f"test{suffix}").write_text(text)
+    for path in (tmp_path / f"test{suffix}", tmp_path):
+        dataset, report = load_vqa("path-vqa", path=path, streaming=streaming)
+        rows = list(dataset)
+        assert [(row["id"], row["question"], row["answer"], row["answer_type"]) for row in rows] == [
+            ("300", "Where is it?", "urinary", "open"), ("301", "Where is it?", "yes", "closed"),
+            ("302", "Where is it?", "lung", "open"), ("303", "Where is it?", "2", "open"),
+            ("304", "Where is it?", "no", "closed"), ("305", "Where is it?", "No", "closed"),
+        ]  # fmt: skip
+        assert [row["image_id"] for row in rows] == ["test/0.png", "test/1.png"] * 3
+        assert [row["image"].size[0] for row in rows] == [30, 31] * 3
+        assert rows[0]["meta"]["question_type"] == "where" and report.derived_answer_types == 1
+        assert report.reference == "llava-med" and report.published["closed"] == 3391
+        assert report.counts == {"images": 2, "questions": 6, "open": 3, "closed": 3}
+
+
+def test_conversations_of_several_questions(tmp_path):
+    record = llava(0, "yes", "CLOSED")
+    record["conversations"] += [{"from": "human", "value": "And here?"}, {"from": "gpt", "value": "no"}]
+    (tmp_path / "train.json").write_text(json.dumps([record]))
+    (tmp_path / "images/test").mkdir(parents=True)
+    (tmp_path / "images/test/0.png").write_bytes(png())
+    dataset, _ = load_vqa("path-vqa", "train", path=tmp_path / "train.json", image_folder=tmp_path / "images")
+    assert [(row["id"], row["question"], row["answer"]) for row in dataset] == [
+        ("300/0", "Where is it?", "yes"), ("300/1", "And here?", "no"),
+    ]  # fmt: skip
+
+
+@WHOLE_AND_STREAMED
+def test_flat_records_by_name(tmp_path, streaming):
+    """Images by name, one of them not there, in JSON lines and in a table."""
+    (tmp_path / "a.png").write_bytes(png())
+    records = [plain("a.png", "Yes"), plain("b.png", "Yes"), plain("a.png", 2)]
+    (tmp_path / "flat.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    datasets.Dataset.from_list([{**each, "answer": str(each["answer"])} for each in records]).to_parquet(
+        tmp_path / "flat.parquet"
+    )
+    for name in ("flat.jsonl", "flat.parquet"):
+        dataset, report = load_vqa("vqa-rad", "train", path=tmp_path / name, streaming=streaming)
+        rows = list(dataset)
+        assert [(row["id"], row["answer"], row["answer_type"]) for row in rows] == [
+            ("vqa-rad/train/0", "Yes", "closed"), ("vqa-rad/train/2", "2", "open"),
+        ]  # fmt: skip
+        assert [row["image"].size for row in rows] == [(30, 20)] * 2 and rows[0]["image_id"] == "a.png"
+        assert report.missing_images == [("vqa-rad/train/1", "b.png")] and report.images == 1
+        assert len(list(dataset)) == report.rows == 2  # not counted twice
+
+
+def test_all_images_missing(tmp_path):
+    (tmp_path / "flat.json").write_text(json.dumps([plain("a.png", "Yes")]))
+    dataset, report = load_vqa("vqa-rad", path=tmp_path / "flat.json")
+    assert len(dataset) == 0 and dataset.features == VQA_FEATURES and len(report.missing_images) == 1
+
+
+@WHOLE_AND_STREAMED
+def test_malformed_records(tmp_path, streaming):
+    bad = [
+        ({"answer": None}, "`answer` is None"),
+        ({"question": " <image> "}, "`question` is ' <image> '"),
+        ({"answer_type": "maybe"}, "`answer_type` is 'maybe', not one of"),
+        ({"image": ["a.png", "a.png"]}, "it has 2 images; allowed is one"),
+        ({"conversations": [{"from": "gpt", "value": "x"}]}, "its turns are not questions and answers by turns"),
+    ]
+    (tmp_path / "a.png").write_bytes(png())
+    for changes, message in bad:
+        records = [plain("a.png", "Yes"), plain("a.png", "Yes") | changes]
+        (tmp_path / "flat.json").write_text(json.dumps(records))
+        with pytest.raises(ValueError, match=f"vqa-rad/test/1 at line 1: {message}"):
+            list(load_vqa("vqa-rad", path=tmp_path / "flat.json", streaming=streaming)[0])
+        options = {"path": tmp_path / "flat.json", "streaming": streaming, "invalid_records": "skip"}
+        dataset, report = load_vqa("vqa-rad", **options)
+        assert len(list(dataset)) == report.rows == 1 and len(report.invalid) == 1
+
+
+@WHOLE_AND_STREAMED
+def test_ids_that_are_not_unique(tmp_path, streaming):
+    embedded([VQA_RAD[0], VQA_RAD[1] | {"qid": 100}]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="two questions of the id '100'; ids must differ"):
+        list(load_vqa("vqa-rad", path=tmp_path / "a.parquet", streaming=streaming, invalid_records="skip")[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("vqarad",), {}, r"`benchmark` is 'vqarad'; allowed are \('vqa-rad', 'slake', 'path-vqa', 'phantoms'\)"),
+        (("slake", "dev"), {}, r"`split` is 'dev'; allowed for BoKelvin/SLAKE are \('train', 'validation', 'test'\)"),
+        (
+            ("vqa-rad", "validation"),
+            {},
+            r"`split` is 'validation'; allowed for OctoMed/VQA-RAD are \('train', 't",
+        ),
+        (("slake",), {"source": "me/slake"}, "`source` is 'me/slake'; allowed for slake are .*'OctoMed/SLAKE'"),
+        (("slake",), {"source": "llava-med"}, "`source` is 'llava-med', which is not on the Hub; `path` must name"),
+        (("slake",), {"path": "/none/at/all"}, "`path` is '/none/at/all'; no such file or folder"),
+        (("slake",), {"path": "/", "revision": "a"}, "`revision` is 'a', but `path` names local data"),
+        (("slake",), {"path": "/", "image_folder": "/none"}, "`image_folder` is '/none'; no such folder or zip"),
+        (("vqa-rad",), {"invalid_records": "drop"}, "`invalid_records` is 'drop'; allowed are"),
+        (("phantoms", "train"), {}, r"`split` is 'train'; allowed for phantoms are \('test',\)"),
+        (("phantoms",), {"path": "7"}, "`path` is '7'; allowed for phantoms is SEED:COUNT"),
+    ],
+)
+def test_values_that_are_refused(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_vqa(*arguments, **options)
+
+
+def test_paths_that_are_no_data(tmp_path):
+    for name, content, message in (
+        ("a.csv", "x", "`path` is .*a.csv', of which test cannot be loaded: a file whose name ends on none of"),
+        ("a.json", "[]", "a.json', which has no records"),
+        ("b.jsonl", "{", "is no JSON at line 1"),
+        ("c.parquet", "x", "c.parquet', of which test cannot be loaded"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_vqa("vqa-rad", path=tmp_path / name)
+    datasets.DatasetDict({"test": embedded(VQA_RAD)}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"`split` is 'train'; allowed are \['test'\]"):
+        load_vqa("vqa-rad", "train", path=tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "asked_for"),
+    [
+        (None, None, None),
+        (None, "abc", "abc"),
+        ("flaviagiammarino/vqa-rad", None, "bcf91e7654fb9d51c8ab6a5b82cacf3fafd2fae9"),
+    ],
+)
+def test_hub_ids_are_asked_for_by_revision(monkeypatch, source, revision, asked_for):
+    asked = []
+
+    def load_dataset(path, name, **options):
+        asked.append((path, name, options))
+        return embedded(VQA_RAD)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    dataset, report = load_vqa("vqa-rad", "train", source=source, revision=revision)
+    hub_id = source or "OctoMed/VQA-RAD"
+    assert asked == [(hub_id, None, {"revision": asked_for, "split": "train", "streaming": False})]
+    assert report.source == (f"{hub_id}@{asked_for}" if asked_for else hub_id) and report.revision == asked_for
+    assert f"revision: {asked_for or 'not pinned'}" in report.summary() and len(dataset) == 3
+    assert report.published["questions"] == {None: 3064}.get(source, 1793)
+
+
+def test_published_counts_add_up():
+    assert tuple(SOURCES) == BENCHMARKS
+    for sources in SOURCES.values():
+        for source in sources.values():
+            for _, questions, open_, closed in source.published.values():
+                assert None in (open_, closed) or open_ + closed == questions
+
+
+@WHOLE_AND_STREAMED
+def test_phantoms(streaming):
+    dataset, report = load_vqa("phantoms", "train", path="7:40", streaming=streaming)
+    rows, examples = list(dataset), list(PhantomVQA(7, 40))
+    assert dataset.features == VQA_FEATURES and report.published == {}
+    for row, example in zip(rows, examples, strict=True):
+        assert (row["question"], row["answer"]) == (example.question, example.answer)
+        assert row["answer_type"] == ("closed" if example.kind == "closed" else "open")
+        assert np.array_equal(row["image"], example.image) and row["split"] == "train"
+    closed = sum(example.kind == "closed" for example in examples)
+    assert report.counts == {"images": 40, "questions": 40, "open": 40 - closed, "closed": closed}
+    assert report.source == "phantoms:7:40"
+
+
+def test_phantoms_by_default():
+    dataset, report = load_vqa("phantoms")
+    assert dataset[299]["question"] == PhantomVQA(9000, 300)[299].question and report.rows == 300
+    assert report.differences == {} and "here: no difference" in report.summary()
+
+
+def test_images_of_two_splits(tmp_path):
+    """Two of three test pictures are known: one by its name, though its bytes differ, one by its bytes."""
+    train = [octomed(0, 1, "yes", "CLOSED"), octomed(1, 2, "no", "CLOSED"), octomed(2, 2, "no", "CLOSED")]
+    test = [octomed(0, 1, "yes", "CLOSED", image=png(7)), octomed(1, 3, "a", "OPEN", image=png(2))]
+    test += [octomed(2, 4, "a", "OPEN"), octomed(3, 4, "b", "OPEN")]
+    for name, records in (("train", train), ("test", test)):
+        embedded(records).to_parquet(tmp_path / f"{name}.parquet")
+    for streaming in (False, True):
+        parts = [
+            load_vqa("vqa-rad", name, path=tmp_path / f"{name}.parquet", streaming=streaming)[0]
+            for name in ("train", "test")
+        ]
+        assert check_image_overlap(*parts) == 2 and check_image_overlap(parts[1], parts[1]) == 3
+
+
+def test_images_of_archives_are_compared(slake_folder):
+    parts = [load_vqa("slake", split, path=slake_folder)[0] for split in ("train", "test")]
+    assert check_image_overlap(*parts) == 2
+    assert check_image_overlap(parts[0], load_vqa("phantoms", path="1:3")[0]) == 0
+
+
+def test_candidate_answers(slake_folder):
+    answers = [("Left Lung", "OPEN"), ("Yes", "CLOSED"), ("heart", "OPEN"), ("left lung", "OPEN"), ("", "OPEN")]
+    records = [slake(number, "xmlab0/source.jpg", *each) for number, each in enumerate(answers)]
+    (slake_folder / "train.json").write_text(json.dumps(records))
+    for streaming in (False, True):
+        dataset, _ = load_vqa("slake", "train", path=slake_folder, streaming=streaming)
+        assert training_open_answers(dataset) == ["left lung", "heart"]
+
+
+def test_rows_as_messages():
+    record = {"id": "7", "image": "a.png", "question": "Where?", "answer": "Left"}
+    turns = [{"from": "human", "value": "Where?\n<image>"}, {"from": "gpt", "value": "Left"}]
+    assert record_to_messages(record) == record_to_row({"id": 7, "image": "a.png", "conversations": turns}, "")
+    assert record_to_messages(record) == {
+        "id": "7",
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "Where?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Left"}]},
+        ],
+        "images": ["a.png"],
+    }
