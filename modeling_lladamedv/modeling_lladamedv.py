@@ -356,7 +356,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         image_index: torch.LongTensor | None = None,
         vision_features: torch.FloatTensor | None = None,
-        query_positions: torch.LongTensor | None = None,
+        query_mask: torch.BoolTensor | None = None,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
         """One bidirectional pass.
@@ -374,10 +374,12 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
                 for each of several questions about it. A token then attends to the shared part and to its own segment,
                 and the shared part to itself alone: a prefix-LM, in which questions do not know of each other.
             inputs_embeds (`(batch, sequence, hidden)`, *optional*): merged embeddings.
-            query_positions (`(batch, queries)`, *optional*): positions whose output is wanted; by default all.
+            query_mask (`(batch, sequence)`, *optional*): True where output is wanted; by default everywhere. The last
+                layer is spared the positions that no row of the batch wants.
 
         Returns:
-            `LlavaModelOutputWithPast` with `last_hidden_state` `(batch, sequence or queries, hidden)`.
+            `LlavaModelOutputWithPast` with `last_hidden_state` `(batch, sequence, hidden)`, or with `query_mask`
+            `(number of True, hidden)`, row after row.
 
         Raises:
             ValueError: for contradictory inputs, or `turn_ids` under an attention implementation that cannot mask
@@ -396,11 +398,16 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         if turn_ids is not None or segment_ids is not None:
             attention_mask = self._structured_mask(inputs_embeds, attention_mask, turn_ids, segment_ids)
-        if query_positions is not None:
-            kwargs["query_positions"] = query_positions  # for the last layer; the others pass it by
+        if query_mask is not None:
+            positions = positions_in_rows(query_mask)
+            if positions.shape[1] < query_mask.shape[1]:
+                kwargs["query_positions"] = positions  # for the last layer; the others pass it by
+                query_mask = query_mask.gather(1, positions)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
+        if query_mask is not None:
+            outputs.last_hidden_state = outputs.last_hidden_state[query_mask]
         return LlavaModelOutputWithPast(**outputs, image_hidden_states=features)
 
     def _structured_mask(self, inputs_embeds, attention_mask, turn_ids, segment_ids):
@@ -500,7 +507,7 @@ class LLaDAMedVForConditionalGeneration(
                 "`labels` is not accepted: the next-token loss does not apply to a masked-diffusion model. Noise the "
                 "tokens and weigh the loss as lladamedv.trainers does."
             )
-        query_positions = self._positions_to_query(logits_to_keep, **kwargs)
+        query_mask = self._query_mask(logits_to_keep, **kwargs)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -513,12 +520,11 @@ class LLaDAMedVForConditionalGeneration(
             inputs_embeds=inputs_embeds,
             image_index=image_index,
             vision_features=vision_features,
-            query_positions=query_positions,
+            query_mask=query_mask,
             **kwargs,
         )
-        if query_positions is not None:  # the mask of what was read, on the positions that were run
-            logits_to_keep = logits_to_keep.gather(1, query_positions)
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        hidden = outputs.last_hidden_state
+        logits = self.lm_head(hidden if query_mask is not None else slice_logits_to_keep(hidden, logits_to_keep))
         return LlavaCausalLMOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -527,21 +533,17 @@ class LLaDAMedVForConditionalGeneration(
             image_hidden_states=outputs.image_hidden_states,
         )
 
-
-    def _positions_to_query(self, logits_to_keep, output_attentions=None, output_hidden_states=None, **kwargs):
-        """The positions that the last layer must run for a boolean `logits_to_keep`; `None` for all positions."""
-        if not isinstance(logits_to_keep, torch.Tensor) or logits_to_keep.dtype != torch.bool:
-            return None
+    def _query_mask(self, logits_to_keep, output_attentions=None, output_hidden_states=None, **kwargs):
+        """`logits_to_keep` where the last layer can be told of it, or else `None`."""
         language_model = self.model.language_model
         # The recorded states must be whole, and a compiled graph wants one shape.
-        if (
+        whole = (
             output_attentions or output_hidden_states
             or language_model.config.output_attentions or language_model.config.output_hidden_states
             or language_model._compiled_call_impl is not None
-        ):  # fmt: skip
-            return None
-        positions = positions_in_rows(logits_to_keep)
-        return positions if positions.shape[1] < logits_to_keep.shape[1] else None
+        )  # fmt: skip
+        boolean = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool
+        return logits_to_keep if boolean and not whole else None
 
 
 LLaDAMedVModel.register_for_auto_class("AutoModel")

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lladamedv.modeling_lladamedv.decoder_layer_lladamedv import positions_in_rows
-
 
 IGNORE_INDEX = -100
 EPSILON = 1e-3  # the masking probability never falls below this, so that its inverse stays bounded
@@ -171,13 +169,12 @@ def run_masked_loss(model, inputs: dict, labels: torch.LongTensor, noised: Noise
         weights: of [`loss_weights`].
 
     Returns:
-        The loss, a scalar, and the model's output with `is_top1` and `label_mask` at the positions that were run.
+        The loss, a scalar, and the model's output, whose `is_top1` and `label_mask` are `(number of masked tokens,)`.
     """
-    wanted = positions_in_rows(noised.masked)
-    targets = labels.masked_fill(~noised.masked, IGNORE_INDEX).gather(1, wanted)
-    inputs = inputs | {"input_ids": noised.input_ids, "query_positions": wanted}
-    outputs = model(**inputs, shift_labels=targets, fused_lm_head=True)
-    return -(outputs.log_probs.float() * weights.gather(1, wanted)).sum(), outputs
+    masked = noised.masked
+    inputs = inputs | {"input_ids": noised.input_ids, "query_mask": masked}
+    outputs = model(**inputs, shift_labels=labels[masked], fused_lm_head=True)
+    return -(outputs.log_probs.float() * weights[masked]).sum(), outputs
 
 
 class AnswerNoise:
