@@ -237,6 +237,7 @@ def test_from_scratch(tmp_path):
     for name, weight in new.state_dict().items():
         assert weight.shape == trained.state_dict()[name].shape
     assert not torch.equal(trained.lm_head.weight, new.lm_head.weight)
+    assert new.generation_config.to_dict() == trained.generation_config.to_dict()
 
 
 def test_a_released_checkpoint_loads_as_it_is(tmp_path):

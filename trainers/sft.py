@@ -18,11 +18,16 @@ from pathlib import Path
 from peft import PeftConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
+from lladamedv.modeling_lladamedv import (
+    LLaDAMedVConfig,
+    LLaDAMedVForConditionalGeneration,
+    LLaDAMedVGenerationConfig,
+)
 from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import RELEASED_MODEL_TYPES
 from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport
@@ -64,14 +69,14 @@ class SFTScriptArguments:
         chat_template (`str`, *optional*):
             Name of the prompt to train with, one of [`CHAT_TEMPLATES`]; by default the processor's own.
         from_scratch (`bool`, *optional*, defaults to `False`):
-            Whether to take only the model's configuration and start from random weights.
+            Whether to take only the model's configuration and generation options and start from random weights.
         quantization_skip_modules (`list[str]`, *optional*):
             Full names of modules that `load_in_4bit` and `load_in_8bit` leave as they are; by default the vision tower,
             the projector and the output layer.
     """
 
     train_data: list[DataSource] = field(
-        default_factory=list, metadata={"help": "Hub ids, folders, files or phantoms:SEED:COUNT to train on."}
+        default_factory=list, metadata={"help": "Hub ids, folders, files, vqa:BENCHMARK or phantoms:SEED:COUNT to train on."}
     )
     eval_data: list[DataSource] = field(default_factory=list, metadata={"help": "The same, for `eval_loss`."})
     image_folder: str | None = field(
@@ -208,8 +213,13 @@ def load_model(
         if script_args.from_scratch:
             if quantization is not None or model_type in RELEASED_MODEL_TYPES:
                 raise ValueError("`from_scratch` needs a folder of this package's own format, without quantisation.")
-            model = LLaDAMedVForConditionalGeneration(
-                LLaDAMedVConfig.from_pretrained(name, revision=model_args.model_revision)
+            config = LLaDAMedVConfig.from_pretrained(name, revision=model_args.model_revision)
+            model = LLaDAMedVForConditionalGeneration(config)
+            # SigLIP's own random position embeddings drown what small patches show; these are a ViT's.
+            if not config.text_only:
+                nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.02)
+            model.generation_config = LLaDAMedVGenerationConfig.from_pretrained(
+                name, revision=model_args.model_revision
             )
         else:
             model = LLaDAMedVForConditionalGeneration.from_pretrained(
