@@ -69,7 +69,7 @@ def run_items(
             lock.acquire(timeout=0)
             _check_settings(folder, settings)
             for part in folder.glob(_PARTS):
-                _cut_torn_line(part)
+                cut_torn_line(part)
         except Timeout:
             problem = [f"`folder` is {str(folder)!r}, in which another run is at work; wait for it or give another."]
         except ValueError as error:
@@ -89,7 +89,7 @@ def run_items(
         if state.is_main_process:
             done = _read_done(folder, set(ids))
             lines = [json.dumps(done[item]) + "\n" for item in ids]
-            _replace(folder / PREDICTIONS_FILE, "".join(lines))
+            replace_file(folder / PREDICTIONS_FILE, "".join(lines))
             for part in folder.glob(_PARTS):
                 part.unlink()
         state.wait_for_everyone()
@@ -120,7 +120,7 @@ def _check_settings(folder: Path, settings: dict) -> None:
         left = [path.name for path in (folder / PREDICTIONS_FILE, *folder.glob(_PARTS)) if path.exists()]
         if left:
             raise ValueError(f"`folder` is {str(folder)!r}, which holds {left} but no {SETTINGS_FILE}; give another.")
-        _replace(file, json.dumps(settings, indent=2) + "\n")
+        replace_file(file, json.dumps(settings, indent=2) + "\n")
         return
     try:
         earlier = json.loads(file.read_text(encoding="utf-8"))
@@ -132,7 +132,7 @@ def _check_settings(folder: Path, settings: dict) -> None:
         raise ValueError(f"`folder` is {str(folder)!r}, which holds a run with other settings ({shown}); give another.")
 
 
-def _cut_torn_line(part: Path) -> None:
+def cut_torn_line(part: Path) -> None:
     """Remove the line in which a killed process was interrupted; its item is done anew."""
     with part.open("rb+") as file:
         content = file.read()
@@ -156,7 +156,7 @@ def _read_done(folder: Path, known: set[str]) -> dict[str, dict]:
     return done
 
 
-def _replace(file: Path, text: str) -> None:
+def replace_file(file: Path, text: str) -> None:
     """Write a file that is there as a whole or not at all."""
     unfinished = file.with_suffix(".new")
     with unfinished.open("w", encoding="utf-8") as opened:
@@ -166,4 +166,4 @@ def _replace(file: Path, text: str) -> None:
     unfinished.replace(file)
 
 
-__all__ = ["PREDICTIONS_FILE", "SETTINGS_FILE", "run_items"]
+__all__ = ["PREDICTIONS_FILE", "SETTINGS_FILE", "cut_torn_line", "replace_file", "run_items"]

@@ -1,5 +1,6 @@
 """Data sets as they are published, into rows of messages and images, or of questions and answers."""
 
+from .chat_benchmark import load_chat_benchmark
 from .llava_med import llava_med_rows, record_to_row, row_to_record
 from .records import ImageFiles, InvalidRecordError, LoadReport, MissingImageError, ZippedImages, read_records
 from .vqa import (
@@ -28,6 +29,7 @@ __all__ = [
     "ZippedImages",
     "check_image_overlap",
     "llava_med_rows",
+    "load_chat_benchmark",
     "load_vqa",
     "read_records",
     "record_to_messages",

@@ -1,0 +1,267 @@
+"""The open-ended benchmark: its file, files of answers, and the arithmetic from judgments to scores."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from lladamedv.evaluation.chat_benchmark import read_answers, summarize, to_markdown, write_summary
+from lladamedv.evaluation.judge import OpenAIJudge
+from lladamedv.evaluation.judging import judge_answers
+from lladamedv.evaluation.published_chat import GROUP_SIZES, RELATIVE_SCORES
+from lladamedv.processing.datasets.chat_benchmark import DOMAINS, QUESTION_TYPES, load_chat_benchmark
+from tests.judge_stub import Fault, benchmark_row, running_judge, write_rows
+from tests.tiny import random_image
+
+
+def load(tmp_path, *rows):
+    return load_chat_benchmark(write_rows(tmp_path / "questions.jsonl", rows))[0]
+
+
+def judged(*judgments, swap_positions=False):
+    """What `judge_answers` would return: for each question, from 0, the pairs of scores, or a reason for none."""
+    return {
+        "judge": {"model": "a-judge", "host": "localhost", "temperature": 0.0},
+        "prompt_version": "v", "prompt_sha256": "abc", "swap_positions": swap_positions,
+        "judgments": {
+            str(number): [
+                {"status": "failed", "scores": None, "reason": scores}
+                if isinstance(scores, str)
+                else {"status": "ok", "scores": scores, "reason": ""}
+                for scores in orders
+            ]
+            for number, orders in enumerate(judgments)
+        },
+    }  # fmt: skip
+
+
+def of_domain(*names):
+    return {name: name in names for name in DOMAINS}
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Two conversations, about MRI and CT, and one description, about MRI."""
+    kinds = [("conversation", "mri"), ("conversation", "ct_scan"), ("detailed_description", "mri")]
+    return load(
+        tmp_path,
+        *(
+            benchmark_row(number, type=kind, domain=of_domain(domain), pair_id=f"image-{number}")
+            for number, (kind, domain) in enumerate(kinds)
+        ),
+    )
+
+
+def test_a_record(tmp_path):
+    mentions = [{"tokens": "As seen .", "entities": []}]
+    (record,) = load(
+        tmp_path, benchmark_row(7, in_text_mention=mentions, domain=of_domain("ct_scan", "chest_xray"), pair_id="1_F1")
+    )
+    assert record == {
+        "id": "7",
+        "image": "1_F1.jpg",
+        "image_id": "1_F1",
+        "question": "What does sign 7 mean?",
+        "reference": "Sign 7 means that all is well.",
+        "context": {
+            "fig_label": "Figure 1",
+            "fig_caption": "An image of patient 1.",
+            "in_text_mention": ["As seen ."],
+            "in_text_mention_repr": "[{'tokens': 'As seen .', 'entities': []}]",
+        },
+        "type": "detailed_description",
+        "domain": "chest_xray",
+        "domains": ["chest_xray", "ct_scan"],
+    }
+    (record,) = load(tmp_path, benchmark_row(7, in_text_mention=None, domain=of_domain()))
+    assert record["context"]["in_text_mention"] == [] and record["context"]["in_text_mention_repr"] == "None"
+    assert record["domain"] is None and record["domains"] == []
+
+
+@pytest.mark.parametrize("text", ["<image>\nWhat is it?", "What is it?\n<image>", "What <image> is it?", "What is it?"])
+def test_the_placeholder_may_stand_anywhere(tmp_path, text):
+    assert load(tmp_path, benchmark_row(0, text=text))[0]["question"] == "What is it?"
+
+
+def test_missing_images_are_counted(tmp_path):
+    path = write_rows(tmp_path / "questions.jsonl", map(benchmark_row, range(12)))
+    for number in (0, 2):
+        random_image(seed=number).save(tmp_path / f"{number}_F1.jpg")
+    records, report = load_chat_benchmark(path, tmp_path)
+    assert [record["id"] for record in records] == [*map(str, range(5)), "10", "11"]
+    assert records[-1]["image"] == str(tmp_path / "2_F1.jpg")
+    assert report.missing_images == [(str(number), "1_F1.jpg") for number in range(5, 10)] and report.rows == 7
+    assert "5 missing images: 5 (1_F1.jpg)" in report.summary()
+    assert len(load_chat_benchmark(path)[0]) == 12
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (benchmark_row(0), "`question_id` is 0, as at line 1"),
+        (benchmark_row(1, question_id=None), "`question_id` is None"),
+        (benchmark_row(1, question_id=True), "`question_id` is True"),
+        (benchmark_row(1, gpt4_answer=" "), "`gpt4_answer` is ' '"),
+        (benchmark_row(1, image=3), "`image` is 3"),
+        (benchmark_row(1, type="chat"), "`type` is 'chat'"),
+        (benchmark_row(1, domain={"pet": True}), "`domain` is {'pet': True}"),
+        (benchmark_row(1, domain=None), "`domain` is None"),
+        (benchmark_row(1, in_text_mention=["x"]), "`in_text_mention` is"),
+        (benchmark_row(1, text="<image>\n"), "`text` is .*, which asks nothing"),
+    ],
+)
+def test_bad_rows(tmp_path, row, message):
+    with pytest.raises(ValueError, match=f"invalid question at line 2: {message}"):
+        load(tmp_path, benchmark_row(0), row)
+
+
+def test_files_without_questions_or_answers(tmp_path):
+    with pytest.raises(ValueError, match="has no question"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="has no answer"):
+        read_answers(write_rows(tmp_path / "answers.jsonl", []))
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_answers(tmp_path / "nowhere.jsonl")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"id": "0", "prediction": "One."}, {"id": "1", "prediction": ""}],
+        [{"id": "0", "prediction": "One.", "answer": "True."}, {"id": "1", "prediction": "", "text": "x"}],
+        [{"question_id": 0, "prompt": "?", "text": "One.", "model_id": "m"}, {"question_id": 1, "text": ""}],
+        [{"question_id": 0, "answer": "One."}, {"question_id": 1, "answer": ""}],
+    ],
+    ids=["ours", "ours with more fields", "text", "answer"],
+)
+def test_files_of_answers(tmp_path, rows):
+    assert read_answers(write_rows(tmp_path / "answers.jsonl", rows)) == {"0": "One.", "1": ""}
+    (tmp_path / "answers.json").write_text(json.dumps(rows))
+    assert read_answers(tmp_path / "answers.json") == {"0": "One.", "1": ""}
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"question_id": 0, "text": "Two."}, "answers question 0 at line 1 and again at line 2"),
+        ({"question_id": 1}, r"no answer at line 2, but \['question_id'\]"),
+        ({"text": "x"}, "no answer at line 2"),
+        ({"question_id": 1, "text": "x", "answer": "y"}, "one of `text` and `answer`"),
+        ({"question_id": 1, "text": None}, "no answer at line 2"),
+    ],
+)
+def test_bad_answers(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        read_answers(write_rows(tmp_path / "answers.jsonl", [{"id": "0", "text": "One."}, row]))
+
+
+def test_relative_scores_are_means_of_ratios(three):
+    """By hand: 6/8, 9/9 and 5/10; the ratio of the means would be 74.07."""
+    summary = summarize(three, {"0": "a", "1": "b c", "2": ""}, judged([(8, 6)], [(9, 9)], [(10, 5)]))
+    scores = {group: values["relative_score"] for group, values in summary["groups"].items()}
+    assert scores == {
+        "all": 75, "conversation": 87.5, "detailed_description": 50,
+        "chest_xray": None, "mri": 62.5, "histology": None, "gross": None, "ct_scan": 100,
+    }  # fmt: skip
+    everything = summary["groups"]["all"]
+    assert everything["gpt4_score"] == 9 and everything["pred_score"] == pytest.approx(20 / 3)
+    assert everything["data_size"] == everything["n_judged"] == 3
+    assert summary["complete"] and summary["coverage"] == 1 and summary["n_failed"] == 0
+    assert summary["order_disagreement"] is None
+    assert summary["text"]["model"]["words_per_answer"] == 1 and summary["text"]["model"]["num_empty"] == 1
+    assert summary["text"]["reference"]["words_per_answer"] == 7
+    assert to_markdown(summary).startswith("# Open-ended biomedical chat: model\n")
+
+
+def test_questions_of_two_domains(tmp_path):
+    rows = [benchmark_row(0, domain=of_domain("histology", "gross")), benchmark_row(1, domain=of_domain("gross"))]
+    records, answers, scores = load(tmp_path, *rows), {"0": "a", "1": "b"}, judged([(10, 5)], [(10, 10)])
+    groups = summarize(records, answers, scores)["groups"]
+    assert (groups["histology"]["relative_score"], groups["gross"]["relative_score"]) == (50, 100)
+    groups = summarize(records, answers, scores, multi_label_domains=True)["groups"]
+    assert (groups["histology"]["relative_score"], groups["gross"]["relative_score"]) == (50, 75)
+
+
+def test_swapped_positions(three):
+    """Both orders count alike; a question without one of them does not count."""
+    scores = judged([(8, 6), (4, 5)], [(9, 9), (9, 9)], [(10, 5), "too slow"], swap_positions=True)
+    summary = summarize(three, {"0": "a", "1": "b", "2": "c"}, scores)
+    first, second, third = summary["items"]
+    assert first["relative_score"] == 100 and first["order_disagreement"] == 50  # of 75 and 125
+    assert (first["gpt4_score"], first["pred_score"]) == (6, 5.5)
+    assert second["order_disagreement"] == 0 and third["relative_score"] is None
+    assert third["reason"] == "failed: too slow"
+    assert summary["order_disagreement"] == 25 and summary["n_judged"] == 2
+    assert "differ by 25 percent points" in to_markdown(summary)
+
+
+def test_nothing_is_left_out_in_silence(three):
+    scores = judged([(8, 6)], ["too slow"])
+    summary = summarize(three, {"0": "a", "1": "b"}, scores)
+    assert not summary["complete"] and summary["coverage"] == pytest.approx(1 / 3)
+    assert (summary["data_size"], summary["n_answered"], summary["n_judged"], summary["n_failed"]) == (3, 2, 1, 1)
+    assert [item["reason"] for item in summary["items"]] == ["", "failed: too slow", "not answered"]
+    assert summary["groups"]["all"]["relative_score"] == 75 and summary["groups"]["mri"]["data_size"] == 2
+    assert not summarize(three, {"0": "a"}, judged([(8, 6)]))["complete"]  # all that is answered, and yet not all
+    first_line = to_markdown(summary).splitlines()[0]
+    assert first_line.startswith("**Incomplete: 1 of 3 questions are judged, the judgments of 1 failed and 1 have no")
+
+
+def test_intervals_draw_images(tmp_path):
+    """Ten questions about two images, all alike within an image: only 3 means are possible, the extremes 1/4 each."""
+    records = load(tmp_path, *map(benchmark_row, range(10)))
+    answers = {record["id"]: "a" for record in records}
+    scores = judged(*[[(10, 2)]] * 5, *[[(10, 8)]] * 5)
+    summary = summarize(records, answers, scores)
+    assert summary["groups"]["all"]["relative_score_ci95"] == pytest.approx([20, 80])
+    assert summarize(records, answers, scores) == summary
+    assert summarize(records, answers, scores, bootstrap_samples=0)["groups"]["all"]["relative_score_ci95"] is None
+    assert summarize(records[:5], answers, scores)["groups"]["all"]["relative_score_ci95"] is None  # one image
+
+
+def test_the_whole_way(tmp_path):
+    """Files in, files out, against numbers computed here from what the judge's server decided."""
+    rows = [benchmark_row(number) for number in range(10)]
+    predictions = [{"id": str(number), "prediction": f"It is {number}."} for number in reversed(range(10))]
+    records = load(tmp_path, *rows)
+    answers = read_answers(write_rows(tmp_path / "predictions.jsonl", predictions))
+    with running_judge() as stub:
+        stub.script = [None, Fault(400), None]
+        judge = OpenAIJudge("a-judge", stub.url, max_retries=0)
+        first = judge_answers(records, answers, judge, tmp_path / "run", report=str)
+        assert not summarize(records, answers, first)["complete"]
+        scores = judge_answers(records, answers, judge, tmp_path / "run", report=str)
+        asked = {request[2]["messages"][1]["content"]: request[2]["messages"] for request in stub.requests}
+        decided = {
+            row["question_id"]: next(
+                stub.scores(messages) for text, messages in asked.items() if row["gpt4_answer"] in text
+            )
+            for row in rows
+        }
+    summary = summarize(records, answers, scores, name="ours")
+    write_summary(tmp_path / "out", summary)
+    assert json.loads((tmp_path / "out/summary.json").read_text()) == summary
+    ratios = [100 * decided[number][1] / decided[number][0] for number in range(10)]
+    assert summary["complete"] and summary["groups"]["all"]["relative_score"] == pytest.approx(np.mean(ratios))
+    assert summary["groups"]["detailed_description"]["relative_score"] == pytest.approx(np.mean(ratios[1::2]))
+    assert summary["groups"]["mri"]["relative_score"] == pytest.approx(np.mean(ratios[1::5]))
+    lines = (tmp_path / "out/summary.md").read_text().splitlines()
+    own = next(line for line in lines if line.startswith("| **ours** |"))
+    header = next(line for line in lines if line.startswith("| model | c"))
+    assert header == "| model | " + " | ".join(GROUP_SIZES) + " |"
+    assert float(own.split("|")[-2]) == pytest.approx(np.mean(ratios), abs=1e-3)
+    assert sum(line.startswith("| LLaDA-MedV | 54.141 | ") for line in lines) == 1
+    assert any("Judge: a-judge at 127.0.0.1" in line and summary["prompt_sha256"] in line for line in lines)
+    for table_row in (line for line in lines if line.startswith("|")):
+        assert len(table_row.split("|")) in (8, 11)
+
+
+@pytest.mark.parametrize("model", RELATIVE_SCORES)
+def test_published_scores_add_up(model):
+    """The overall score is the mean of those of the types, and of the domains, weighted by their sizes."""
+    scores = dict(zip(GROUP_SIZES, RELATIVE_SCORES[model], strict=True))
+    for groups in (QUESTION_TYPES, DOMAINS):
+        assert sum(GROUP_SIZES[group] for group in groups) == GROUP_SIZES["all"] == 193
+        weighted = math.fsum(GROUP_SIZES[group] * scores[group] for group in groups) / 193
+        assert (abs(weighted - scores["all"]) < 0.01) == (model != "LLaVA")
