@@ -1,0 +1,100 @@
+"""Options of the diffusion as lmms-eval's model arguments, and what becomes of the ones that a task brings along.
+
+They are model arguments because lmms-eval's response cache keeps answers apart by the model arguments, but of a task's
+generation arguments by the usual autoregressive ones only: with the number of steps among the latter, a second run with
+other steps would be given the answers of the first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from transformers import GenerationConfig
+
+from lladamedv.modeling_lladamedv import LLaDAMedVGenerationConfig
+
+
+DEFAULT_LENGTH = 64  # LLaDA-MedV's L = B = Z for VQA (arXiv 2508.01617)
+# These change what else is returned, not the answer, or cannot be written as text.
+_NOT_HERE = {
+    "return_dict_in_generate", "output_history", "output_cache_drift", "abstention_threshold", "confidence_temperature",
+    "compile_config", "transformers_version",
+}  # fmt: skip
+GENERATION_OPTIONS = tuple(
+    name for name in vars(LLaDAMedVGenerationConfig()) if not name.startswith("_") and name not in _NOT_HERE
+)
+_DIFFUSION_OPTIONS = set(GENERATION_OPTIONS) - set(vars(GenerationConfig()))
+_TEXT_OPTIONS = {"stop_strings", "generation_suffix"}
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
+
+
+def parse_generation_options(arguments: Mapping[str, object], others: tuple[str, ...] = ()) -> dict:
+    """Options of `generate` from model arguments, whose values may be texts.
+
+    Args:
+        arguments: texts are read as JSON (`64`, `0.9`, `true`, `[1, 2]`) or Python's `True`, `False` and `None`, and
+            are texts if they are neither.
+        others: names of further arguments, for the error message.
+
+    Returns:
+        The options, among them `max_new_tokens` (64 by default), `block_length` and `steps` (both `max_new_tokens` by
+        default: one block, one token per step). Any other option that is not given is the checkpoint's.
+
+    Raises:
+        ValueError: for a name that is not in `GENERATION_OPTIONS`, or a value that is not allowed.
+    """
+    for name, value in arguments.items():
+        if name not in GENERATION_OPTIONS:
+            raise ValueError(
+                f"`{name}` is {value!r}, but there is no such model argument; allowed are "
+                f"{sorted({*others, *GENERATION_OPTIONS})}."
+            )
+    options = {"max_new_tokens": DEFAULT_LENGTH} | {name: _parse(value) for name, value in arguments.items()}
+    options = {"block_length": options["max_new_tokens"], "steps": options["max_new_tokens"]} | options
+    for name in _TEXT_OPTIONS & set(options):
+        if isinstance(options[name], (bool, int, float)):
+            raise ValueError(
+                f"`{name}` is {options[name]!r}; allowed is text, which needs quotes if it looks like that."
+            )
+    LLaDAMedVGenerationConfig(**options)
+    return options
+
+
+def ignored_arguments(arguments: Mapping[str, object], in_force: Mapping[str, object]) -> dict:
+    """The generation arguments of a task that the options in force contradict. They give way; only `until` is followed.
+
+    Raises:
+        ValueError: for an option that only masked-diffusion models have: nothing but a misunderstanding puts it there.
+    """
+    for name, value in arguments.items():
+        if name in _DIFFUSION_OPTIONS:
+            raise ValueError(
+                f"`{name}` is {value!r} among the generation arguments of a task; allowed is it among --model_args, "
+                "because the response cache does not tell generation arguments of this name apart."
+            )
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name != "until" and value is not None and value != in_force.get(name)
+    }
+
+
+def cut_at(text: str, until: str | list[str] | None) -> str:
+    """The text before the first of the given ones; a canvas is denoised as a whole, so this happens afterwards."""
+    for end in [until] if isinstance(until, str) else until or []:
+        text = text.split(end, 1)[0] if end else text
+    return text
+
+
+def _parse(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            value = json.loads(_PYTHON.get(value, value))
+        except json.JSONDecodeError:
+            return value
+    # lmms-eval has made a float of every number that is not digits alone, such as 1e2.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+__all__ = ["DEFAULT_LENGTH", "GENERATION_OPTIONS", "cut_at", "ignored_arguments", "parse_generation_options"]
