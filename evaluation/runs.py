@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
@@ -21,6 +22,11 @@ from tqdm.auto import tqdm
 
 SETTINGS_FILE, PREDICTIONS_FILE = "run.json", "predictions.jsonl"
 _PARTS = "part-*.jsonl"
+
+
+def process_state() -> PartialState:
+    """Which of how many processes this is; without an accelerator they are on CPUs, which has to be said."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def run_items(
@@ -58,7 +64,7 @@ def run_items(
         (doubled.append if item in seen else seen.add)(item)
     if doubled:
         raise ValueError(f"`ids` holds {doubled[0]!r} more than once; each item needs its own id.")
-    folder, state = Path(folder), PartialState()
+    folder, state = Path(folder), process_state()
     settings = {**settings, "num_items": len(ids), "items_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest()}
     settings = json.loads(json.dumps(settings))  # as it will be read again
     lock = FileLock(folder / ".lock")
@@ -166,4 +172,4 @@ def replace_file(file: Path, text: str) -> None:
     unfinished.replace(file)
 
 
-__all__ = ["PREDICTIONS_FILE", "SETTINGS_FILE", "cut_torn_line", "replace_file", "run_items"]
+__all__ = ["PREDICTIONS_FILE", "SETTINGS_FILE", "cut_torn_line", "process_state", "replace_file", "run_items"]

@@ -1,4 +1,4 @@
-"""The command line: `lladamedv demo`, `ask`, `convert`, `init` and `train`."""
+"""The command line: `lladamedv demo`, `ask`, `convert`, `init`, `train`, `eval` and `analyze`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Annotated
 
 import typer
 
+from .cli_evaluation import analyze_app, eval_app
+
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(eval_app, name="eval")
+app.add_typer(analyze_app, name="analyze")
 
 
-def _fail(error: Exception) -> None:
+def fail(error: Exception) -> None:
     """Report an expected error in one line, without a traceback."""
     typer.echo(f"lladamedv: {error}", err=True)
     raise typer.Exit(1)
@@ -24,7 +28,7 @@ def main() -> None:
     """LLaDA-MedV: a masked-diffusion vision-language model for biomedical images."""
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep Transformers' progress bars and notes away from the answers."""
     from transformers.utils import logging
 
@@ -48,14 +52,14 @@ def demo(
     from lladamedv.demo import run_demo
     from lladamedv.demo_training import train_demo
 
-    _quiet()
+    quiet()
     try:
         if train:
             train_demo(output or Path("lladamedv_demo_model"), seed, report=typer.echo)
         else:
             run_demo(questions, output or Path("lladamedv_demo.png"), report=typer.echo)
     except ValueError as error:
-        _fail(error)
+        fail(error)
 
 
 @app.command()
@@ -69,7 +73,7 @@ def ask(
     """Answer one question about one image."""
     from lladamedv.demo import DEMO_MODEL, answer, load_model
 
-    _quiet()
+    quiet()
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     try:
         if not question.strip():
@@ -78,7 +82,7 @@ def ask(
         content[0]["image"] = processor.image_processor.fetch_images(image)
         typer.echo(answer(loaded, processor, [[{"role": "user", "content": content}]])[0])
     except ValueError as error:
-        _fail(error)
+        fail(error)
 
 
 _Tokenizer = Annotated[
@@ -118,7 +122,7 @@ def convert(
             source, out, tokenizer, vision_tower, dtype, preset, max_shard_size, revision, push, public, typer.echo
         )
     except ValueError as error:
-        _fail(error)
+        fail(error)
 
 
 @app.command()
@@ -147,7 +151,7 @@ def init(
             typer.echo,
         )  # fmt: skip
     except ValueError as error:
-        _fail(error)
+        fail(error)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -175,7 +179,7 @@ def train(
         file = recipe_file(recipe)
         configuration = accelerate_file(accelerate)
     except ValueError as error:
-        _fail(error)
+        fail(error)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     if configuration is not None:
         launch += ["--config_file", str(configuration)]

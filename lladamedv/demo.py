@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
@@ -17,6 +16,7 @@ from lladamedv.processing.phantoms import KINDS, PhantomExample, PhantomVQA
 
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
+DTYPES = ("float32", "bfloat16", "float16")
 HELD_OUT_SEED = 9_000  # far from every seed that `demo --train` draws from
 _SHEET_EXAMPLES = ("chest_xray", "mri", "ct", "histology", "gross")
 
@@ -31,15 +31,19 @@ class DemoScores:
     questions: int
 
 
-def load_model(folder: str | Path = DEMO_MODEL) -> tuple[LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor]:
-    """Load a model (in float32) and its processor.
+def load_model(
+    folder: str | Path = DEMO_MODEL, dtype: str = "float32", revision: str | None = None
+) -> tuple[LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor]:
+    """Load a model and its processor.
 
     Raises:
-        ValueError: if the folder or Hub id is no checkpoint of this model.
+        ValueError: if `dtype` is not allowed, or the folder or Hub id is no checkpoint of this model.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` is {dtype!r}; allowed are {DTYPES}.")
     try:
-        processor = LLaDAMedVProcessor.from_pretrained(folder)
-        model = LLaDAMedVForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        processor = LLaDAMedVProcessor.from_pretrained(folder, revision=revision)
+        model = LLaDAMedVForConditionalGeneration.from_pretrained(folder, dtype=dtype, revision=revision).eval()
     except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"`model` is {str(folder)!r}, which cannot be loaded as a checkpoint: {error}") from error
     return model, processor

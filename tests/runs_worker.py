@@ -1,8 +1,9 @@
-"""A run for the tests of `evaluation/runs.py`, to be started once or under `accelerate launch`, and killed.
+"""A run for the tests of `evaluation/runs.py`, to be started alone or as several processes, and killed.
 
     python tests/runs_worker.py FOLDER ITEMS BATCH_SIZE [SECONDS_PER_BATCH]
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ def main(folder: str, items: str, batch_size: str, seconds: str = "0") -> None:
     def answer(places):
         time.sleep(float(seconds))
         with (Path(folder).parent / "asked.txt").open("a") as file:
-            file.writelines(f"{place}\n" for place in places)
+            file.writelines(f"{place} {os.getpid()}\n" for place in places)
         return [{"id": f"item-{place}", "square": place**2} for place in places]
 
     records = run_items([f"item-{place}" for place in range(int(items))], answer, folder, {"a": 1}, int(batch_size))

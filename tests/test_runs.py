@@ -20,10 +20,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 def start(*arguments, processes=1, **options):
     launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", str(processes)]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--main_process_port", "0"]
+    if processes > 1:  # `accelerate launch` starts one process where there is no GPU
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [*launch, str(ROOT / "tests" / "runs_worker.py"), *map(str, arguments)]
     return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, **options)
 
@@ -59,8 +57,9 @@ def test_two_processes_share_the_items(tmp_path, items):
     finish(start(tmp_path / "run", items, 2, processes=2))
     finish(start(tmp_path / "alone", items, 2))
     assert (tmp_path / "run/predictions.jsonl").read_bytes() == (tmp_path / "alone/predictions.jsonl").read_bytes()
-    asked = (tmp_path / "asked.txt").read_text().split()
-    assert sorted(asked) == sorted(2 * [str(place) for place in range(items)])
+    asked = [line.split() for line in (tmp_path / "asked.txt").read_text().splitlines()]
+    assert sorted(place for place, _ in asked) == sorted(2 * [str(place) for place in range(items)])
+    assert len({process for _, process in asked}) == min(items, 2) + 1
 
 
 def test_killed_runs_go_on(tmp_path):
@@ -81,7 +80,7 @@ def test_killed_runs_go_on(tmp_path):
     finish(start(tmp_path / "run", items, batch, processes=2))
     records = [json.loads(line) for line in (tmp_path / "run/predictions.jsonl").open()]
     assert records == [{"id": f"item-{place}", "square": place**2} for place in range(items)]
-    asked = asked.read_text().split()
+    asked = [line.split()[0] for line in asked.read_text().splitlines()]
     assert set(asked) == {str(place) for place in range(items)}
     assert len(asked) <= items + kills * batch
 

@@ -1,0 +1,335 @@
+"""The VQA benchmarks from a model to a report: answers, scores that can be trusted, and what was published.
+
+One folder holds a run: `run.json` (all that the answers depend on), `predictions.jsonl` (a line per question),
+`summary.json` and `summary.md`, and pictures of the calibration. It can be interrupted at any moment and taken up again
+by the same call, and shared between the processes of `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from PIL import Image
+
+from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, fit_confidence_temperature
+from lladamedv.processing import LLaDAMedVProcessor
+from lladamedv.processing.datasets import VQAReport
+
+from .answering import Answer, answer_batch, model_fingerprint, question_about
+from .calibration import area_under_risk_coverage, calibration_bins, expected_calibration_error, risk_coverage
+from .medical_vqa.medical_vqa import ANSWER_TYPES, POLARITY, MedicalVQA
+from .medical_vqa.vqa_normalization import normalize_answer
+from .plots import reliability_diagram, risk_coverage_curve
+from .published_vqa import PUBLISHED_VQA
+from .runs import process_state, replace_file, run_items
+from .text_repetition.text_repetition import TextRepetition
+
+
+logger = logging.getLogger(__name__)
+PAPER_DECODING = {"max_new_tokens": 64, "block_length": 64, "steps": 64}
+SCORINGS = ("generate", "likelihood")
+SUMMARY_FILE = "summary.json"
+# Whether a model was tuned to say "yes" or "Yes" shall not decide.
+_POLARITY_TEXTS = {word: (word, word.capitalize()) for word in POLARITY}
+_HEADLINES = {"closed": "closed_accuracy", "open": "open_recall"}
+
+
+def evaluate_vqa(
+    model: LLaDAMedVForConditionalGeneration,
+    processor: LLaDAMedVProcessor,
+    dataset: Dataset,
+    report: VQAReport,
+    folder: str | Path,
+    *,
+    model_name: str,
+    options: dict | None = None,
+    scoring: str = "generate",
+    batch_size: int = 8,
+    candidates: Sequence[str] | None = None,
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+) -> dict:
+    """Answer all questions of a data set, score the answers and write a report.
+
+    Args:
+        model, processor: as loaded; the model where it shall run.
+        dataset, report: of [`load_vqa`], not streamed.
+        folder: of this run. Called again with the same arguments, it goes on where it stopped.
+        model_name: what to call the model in the report.
+        options: of `generate`; by default the paper's for short answers, a canvas of 64 tokens in one block and 64
+            steps.
+        scoring: `"generate"`, or `"likelihood"`: questions whose true answer is yes or no are answered by the likelier
+            of the two (see [`~LLaDAMedVScoringMixin.score`]), all others still by generation.
+        batch_size: questions at a time.
+        candidates: see the `medical_vqa` metric.
+        bootstrap_samples: how often images are drawn anew for 95 % confidence intervals; 0 computes none.
+        seed: of the bootstrap, and of the noise where `options` have a temperature. With one, answers depend on which
+            questions are in a batch, and so on `batch_size`, interruptions and the number of processes.
+
+    Returns:
+        The summary, in every process. `complete` is False if questions could not be answered, because their image
+        cannot be read; the scores are then of the others, and the report says so first.
+
+    Raises:
+        ValueError: before anything is answered, for a value that is not allowed, an empty data set, or a folder of
+            another run.
+    """
+    if scoring not in SCORINGS:
+        raise ValueError(f"`scoring` is {scoring!r}; allowed are {SCORINGS}.")
+    if not len(dataset):
+        raise ValueError("`dataset` is empty; at least one question is needed.")
+    options = PAPER_DECODING if options is None else options
+    provenance = {
+        "model": model_name, "model_revision": getattr(model.config, "_commit_hash", None),
+        "dataset": report.source, "dataset_revision": report.revision, "split": report.split,
+        "decoding": options, "scoring": scoring,
+    }  # fmt: skip
+    settings = {
+        **provenance, "benchmark": report.benchmark, "model_sha256": model_fingerprint(model), "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."), "chat_template": processor.chat_template,
+    }  # fmt: skip
+
+    def answer(places: list[int]) -> list[dict]:
+        return _answer_places(model, processor, dataset, places, options, scoring, seed, provenance)
+
+    model.eval()
+    records = run_items(list(dataset["id"]), answer, folder, settings, batch_size)
+    summary = _summarize(records, candidates, bootstrap_samples, seed)
+    summary = {
+        **{name: settings[name] for name in ("benchmark", "split", "model", "model_revision", "model_sha256")},
+        **summary, "decoding": options, "scoring": scoring, "data": report.as_dict(),
+        "data_summary": report.summary().splitlines(),
+        "environment": {
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
+            "dtype": settings["dtype"], "batch_size": batch_size, "processes": process_state().num_processes,
+            "torch": torch.__version__, "transformers": transformers.__version__,
+        },
+    }  # fmt: skip
+    if process_state().is_main_process:
+        write_summary(summary, folder)
+    return summary
+
+
+def _answer_places(model, processor, dataset, places, options, scoring, seed, provenance) -> list[dict]:
+    rows, errors = [], {}
+    for place in places:
+        try:
+            rows.append(dataset[place])
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
+            rows.append(dataset.select_columns([name for name in dataset.column_names if name != "image"])[place])
+            errors[rows[-1]["id"]] = f"the image cannot be read: {error}"
+    digest = hashlib.sha256("\n".join([str(seed), *(row["id"] for row in rows)]).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    given: dict[str, tuple[Answer, str]] = {}
+    readable = [row for row in rows if row["id"] not in errors]
+    decided = [row for row in readable if scoring == "likelihood" and _is_polarity(row["answer"])]
+    for row in decided:
+        given[row["id"]] = (_likelier(model, processor, row), "likelihood")
+    generated = [row for row in readable if row["id"] not in given]
+    if generated:
+        chats = [question_about(row["image"], row["question"]) for row in generated]
+        answers = answer_batch(model, processor, chats, **options)
+        given |= {row["id"]: (answer, "generate") for row, answer in zip(generated, answers)}
+    records = []
+    for row in rows:
+        prompt = processor.apply_chat_template(
+            question_about(None, row["question"]), add_generation_prompt=True, tokenize=False
+        )
+        record = {
+            "id": row["id"], "image_id": row["image_id"], "question": row["question"], "prompt": prompt,
+            "answer_type": row["answer_type"], "reference": row["answer"],
+        }  # fmt: skip
+        if row["id"] in errors:
+            record |= {"prediction": None, "error": errors[row["id"]]}
+        else:
+            answer, method = given[row["id"]]
+            record |= {
+                "prediction": answer.text, "confidence": answer.confidence, "method": method,
+                "num_tokens": answer.num_tokens, "num_forwards": answer.num_forwards, "seconds": answer.seconds,
+            }  # fmt: skip
+        records.append(record | provenance)
+    return records
+
+
+def _is_polarity(answer: str) -> bool:
+    return normalize_answer(answer) in POLARITY
+
+
+@torch.no_grad()
+def _likelier(model, processor, row: dict) -> Answer:
+    """The likelier of yes and no, in whatever spelling, and the probability that the model gives it of the two."""
+    started = time.perf_counter()
+    inputs = processor.apply_chat_template(
+        [question_about(row["image"], row["question"])], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    texts = [text for word in POLARITY for text in _POLARITY_TEXTS[word]]
+    scores = model.score(**inputs.to(model.device), candidates=texts, tokenizer=processor.tokenizer)
+    likelihoods = scores.log_likelihood[0].view(len(POLARITY), -1).logsumexp(dim=1)
+    place = int(likelihoods.argmax())
+    # All subsets of an answer's tokens are masked once, each in a row of its own.
+    rows = sum(2**count - 1 for count in scores.num_tokens[0].tolist())
+    confidence = float(likelihoods.softmax(dim=0)[place])
+    return Answer(POLARITY[place], confidence, int(scores.num_tokens[0].max()), rows, time.perf_counter() - started)
+
+
+def _summarize(records: list[dict], candidates, bootstrap_samples: int, seed: int) -> dict:
+    """Everything that the records alone say."""
+    failed = [record["id"] for record in records if record["prediction"] is None]
+    # A truth that is missing can be neither found nor missed.
+    unanswerable = [record["id"] for record in records if not record["reference"].strip()]
+    left_out = {*failed, *unanswerable}
+    scored = [record for record in records if record["id"] not in left_out]
+    summary = {
+        "complete": not failed, "num_questions": len(records), "num_scored": len(scored),
+        "coverage": len(scored) / len(records), "failed": failed, "without_reference": unanswerable,
+        "scores": None, "repetition": None, "calibration": {}, "cost": None,
+    }  # fmt: skip
+    if not scored:
+        return summary
+    predictions = [record["prediction"] for record in scored]
+    references = [
+        {
+            "id": record["id"], "image_id": record["image_id"], "answer": record["reference"],
+            "answer_type": record["answer_type"],
+        }
+        for record in scored
+    ]  # fmt: skip
+    scores = MedicalVQA(keep_in_memory=True).compute(
+        predictions=predictions, references=references, candidates=candidates, bootstrap_samples=bootstrap_samples,
+        seed=seed, return_items=True,
+    )  # fmt: skip
+    items = scores.pop("items")
+    repetition = TextRepetition(keep_in_memory=True).compute(predictions=predictions)
+    for answer_type in ANSWER_TYPES:
+        pairs = [
+            (record["confidence"], item[_HEADLINES[answer_type]])
+            for record, item in zip(scored, items)
+            if record["answer_type"] == answer_type and record["confidence"] is not None
+        ]
+        if pairs:
+            summary["calibration"][answer_type] = _calibration(*zip(*pairs))
+    seconds, tokens, forwards = (
+        sum(record[name] for record in scored) for name in ("seconds", "num_tokens", "num_forwards")
+    )
+    cost = {
+        "seconds_per_question": seconds / len(scored), "words_per_question": repetition["words_per_answer"],
+        "forwards_per_question": forwards / len(scored), "tokens_per_forward": tokens / forwards,
+    }  # fmt: skip
+    return summary | {"scores": scores, "repetition": repetition, "cost": cost}
+
+
+def _calibration(confidence: Sequence[float], correct: Sequence[float]) -> dict:
+    bins = calibration_bins(confidence, correct)
+    coverage, risk = risk_coverage(confidence, correct)
+    return {
+        "count": len(confidence), "mean_confidence": sum(confidence) / len(confidence),
+        "accuracy": sum(correct) / len(correct), "expected_calibration_error": expected_calibration_error(bins),
+        "area_under_risk_coverage": area_under_risk_coverage(coverage, risk),
+        "fitted_confidence_temperature": fit_confidence_temperature(confidence, correct) if len(correct) > 1 else None,
+        "bins": bins, "coverage": coverage, "risk": risk,
+    }  # fmt: skip
+
+
+def write_summary(summary: dict, folder: str | Path) -> None:
+    """Write `summary.json`, `summary.md` and, where matplotlib is installed, pictures of the calibration.
+
+    Args:
+        summary: of [`evaluate_vqa`].
+        folder: to write to.
+    """
+    folder = Path(folder)
+    replace_file(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    replace_file(folder / "summary.md", render_summary(summary))
+    for answer_type, calibration in summary["calibration"].items():
+        title = f"{summary['benchmark']} {summary['split']}, {answer_type} questions (n = {calibration['count']})"
+        try:
+            reliability_diagram(folder / f"reliability_{answer_type}.png", calibration["bins"], title)
+            curve = (calibration["coverage"], calibration["risk"])
+            risk_coverage_curve(folder / f"risk_coverage_{answer_type}.png", *curve, title)
+        except ImportError as error:
+            logger.warning("%s", error)
+            return
+
+
+def render_summary(summary: dict) -> str:
+    """The summary as Markdown."""
+    lines = [f"# {summary['model']} on {summary['benchmark']} ({summary['split']})", ""]
+    if not summary["complete"]:
+        failed = summary["failed"]
+        shown = ", ".join(failed[:5]) + (", …" if len(failed) > 5 else "")
+        total = summary["num_questions"]
+        lines += [f"**INCOMPLETE: {len(failed)} of {total} questions have no answer ({shown}).**", ""]
+    scores = summary["scores"]
+    if scores is None:
+        return "\n".join([*lines, "No question could be scored.", ""])
+    lines += ["| score | value | 95 % interval | n |", "|---|---|---|---|"]
+    for name, value in scores.items():
+        if value is None or name.endswith("_ci95") or name.startswith("num_"):
+            continue
+        interval = scores.get(f"{name}_ci95")
+        interval = "" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
+        count = scores["num_open" if name.startswith("open") else "num_closed"]
+        lines.append(f"| {name} | {value:.2f} | {interval} | {count} |")
+    counts = {name.removeprefix("num_").replace("_", " "): scores[name] for name in scores if name.startswith("num_")}
+    if summary["num_questions"] < summary["data"]["questions"]:
+        counts[f"asked of {summary['data']['questions']} questions"] = summary["num_questions"]
+    lines += ["", "Counts: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".", ""]
+    if summary["without_reference"]:
+        lines += [f"Left out, because their true answer is empty: {', '.join(summary['without_reference'])}.", ""]
+    lines += _render_published(summary["benchmark"], summary["model"], scores)
+    if summary["calibration"]:
+        lines += ["| calibration | n | confidence | accuracy | ECE | AURC |", "|---|---|---|---|---|---|"]
+        for answer_type, each in summary["calibration"].items():
+            names = ("mean_confidence", "accuracy", "expected_calibration_error", "area_under_risk_coverage")
+            numbers = " | ".join(f"{each[name]:.4f}" for name in names)
+            lines.append(f"| {answer_type} | {each['count']} | {numbers} |")
+        lines.append("")
+    cost, repetition = summary["cost"], summary["repetition"]
+    decoding = ", ".join(f"{name}={value}" for name, value in summary["decoding"].items())
+    rep_2 = "none" if repetition["rep_2"] is None else f"{repetition['rep_2']:.4f}"
+    environment = summary["environment"]
+    lines += [
+        f"Answers: {cost['words_per_question']:.1f} words, repeated bigrams {rep_2}, longest run of one word "
+        f"{repetition['longest_run']}; {cost['forwards_per_question']:.1f} forward passes, "
+        f"{cost['tokens_per_forward']:.2f} tokens a pass, {cost['seconds_per_question']:.3f} s a question in batches "
+        f"of {environment['batch_size']} on {environment['device']}, {environment['dtype']}.",
+        "",
+        f"Decoding: {decoding}; answers by {summary['scoring']}.",
+        "",
+        "Data:",
+        "",
+        *(f"- {line}" for line in summary["data_summary"]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _render_published(benchmark: str, model: str, scores: dict) -> list[str]:
+    """Published results, and one's own by the same rules."""
+    if benchmark not in PUBLISHED_VQA:
+        return []
+    own = (scores["open_recall_llava_med"], scores["closed_accuracy_llava_med"])
+    rows = {**PUBLISHED_VQA[benchmark], f"**{model}**": own}
+    cells = [[name, *("-" if value is None else f"{value:.2f}" for value in row)] for name, row in rows.items()]
+    return [
+        "Beside table 2 of LLaDA-MedV (arXiv 2508.01617), by its rules, which count repeated words and look for "
+        "substrings. Published numbers are not all about the same questions.",
+        "",
+        "| model | open recall | closed accuracy |",
+        "|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in cells),
+        "",
+    ]
+
+
+__all__ = ["PAPER_DECODING", "SCORINGS", "evaluate_vqa", "render_summary", "write_summary"]

@@ -1,0 +1,146 @@
+"""The VQA benchmarks from a model to a report, on the phantoms and the model that comes with the package."""
+
+import json
+
+import pytest
+from datasets import Dataset, Image
+
+from lladamedv.demo import load_model
+from lladamedv.evaluation import vqa
+from lladamedv.evaluation.published_vqa import LLADA_MEDV, PUBLISHED_VQA
+from lladamedv.processing.datasets import VQA_FEATURES, VQAReport, load_vqa
+
+
+SHORT = {"max_new_tokens": 24, "block_length": 8, "steps": 24, "confidence_threshold": 0.9}
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_model()
+
+
+@pytest.fixture(scope="module")
+def phantoms():
+    return load_vqa("phantoms", path="9000:8")
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").open()]
+
+
+def run(demo, data, folder, **more):
+    dataset, report = data
+    more = {"options": SHORT, "bootstrap_samples": 20, "batch_size": 3, **more}
+    return vqa.evaluate_vqa(*demo, dataset, report, folder, model_name="demo", **more)
+
+
+def test_report_and_files(demo, phantoms, tmp_path):
+    summary = run(demo, phantoms, tmp_path)
+    records = lines(tmp_path)
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert summary["complete"] and summary["coverage"] == 1 and summary["num_questions"] == 8
+    assert [record["id"] for record in records] == list(phantoms[0]["id"])
+    for record in records:
+        assert record["decoding"] == SHORT and record["split"] == "test" and record["dataset"] == "phantoms:9000:8"
+        assert record["question"] in record["prompt"] and 0 <= record["confidence"] <= 1
+    # Counted once more, by hand: phantom answers have no articles, numbers or punctuation inside.
+    closed = [record for record in records if record["answer_type"] == "closed"]
+    right = [record["prediction"].lower() == record["reference"].lower() for record in closed]
+    assert summary["scores"]["num_closed"] == len(closed) > 0
+    assert summary["scores"]["closed_accuracy"] == pytest.approx(100 * sum(right) / len(right))
+    seconds = sum(record["seconds"] for record in records) / 8
+    assert summary["cost"]["seconds_per_question"] == pytest.approx(seconds)
+    text = (tmp_path / "summary.md").read_text()
+    assert f"| closed_accuracy | {summary['scores']['closed_accuracy']:.2f} |" in text
+    for name in ("reliability_open.png", "risk_coverage_closed.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_is_not_asked_again(demo, phantoms, tmp_path, monkeypatch):
+    summary = run(demo, phantoms, tmp_path)
+    monkeypatch.setattr(vqa, "answer_batch", lambda *arguments, **options: pytest.fail("asked again"))
+    assert run(demo, phantoms, tmp_path) == summary
+    with pytest.raises(ValueError, match=r"decoding: .* there, .* here"):
+        run(demo, phantoms, tmp_path, options=SHORT | {"steps": 12})
+    with pytest.raises(ValueError, match="scoring: 'generate' there, 'likelihood' here"):
+        run(demo, phantoms, tmp_path, scoring="likelihood")
+
+
+def test_closed_questions_by_likelihood(demo, phantoms, tmp_path):
+    """The answer is the one that the bound prefers, computed here candidate by candidate."""
+    summary = run(demo, phantoms, tmp_path, scoring="likelihood")
+    model, processor = demo
+    methods = {}
+    for record, row in zip(lines(tmp_path), phantoms[0]):
+        methods.setdefault(record["method"], []).append(record["reference"].lower())
+        if record["method"] == "likelihood":
+            content = [{"type": "image", "image": row["image"]}, {"type": "text", "text": row["question"]}]
+            inputs = processor.apply_chat_template(
+                [[{"role": "user", "content": content}]], add_generation_prompt=True, tokenize=True, return_dict=True,
+                return_tensors="pt",
+            )  # fmt: skip
+            scores = {
+                text: model.score(**inputs, candidates=[text], tokenizer=processor.tokenizer).log_likelihood.item()
+                for text in ("yes", "Yes", "no", "No")
+            }
+            assert record["prediction"] == max(scores, key=scores.get).lower()
+    assert set(methods["likelihood"]) <= {"yes", "no"} and not {"yes", "no"} & set(methods["generate"])
+    assert summary["complete"] and summary["scoring"] == "likelihood"
+
+
+def test_what_cannot_be_read_or_scored_is_counted(demo, phantoms, tmp_path):
+    """A damaged image and an empty reference: both named, neither averaged over."""
+    rows = phantoms[0].cast_column("image", Image(decode=False)).to_list()
+    rows[1]["image"] = {"bytes": b"\x89PNG\r\n\x1a\n and then nothing", "path": None}
+    rows[2]["answer"] = " "
+    data = Dataset.from_list(rows, features=VQA_FEATURES), phantoms[1]
+    summary = run(demo, data, tmp_path / "damaged")
+    assert not summary["complete"] and summary["failed"] == [rows[1]["id"]]
+    assert summary["without_reference"] == [rows[2]["id"]] and summary["num_scored"] == 6
+    text = (tmp_path / "damaged" / "summary.md").read_text()
+    assert f"**INCOMPLETE: 1 of 8 questions have no answer ({rows[1]['id']}).**" in text
+    records = lines(tmp_path / "damaged")
+    assert records[1]["prediction"] is None and "image cannot be read" in records[1]["error"]
+    others = run(demo, (phantoms[0].select([0, 3, 4, 5, 6, 7]), phantoms[1]), tmp_path / "others")
+    assert summary["scores"] == others["scores"]
+
+    for row in rows:
+        row["image"] = rows[1]["image"]
+    summary = run(demo, (Dataset.from_list(rows, features=VQA_FEATURES), phantoms[1]), tmp_path / "none")
+    assert summary["scores"] is None and not summary["complete"] and summary["coverage"] == 0
+    assert "No question could be scored." in (tmp_path / "none" / "summary.md").read_text()
+
+
+def test_bad_input_before_anything_is_asked(demo, phantoms, tmp_path, monkeypatch):
+    monkeypatch.setattr(vqa, "answer_batch", lambda *arguments, **options: pytest.fail("asked"))
+    with pytest.raises(ValueError, match="`scoring` is 'guess'; allowed are"):
+        run(demo, phantoms, tmp_path, scoring="guess")
+    with pytest.raises(ValueError, match="`dataset` is empty"):
+        run(demo, (phantoms[0].select([]), phantoms[1]), tmp_path)
+    with pytest.raises(ValueError, match="`batch_size` is 0"):
+        run(demo, phantoms, tmp_path, batch_size=0)
+    doubled = Dataset.from_list([phantoms[0][0]] * 2, features=VQA_FEATURES)
+    with pytest.raises(ValueError, match="'phantoms/9000/0' more than once"):
+        run(demo, (doubled, phantoms[1]), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_published_numbers_are_fractions_of_the_test_sets():
+    """What the closed accuracies must be if they are shares of the known numbers of closed questions."""
+    for benchmark, model, right, closed in (
+        ("vqa-rad", LLADA_MEDV, 231, 272),
+        ("slake", LLADA_MEDV, 384, 416),
+        ("path-vqa", LLADA_MEDV, 3199, 3362),
+        ("path-vqa", "LLaVA-Med", 3093, 3391),
+    ):
+        assert PUBLISHED_VQA[benchmark][model][1] == round(100 * right / closed, 2)
+
+
+def test_published_results_stand_beside_ones_own(demo, phantoms, tmp_path):
+    summary = run(demo, phantoms, tmp_path)
+    assert "table 2" not in vqa.render_summary(summary)  # nothing was published on phantoms
+    report = VQAReport("", benchmark="slake")
+    text = vqa.render_summary(summary | {"benchmark": "slake", "data": report.as_dict()})
+    scores = summary["scores"]
+    own = f"| **demo** | {scores['open_recall_llava_med']:.2f} | {scores['closed_accuracy_llava_med']:.2f} |"
+    assert own in text and "| LLaDA-MedV | 68.85 | 92.31 |" in text and "| PubMedCLIP | 78.40 | 82.50 |" in text
