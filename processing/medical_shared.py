@@ -1,0 +1,164 @@
+"""What the readers of medical image files share: their error, optional libraries, and grey values into 8 bits.
+
+A detector gives 12 or 16 bits, or Hounsfield units from −1024 to 3071; a model takes 8 bits. Which values become black
+and white (the window) decides what can be seen, so each choice is told in a list of steps.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+from numbers import Integral, Real
+
+import numpy as np
+
+
+logger = logging.getLogger(__name__)
+
+# (level, width) in Hounsfield units: the conventional windows of CT.
+WINDOW_PRESETS = {
+    "lung": (-600, 1500),
+    "mediastinum": (50, 350),
+    "abdomen": (40, 400),
+    "liver": (60, 160),
+    "brain": (40, 80),
+    "stroke": (40, 40),
+    "subdural": (75, 215),
+    "bone": (400, 1800),
+}
+WINDOW_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+
+
+class MedicalImageError(ValueError):
+    """A medical image, or an option for it, that cannot be used. The message never says who the patient is."""
+
+
+def require(library: str):
+    """Import a library of the extra `medical`.
+
+    Raises:
+        ImportError: if it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ImportError(f'This image file needs {library}: pip install "lladamedv[medical]"') from error
+
+
+def choose_index(name: str, value: int | None, count: int, unit: str, steps: list[str]) -> int:
+    """The index of a frame or slice: the one asked for, else the middle one, which is told and logged as a warning.
+
+    Args:
+        name: the argument that `value` came with, for messages.
+        value: index from 0, or `None`.
+        count: how many there are.
+        unit: what is counted, for the steps.
+    """
+    if value is None:
+        value = count // 2
+        if count > 1:
+            steps.append(f"{unit} {value} of {count} (from 0): the middle one, `{name}` is not given")
+            logger.warning("`%s` is not given: the middle %s of %d is shown", name, unit, count)
+        return value
+    if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value < count:
+        raise MedicalImageError(f"`{name}` is {value!r}; allowed are whole numbers from 0 to {count - 1}.")
+    steps.append(f"{unit} {value} of {count} (from 0)")
+    return int(value)
+
+
+def check_window(window) -> tuple[float, float] | None:
+    """`(level, width)` of a window that may be given as `None`, the name of a preset, or such a pair."""
+    if window is None:
+        return None
+    if isinstance(window, str) and window in WINDOW_PRESETS:
+        return WINDOW_PRESETS[window]
+    if isinstance(window, (tuple, list)) and len(window) == 2 and all(isinstance(number, Real) for number in window):
+        level, width = map(float, window)
+        if math.isfinite(level) and math.isfinite(width) and width > 0:
+            return level, width
+    raise MedicalImageError(
+        f"`window` is {window!r}; allowed are None, {', '.join(map(repr, WINDOW_PRESETS))} and (level, width) with a "
+        "width above 0."
+    )
+
+
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Refuse a picture that has no pixels or too many, before they are decoded."""
+    if not 0 < height * width <= max_pixels:
+        raise MedicalImageError(
+            f"`source` is {width} by {height} pixels; allowed are 1 to {max_pixels} pixels (`max_pixels`)."
+        )
+
+
+def describe_window(window, level: float, width: float, function: str = "LINEAR_EXACT") -> str:
+    """The step that tells of a window that the caller asked for."""
+    preset = f", preset {window}" if isinstance(window, str) else ""
+    return f"window {level:g}/{width:g} (level/width{preset}), {function}"
+
+
+def apply_window(values: np.ndarray, level: float, width: float, function: str = "LINEAR_EXACT") -> np.ndarray:
+    """Grey values through a window.
+
+    Args:
+        values: numbers of any shape.
+        level, width: the window in the units of `values`; `width` is above 0.
+        function: one of `WINDOW_FUNCTIONS`. With `"LINEAR"`, which is made for whole numbers, the window begins at
+            `level − width / 2` and ends at `level + width / 2 − 1`, and `width` is at least 1.
+
+    Returns:
+        `uint8` of the same shape, 0 below the window and 255 above it.
+
+    Source: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3.
+    """
+    if function == "SIGMOID":
+        with np.errstate(over="ignore"):
+            return _round(255 / (1 + np.exp(-4 * (_as_float(values) - level) / width)))
+    if function == "LINEAR":
+        level, width = level - 0.5, width - 1
+    return apply_range(values, level - width / 2, level + width / 2)
+
+
+def apply_range(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Grey values as `uint8`, linear from `low` (0) to `high` (255); a step between the two if they are equal."""
+    values = _as_float(values)
+    if low == high:
+        return np.where(values > low, 255, 0).astype(np.uint8)
+    return _round((values - low) * (255 / (high - low)))
+
+
+def apply_percentiles(
+    values: np.ndarray, steps: list[str], percentiles: tuple[float, float], used: np.ndarray | None = None
+) -> np.ndarray:
+    """Grey values as `uint8`, linear between two percentiles.
+
+    Args:
+        values: numbers of any shape.
+        percentiles: the percentages, such as `(0.5, 99.5)`. If the values there are equal, as in a mask with few
+            marked pixels, the least and the greatest value are taken instead.
+        used: boolean, of the same shape: which values the percentiles are taken from. Values that are not finite are
+            always left out, and become black if they are not a number.
+    """
+    finite = np.isfinite(values)
+    if not finite.all():
+        steps.append(f"{int((~finite).sum())} values are not finite")
+    sample = values[finite if used is None else finite & used]
+    if not sample.size:
+        steps.append("no values to take percentiles from: black")
+        return np.zeros(values.shape, np.uint8)
+    low, high = np.percentile(sample, percentiles).tolist()
+    name = "percentiles {:g}-{:g}".format(*percentiles)
+    if low == high:
+        low, high = float(sample.min()), float(sample.max())
+        name = f"least and greatest value ({name} are equal)"
+    steps.append(f"{name}: {low:g} to {high:g}")
+    return apply_range(values, low, high)
+
+
+def _as_float(values: np.ndarray) -> np.ndarray:
+    """In the smallest floating-point type that holds the values exactly."""
+    return values.astype(np.result_type(values.dtype, np.float32), copy=False)
+
+
+def _round(values: np.ndarray) -> np.ndarray:
+    return np.rint(np.clip(np.nan_to_num(values, nan=0, posinf=255, neginf=0), 0, 255)).astype(np.uint8)

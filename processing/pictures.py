@@ -1,0 +1,253 @@
+"""Pictures and arrays into 8-bit RGB on purpose: depth, transparency, colour space, pages, orientation and size.
+
+Pillow's own `convert("RGB")` clips 16 bits at 255 and shows the colours that transparency hid.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+
+from .medical_shared import (
+    MedicalImageError,
+    apply_percentiles,
+    apply_range,
+    apply_window,
+    check_size,
+    check_window,
+    choose_index,
+    describe_window,
+    require,
+)
+
+
+PERCENTILES = (0.5, 99.5)
+# Of Pillow's formats those in use for medical pictures; others run programs (EPS) or are hardly tested.
+FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM")
+_GREY_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+# These can leave out detail before it takes memory, so they are opened without Pillow's own limit.
+_JPEG, _JPEG_2000 = (b"\xff\xd8\xff",), (b"\x00\x00\x00\x0cjP  ", b"\xff\x4f\xff\x51")
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_TURNED = range(5, 9)  # EXIF orientations that exchange height and width
+_ORIENTATION, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0112, 258, 262, 339  # tags of EXIF and TIFF
+# (SampleFormat, bits) of TIFF that Pillow reads as they are meant; 1 is unsigned, 2 signed, 3 floating point.
+_PILLOW_SAMPLES = {*((1, bits) for bits in range(1, 17)), (2, 16), (2, 32), (3, 32)}
+
+
+def read_picture(
+    file: BinaryIO,
+    steps: list[str],
+    *,
+    page: int | None,
+    window,
+    full_range: bool,
+    background: tuple[int, int, int] | None,
+    max_pixels: int,
+) -> tuple[Image.Image, tuple[int, int]]:
+    """An 8-bit picture of any mode that `convert("RGB")` treats well, and its original (height, width).
+
+    Args:
+        file: open binary file.
+        steps: what is done is added to it.
+        page, window, full_range, background, max_pixels: see [`read_medical_image`].
+
+    Raises:
+        MedicalImageError, ImportError: see [`read_medical_image`].
+    """
+    head = file.read(12)
+    file.seek(0)
+    try:
+        if head.startswith(_JPEG):
+            image = JpegImageFile(file)
+        elif head.startswith(_JPEG_2000):
+            image = Jpeg2KImageFile(file)
+        else:
+            image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        if head.startswith(_TIFF):
+            return _read_tiff(file, steps, page, window, full_range, max_pixels)
+        raise MedicalImageError(
+            f"`source` is of no known format; allowed are DICOM (with the marker DICM), NIfTI, {', '.join(FORMATS)}."
+        ) from None
+    except Image.DecompressionBombError:
+        raise MedicalImageError(
+            f"`source` has more pixels than Pillow allows; allowed are 1 to {max_pixels} (`max_pixels`)."
+        ) from None
+    pages = getattr(image, "n_frames", 1)
+    if page is None and pages > 1:
+        raise MedicalImageError(f"`page` is None, but there are {pages} pages; allowed are 0 to {pages - 1}.")
+    image.seek(choose_index("page", page, pages, "page", steps))
+    if image.format == "TIFF":
+        samples = {(image.tag_v2.get(_SAMPLE_FORMAT, (1,))[0], bits) for bits in image.tag_v2.get(_BITS, (1,))}
+        if not samples <= _PILLOW_SAMPLES:
+            steps.clear()
+            return _read_tiff(file, steps, page, window, full_range, max_pixels)
+    width, height = image.size
+    reduced = _reduce(image, max_pixels, steps)
+    if not reduced:
+        check_size(height, width, max_pixels)
+    turned = image.getexif().get(_ORIENTATION) in _TURNED
+    converted, size = convert_picture(image, steps, window=window, full_range=full_range, background=background)
+    if reduced:
+        size = (width, height) if turned else (height, width)
+    return converted, size
+
+
+def convert_picture(
+    image: Image.Image, steps: list[str], *, window, full_range: bool, background
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The same for a picture that is open already."""
+    # What is asked now is gone once the picture is loaded and turned.
+    tiles = image.tile if image.format in ("PNG", "TIFF") else []
+    deep_colour = any(";16" in (tile[3] if isinstance(tile[3], str) else tile[3][0]) for tile in tiles)
+    white_is_zero = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for truncated and broken files
+        raise MedicalImageError(f"`source` is a broken picture: {error}.") from None
+    original = (image.height, image.width)
+    if orientation in range(2, 9):
+        steps.append(f"turned upright (EXIF orientation {orientation})")
+    if deep_colour and image.mode not in _GREY_MODES:
+        steps.append("16 bits per channel: the upper 8 are used")
+
+    if image.mode in _GREY_MODES:
+        grey = _convert_grey(np.asarray(image), steps, window, full_range)
+        if white_is_zero:  # Pillow inverts 8 bits, but no others
+            steps.append("inverted: PhotometricInterpretation WhiteIsZero")
+            grey = 255 - grey
+        return Image.fromarray(grey), original
+    if image.mode in ("1", "L") and not image.has_transparency_data:
+        if window is not None:
+            return Image.fromarray(_convert_grey(np.asarray(image.convert("L")), steps, window, full_range)), original
+        return image, original
+    if window is not None or full_range:
+        raise MedicalImageError(
+            f"`{'full_range' if window is None else 'window'}` is {window or full_range!r}, but `source` is a picture "
+            f"of mode {image.mode!r}; allowed are windows and full ranges for grey pictures without transparency."
+        )
+    if image.has_transparency_data:
+        return _lay_on_background(image, background, steps), original
+    profile = image.info.get("icc_profile")
+    if image.mode == "CMYK" and profile:
+        return _to_srgb(image, profile, steps), original
+    if profile:
+        steps.append("colour profile of the file not applied")
+    if image.mode != "RGB":
+        steps.append(f"{image.mode} to RGB")
+    return image, original
+
+
+def convert_array(
+    array: np.ndarray, steps: list[str], *, window, full_range: bool, background, max_pixels: int
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The same for an array."""
+    channels = array.shape[2] if array.ndim == 3 else 1
+    number = array.dtype == bool or np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)
+    allowed = {"uint8": (2, 3, 4), "uint16": (3,)}.get(array.dtype.name, ())
+    if not (array.ndim == 2 and number) and not (array.ndim == 3 and channels in allowed):
+        raise MedicalImageError(
+            f"`source` is an array of shape {array.shape} and type {array.dtype}; allowed are (height, width) of real "
+            "numbers, and (height, width, channels) with 2 to 4 channels of uint8 or 3 of uint16."
+        )
+    check_size(*array.shape[:2], max_pixels)
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if channels > 1 and array.dtype == np.uint16:
+        steps.append("16 bits per channel, divided by 257")
+        array = apply_range(array, 0, 65535)
+    if array.dtype == np.uint8:
+        picture = Image.fromarray(np.ascontiguousarray(array))
+        return convert_picture(picture, steps, window=window, full_range=full_range, background=background)
+    return Image.fromarray(_convert_grey(array, steps, window, full_range)), array.shape[:2]
+
+
+def _convert_grey(values: np.ndarray, steps: list[str], window, full_range: bool) -> np.ndarray:
+    """Grey values of any type, `(height, width)`, as `uint8`."""
+    if window is not None:
+        level, width = check_window(window)
+        steps.append(describe_window(window, level, width))
+        return apply_window(values, level, width)
+    if full_range:
+        if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 65535:
+            raise MedicalImageError(
+                "`full_range` is True, but `source` has values other than whole numbers from 0 to 65535; allowed for "
+                "it are None and windows (`window`)."
+            )
+        steps.append("full range of 16 bits: divided by 257")
+        return apply_range(values, 0, 65535)
+    return apply_percentiles(values, steps, PERCENTILES)
+
+
+def _reduce(image: Image.Image, max_pixels: int, steps: list[str]) -> bool:
+    """Have a large file decoded at a half, a quarter or an eighth of its size, if its format allows that.
+
+    Returns:
+        Whether it will be.
+    """
+    width, height = image.size
+    if width * height <= max_pixels:
+        return False
+    factor = next((factor for factor in (2, 4, 8) if -(-width // factor) * -(-height // factor) <= max_pixels), None)
+    if factor is None:
+        return False
+    # The decoder of progressive JPEG would hold the whole picture in memory nonetheless.
+    if isinstance(image, JpegImageFile) and "progressive" not in image.info:
+        image.draft(None, (max(width // factor, 1), max(height // factor, 1)))
+    elif isinstance(image, Jpeg2KImageFile):
+        image.reduce = factor.bit_length() - 1
+    else:
+        return False
+    steps.append(f"reduced by {factor} while decoding, from {height} by {width} pixels (height by width)")
+    return True
+
+
+def _lay_on_background(image: Image.Image, background, steps: list[str]) -> Image.Image:
+    grey = image.mode in ("1", "L", "LA", "La")
+    image = image.convert("RGBA")
+    if image.getchannel("A").getextrema() == (255, 255):
+        steps.append("transparency left out: everything is opaque")
+        return image
+    colour = background or ((0, 0, 0) if grey else (255, 255, 255))
+    default = "" if background else f" (`background` is not given, the picture is {'grey' if grey else 'in colour'})"
+    steps.append(f"transparent pixels laid on RGB {colour}{default}")
+    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
+
+
+def _to_srgb(image: Image.Image, profile: bytes, steps: list[str]) -> Image.Image:
+    try:
+        converted = ImageCms.profileToProfile(
+            image, ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    except (ImageCms.PyCMSError, OSError):
+        steps.append(f"{image.mode} to RGB; the colour profile of the file is unusable")
+        return image
+    steps.append(f"{image.mode} to sRGB by the colour profile of the file")
+    return converted
+
+
+def _read_tiff(file: BinaryIO, steps, page, window, full_range, max_pixels) -> tuple[Image.Image, tuple[int, int]]:
+    """TIFF of a sample type that Pillow does not read, such as 64-bit floating point."""
+    tifffile = require("tifffile")
+    file.seek(0)
+    with tifffile.TiffFile(file) as tiff:
+        pages = len(tiff.pages)
+        if page is None and pages > 1:
+            raise MedicalImageError(f"`page` is None, but there are {pages} pages; allowed are 0 to {pages - 1}.")
+        chosen = tiff.pages[choose_index("page", page, pages, "page", steps)]
+        check_size(chosen.imagelength, chosen.imagewidth, max_pixels)
+        array = chosen.asarray()
+        steps.append(f"TIFF of {array.dtype}")
+        image, size = convert_array(
+            array, steps, window=window, full_range=full_range, background=None, max_pixels=max_pixels
+        )
+        if chosen.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+            steps.append("inverted: PhotometricInterpretation WhiteIsZero")
+            image = ImageOps.invert(image)
+    return image, size

@@ -1,0 +1,374 @@
+"""DICOM files of every kind become the pixels that hand arithmetic and pydicom's own functions give."""
+
+import io
+
+import numpy as np
+import pydicom
+import pydicom.pixels
+import pytest
+from PIL import Image
+from pydicom.encaps import encapsulate
+from pydicom.pixels.decoders.base import Decoder
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
+    RLELossless,
+)
+
+from lladamedv.processing.medical_images import MedicalImageError, read_dicom_series, read_medical_image
+from tests.dicom_files import dataset, item, look_up_table, sequence, to_bytes
+
+
+# Hounsfield units −1024, −160, −60, 40, 239, 240 and 3071 at an intercept of −1024.
+STORED = np.array([[0, 864, 964, 1064, 1263, 1264, 4095]], np.uint16)
+CT = {"RescaleSlope": "1", "RescaleIntercept": "-1024"}
+GRADIENT = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def read(data, **options):
+    return read_medical_image(to_bytes(data), **options)
+
+
+def grey(data, **options):
+    pixels = np.asarray(read(data, **options).image)
+    assert (pixels == pixels[..., :1]).all()
+    return pixels[..., 0]
+
+
+def encapsulated(pixels, photometric, syntax, frames, **elements):
+    data = dataset(pixels, photometric, **elements)
+    data.PixelData = encapsulate(frames)
+    data["PixelData"].VR = "OB"
+    data.file_meta.TransferSyntaxUID = syntax
+    return data
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (None, [0, 0, 63.91, 127.82, 255, 255, 255]),
+        ("LINEAR", [0, 0, 63.91, 127.82, 255, 255, 255]),
+        ("LINEAR_EXACT", [0, 0, 63.75, 127.5, 254.363, 255, 255]),
+        ("SIGMOID", [0.006, 30.397, 68.579, 127.5, 224.257, 224.603, 255]),
+    ],
+)
+def test_window_functions(function, expected):
+    elements = {"VOILUTFunction": function} if function else {}
+    result = read(dataset(STORED, bits=12, WindowCenter="40", WindowWidth="400", **CT, **elements))
+    assert np.abs(np.asarray(result.image)[0, :, 0] - np.array(expected)).max() <= 0.501
+    assert result.size == (1, 7)
+    assert result.steps == [
+        "modality LUT: slope 1, intercept -1024",
+        f"window 40/400 (level/width) from the file, {function or 'LINEAR'}",
+    ]
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("kind", [np.uint16, np.int16])
+def test_windows_agree_with_pydicom(function, kind):
+    stored = np.random.default_rng(0).integers(-2000 if kind is np.int16 else 0, 2000, (8, 9)).astype(kind)
+    data = dataset(stored, bits=12, WindowCenter="70.5", WindowWidth="311", VOILUTFunction=function)
+    data.RescaleSlope, data.RescaleIntercept = "0.5", "-20"
+    theirs = pydicom.pixels.apply_windowing(pydicom.pixels.apply_modality_lut(stored, data), data)
+    # pydicom maps to the range of the stored bits in units of the modality: slope 0.5, intercept −20.
+    low = (-2048 if kind is np.int16 else 0) * 0.5 - 20
+    expected = (theirs - low) / (4095 * 0.5) * 255
+    assert np.abs(grey(data) - expected).max() <= 0.501
+
+
+def test_window_that_is_multi_valued_narrow_or_impossible():
+    result = read(dataset(STORED, bits=12, WindowCenter=["40", "-600"], WindowWidth=["400", "1500"], **CT))
+    assert "window 40/400 (level/width) from the file (first of 2), LINEAR" in result.steps
+    assert np.asarray(result.image)[0, 3, 0] == 128
+    narrow = dataset(np.array([[0, 1, 2]], np.uint8), WindowCenter="1", WindowWidth="0.5")
+    assert grey(narrow).tolist() == [[0, 128, 255]]
+    assert "LINEAR needs a width" in read(narrow).steps[0]
+    step = dataset(np.array([[0, 1, 2]], np.uint8), WindowCenter="1", WindowWidth="1")
+    assert grey(step).tolist() == [[0, 255, 255]]  # everything up to level − 0.5 is black
+    none = read(dataset(np.array([[0, 1, 2]], np.uint8), WindowCenter="1", WindowWidth="0"))
+    assert none.steps[0] == "window of the file not applied: its width is 0" and "percentiles" in none.steps[1]
+
+
+def test_presets_and_own_windows():
+    data = dataset(STORED, bits=12, WindowCenter="0", WindowWidth="10", **CT)
+    # −600/1500 from −1350 to 149; 40/80 from 0 to 79.
+    lung = np.clip((np.array([-1024, -160, -60, 40, 239, 240, 3071]) + 1350) / 1499, 0, 1) * 255
+    assert np.abs(grey(data, window="lung")[0] - lung).max() <= 0.501
+    assert grey(data, window="brain").tolist() == grey(data, window=(40, 80)).tolist()
+    assert grey(data, window="brain")[0, 3] == round(40 / 79 * 255)
+    assert read(data, window="lung").steps[-1] == "window -600/1500 (level/width, preset lung), LINEAR"
+    data.Modality = "MR"
+    with pytest.raises(ValueError, match=r"`window` is 'lung', a window in Hounsfield units"):
+        read(data, window="lung")
+    assert grey(data, window=(40, 80))[0, 3] == round(40 / 79 * 255)
+
+
+def test_percentiles_leave_padding_out():
+    rng = np.random.default_rng(1)
+    stored = rng.integers(100, 1000, (40, 40)).astype(np.int16)
+    stored[:10] = -2000
+    low, high = np.percentile(stored[10:], [0.5, 99.5])
+    expected = np.clip((stored.astype(float) - low) / (high - low), 0, 1) * 255
+    data = dataset(stored, bits=16, PixelPaddingValue=-2000)
+    data["PixelPaddingValue"].VR = "SS"
+    assert np.abs(grey(data) - expected).max() <= 0.501
+    steps = read(data).steps
+    assert steps[0] == "400 padding pixels left out of the percentiles"
+    assert steps[1] == f"percentiles 0.5-99.5: {low:g} to {high:g}"
+    unsigned = dataset(stored, bits=16, PixelPaddingValue=65536 - 2000)  # as many files have it
+    unsigned["PixelPaddingValue"].VR = "US"
+    assert np.array_equal(grey(unsigned), grey(data))
+    stored[:5] = -1990
+    ranged = dataset(stored, bits=16, PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1980)
+    ranged["PixelPaddingValue"].VR = ranged["PixelPaddingRangeLimit"].VR = "SS"
+    assert read(ranged).steps == steps
+    assert "padding" not in " ".join(read(dataset(stored, bits=16)).steps)
+
+
+def test_inversion_happens_once():
+    window = {"WindowCenter": "127.5", "WindowWidth": "255", "VOILUTFunction": "LINEAR_EXACT"}
+    assert np.array_equal(grey(dataset(GRADIENT, **window)), GRADIENT)
+    for photometric, shape in (("MONOCHROME1", None), ("MONOCHROME1", "INVERSE"), ("MONOCHROME2", "INVERSE")):
+        elements = {"PresentationLUTShape": shape} if shape else {}
+        result = read(dataset(GRADIENT, photometric, **window, **elements))
+        assert np.array_equal(np.asarray(result.image)[..., 0], 255 - GRADIENT)
+        assert sum("inverted" in step for step in result.steps) == 1
+    assert np.array_equal(grey(dataset(GRADIENT, PresentationLUTShape="IDENTITY", **window)), GRADIENT)
+
+
+def test_full_range_is_that_of_the_stored_bits():
+    assert np.array_equal(grey(dataset(GRADIENT), full_range=True), GRADIENT)
+    assert grey(dataset(np.array([[0, 4095]], np.uint16), bits=12), full_range=True).tolist() == [[0, 255]]
+    signed = dataset(np.array([[-2048, 0, 2047]], np.int16), bits=12, **CT)
+    assert grey(signed, full_range=True).tolist() == [[0, 128, 255]]
+    assert read(signed, full_range=True).steps == ["full range of 12 bits: -2048 to 2047"]
+
+
+def test_look_up_tables():
+    stored = np.array([[0, 9, 10, 11, 12, 200]], np.uint8)
+    data = dataset(stored, VOILUTSequence=sequence(look_up_table(10, 12, [0, 819, 4095]), look_up_table(0, 8, [7])))
+    data.WindowCenter, data.WindowWidth = "1", "2"
+    assert grey(data).tolist() == [[0, 0, 0, 51, 255, 255]]
+    assert read(data).steps == ["VOI LUT of the file: table of 3 entries (first of 2)"]
+    # A table of more than 256 entries of 8 bits, packed two to a word; and one behind a rescaling to negative values.
+    packed = item(LUTDescriptor=[1024, 0, 8], LUTData=(np.arange(1024) // 4).astype(np.uint8).tobytes())
+    packed["LUTData"].VR, packed["LUTDescriptor"].VR = "OW", "US"
+    wide = dataset(np.array([[0, 500, 1023, 4000]], np.uint16), bits=12, VOILUTSequence=sequence(packed))
+    assert grey(wide).tolist() == [[0, 125, 255, 255]]
+    negative = dataset(STORED, bits=12, VOILUTSequence=sequence(look_up_table(-161, 8, [0, 10, 20])), **CT)
+    assert grey(negative).tolist() == [[0, 10, 20, 20, 20, 20, 20]]
+    modality = dataset(stored, ModalityLUTSequence=sequence(look_up_table(9, 16, [500, 1000, 900, 40])))
+    modality.WindowCenter, modality.WindowWidth, modality.VOILUTFunction = "500", "1000", "LINEAR_EXACT"
+    assert np.abs(grey(modality)[0] - np.array([500, 500, 1000, 900, 40, 40]) * 0.255).max() <= 0.501
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("segmented", [False, True], ids=["plain", "segmented"])
+def test_palette(depth, segmented):
+    data = dataset(np.array([[0, 5, 6, 7, 260]], np.uint16), "PALETTE COLOR")
+    scale = 1 if depth == 8 else 257
+    for name, entries in (("Red", [255, 0, 10, 20]), ("Green", [0, 255, 30, 40]), ("Blue", [1, 2, 255, 0])):
+        setattr(data, f"{name}PaletteColorLookupTableDescriptor", [4, 4, depth])
+        data[f"{name}PaletteColorLookupTableDescriptor"].VR = "US"
+        entries = [entry * scale for entry in entries]
+        values = [0, len(entries), *entries] if segmented else entries  # one discrete segment
+        raw = np.asarray(values, "<u2" if depth == 16 else np.uint8).tobytes()
+        data.add_new(f"{'Segmented' * segmented}{name}PaletteColorLookupTableData", "OW", raw)
+    pixels = np.asarray(read(data).image)
+    assert pixels[0].tolist() == [[255, 0, 1], [0, 255, 2], [10, 30, 255], [20, 40, 0], [20, 40, 0]]
+
+
+def test_colour_planes_and_ybr():
+    rng = np.random.default_rng(2)
+    rgb = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(read(dataset(rgb, "RGB")).image), rgb)
+    planar = dataset(rgb, "RGB", PlanarConfiguration=1)
+    planar.PixelData = np.moveaxis(rgb, -1, 0).tobytes()
+    assert np.array_equal(np.asarray(read(planar).image), rgb)
+    # PS3.3 C.7.6.3.1.2: luminance alone is grey; red has Y 76.245, CB 84.97, CR 255.5.
+    ybr = np.array([[[90, 128, 128], [76, 85, 255], [0, 128, 128]]], np.uint8)
+    result = read(dataset(ybr, "YBR_FULL"))
+    assert np.abs(np.asarray(result.image).astype(int) - [[[90, 90, 90], [254, 0, 0], [0, 0, 0]]]).max() <= 1
+    assert result.steps == ["YBR_FULL to RGB"]
+    deep = rng.integers(0, 65536, (4, 6, 3), dtype=np.uint16)
+    assert np.abs(np.asarray(read(dataset(deep, "RGB")).image) - deep / 257).max() <= 0.501
+    with pytest.raises(ValueError, match="`window` is 'lung', but the file is in colour"):
+        read(dataset(rgb, "RGB"), window="lung")
+    with pytest.raises(ValueError, match="PhotometricInterpretation of the file is 'HSV'"):
+        read(dataset(rgb, "HSV"))
+
+
+def test_frames(caplog):
+    frames = np.stack([np.full((2, 2), 10 * number, np.uint8) for number in range(12)])
+    frames[:, 0, 0] = 0
+    data = dataset(frames, WindowCenter="127.5", WindowWidth="255", VOILUTFunction="LINEAR_EXACT")
+    with caplog.at_level("INFO"):
+        result = read(data, frame=3)
+    assert np.asarray(result.image)[1, 1, 0] == 30 and result.steps[0] == "frame 3 of 12 (from 0)"
+    assert result.size == (2, 2)
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+    result = read(data)
+    assert np.asarray(result.image)[1, 1, 0] == 60 and "the middle one" in result.steps[0]
+    assert [record.levelname for record in caplog.records if record.levelname == "WARNING"] == ["WARNING"]
+    for frame in (12, -1, 1.0, True):
+        with pytest.raises(ValueError, match=r"`frame` is .*; allowed are whole numbers from 0 to 11"):
+            read(data, frame=frame)
+
+
+def test_enhanced_functional_groups():
+    """Slope and window that only the groups have: shared ones, and per frame, which win."""
+    stored = np.stack([np.array([[0, 500, 1000]], np.uint16)] * 2)
+
+    def transformation(slope, intercept):
+        return sequence(item(RescaleSlope=slope, RescaleIntercept=intercept, RescaleType="HU"))
+
+    def voi(center, width):
+        return sequence(item(WindowCenter=center, WindowWidth=width, VOILUTFunction="LINEAR_EXACT"))
+
+    data = dataset(stored, bits=12)
+    data.SharedFunctionalGroupsSequence = sequence(
+        item(PixelValueTransformationSequence=transformation("2", "-1000"), FrameVOILUTSequence=voi("0", "2000"))
+    )
+    assert grey(data, frame=1).tolist() == [[0, 128, 255]]  # −1000, 0, 1000
+    data.PerFrameFunctionalGroupsSequence = sequence(
+        item(FrameVOILUTSequence=voi("500", "1000")),
+        item(PixelValueTransformationSequence=transformation("1", "0")),
+    )
+    assert grey(data, frame=0).tolist() == [[0, 0, 255]]  # −1000, 0, 1000 in 0 … 1000
+    assert grey(data, frame=1).tolist() == [[128, 191, 255]]  # 0, 500, 1000 in −1000 … 1000
+    assert "modality LUT: slope 2, intercept -1000" in read(data, frame=0).steps
+    assert "modality LUT: slope 1, intercept 0" in read(data, frame=1).steps
+
+
+def test_bits_beyond_the_stored_ones_do_not_count():
+    overlaid = STORED | np.uint16(0xF000)
+    window = {"WindowCenter": "40", "WindowWidth": "400", **CT}
+    assert np.array_equal(grey(dataset(overlaid, bits=12, **window)), grey(dataset(STORED, bits=12, **window)))
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian])
+def test_other_uncompressed_syntaxes(syntax):
+    data = dataset(STORED, bits=12, WindowCenter="40", WindowWidth="400", **CT)
+    expected = grey(data)
+    data.file_meta.TransferSyntaxUID = syntax
+    if syntax is ExplicitVRBigEndian:
+        data.PixelData = STORED.astype(">u2").tobytes()
+    file = io.BytesIO()
+    little, implicit = syntax is not ExplicitVRBigEndian, syntax is ImplicitVRLittleEndian
+    pydicom.dcmwrite(file, data, implicit_vr=implicit, little_endian=little)
+    assert np.array_equal(np.asarray(read_medical_image(file.getvalue()).image)[..., 0], expected)
+
+
+def test_run_length_encoding():
+    data = dataset(np.stack([STORED, STORED[:, ::-1]]), bits=12, WindowCenter="40", WindowWidth="400", **CT)
+    expected = grey(data, frame=1)
+    data.compress(RLELossless)
+    assert np.array_equal(grey(data, frame=1), expected)
+
+
+def test_jpeg_baseline():
+    smooth = np.asarray(Image.fromarray(GRADIENT).resize((64, 48), Image.Resampling.BICUBIC))
+    file = io.BytesIO()
+    Image.fromarray(smooth).save(file, "JPEG", quality=95)
+    data = encapsulated(smooth, "MONOCHROME2", JPEGBaseline8Bit, [file.getvalue()])
+    assert np.array_equal(grey(data, full_range=True), np.asarray(Image.open(file)))
+    file = io.BytesIO()
+    rgb = np.stack([smooth, smooth[::-1], smooth[:, ::-1]], axis=-1)
+    Image.fromarray(rgb).save(file, "JPEG", quality=95, subsampling=0)
+    data = encapsulated(rgb, "YBR_FULL", JPEGBaseline8Bit, [file.getvalue()])
+    assert np.abs(np.asarray(read(data).image).astype(int) - np.asarray(Image.open(file)).astype(int)).max() <= 2
+
+
+def test_jpeg_2000():
+    stored = np.random.default_rng(3).integers(0, 4096, (32, 32)).astype(np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(stored).save(file, "JPEG2000", irreversible=False, no_jp2=True)
+    window = {"WindowCenter": "2000", "WindowWidth": "4000", "VOILUTFunction": "LINEAR_EXACT"}
+    data = encapsulated(stored, "MONOCHROME2", JPEG2000Lossless, [file.getvalue()], **window)
+    assert np.abs(grey(data) - np.clip(stored / 4000 * 255, 0, 255)).max() <= 0.501
+
+
+def test_missing_decoder_names_syntax_and_extra(monkeypatch):
+    data = encapsulated(STORED, "MONOCHROME2", JPEGLosslessSV1, [b"\xff\xd8\xff\xd9"], bits=12)
+    monkeypatch.setattr(pydicom.pixels, "get_decoder", Decoder)  # one without plugins
+    with pytest.raises(ImportError, match=r'JPEG Lossless.*pip install "lladamedv\[medical-codecs\]"'):
+        read(data)
+
+
+def test_broken_files():
+    whole = to_bytes(dataset(STORED, bits=12, **CT))
+    for broken in (whole[:-5], whole[:200], whole[:140]):
+        with pytest.raises(MedicalImageError):
+            read_medical_image(broken)
+    with pytest.raises(MedicalImageError, match="no known format"):
+        read_medical_image(whole[132:])  # without its preamble; nothing is guessed
+    file = io.BytesIO()
+    data = dataset(STORED, bits=12, **CT)
+    data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    pydicom.dcmwrite(file, data, enforce_file_format=True)
+    with pytest.raises(MedicalImageError, match="deflated"):
+        read_medical_image(file.getvalue())
+    broken = encapsulated(GRADIENT, "MONOCHROME2", JPEGBaseline8Bit, [b"\xff\xd8\xff\xd9"])
+    with pytest.raises(MedicalImageError, match=r"JPEG Baseline.*cannot be decoded"):
+        read(broken)
+    with pytest.raises(MedicalImageError, match="7 by 1 pixels; allowed are 1 to 6"):
+        read(dataset(STORED, bits=12), max_pixels=6)
+
+
+def test_text_burned_into_the_pixels():
+    data = dataset(GRADIENT, BurnedInAnnotation="YES")
+    with pytest.raises(ValueError, match=r"`allow_burned_in` is False.*allow_burned_in=True"):
+        read(data)
+    assert np.array_equal(grey(data, allow_burned_in=True, full_range=True), GRADIENT)
+    assert np.array_equal(grey(dataset(GRADIENT, BurnedInAnnotation="NO"), full_range=True), GRADIENT)
+
+
+def test_series_is_sorted_along_its_normal(tmp_path):
+    cosine, sine = np.cos(2), np.sin(2)
+    normal = np.array([0, -sine, cosine])  # of slices tilted about the left-right axis
+    for name, distance in (("a", 5.0), ("b", -10.0), ("c", 0.0), ("d", 7.5)):
+        data = dataset(GRADIENT, ImageOrientationPatient=["1", "0", "0", "0", f"{cosine:.6f}", f"{sine:.6f}"])
+        data.ImagePositionPatient = [f"{number:.6f}" for number in distance * normal + 3 * np.array([0, cosine, sine])]
+        (tmp_path / name).write_bytes(to_bytes(data))
+    (tmp_path / "notes.txt").write_text("no DICOM file")
+    assert [path.name for path in read_dicom_series(tmp_path)] == ["b", "c", "a", "d"]
+    data.SeriesInstanceUID += ".1"
+    (tmp_path / "e").write_bytes(to_bytes(data))
+    with pytest.raises(ValueError, match="files of 2 series"):
+        read_dicom_series(tmp_path)
+    (tmp_path / "e").write_bytes(to_bytes(dataset(GRADIENT)))
+    with pytest.raises(ValueError, match="without ImagePositionPatient"):
+        read_dicom_series(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no DICOM files"):
+        read_dicom_series(tmp_path / "empty")
+    with pytest.raises(ValueError, match="not a folder"):
+        read_dicom_series(tmp_path / "a")
+
+
+def test_who_the_patient_is_is_not_even_read(monkeypatch):
+    headers, dcmread = [], pydicom.dcmread
+
+    def recorded(*arguments, **options):
+        headers.append(dcmread(*arguments, **options))
+        return headers[-1]
+
+    monkeypatch.setattr(pydicom, "dcmread", recorded)
+    read(dataset(GRADIENT))
+    (header,) = headers
+    assert "Modality" in header and "BitsStored" in header
+    for name in ("PatientName", "PatientID", "PatientBirthDate", "StudyDate", "SOPInstanceUID", "ImageComments"):
+        assert name not in header
+
+
+def test_empty_elements_count_as_absent():
+    empty = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction", "PixelPaddingValue")
+    data = dataset(GRADIENT, **dict.fromkeys((*empty, "PresentationLUTShape", "BurnedInAnnotation")))
+    data["PixelPaddingValue"].VR = "US"
+    for name in ("ModalityLUTSequence", "VOILUTSequence", "SharedFunctionalGroupsSequence"):
+        setattr(data, name, [])
+    assert read(data).steps == read(dataset(GRADIENT)).steps == ["percentiles 0.5-99.5: 1.275 to 253.725"]
