@@ -18,6 +18,7 @@ from lladamedv.processing.datasets.chat_benchmark import DOMAINS, QUESTION_TYPES
 from .medical_vqa.medical_vqa import bootstrap_intervals
 from .published_chat import GROUP_SIZES, RELATIVE_SCORES
 from .runs import replace_file
+from .tables import markdown_table
 from .text_repetition.text_repetition import TextRepetition
 
 
@@ -171,7 +172,7 @@ def to_markdown(summary: dict) -> str:
             f"{summary['n_failed']} failed and {unanswered} have no answer. All scores leave these questions out.**"
         )
         lines = [warning, "", *lines]
-    lines += _table(
+    lines += markdown_table(
         ["group", "relative score, %", "95 % interval", "reference's score", "model's score", "judged"],
         [
             [
@@ -202,7 +203,7 @@ def to_markdown(summary: dict) -> str:
         "",
     ]
     columns = ("words_per_answer", "distinct_1", "rep_4", "longest_run", "num_empty")
-    lines += _table(
+    lines += markdown_table(
         ["answers", *columns],
         [[who, *(_number(metrics[column]) for column in columns)] for who, metrics in summary["text"].items()],
     )
@@ -214,12 +215,8 @@ def to_markdown(summary: dict) -> str:
     ]
     own = [summary["groups"][group]["relative_score"] for group in GROUP_SIZES]
     published = [[name, *(f"{score:.3f}" for score in scores)] for name, scores in RELATIVE_SCORES.items()]
-    lines += _table(["model", *GROUP_SIZES], [[f"**{summary['name']}**", *map(_number, own)], *published])
+    lines += markdown_table(["model", *GROUP_SIZES], [[f"**{summary['name']}**", *map(_number, own)], *published])
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)] + [""]
 
 
 def _number(value: float | None) -> str:

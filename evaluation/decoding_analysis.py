@@ -19,15 +19,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from PIL import Image
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
 from lladamedv.processing import LLaDAMedVProcessor
 
 from . import plots
 from .answering import answer_batch, model_fingerprint, question_about
-from .chat_benchmark import _table
 from .medical_vqa.medical_vqa import MedicalVQA, bootstrap_intervals, complete_reference
 from .runs import process_state, replace_file, run_items
+from .tables import markdown_table
 from .text_repetition.text_repetition import TextRepetition
 
 
@@ -181,6 +182,22 @@ def analyze_decoding(
         say(f"Reports: {folder}")
     state.wait_for_everyone()
     return summary
+
+
+def noise_pictures(records: Sequence[dict] | Dataset, seed: int = 0) -> list[dict]:
+    """The same questions about pictures of noise: what a model says where there is nothing to see.
+
+    A model that is sure of every word hardly repeats itself, however few steps it takes, because words that are sure
+    agree with each other; one that cannot see is not sure.
+
+    Args:
+        records: as for [`analyze_decoding`].
+        seed: of the noise, uniform in each of 3 x 64 x 64 values.
+    """
+    random = np.random.default_rng(seed)
+    return [
+        {**record, "image": Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))} for record in records
+    ]
 
 
 def _read_items(records, bootstrap_samples: int) -> list[dict]:
@@ -435,7 +452,7 @@ def to_markdown(summary: dict) -> str:
         for one in summary["combinations"]
         for used in one["measured_on"]
     }
-    lines = [f"# Decoding: {summary['name']}", "", *_table(list(columns), rows)]
+    lines = [f"# Decoding: {summary['name']}", "", *markdown_table(list(columns), rows)]
     lines += [
         f"{summary['num_questions']} questions, {summary['num_scored']} of them scored. L is the canvas, B the block, "
         "Z the steps; T/Q and W/Q are seconds and words per question, T/W is T/Q divided by W/Q; rep-n is the share of "
@@ -466,12 +483,13 @@ def to_markdown(summary: dict) -> str:
         "Overall is the score of the judge relative to text-only GPT-4, which is not measured here.",
         "",
     ]
-    lines += _table(
+    lines += markdown_table(
         ["model", "T/Q, s", "W/Q", "T/W, s", "Z", "Overall, %"],
         [[_cell(value) for value in row] for row in PUBLISHED_EFFICIENCY],
     )
     lines += ["LLaDA-MedV there: L 256, B 64.", ""]
-    lines += _table(["L", "B", "Z", "Overall, %"], [[_cell(value) for value in row] for row in PUBLISHED_ABLATION])
+    rows = [[_cell(value) for value in row] for row in PUBLISHED_ABLATION]
+    lines += markdown_table(["L", "B", "Z", "Overall, %"], rows)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -484,4 +502,4 @@ def _cell(value, interval: Sequence[float] | None = None) -> str:
     return shown if interval is None else f"{shown} [{_cell(interval[0])}, {_cell(interval[1])}]"
 
 
-__all__ = ["PUBLISHED_ABLATION", "PUBLISHED_EFFICIENCY", "analyze_decoding", "to_markdown"]
+__all__ = ["PUBLISHED_ABLATION", "PUBLISHED_EFFICIENCY", "analyze_decoding", "noise_pictures", "to_markdown"]

@@ -31,6 +31,7 @@ from .medical_vqa.vqa_normalization import normalize_answer
 from .plots import reliability_diagram, risk_coverage_curve
 from .published_vqa import PUBLISHED_VQA
 from .runs import process_state, replace_file, run_items
+from .tables import markdown_table
 from .text_repetition.text_repetition import TextRepetition
 
 
@@ -272,28 +273,31 @@ def render_summary(summary: dict) -> str:
     scores = summary["scores"]
     if scores is None:
         return "\n".join([*lines, "No question could be scored.", ""])
-    lines += ["| score | value | 95 % interval | n |", "|---|---|---|---|"]
+    rows = []
     for name, value in scores.items():
         if value is None or name.endswith("_ci95") or name.startswith("num_"):
             continue
         interval = scores.get(f"{name}_ci95")
         interval = "" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
         count = scores["num_open" if name.startswith("open") else "num_closed"]
-        lines.append(f"| {name} | {value:.2f} | {interval} | {count} |")
+        rows.append([name, f"{value:.2f}", interval, str(count)])
+    lines += markdown_table(["score", "value", "95 % interval", "n"], rows)
     counts = {name.removeprefix("num_").replace("_", " "): scores[name] for name in scores if name.startswith("num_")}
     if summary["num_questions"] < summary["data"]["questions"]:
         counts[f"asked of {summary['data']['questions']} questions"] = summary["num_questions"]
-    lines += ["", "Counts: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".", ""]
+    lines += ["Counts: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".", ""]
     if summary["without_reference"]:
         lines += [f"Left out, because their true answer is empty: {', '.join(summary['without_reference'])}.", ""]
     lines += _render_published(summary["benchmark"], summary["model"], scores)
     if summary["calibration"]:
-        lines += ["| calibration | n | confidence | accuracy | ECE | AURC |", "|---|---|---|---|---|---|"]
-        for answer_type, each in summary["calibration"].items():
-            names = ("mean_confidence", "accuracy", "expected_calibration_error", "area_under_risk_coverage")
-            numbers = " | ".join(f"{each[name]:.4f}" for name in names)
-            lines.append(f"| {answer_type} | {each['count']} | {numbers} |")
-        lines.append("")
+        names = ("mean_confidence", "accuracy", "expected_calibration_error", "area_under_risk_coverage")
+        lines += markdown_table(
+            ["calibration", "n", "confidence", "accuracy", "ECE", "AURC"],
+            [
+                [answer_type, str(each["count"]), *(f"{each[name]:.4f}" for name in names)]
+                for answer_type, each in summary["calibration"].items()
+            ],
+        )
     cost, repetition = summary["cost"], summary["repetition"]
     decoding = ", ".join(f"{name}={value}" for name, value in summary["decoding"].items())
     rep_2 = "none" if repetition["rep_2"] is None else f"{repetition['rep_2']:.4f}"
@@ -325,10 +329,7 @@ def _render_published(benchmark: str, model: str, scores: dict) -> list[str]:
         "Beside table 2 of LLaDA-MedV (arXiv 2508.01617), by its rules, which count repeated words and look for "
         "substrings. Published numbers are not all about the same questions.",
         "",
-        "| model | open recall | closed accuracy |",
-        "|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in cells),
-        "",
+        *markdown_table(["model", "open recall", "closed accuracy"], cells),
     ]
 
 

@@ -75,7 +75,9 @@ def vqa(
     output: _Output,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     source: Annotated[str | None, typer.Option(help="Which publication of the benchmark, by its Hub id.")] = None,
-    path: Annotated[str | None, typer.Option(help="Local data instead of the Hub's; for phantoms SEED:COUNT.")] = None,
+    path: Annotated[
+        str | None, typer.Option(help="Local data instead of the Hub's; for phantoms SEED:COUNT[:KINDS].")
+    ] = None,
     image_folder: Annotated[Path | None, typer.Option(help="Where image files named in --path are.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the data on the Hub.")] = None,
     limit: _Limit = None,
@@ -232,7 +234,9 @@ def decoding(
     benchmark: Annotated[str, typer.Option(help="Whose questions: vqa-rad, slake, path-vqa or phantoms.")] = "phantoms",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     source: Annotated[str | None, typer.Option(help="Which publication of the benchmark, by its Hub id.")] = None,
-    path: Annotated[str | None, typer.Option(help="Local data instead of the Hub's; for phantoms SEED:COUNT.")] = None,
+    path: Annotated[
+        str | None, typer.Option(help="Local data instead of the Hub's; for phantoms SEED:COUNT[:KINDS].")
+    ] = None,
     image_folder: Annotated[Path | None, typer.Option(help="Where image files named in --path are.")] = None,
     limit: _Limit = None,
     steps: Annotated[list[int], typer.Option(help="Z; may be given several times.")] = [256, 128, 64, 32, 16],  # noqa: B006
@@ -240,6 +244,9 @@ def decoding(
     block_length: Annotated[list[int], typer.Option(help="B; may be given several times.")] = [64],  # noqa: B006
     full_canvas: Annotated[
         bool, typer.Option("--full-canvas", help="Let nothing end an answer, which shows what ends hide: repetition.")
+    ] = False,
+    noise: Annotated[
+        bool, typer.Option("--noise-pictures", help="Ask about pictures of noise: what it says where it sees nothing.")
     ] = False,
     option: _Options = None,
     batch_size: _BatchSize = 1,
@@ -251,7 +258,7 @@ def decoding(
     as_json: _Json = False,
 ) -> None:
     """Sweep steps, canvas and block: words, seconds, repetition and accuracy (LLaDA-MedV's table 3 and figure 5)."""
-    from lladamedv.evaluation.decoding_analysis import analyze_decoding, to_markdown
+    from lladamedv.evaluation.decoding_analysis import analyze_decoding, noise_pictures, to_markdown
     from lladamedv.processing.datasets import load_vqa
 
     from .cli import fail, quiet
@@ -262,10 +269,11 @@ def decoding(
         dataset, _ = load_vqa(benchmark, split, **data)
         if limit is not None:
             dataset = dataset.select(range(min(limit, len(dataset))))
+        records = noise_pictures(dataset, seed) if noise else dataset
         extra = _options(option)
         loaded, processor = _load(model, model_revision, dtype)
         summary = analyze_decoding(
-            loaded, processor, dataset, output, steps=steps, max_new_tokens=max_new_tokens, block_length=block_length,
+            loaded, processor, records, output, steps=steps, max_new_tokens=max_new_tokens, block_length=block_length,
             batch_size=batch_size, full_canvas=full_canvas, extra_options=extra, name=model, example_id=example_id,
             bootstrap_samples=bootstrap_samples, seed=seed, report=lambda line: typer.echo(line, err=True),
         )  # fmt: skip

@@ -143,6 +143,19 @@ class PhantomExample:
         return messages
 
 
+def parse_phantoms(text: str) -> tuple[int, int, list[str]]:
+    """Seed, number and kinds of phantoms from `SEED:COUNT` or `SEED:COUNT:KINDS`, as in `7:2000:closed,open`.
+
+    Raises:
+        ValueError: for other texts; the message says what is allowed.
+    """
+    parts, allowed = text.split(":"), (*KINDS, NEW_KIND)
+    kinds = parts[2].split(",") if len(parts) == 3 else list(KINDS)
+    if not 2 <= len(parts) <= 3 or not all(part.isdigit() for part in parts[:2]) or not set(kinds) <= set(allowed):
+        raise ValueError(f"allowed is SEED:COUNT or SEED:COUNT:KINDS, with kinds of {allowed}, separated by commas")
+    return int(parts[0]), int(parts[1]), kinds
+
+
 class PhantomVQA(Sequence):
     """A seeded, endless-looking set of phantom questions: example `i` depends on `seed` and `i` only.
 

@@ -11,7 +11,12 @@ from PIL import Image
 from lladamedv.demo import answer, load_model
 from lladamedv.evaluation import decoding_analysis
 from lladamedv.evaluation.answering import Answer
-from lladamedv.evaluation.decoding_analysis import PUBLISHED_ABLATION, PUBLISHED_EFFICIENCY, analyze_decoding
+from lladamedv.evaluation.decoding_analysis import (
+    PUBLISHED_ABLATION,
+    PUBLISHED_EFFICIENCY,
+    analyze_decoding,
+    noise_pictures,
+)
 from lladamedv.processing.datasets import load_vqa
 from lladamedv.processing.phantoms import PhantomVQA
 
@@ -226,3 +231,18 @@ def test_demo_model_end_to_end(demo, tmp_path):
         with Image.open(tmp_path / "own" / name) as image:
             assert (np.asarray(image.convert("L")) < 255).any()
     assert "| LLaDA-MedV | 8.595 | 192.090 | 0.045 | 16 | 13.525 |" in text and "| 24 | 8 | 6 |" in text
+
+
+def test_fewer_steps_more_repetition(demo, tmp_path):
+    """The paper's effect, where the model cannot be sure: descriptions of noise, the whole canvas filled."""
+    phantoms = PhantomVQA(9000, 24, ["description"])
+    records = noise_pictures(
+        [{"id": str(number), "image": each.image, "question": each.question} for number, each in enumerate(phantoms)]
+    )
+    assert all(record["image"].size == (64, 64) for record in records)
+    summary = analyze_decoding(
+        *demo, records, tmp_path, steps=[24, 1], max_new_tokens=[24], block_length=[24], batch_size=24,
+        full_canvas=True, bootstrap_samples=0, report=lambda line: None,
+    )  # fmt: skip
+    many, one = (row["token_rep_2"] for row in summary["combinations"])
+    assert one > 1.3 * many

@@ -361,7 +361,7 @@ def test_ids_that_are_not_unique(tmp_path, streaming):
         (("slake",), {"path": "/", "image_folder": "/none"}, "`image_folder` is '/none'; no such folder or zip"),
         (("vqa-rad",), {"invalid_records": "drop"}, "`invalid_records` is 'drop'; allowed are"),
         (("phantoms", "train"), {}, r"`split` is 'train'; allowed for phantoms are \('test',\)"),
-        (("phantoms",), {"path": "7"}, "`path` is '7'; allowed for phantoms is SEED:COUNT"),
+        (("phantoms",), {"path": "7"}, "`path` is '7'; for phantoms allowed is SEED:COUNT"),
     ],
 )
 def test_values_that_are_refused(arguments, options, message):

@@ -32,7 +32,7 @@ from lladamedv.processing.datasets.records import (
     rows_of,
 )
 from lladamedv.processing.datasets.vqa import load_vqa, record_to_messages
-from lladamedv.processing.phantoms import KINDS, NEW_KIND, PhantomVQA
+from lladamedv.processing.phantoms import PhantomVQA, parse_phantoms
 
 from .rows import images_of, normalize_messages, undecoded
 
@@ -356,14 +356,10 @@ def _load_benchmark(source: DataSource, streaming: bool, invalid_records: str, a
 
 
 def _parse_phantoms(path: str, argument: str) -> dict:
-    parts = path.removeprefix(_PHANTOMS).split(":")
-    kinds, allowed = parts[2].split(",") if len(parts) == 3 else list(KINDS), (*KINDS, NEW_KIND)
-    if not 2 <= len(parts) <= 3 or not all(part.isdigit() for part in parts[:2]) or not set(kinds) <= set(allowed):
-        raise ValueError(
-            f"`{argument}` holds {path!r}; allowed is phantoms:SEED:COUNT or phantoms:SEED:COUNT:KINDS, with kinds of "
-            f"{allowed}, separated by commas."
-        )
-    return {"seed": int(parts[0]), "count": int(parts[1]), "kinds": kinds}
+    try:
+        return dict(zip(("seed", "count", "kinds"), parse_phantoms(path.removeprefix(_PHANTOMS))))
+    except ValueError as error:
+        raise ValueError(f"`{argument}` holds {path!r}; after {_PHANTOMS!r} {error}.") from None
 
 
 def _phantom_rows(seed: int, count: int, kinds: list[str], report: LoadReport) -> Iterator[dict]:

@@ -19,7 +19,7 @@ import fsspec
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from huggingface_hub import hf_hub_download
 
-from lladamedv.processing.phantoms import PhantomVQA
+from lladamedv.processing.phantoms import KINDS, PhantomVQA, parse_phantoms
 
 from .llava_med import IMAGE_PLACEHOLDER, SPELLINGS, record_to_row
 from .records import (
@@ -172,7 +172,8 @@ def load_vqa(
         path: local data instead of the Hub's: a .json or .jsonl file of LLaVA-Med's records or of flat ones
             (`question`, `answer`, `image` and what else a publication has), a .parquet file, a folder that
             `save_to_disk` wrote, or a copy of a Hub repository, which for SLAKE holds {split}.json and imgs.zip or
-            imgs/. A single file is taken to be the split that was asked for. For phantoms, `"SEED:COUNT"`.
+            imgs/. A single file is taken to be the split that was asked for. For phantoms, `"SEED:COUNT"` or
+            `"SEED:COUNT:KINDS"`.
         image_folder: folder, or zip archive, that names of image files in `path` are relative to; by default the folder
             of the records, the folder imgs/ in it or the archive imgs.zip.
         revision: commit on the Hub; by default the one that `SOURCES` pins, if it does.
@@ -254,9 +255,10 @@ class _TableRecords:
 class _Phantoms:
     seed: int
     count: int
+    kinds: list[str]
 
     def __call__(self) -> Iterator[tuple[str, dict]]:
-        for number, example in enumerate(PhantomVQA(self.seed, self.count)):
+        for number, example in enumerate(PhantomVQA(self.seed, self.count, self.kinds)):
             name, file = f"phantoms/{self.seed}/{number}", io.BytesIO()
             example.image.save(file, "PNG")
             record = {
@@ -272,13 +274,13 @@ class _Phantoms:
             yield "", record
 
 
-def _parse_phantoms(path) -> tuple[int, int]:
+def _parse_phantoms(path) -> tuple[int, int, list[str]]:
     if path is None:
-        return PHANTOM_SEED, PHANTOM_COUNT
-    seed, _, count = str(path).partition(":")
-    if not (seed.isdigit() and count.isdigit()):
-        raise ValueError(f"`path` is {path!r}; allowed for phantoms is SEED:COUNT, two numbers.")
-    return int(seed), int(count)
+        return PHANTOM_SEED, PHANTOM_COUNT, list(KINDS)
+    try:
+        return parse_phantoms(str(path))
+    except ValueError as error:
+        raise ValueError(f"`path` is {path!r}; for phantoms {error}.") from None
 
 
 def _open_hub(source: VQASource, split: str, revision: str | None, streaming: bool):
