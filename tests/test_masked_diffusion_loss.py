@@ -123,22 +123,23 @@ def test_complements_cover_every_answer_token_once():
 
 
 @pytest.mark.parametrize("t", [[0.9, 0.3], [1.0, 0.0], [0.0, 0.0]])
-def test_the_fused_output_layer_runs_at_masked_tokens_alone(t):
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_output_layer_runs_at_masked_tokens_alone(t, fused):
     """Loss and gradients of whole logits; also for a row, and for a batch, of which nothing is masked."""
     model = tiny_model(config=small_vocabulary_config()).train()
-    fused = copy.deepcopy(model)
-    add_fused_lm_head(fused, outputs=("log_probs", "is_top1"))
+    ours = copy.deepcopy(model)
+    add_fused_lm_head(ours, outputs=("log_probs", "is_top1"))
     ids, labels, _ = draw([6, 3], t)
     noised = add_noise(ids, labels, torch.tensor(t), 98, uniform=torch.full(labels.shape, 0.5))
     weights = loss_weights(labels, noised)
-    loss, outputs = run_masked_loss(fused, {}, labels, noised, weights)
+    loss, found = run_masked_loss(ours, {}, labels, noised, weights, fused)
     loss.backward()
-    assert outputs.log_probs.shape == (int(noised.masked.sum()),)
     logits = model(input_ids=noised.input_ids).logits
     nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels.clamp(min=0), reduction="none")
     expected = (nll * weights).sum()
     expected.backward()
     torch.testing.assert_close(loss, expected)
-    for (name, weight), other in zip(model.named_parameters(), fused.parameters()):
+    assert torch.equal(found, (logits.argmax(dim=-1) == labels)[noised.masked])
+    for (name, weight), other in zip(model.named_parameters(), ours.parameters()):
         if weight.grad is not None:
             torch.testing.assert_close(other.grad, weight.grad, msg=name)

@@ -157,24 +157,37 @@ def masked_diffusion_loss(
     return (cross_entropy * loss_weights(labels, noised)[noised.masked]).sum()
 
 
-def run_masked_loss(model, inputs: dict, labels: torch.LongTensor, noised: NoisedBatch, weights: torch.FloatTensor):
-    """The loss of a model that has TRL's fused output layer (`trl.trainer.utils.add_fused_lm_head`).
-
-    The last layer and the output layer run at the masked tokens alone, the latter without making all their logits.
+def run_masked_loss(
+    model,
+    inputs: dict,
+    labels: torch.LongTensor,
+    noised: NoisedBatch,
+    weights: torch.FloatTensor,
+    fused: bool | None = None,
+) -> tuple[torch.FloatTensor, torch.BoolTensor]:
+    """The loss of a model, whose last layer and output layer run at the masked tokens alone.
 
     Args:
         model: may be wrapped.
         inputs: what the model takes besides the tokens.
         labels, noised: see [`add_noise`].
         weights: of [`loss_weights`].
+        fused: whether the output layer is TRL's fused one (`trl.trainer.utils.add_fused_lm_head`), which the model must
+            then have: in tiles, each computed a second time for the gradients, so that all logits are never there. By
+            default on accelerators; on a CPU it takes about twice as long.
 
     Returns:
-        The loss, a scalar, and the model's output, whose `is_top1` and `label_mask` are `(number of masked tokens,)`.
+        The loss, a scalar, and for each masked token, row after row, whether the model finds it.
     """
     masked = noised.masked
-    inputs = inputs | {"input_ids": noised.input_ids, "query_mask": masked}
-    outputs = model(**inputs, shift_labels=labels[masked], fused_lm_head=True)
-    return -(outputs.log_probs.float() * weights[masked]).sum(), outputs
+    targets, inputs = labels[masked], inputs | {"input_ids": noised.input_ids}
+    if masked.device.type != "cpu" if fused is None else fused:
+        outputs = model(**inputs, query_mask=masked, shift_labels=targets, fused_lm_head=True)
+        log_probs, found = outputs.log_probs.float(), outputs.is_top1
+    else:
+        logits = model(**inputs, logits_to_keep=masked).logits.float()
+        log_probs, found = -F.cross_entropy(logits, targets, reduction="none"), logits.argmax(dim=-1) == targets
+    return -(log_probs * weights[masked]).sum(), found
 
 
 class AnswerNoise:

@@ -76,7 +76,7 @@ class SFTScriptArguments:
     """
 
     train_data: list[DataSource] = field(
-        default_factory=list, metadata={"help": "Hub ids, folders, files, vqa:BENCHMARK or phantoms:SEED:COUNT to train on."}
+        default_factory=list, metadata={"help": "Hub ids, folders, files, vqa:BENCHMARK, phantoms:SEED:COUNT."}
     )
     eval_data: list[DataSource] = field(default_factory=list, metadata={"help": "The same, for `eval_loss`."})
     image_folder: str | None = field(
