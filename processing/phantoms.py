@@ -66,6 +66,7 @@ _TOPICS = {
     "description": ("description",),
     NEW_KIND: ("free_side",),
 }
+_KIND_OF = {topic: kind for kind, topics in _TOPICS.items() for topic in topics}
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,13 @@ class PhantomExample:
 
 
 def parse_phantoms(text: str) -> tuple[int, int, list[str]]:
-    """Seed, number and kinds of phantoms from `SEED:COUNT` or `SEED:COUNT:KINDS`, as in `7:2000:closed,open`.
+    """Seed, number and kinds (or topics) of phantoms from `SEED:COUNT` or `SEED:COUNT:KINDS`, as in
+    `7:2000:closed,is_domain,open`.
 
     Raises:
         ValueError: for other texts; the message says what is allowed.
     """
-    parts, allowed = text.split(":"), (*KINDS, NEW_KIND)
+    parts, allowed = text.split(":"), tuple(dict.fromkeys((*_TOPICS, *_KIND_OF)))
     kinds = parts[2].split(",") if len(parts) == 3 else list(KINDS)
     if not 2 <= len(parts) <= 3 or not all(part.isdigit() for part in parts[:2]) or not set(kinds) <= set(allowed):
         raise ValueError(f"allowed is SEED:COUNT or SEED:COUNT:KINDS, with kinds of {allowed}, separated by commas")
@@ -165,8 +167,8 @@ class PhantomVQA(Sequence):
     Args:
         seed (`int`): the set; use different seeds for training and for testing.
         length (`int`): how many examples `len()` reports and iteration yields.
-        kinds (sequence of `str`): which kinds of question, drawn with equal probability per repetition, so that
-            `("closed", "closed", "open")` asks closed questions twice as often as open ones.
+        kinds (sequence of `str`): which kinds of question, or single topics, drawn with equal probability per
+            repetition, so that `("closed", "closed", "open")` asks closed questions twice as often as open ones.
         image_size (`int`): side of the pictures in pixels, at least 16.
         topic_weights (`dict[str, int]`, *optional*): how many times as often as the other topics of its kind a topic
             is asked about.
@@ -183,9 +185,11 @@ class PhantomVQA(Sequence):
         image_size: int = 64,
         topic_weights: dict[str, int] | None = None,
     ):
-        unknown = set(kinds) - set(_TOPICS)
+        unknown = set(kinds) - set(_TOPICS) - set(_KIND_OF)
         if unknown or not kinds:
-            raise ValueError(f"`kinds` is {tuple(kinds)}; allowed are one or more of {tuple(_TOPICS)}.")
+            raise ValueError(
+                f"`kinds` is {tuple(kinds)}; allowed are one or more of {tuple(_TOPICS)}, or topics: {tuple(_KIND_OF)}."
+            )
         if seed < 0 or length < 0:
             raise ValueError(f"`seed` is {seed} and `length` is {length}; both must be 0 or more.")
         if image_size < 16:
@@ -194,7 +198,7 @@ class PhantomVQA(Sequence):
         if not set(weights) <= set(_WORDINGS) or not all(weight >= 1 for weight in weights.values()):
             raise ValueError(f"`topic_weights` is {weights}; allowed are weights of at least 1 for {tuple(_WORDINGS)}.")
         self.seed, self.length, self.kinds, self.image_size = seed, length, tuple(kinds), image_size
-        self.topics = {
+        self.topics = {topic: (topic,) for topic in _KIND_OF} | {
             kind: tuple(topic for topic in topics for _ in range(weights.get(topic, 1)))
             for kind, topics in _TOPICS.items()
         }
@@ -214,7 +218,7 @@ class PhantomVQA(Sequence):
         wordings = _WORDINGS[topic]
         question = wordings[rng.integers(len(wordings))].format(x=filler)
         image = draw_phantom(attributes, rng, self.image_size)
-        return PhantomExample(image, question, answer, kind, topic, attributes)
+        return PhantomExample(image, question, answer, _KIND_OF[topic], topic, attributes)
 
     def __iter__(self) -> Iterator[PhantomExample]:
         return (self[index] for index in range(self.length))

@@ -4,7 +4,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lladamedv.processing.phantoms import DOMAINS, PhantomAttributes, PhantomVQA, draw_phantom, sample_attributes
+from lladamedv.processing.phantoms import (
+    DOMAINS,
+    PhantomAttributes,
+    PhantomVQA,
+    draw_phantom,
+    parse_phantoms,
+    sample_attributes,
+)
 
 
 def test_examples_depend_on_seed_and_index_only():
@@ -80,3 +87,12 @@ def test_bad_arguments(arguments, message):
         PhantomVQA(0, 3)[3]
     with pytest.raises(TypeError, match="`index` is '1'"):
         PhantomVQA(0, 3)["1"]
+
+
+def test_topics_as_kinds():
+    examples = list(PhantomVQA(3, 60, ["is_domain", "open"]))
+    assert {example.kind for example in examples} == {"closed", "open"}
+    assert {example.topic for example in examples if example.kind == "closed"} == {"is_domain"}
+    assert parse_phantoms("3:60:is_domain,open") == (3, 60, ["is_domain", "open"])
+    with pytest.raises(ValueError, match="allowed is SEED:COUNT"):
+        parse_phantoms("3:60:is_it")
