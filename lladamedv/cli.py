@@ -1,4 +1,4 @@
-"""The command line: `lladamedv demo`, `ask`, `convert`, `init`, `train`, `eval` and `analyze`."""
+"""The command line: `lladamedv demo`, `ask`, `convert`, `init`, `train`, `eval`, `analyze`, `push`…"""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import Annotated
 import typer
 
 from .cli_evaluation import analyze_app, eval_app
+from .cli_hub import push, push_dataset, space
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(eval_app, name="eval")
 app.add_typer(analyze_app, name="analyze")
+app.command()(push)
+app.command("push-dataset")(push_dataset)
+app.command()(space)
 
 
 def fail(error: Exception) -> None:

@@ -16,15 +16,14 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import tqdm, validate_repo_id
+from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import custom_object_save
 
 import lladamedv
-from lladamedv.hub_cards import ConversionFacts, build_model_card
+from lladamedv.hub_cards import Component, ModelFacts, find_component, hash_files, save_model_card
+from lladamedv.hub_cards.push import check_target, push_folder
 from lladamedv.modeling_lladamedv import (
     LLaDAMedVConfig,
     LLaDAMedVForConditionalGeneration,
@@ -94,7 +93,7 @@ def convert_checkpoint(
     _check_choice("dtype", dtype, DTYPES)
     _check_choice("preset", preset, PRESETS)
     _check_shard_size(max_shard_size)
-    _check_push(push)
+    _check_push(push, public)
     folder = resolve_source(source, revision)
     tower = None if vision_tower is None else resolve_source(vision_tower)
     loaded, ids = _load_tokenizer(folder, tokenizer)
@@ -179,17 +178,10 @@ def _check_out(out: str | Path) -> Path:
     return out
 
 
-def _check_push(repo: str | None) -> None:
+def _check_push(repo: str | None, public: bool) -> None:
     """Whether the upload can work, asked before hours of conversion."""
-    if repo is None:
-        return
-    try:
-        validate_repo_id(repo)
-        HfApi().whoami()
-    except HFValidationError as error:
-        raise ValueError(f"`push` is {repo!r}, which is no Hub id: {error}") from error
-    except Exception as error:  # the client raises many kinds: offline, no token, no network
-        raise ValueError(f"`push` is {repo!r}, but the Hub does not let us in: {error}") from error
+    if repo is not None:
+        check_target(repo, private=not public, argument="push")
 
 
 def _load_tokenizer(weights: Path, source: str | Path | None) -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
@@ -258,24 +250,40 @@ def _write_folder(
         keys = {"layout": plan.report.layout, "mapped": plan.report.mapped, "ignored": plan.report.ignored}
         text = json.dumps(names | keys | {"missing": plan.report.missing}, indent=2) + "\n"
         (folder / "conversion_report.json").write_text(text, encoding="utf-8")
-        facts = ConversionFacts(
+        initialized = "projector" in sources
+        facts = ModelFacts(
             name=out.name,
-            description=settings.description if trained else "A new LLaDA-MedV, with an untrained projector",
-            source=sources,
+            kind="initialized" if initialized else "converted",
+            description=f"A new LLaDA-MedV, with {'a trained' if trained else 'an untrained'} projector"
+            if initialized
+            else settings.description,
+            components=_components(preset, initialized, trained),
+            version=lladamedv.__version__,
             base_models=settings.base_models,
-            papers=settings.papers if trained else ["2502.09992"],
+            relation=None if initialized or plan.config.text_only else "finetune",
+            medical=preset.startswith("llada-medv"),
             text_only=plan.config.text_only,
-            trained=trained,
             generation=generation,
             chat_template=settings.chat_template,
-            key_report=summary,
             num_parameters=sum(torch.Size(weight.shape).numel() for weight in plan.weights.values()),
             dtype=str(plan.output_dtype("lm_head.weight", dtype)).removeprefix("torch."),
-            version=lladamedv.__version__,
+            source=sources,
+            key_report=summary,
+            hashes=hash_files(folder),
         )
-        build_model_card(facts).save(folder / "README.md")
+        save_model_card(facts, folder)
         _write_config(plan, folder, dtype)
     report(f"wrote {out}")
+
+
+def _components(preset: str, initialized: bool, trained: bool) -> list[Component]:
+    """What a folder is made of, for its licence. A projector of one's own has that of its training data."""
+    components = [find_component(name) for name in PRESETS[preset].base_models]
+    if initialized:
+        return [*components, *([Component("the projector", None)] if trained else [])]
+    if preset == "llada-v":
+        return [*components, Component("LLaDA-V weights", None)]
+    return [*components, *map(find_component, ("llada-medv", "llava-med-data") if preset != "llada" else ())]
 
 
 def _public_name(name: str | Path) -> str:
@@ -348,13 +356,9 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
 def _push(out: Path, repo: str | None, public: bool, report) -> None:
     if repo is None:
         return
-    api = HfApi()
     try:
-        url = api.create_repo(repo, private=not public, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=out, commit_message="Upload a converted checkpoint")
-    except Exception as error:  # the client raises many kinds
+        push_folder(out, repo, private=not public, report=report)
+    except ValueError as error:
         raise ValueError(
-            f"`push` is {repo!r}, which could not be uploaded: {error}. The folder {str(out)!r} is complete; "
-            f"`hf upload {repo} {out}` tries again."
-        ) from error
-    report(f"pushed to {url}")
+            f"`push` failed: {error} The folder {str(out)!r} is complete; `lladamedv push {out} {repo}` tries again."
+        ) from None

@@ -125,19 +125,27 @@ def test_an_error_is_one_line_and_an_exit_code(tmp_path):
 
 
 def test_a_model_is_pushed(tmp_path):
-    """Through `accelerate launch` alone, without the command."""
+    """Through `accelerate launch` alone, without the command: privately, complete, and nothing of the run itself."""
     with running_hub() as hub:
-        options = {"push_to_hub": True, "hub_model_id": "me/adapters", "use_peft": True, "max_steps": 1}
+        options = {"push_to_hub": True, "hub_model_id": "me/tuned", "max_steps": 1, "trainable": "projector"}
         words = flags(train_data="phantoms:1:8", output_dir=tmp_path / "out", **options)
         command = [sys.executable, "-m", "accelerate.commands.launch", "-m", "lladamedv.trainers.sft", *words]
         result = subprocess.run(
             command, capture_output=True, text=True, cwd=tmp_path, env=environment() | hub_environment(hub, tmp_path)
         )
         assert result.returncode == 0, result.stderr
-        assert "pushed to me/adapters" in result.stdout
-        files = hub.repos["me/adapters"]
-        assert {"adapter_model.safetensors", "adapter_config.json", "processor_config.json", "README.md"} <= set(files)
-        assert files["adapter_model.safetensors"] == (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+        assert "pushed to me/tuned" in result.stdout
+        files = hub.repos["me/tuned"]
+        assert {"model.safetensors", "processor_config.json", "modeling_lladamedv.py", "README.md"} <= set(files)
+        assert not {"training_args.bin", "data_report.json"} & set(files) and hub.private["me/tuned"]
+        assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+        assert str(tmp_path).encode() not in files["README.md"]
+
+
+def test_adapters_of_a_local_model_are_not_pushed(tmp_path):
+    options = arguments(output_dir=tmp_path, use_peft=True, push_to_hub=True)
+    with pytest.raises(ValueError, match="the adapters' model is 'demo', which others do not have"):
+        sft.build_trainer(*options)
 
 
 def test_list():

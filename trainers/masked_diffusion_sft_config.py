@@ -93,6 +93,7 @@ class MaskedDiffusionSFTConfig(SFTConfig):
     > - `learning_rate`: `1e-5` instead of `2e-5` (LLaDA-V's; LLaDA-MedV does not say).
     > - `lr_scheduler_type`: `"cosine"`; `warmup_steps`: `0.03`, a part of all steps (LLaDA-V's).
     > - `max_length`: `None` instead of `1024`: image tokens are never cut off.
+    > - `hub_private_repo`: `True`; `hub_strategy`: `"end"`, so that nothing is pushed that was not checked.
 
     Raises:
         ValueError: for a value that is not allowed, or options of `SFTConfig` that mean nothing here.
@@ -106,6 +107,9 @@ class MaskedDiffusionSFTConfig(SFTConfig):
     max_length: int | None = field(
         default=None, metadata={"help": "Longest row, in tokens; by default the model's context. Nothing is cut."}
     )
+
+    hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether to push to a private repository."})
+    hub_strategy: str = field(default="end", metadata={"help": "When to push; only at the end is everything checked."})
 
     # The loss
     loss_weighting: str = field(
@@ -200,6 +204,8 @@ class MaskedDiffusionSFTConfig(SFTConfig):
                     f"`{name}` is {getattr(self, name)!r}, which does not apply to masked diffusion; it must be "
                     f"{value!r}. Instead there is: {instead}."
                 )
+        if self.hub_strategy != "end":
+            raise ValueError(f"`hub_strategy` is {self.hub_strategy!r}; allowed is 'end': only then is all checked.")
         if self.pack_questions is not None and self.turn_mask:
             raise ValueError(
                 f"`pack_questions` is {self.pack_questions} and `turn_mask` is True; a packed row holds questions of "

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
+import platform
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
 from trl import SFTTrainer
 
+from lladamedv.hub_cards import (
+    ModelFacts,
+    component_of_model,
+    find_component,
+    gather_training_facts,
+    is_hub_id,
+    save_model_card,
+    software_versions,
+)
+from lladamedv.hub_cards.push import push_folder
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 
@@ -40,6 +53,12 @@ _TRAINED_PARTS = {
     "projector+language_model": ("projector", "language_model"),
     "all": ("projector", "language_model", "vision"),
 }
+logger = logging.getLogger(__name__)
+# What a run leaves in `output_dir` for itself.
+_NOT_PUSHED = (
+    "checkpoint-*", "training_args.bin", "trainer_state.json", "data_report.json", "answers.jsonl", "not_finite*.json",
+    "runs",
+)  # fmt: skip
 
 
 class MaskedDiffusionSFTTrainer(SFTTrainer):
@@ -49,7 +68,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
     masked tokens is weighted by 1 / p, divided by the answer's number of tokens, and averaged over answers.
     [`MaskedDiffusionSFTConfig`] has the variants.
 
-    The last layer and the output layer run on masked answer tokens alone (the latter in TRL's fused form), images that
+    The last layer and the output layer run on masked answer tokens alone (on GPUs in TRL's fused form), images that
     several rows show are encoded once, and a frozen vision tower keeps no activations.
 
     Args:
@@ -246,9 +265,9 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         weights = loss_weights(
             labels, noised, answer_ids, args.loss_weighting, args.max_loss_weight, args.loss_normalization, **totals
         )
-        loss, outputs = run_masked_loss(model, inputs, labels, noised, weights)
+        loss, found = run_masked_loss(model, inputs, labels, noised, weights)
         mode = "train" if self.model.training else "eval"
-        right, asked = (self.accelerator.gather(each.sum()).sum() for each in (outputs.is_top1, outputs.label_mask))
+        right, asked = (self.accelerator.gather(each.sum()).sum() for each in (found, noised.masked))
         if asked > 0:
             self._metrics[mode]["mean_token_accuracy"].append((right / asked).item())
         return loss
@@ -293,17 +312,86 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         return optimizer
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """TRL's card, with what is true of this model."""
-        super().create_model_card(model_name, dataset_name, tags)
-        file = Path(self.args.output_dir) / "README.md"
-        if not self.is_world_process_zero() or not file.is_file():
+        """The card of this run so far, with its loss curve, in `output_dir`.
+
+        Args:
+            model_name (`str`, *optional*): title; by default the name of `output_dir`.
+            dataset_name (`str` or `list[str]`, *optional*): data on the Hub, besides those of `data_report.json`.
+            tags (`str` or `list[str]`, *optional*): further tags.
+        """
+        if not self.is_world_process_zero():
             return
-        card = ModelCard.load(file)
-        tags = [*(card.data.tags or []), "masked-diffusion", "medical", "research-only", "not-a-medical-device"]
-        data = card.data.to_dict() | {"pipeline_tag": "image-text-to-text", "tags": list(dict.fromkeys(tags))}
-        data.pop("licence", None)  # TRL's placeholder
-        card.data = ModelCardData(**data, ignore_metadata_errors=True)
-        card.save(file)
+        args, folder = self.args, Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        # What differs from the defaults of the dataclass. A second object of it would reset Accelerate's state.
+        changed = {each.name for each in fields(args) if getattr(args, each.name) not in (each.default, None, [], {})}
+        report = folder / "data_report.json"
+        model, base = self.accelerator.unwrap_model(self.model), self._base_model
+        adapter = model.peft_config[model.active_adapter].to_dict() if isinstance(model, PeftModel) else None
+        device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine()
+        precision = self.accelerator.mixed_precision
+        named = [dataset_name] if isinstance(dataset_name, str) else dataset_name or ()
+        software = software_versions()
+        training = gather_training_facts(
+            recipe={name: value for name, value in json.loads(args.to_json_string()).items() if name in changed},
+            log_history=self.state.log_history,
+            hardware=f"{self.accelerator.num_processes} × {device}, "
+            + (str(base.dtype).removeprefix("torch.") if precision == "no" else f"{precision}, mixed"),
+            trained_parts=_TRAINED_PARTS[args.trainable],
+            data_reports=json.loads(report.read_text(encoding="utf-8")) if report.is_file() else (),
+            adapter=adapter,
+            software=software,
+            picture=folder / "loss_curve.png",
+        )
+        name = base.config._name_or_path
+        facts = ModelFacts(
+            name=model_name or folder.name,
+            kind="trained",
+            description="Adapters for a LLaDA-MedV" if adapter else "A fine-tuned LLaDA-MedV",
+            components=[component_of_model(name), *map(find_component, named)],
+            version=software.get("lladamedv"),
+            base_models=[name] if is_hub_id(name) else [],
+            relation="adapter" if adapter else "finetune",
+            datasets=list(filter(is_hub_id, named)),
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or ())],
+            training=training,
+        )
+        save_model_card(facts, folder)
+
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """Push model or adapters, processor and card as one checked commit (see [`~hub_cards.push.push_folder`]).
+
+        Args:
+            commit_message: of the commit.
+            blocking: only `True` is allowed.
+            token, revision: by default `hub_token` and `hub_revision`.
+            private (`bool`, *optional*): by default `hub_private_repo`, and that is `True`.
+            kwargs: those of [`~MaskedDiffusionSFTTrainer.create_model_card`], and `base_model`, the Hub id of the model
+                that adapters belong to, if they were trained on a local folder.
+
+        Returns:
+            A [`~hub_cards.push.PushPlan`] in the main process.
+
+        Raises:
+            ValueError: in one line, if something about the folder or the repository is not what it should be.
+        """
+        if not blocking:
+            raise ValueError(f"`blocking` is {blocking!r}; allowed is True.")
+        args = self.args
+        base_model = kwargs.pop("base_model", None)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        repo = self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
+        self.create_model_card(kwargs.pop("model_name", repo.rpartition("/")[2]), **kwargs)
+        return push_folder(
+            args.output_dir, repo, private=(args.hub_private_repo if private is None else private) is not False,
+            base_model=base_model, leave_out=_NOT_PUSHED, commit_message=commit_message,
+            revision=revision or args.hub_revision, token=token or args.hub_token, report=logger.info,
+        )  # fmt: skip
 
 
 def part_of(name: str) -> str:

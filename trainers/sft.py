@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from lladamedv.hub_cards import is_hub_id
 from lladamedv.modeling_lladamedv import (
     LLaDAMedVConfig,
     LLaDAMedVForConditionalGeneration,
@@ -128,16 +129,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trainer.accelerator.print(report.summary())
     _write_reports(trainer, reports)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # not pushed yet
     if script_args.streaming:  # only now is it known what became of the data
         _write_reports(trainer, reports)
+    trainer.create_model_card(Path(training_args.output_dir).name)
     if training_args.should_save and training_args.trainable == "projector" and not model_args.use_peft:
         write_projector(training_args.output_dir)
     trainer.accelerator.print(f"wrote {training_args.output_dir}")
     if training_args.push_to_hub:
         names = [report.source.partition("@")[0] for report in reports[: len(script_args.train_data)]]
         hub_ids = [name for name in names if not os.path.exists(name) and ":" not in name]
-        trainer.push_to_hub(dataset_name=hub_ids[0] if len(hub_ids) == 1 else None)
+        try:
+            trainer.push_to_hub(dataset_name=hub_ids or None)
+        except ValueError as error:
+            sys.exit(f"lladamedv: the model is in {training_args.output_dir}, but: {error}")
         trainer.accelerator.print(f"pushed to {trainer.hub_model_id}")
     trainer.end()
 
@@ -154,6 +159,11 @@ def build_trainer(
         ValueError: if something is not what it should be; the message names the argument, its value and what is
             allowed.
     """
+    if training_args.push_to_hub and model_args.use_peft and not is_hub_id(model_args.model_name_or_path or ""):
+        raise ValueError(
+            f"`push_to_hub` is True, but the adapters' model is {model_args.model_name_or_path!r}, which others do not "
+            "have; train on a model of the Hub, or push afterwards: lladamedv push FOLDER REPO --base-model HUB_ID."
+        )
     set_seed(training_args.seed)  # of random weights
     model, processor = load_model(script_args, model_args)
     peft_config = lora_config(model, model_args)

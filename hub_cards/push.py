@@ -1,0 +1,546 @@
+"""Pushing to the Hub: what leaves this machine is checked and listed first, and arrives as one commit or not at all.
+
+Models, adapters and data sets go the same way: all checks of files, then all questions to the Hub that can say no, then
+the upload by `huggingface_hub`, which repeats requests and does not send a large file again that has arrived. The
+folder that is pushed is never changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files as package_files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import jinja2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, SpaceCardData, get_token
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from lladamedv.processing.datasets import SOURCES, load_vqa
+
+from . import build_dataset_card, is_hub_id, may_redistribute, rebuild_dataset, scrub
+from .checked_files import ADAPTER_CONFIG, CARD, SECRET, check_adapter_files, check_model_files, checked_files
+
+
+MAIN = "main"
+# What a push of ours writes; such files are deleted in the same commit if they are no longer among those pushed. A
+# model.safetensors left beside new shards, for one, would be loaded instead of them.
+_OURS = ("*.safetensors", "*.safetensors.index.json", "*.py", "additional_chat_templates/*", "data/*.parquet")
+_SHARD_BYTES = 500_000_000
+_DEMO = "demo"
+_SPACE_TEMPLATE = package_files(__package__) / "space_template"
+_SPACE_FILES = ("app.py", "requirements.txt", "README.md")
+_SPACE_PACKAGES = ("lladamedv", "gradio", "torch", "transformers", "huggingface_hub", "safetensors", "pillow", "numpy")
+_HINTS = {
+    401: "the token is missing or not valid; `hf auth login` or HF_TOKEN gives one",
+    403: "the token may not write there",
+    404: "there is no such repository, or the token may not see it",
+    412: "somebody else has changed the repository meanwhile",
+    429: "too many requests",
+}
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What is pushed, or with `dry_run` would be.
+
+    Attributes:
+        repo, repo_type: where to.
+        kind: "model", "adapter", "dataset" or "recipe".
+        private: whether the repository is to be a private one.
+        files: sizes in bytes by the names in the repository.
+        left_out: files of the folder that are not pushed, as `leave_out` says.
+        url: of the commit; `None` for a dry run.
+    """
+
+    repo: str
+    repo_type: str
+    kind: str
+    private: bool
+    files: dict[str, int]
+    left_out: tuple[str, ...] = ()
+    url: str | None = None
+
+    def summary(self) -> str:
+        size, visibility = sum(self.files.values()), "private" if self.private else "public"
+        return f"{self.kind} {self.repo}: {len(self.files)} files, {size / 1e6:.1f} MB, {visibility}"
+
+
+def push_folder(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = True,
+    adapter_merge: bool = False,
+    base_model: str | None = None,
+    leave_out: Sequence[str] = (),
+    replace: bool = False,
+    dry_run: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+    report: Callable[[str], object] = print,
+) -> PushPlan:
+    """Push a model's folder, or one of LoRA adapters, as one commit.
+
+    Args:
+        folder: with weights as safetensors, configuration, processor, remote code and card; of adapters with
+            `adapter_config.json` and their weights.
+        repo: Hub id, created if there is none.
+        private: whether the repository is private; a public one is never pushed to unless this is `False`.
+        adapter_merge: merge the adapters into their model and push that.
+        base_model: Hub id of the model that adapters belong to, if their configuration names a local folder; to merge,
+            also a folder.
+        leave_out: patterns such as "checkpoint-*" of files and folders that are not pushed. Whatever else does not
+            belong to a model is an error.
+        replace: whether to push over a repository of another kind; what was there is deleted in the same commit.
+        dry_run: only check and list; no request is made.
+        revision: branch to push to, created from main if there is none.
+        commit_message: by default what is pushed.
+        token: of the Hub; by default the one of `hf auth login` or HF_TOKEN.
+        report: called with each line of text.
+
+    Returns:
+        What was pushed, and where it is.
+
+    Raises:
+        ValueError: in one line; before anything is uploaded if an argument, the folder or the repository is not what it
+            should be.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"`folder` is {str(folder)!r}; no such folder.")
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if (adapter_merge or base_model is not None) and not is_adapter:
+        name, value = ("adapter_merge", True) if adapter_merge else ("base_model", base_model)
+        raise ValueError(f"`{name}` is {value!r}, but {str(folder)!r} holds no adapters ({ADAPTER_CONFIG}).")
+    kind = "adapter" if is_adapter and not adapter_merge else "model"
+    target = _Target(repo, kind, private, replace, revision, token, message=commit_message)
+    with TemporaryDirectory() as merged:
+        if adapter_merge:
+            _merge(folder, base_model, Path(merged), offline=dry_run)
+            files, left_out = checked_files(Path(merged), (), check_model_files, target.secret)
+        elif is_adapter:
+            changes = _with_base_model(folder, base_model)
+            files, left_out = checked_files(folder, leave_out, check_adapter_files, target.secret, changes)
+        else:
+            files, left_out = checked_files(folder, leave_out, check_model_files, target.secret)
+        return target.push(files, left_out, dry_run, report)
+
+
+def push_dataset(
+    benchmark: str,
+    repo: str,
+    *,
+    splits: Sequence[str] | None = None,
+    source: str | None = None,
+    path: str | Path | None = None,
+    image_folder: str | Path | None = None,
+    data_revision: str | None = None,
+    private: bool = True,
+    recipe_only: bool = False,
+    replace: bool = False,
+    dry_run: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    report: Callable[[str], object] = print,
+) -> PushPlan:
+    """Push a VQA benchmark in the form of [`load_vqa`], or how to build it, as one commit.
+
+    Args:
+        benchmark, source, path, image_folder, data_revision: what to load; see [`load_vqa`].
+        repo: Hub id of a data set, created if there is none.
+        splits: by default all that the source has.
+        recipe_only: push no records, but a program that builds them anew and compares them with these.
+        dry_run: load and list only; nothing is sent to the Hub.
+        private, replace, revision, token, report: as for [`push_folder`].
+
+    Raises:
+        ValueError: as [`push_folder`], and for data that must not be passed on, unless `recipe_only`.
+    """
+    if benchmark not in SOURCES or (source is not None and source not in SOURCES[benchmark]):
+        load_vqa(benchmark, source=source)  # says what is allowed
+    allowed, reason = may_redistribute(benchmark)
+    if not (allowed or recipe_only):
+        raise ValueError(
+            f"`benchmark` is {benchmark!r}, which must not be passed on: {reason}. `recipe_only` (--recipe-only) "
+            "publishes how to build it instead."
+        )
+    target = _Target(repo, "recipe" if recipe_only else "dataset", private, replace, revision, token)
+    reference = SOURCES[benchmark][source or next(iter(SOURCES[benchmark]))]
+    arguments = {"source": source, "revision": data_revision}
+    loaded = {
+        split: load_vqa(benchmark, split, path=path, image_folder=image_folder, **arguments)
+        for split in splits or reference.splits
+    }
+    reports = {split: each for split, (_, each) in loaded.items()}
+    for each in reports.values():
+        report(each.summary())
+    first = next(iter(reports.values()))
+    recipe = {
+        "lladamedv": version("lladamedv"),
+        "benchmark": benchmark,
+        "arguments": {"source": source, "revision": first.revision},
+        "needs_path": path is not None and not first.source.startswith("phantoms:"),
+        "splits": {
+            split: {"rows": len(dataset), "sha256": rebuild_dataset.fingerprint(dataset)}
+            for split, (dataset, _) in loaded.items()
+        },
+    }
+    if first.source.startswith("phantoms:"):
+        recipe["arguments"] = {"path": first.source.removeprefix("phantoms:")}
+    with TemporaryDirectory() as staged:
+        files: dict[str, Path | bytes] = {} if recipe_only else _write_parquet(loaded, Path(staged))
+        files["recipe.json"] = (json.dumps(recipe, indent=2) + "\n").encode()
+        files["rebuild.py"] = Path(rebuild_dataset.__file__)
+        card = build_dataset_card(
+            _combined(loaded), target.repo.rpartition("/")[2], version("lladamedv"), recipe=_recipe_code(recipe),
+            has_images=not recipe_only,
+        )  # fmt: skip
+        files[CARD] = str(card).encode()
+        return target.push(files, (), dry_run, report)
+
+
+def check_target(repo: str, private: bool = True, argument: str = "repo", token: str | None = None) -> None:
+    """Ask whether a model could be pushed, which hours of other work may depend on.
+
+    Raises:
+        ValueError: that names `argument`, if it could not.
+    """
+    _Target(repo, "model", private, replace=False, revision=None, token=token, argument=argument).look()
+
+
+# Adapters
+
+
+def _with_base_model(folder: Path, base_model: str | None) -> dict[str, bytes]:
+    """The files that change so that adapters name their model by its Hub id, in configuration and card."""
+    config = _adapter_config(folder)
+    stated = str(config.get("base_model_name_or_path") or "")
+    if base_model is None and not is_hub_id(stated):
+        raise ValueError(
+            f"`base_model_name_or_path` in {ADAPTER_CONFIG} is {stated!r}, which is nowhere but here; `base_model` "
+            "(--base-model) gives its Hub id, or `adapter_merge` (--merge) pushes the whole model."
+        )
+    if base_model is not None and not is_hub_id(base_model):
+        raise ValueError(f"`base_model` is {base_model!r}; allowed is a Hub id, OWNER/NAME.")
+    changes, wanted, card = {}, base_model or stated, folder / CARD
+    if stated != wanted:
+        config["base_model_name_or_path"] = wanted
+        changes[ADAPTER_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+        # PEFT writes where the model was loaded from into front matter and tags of its cards.
+        named = ModelCard(text, ignore_metadata_errors=True).data.get("base_model")
+        for name in {stated, named} - {wanted, None, ""} if isinstance(named, str) else ():
+            text = text.replace(name, wanted)
+        changes[CARD] = text.encode()
+    return changes
+
+
+def _adapter_config(folder: Path) -> dict:
+    try:
+        return json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`folder` is {str(folder)!r}, whose {ADAPTER_CONFIG} cannot be read: {error}") from error
+
+
+def _merge(folder: Path, base_model: str | None, out: Path, offline: bool) -> None:
+    """Write the whole model that adapters and theirs make into `out`."""
+    if not (folder / CARD).is_file():
+        raise ValueError(f"`folder` is {str(folder)!r}, which is not pushed: {CARD} is missing.")
+    from peft import PeftModel
+
+    from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
+
+    base = base_model or _adapter_config(folder).get("base_model_name_or_path") or ""
+    try:
+        model = LLaDAMedVForConditionalGeneration.from_pretrained(base, dtype="auto", local_files_only=offline)
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        processor = folder if (folder / "processor_config.json").is_file() else base
+        loaded = LLaDAMedVProcessor.from_pretrained(processor, local_files_only=offline)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"`adapter_merge` is True, but these adapters and their model {base!r} cannot be loaded: "
+            f"{' '.join(str(error).split())} `base_model` (--base-model) names another place."
+        ) from error
+    model.save_pretrained(out)
+    loaded.save_pretrained(out)
+    card = ModelCard.load(folder / CARD, ignore_metadata_errors=True)
+    card.data.library_name = "transformers"
+    card.data.base_model, card.data.base_model_relation = (base, "finetune") if is_hub_id(base) else (None, None)
+    card.data.tags = [
+        tag for tag in card.data.tags or [] if tag not in ("lora", "peft") and not tag.startswith("base_model:")
+    ]
+    note = "> The adapters that this card describes are merged into these weights: load them as a model, without PEFT."
+    card.text = scrub(f"\n{note}\n\n{card.text.lstrip()}")
+    card.save(out / CARD)
+
+
+# Data sets
+
+
+def _write_parquet(loaded: dict, folder: Path) -> dict[str, Path | bytes]:
+    """Splits as files under the names by which the Hub knows them, images included."""
+    from datasets.table import embed_table_storage
+
+    files = {}
+    for split, (dataset, _) in loaded.items():
+        embedded = dataset.with_format("arrow").map(
+            embed_table_storage, batched=True, batch_size=100, cache_file_name=str(folder / f"{split}.arrow")
+        )
+        count = max(1, -(-embedded.data.nbytes // _SHARD_BYTES))
+        for number in range(count):
+            name = f"data/{split}-{number:05d}-of-{count:05d}.parquet"
+            files[name] = folder / Path(name).name
+            embedded.shard(count, number, contiguous=True).with_format(None).to_parquet(files[name])
+    return files
+
+
+def _recipe_code(recipe: dict) -> str:
+    """What `rebuild.py` does, for the card."""
+    named = [f"{name}={value!r}" for name, value in recipe["arguments"].items() if value is not None]
+    arguments = ", ".join([repr(recipe["benchmark"]), "split", *named, *(['path="…"'] if recipe["needs_path"] else [])])
+    return (
+        "from lladamedv.processing.datasets import load_vqa\n\n"
+        "# `python rebuild.py OUT` does the same, compares the rows with recipe.json, and writes them.\n"
+        f"for split in {list(recipe['splits'])}:\n    dataset, report = load_vqa({arguments})"
+    )
+
+
+def _combined(loaded: dict) -> dict:
+    """The reports of several splits as one; pictures that splits share count once."""
+    reports = [each.as_dict() for _, each in loaded.values()]
+    if len(reports) == 1:
+        return reports[0]
+    total = dict(reports[0])
+    for name, value in reports[0].items():
+        if isinstance(value, list):
+            total[name] = [item for each in reports for item in each[name]]
+        elif isinstance(value, int) and not isinstance(value, bool):
+            total[name] = sum(each[name] for each in reports)
+    total["images"] = len({name for dataset, _ in loaded.values() for name in dataset["image_id"]})
+    shared = set.intersection(*(set(each["published"]) for each in reports)) - {"images"}
+    published = sum((Counter({name: each["published"][name] for name in shared}) for each in reports), Counter())
+    return total | {"split": ", ".join(loaded), "published": dict(published)}
+
+
+# Spaces
+
+
+def write_space(
+    name: str,
+    out: str | Path,
+    model: str,
+    *,
+    revision: str | None = None,
+    report: Callable[[str], object] = print,
+) -> None:
+    """Write the folder of a Gradio Space: app.py, requirements.txt with the versions installed here, and README.md.
+
+    Args:
+        name: its title, or its Hub id, whose last part is the title then.
+        out: folder to create; it must not exist, or be empty.
+        model: Hub id of the model, or "demo" for the one that comes with this package.
+        revision: of the model; a Space that names none gets whatever is the newest when it starts.
+        report: called with each line of text.
+
+    Raises:
+        ValueError: before anything is written, if an argument is not what it should be, or Gradio is not installed.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"`out` is {str(out)!r}, which exists already; allowed is a new or an empty folder.")
+    if model != _DEMO and not is_hub_id(model):
+        raise ValueError(f"`model` is {model!r}; allowed are a Hub id, OWNER/NAME, and {_DEMO!r}.")
+    if revision is not None and not re.fullmatch(r"[\w./-]+", revision):
+        raise ValueError(f"`revision` is {revision!r}; allowed are a commit, a branch and a tag.")
+    title = name.rpartition("/")[2].strip()
+    if not title or not title.isprintable():
+        raise ValueError(f"`name` is {name!r}; it must not be empty, and must be one line.")
+    try:
+        versions = {package: version(package).partition("+")[0] for package in _SPACE_PACKAGES}
+    except PackageNotFoundError as error:
+        raise ValueError(
+            f"{error.name} is not installed, so that its version cannot be pinned; `pip install lladamedv[app]`."
+        ) from error
+    data = SpaceCardData(
+        title=title, sdk="gradio", sdk_version=versions["gradio"], app_file="app.py", license="apache-2.0",
+        python_version=f"{sys.version_info.major}.{sys.version_info.minor}", models=None if model == _DEMO else [model],
+        tags=["lladamedv", "masked-diffusion", "medical", "research-only", "not-a-medical-device"],
+    )  # fmt: skip
+    facts = {
+        "model": model, "revision": revision or "", "title": title, "versions": versions, "card_data": data,
+        "subject": "The tiny demo model of lladamedv" if model == _DEMO else f"`{model}`",
+        "link": None if model == _DEMO else f"https://huggingface.co/{model}",
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    for file in _SPACE_FILES:
+        template = jinja2.Template((_SPACE_TEMPLATE / file).read_text(encoding="utf-8"), keep_trailing_newline=True)
+        (out / file).write_text(template.render(facts), encoding="utf-8")
+    report(f"wrote {out}; `hf upload ME/SPACE {out} --repo-type space` makes it a Space")
+
+
+# The Hub
+
+
+class _RefusedError(ValueError):
+    """By us, not by the Hub."""
+
+
+class _Target:
+    """A repository, and all that is asked of the Hub about it."""
+
+    def __init__(self, repo, kind, private, replace, revision, token, argument="repo", message=None):
+        try:
+            validate_repo_id(repo)
+        except HFValidationError as error:
+            raise ValueError(f"`{argument}` is {repo!r}, which is no Hub id: {error}") from error
+        self.repo, self.kind, self.argument = repo, kind, argument
+        self.repo_type = "dataset" if kind in ("dataset", "recipe") else "model"
+        self.private, self.replace, self.revision = private, replace, revision
+        self.message, self.secret = message, token or get_token()
+        self.api = HfApi(token=token, library_name="lladamedv", library_version=version("lladamedv"))
+
+    def look(self):
+        """What the Hub knows about the repository, `None` if there is none.
+
+        Raises:
+            ValueError: if it cannot be pushed to.
+        """
+        user = self._ask("but the Hub does not let us in", self.api.whoami)
+        if "/" not in self.repo:
+            self.repo = f"{user['name']}/{self.repo}"
+        info = self._ask("which could not be looked up", self._info)
+        if info is not None:
+            self._check(info)
+        return info
+
+    def push(self, files: dict[str, Path | bytes], left_out, dry_run: bool, report) -> PushPlan:
+        """One commit of these files."""
+        sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
+        plan = PushPlan(self.repo, self.repo_type, self.kind, self.private, dict(sorted(sizes.items())), left_out)
+        if dry_run:
+            for name, size in plan.files.items():
+                report(f"{size:>14,}  {name}")
+            for name in left_out:
+                report(f"{'left out':>14}  {name}")
+            report(f"{plan.summary()}; nothing was sent")
+            return plan
+        info = self.look()
+        url = self._ask("which could not be pushed to", self._commit, files, info)
+        plan = dataclasses.replace(plan, repo=self.repo, url=url)
+        folder = "datasets/" if self.repo_type == "dataset" else ""
+        report(f"pushed to {self.api.endpoint}/{folder}{self.repo}: {plan.summary()}")
+        return plan
+
+    def _info(self):
+        where = {"repo_id": self.repo, "repo_type": self.repo_type}
+        try:
+            return self.api.repo_info(**where, revision=self.revision)
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return None
+        except RevisionNotFoundError:
+            return self.api.repo_info(**where)
+
+    def _check(self, info) -> None:
+        """Refuse what would publish by mistake, or destroy."""
+        if self.private and info.private is False:
+            raise _RefusedError(
+                f"`{self.argument}` is {self.repo!r}, which is public; `private` must be False (--public)."
+            )
+        there = _kind_of(info)
+        if there not in (None, self.kind) and not self.replace:
+            raise _RefusedError(
+                f"`{self.argument}` is {self.repo!r}, which holds {there}, not {self.kind}; `replace` (--replace) "
+                "deletes that and pushes this instead."
+            )
+
+    def _commit(self, files: dict[str, Path | bytes], info) -> str:
+        where = {"repo_id": self.repo, "repo_type": self.repo_type}
+        if info is None:
+            self.api.create_repo(**where, private=self.private, exist_ok=True)
+        if self.revision not in (None, MAIN):
+            self.api.create_branch(**where, branch=self.revision, exist_ok=True)
+        # Anew, because somebody may have been faster, and the commit is to stand on what was looked at.
+        info = self.api.repo_info(**where, revision=self.revision)
+        self._check(info)
+        replaces = _kind_of(info) not in (None, self.kind)
+        stale = [
+            each.rfilename for each in info.siblings or []
+            if each.rfilename not in files and each.rfilename != ".gitattributes"
+            and (replaces or any(fnmatchcase(each.rfilename, pattern) for pattern in _OURS))
+        ]  # fmt: skip
+        operations = [CommitOperationAdd(name, file) for name, file in sorted(files.items())]
+        operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
+        message = self.message or f"Upload {self.kind} with lladamedv {version('lladamedv')}"
+        return self.api.create_commit(
+            **where, operations=operations, commit_message=message, revision=self.revision, parent_commit=info.sha
+        ).commit_url
+
+    def _ask(self, what: str, call: Callable, *arguments):
+        """Call, and turn what the client raises into one line that holds no token."""
+        try:
+            return call(*arguments)
+        except _RefusedError:
+            raise
+        except Exception as error:  # the client raises many kinds
+            # Not `from error`: a traceback would show what was taken out of the line.
+            raise ValueError(
+                f"`{self.argument}` is {self.repo!r}, {what}: {_reason(error, self.secret)}. What has arrived there is "
+                "not sent again by a second try."
+            ) from None
+
+
+def _kind_of(info) -> str | None:
+    """What a repository holds; `None` if nothing but a card."""
+    names = {each.rfilename for each in info.siblings or []} - {CARD, ".gitattributes", "LICENSE"}
+    if ADAPTER_CONFIG in names:
+        return "adapter"
+    if "config.json" in names:
+        model_type = (info.config or {}).get("model_type", "lladamedv")
+        return "model" if model_type == "lladamedv" else f"a model of type {model_type!r}"
+    if any(name.endswith(".parquet") for name in names):
+        return "dataset"
+    if "recipe.json" in names:
+        return "recipe"
+    return "other files" if names else None
+
+
+def _reason(error: BaseException, secret: str | None) -> str:
+    """Why a call of the Hub's client failed, in one line without tokens and signed addresses."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    if answer is None:
+        text = f"{type(causes[-1]).__name__}: {causes[-1] if str(causes[-1]) else error}"
+    else:
+        status, wait = answer.response.status_code, answer.response.headers.get("Retry-After")
+        hint = _HINTS.get(status) or ("the Hub has a problem" if status >= 500 else "the Hub refuses")
+        text = f"HTTP {status}, {hint}" + (f", try again in {wait} s" if wait else "")
+        text += f" ({answer.server_message})" if answer.server_message else ""
+    text = re.sub(r"\?[\w-]+=\S+", "", " ".join(text.split()))
+    if secret:
+        text = text.replace(secret, "(token)")
+    return SECRET.sub("(token)", text).rstrip(".")
+
+
+__all__ = ["PushPlan", "check_target", "push_dataset", "push_folder", "write_space"]

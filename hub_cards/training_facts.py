@@ -1,0 +1,186 @@
+"""What a card says about a training run, gathered from plain data that every trainer has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+
+from .licences import Component, find_component
+from .privacy import is_on_hub, scrub_recipe
+
+
+_TABLE_ROWS = 12
+_SOFTWARE = ("lladamedv", "torch", "transformers", "trl", "peft", "datasets")
+_ADAPTER_FIELDS = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "use_dora": "DoRA",
+    "use_rslora": "rank-stabilised", "modules_to_save": "trained in full beside it",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A source of a run: how to call it, its Hub id if it is there, what it is, rows that it gave and left out."""
+
+    name: str
+    hub_id: str | None
+    component: Component
+    rows: int
+    left_out: int
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What was trained, how, on what, and how that went.
+
+    Args:
+        recipe: YAML of the arguments, without anything private.
+        data: the sources.
+        trained: what has gradients, as lines of a table.
+        is_adapter: whether adapters were trained instead of the model's own weights.
+        hardware: devices, processes, precision.
+        software: versions by package.
+        steps: optimizer steps so far.
+        epochs: passes over the data so far, if the log says so.
+        seconds: wall time, if the log says so, which it does at the end of a run.
+        losses, eval_losses: `(step, loss)`.
+        picture: name of the file beside the card with the curves; without it the card has a table.
+    """
+
+    recipe: str
+    data: tuple[TrainingData, ...]
+    trained: dict[str, str]
+    is_adapter: bool
+    hardware: str
+    software: dict[str, str]
+    steps: int
+    epochs: float | None
+    seconds: float | None
+    losses: tuple[tuple[int, float], ...]
+    eval_losses: tuple[tuple[int, float], ...]
+    picture: str | None = None
+
+    @property
+    def loss_rows(self) -> list[tuple[int, str]]:
+        """Up to twelve losses, evenly spread from the first to the last, as cells of a table."""
+        count = len(self.losses)
+        places = range(count)
+        if count > _TABLE_ROWS:
+            places = [round(number * (count - 1) / (_TABLE_ROWS - 1)) for number in range(_TABLE_ROWS)]
+        return [(self.losses[place][0], f"{self.losses[place][1]:.4f}") for place in places]
+
+
+def gather_training_facts(
+    recipe: str | Mapping,
+    log_history: Sequence[Mapping],
+    hardware: str,
+    trained_parts: Sequence[str],
+    data_reports: Sequence[Mapping] = (),
+    adapter: Mapping | None = None,
+    software: Mapping[str, str] | None = None,
+    picture: str | Path | None = None,
+) -> TrainingFacts:
+    """Sort what a trainer knows into what a card states.
+
+    Args:
+        recipe: the run's arguments, as YAML or a mapping. Comments, paths, and arguments about a machine or a user are
+            left out.
+        log_history: as of `transformers.TrainerState`.
+        hardware: in words.
+        trained_parts: names of the parts with gradients, if there is no adapter.
+        data_reports: of each source, `source`, `rows`, `missing_images` and `invalid`, and of a benchmark `benchmark`,
+            `reference` and `split` ([`LoadReport`] or [`VQAReport`] as dictionaries). Only Hub ids, benchmarks and
+            phantoms are named; everything else is "local data", of unknown licence.
+        adapter: configuration of the adapters, as `PeftConfig.to_dict()`.
+        software: versions, as [`software_versions`] returns them.
+        picture: .png file to draw the curves to, beside the card. Without matplotlib, or losses, none is drawn.
+
+    Raises:
+        ValueError: if `recipe` is no YAML mapping.
+    """
+    losses, eval_losses = (
+        tuple((int(entry["step"]), float(entry[name])) for entry in log_history if name in entry)
+        for name in ("loss", "eval_loss")
+    )
+    seconds = [entry["train_runtime"] for entry in log_history if "train_runtime" in entry]
+    epochs = [entry["epoch"] for entry in log_history if "epoch" in entry]
+    drawn = picture is not None and bool(losses) and draw_loss_curve(picture, losses, eval_losses)
+    return TrainingFacts(
+        recipe=scrub_recipe(recipe),
+        data=tuple(_training_data(report) for report in data_reports),
+        trained={"weights": ", ".join(trained_parts)} if adapter is None else _adapter_lines(adapter),
+        is_adapter=adapter is not None,
+        hardware=hardware,
+        software=dict(software or {}),
+        steps=max((int(entry["step"]) for entry in log_history if "step" in entry), default=0),
+        epochs=epochs[-1] if epochs else None,
+        seconds=seconds[-1] if seconds else None,
+        losses=losses,
+        eval_losses=eval_losses,
+        picture=Path(picture).name if drawn else None,
+    )
+
+
+def _training_data(report: Mapping) -> TrainingData:
+    source, benchmark = report["source"], report.get("benchmark")
+    name, component, hub_id = "local data", Component("local data", None), None
+    if source.startswith("phantoms:"):
+        name, component = source, find_component(source)
+    elif is_on_hub(report):
+        hub_id = source.partition("@")[0]
+        name, component = source, find_component(benchmark or hub_id)
+    elif benchmark is not None:
+        name, component = f"{benchmark}, local data", find_component(benchmark)
+    if "split" in report:
+        name += f", {report['split']}"
+    left_out = len(report["missing_images"]) + len(report["invalid"])
+    return TrainingData(name, hub_id, component, report["rows"], left_out)
+
+
+def _adapter_lines(adapter: Mapping) -> dict[str, str]:
+    kind = adapter["peft_type"]
+    lines = {"weights": f"adapters, {getattr(kind, 'value', kind)}"}
+    for field, title in _ADAPTER_FIELDS.items():
+        value = adapter.get(field)
+        if value is not None and value is not False:
+            values = sorted(value) if isinstance(value, (list, tuple, set)) else [value]
+            lines[title] = ", ".join(f"`{each}`" for each in values)
+    return lines
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what a run depends on, as far as it is installed."""
+    found = {name: next(iter(distributions(name=name)), None) for name in _SOFTWARE}
+    return {name: distribution.version for name, distribution in found.items() if distribution is not None}
+
+
+def draw_loss_curve(
+    path: str | Path, losses: Sequence[tuple[int, float]], eval_losses: Sequence[tuple[int, float]]
+) -> bool:
+    """Draw losses over optimizer steps.
+
+    Args:
+        path: the .png file to write.
+        losses, eval_losses: `(step, loss)`.
+
+    Returns:
+        Whether there is a picture: without matplotlib there is none.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for label, points in (("training", losses), ("evaluation", eval_losses)):
+        if points:
+            axes.plot(*zip(*points), marker="o" if len(points) < 2 else None, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss")
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(str(path))
+    return True
+
+
+__all__ = ["TrainingData", "TrainingFacts", "draw_loss_curve", "gather_training_facts", "software_versions"]

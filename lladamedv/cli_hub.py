@@ -1,0 +1,96 @@
+"""`lladamedv push`, `push-dataset` and `space`: models, data sets and demos for the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+_Repo = Annotated[str, typer.Argument(help="Hub id, OWNER/NAME; created as a private one if there is none.")]
+_Public = Annotated[bool, typer.Option("--public", help="Create a public repository, or push to one.")]
+_Replace = Annotated[
+    bool, typer.Option("--replace", help="Push over a repository of another kind, and delete what it holds.")
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and list only; nothing is sent.")]
+_Branch = Annotated[str | None, typer.Option("--branch", help="Branch to push to, created if there is none.")]
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model, or of LoRA adapters.")],
+    repo: _Repo,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge adapters into their model and push that.")] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the adapters' model; to merge, also a folder.")
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option(help="Pattern of files not to push, as 'checkpoint-*'; several times.")
+    ] = None,
+    public: _Public = False,
+    replace: _Replace = False,
+    branch: _Branch = None,
+    dry_run: _DryRun = False,
+) -> None:
+    """Push a model's folder to the Hub, checked, and as one commit."""
+    from lladamedv.hub_cards.push import push_folder
+
+    from .cli import fail, quiet
+
+    quiet()
+    try:
+        push_folder(
+            folder, repo, private=not public, adapter_merge=merge, base_model=base_model, leave_out=leave_out or (),
+            replace=replace, dry_run=dry_run, revision=branch, report=typer.echo,
+        )  # fmt: skip
+    except ValueError as error:
+        fail(error)
+
+
+def push_dataset(
+    benchmark: Annotated[str, typer.Argument(help="vqa-rad, slake, path-vqa or phantoms.")],
+    repo: _Repo,
+    split: Annotated[list[str] | None, typer.Option(help="train, validation or test; by default all.")] = None,
+    source: Annotated[str | None, typer.Option(help="Which publication of the benchmark, by its Hub id.")] = None,
+    path: Annotated[str | None, typer.Option(help="Local data instead of the Hub's; for phantoms SEED:COUNT.")] = None,
+    image_folder: Annotated[Path | None, typer.Option(help="Where image files named in --path are.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the source on the Hub.")] = None,
+    recipe_only: Annotated[
+        bool, typer.Option("--recipe-only", help="Push no records, but a program that builds them.")
+    ] = False,
+    public: _Public = False,
+    replace: _Replace = False,
+    branch: _Branch = None,
+    dry_run: _DryRun = False,
+) -> None:
+    """Push a VQA benchmark in one form to the Hub, or how to build it where its licence forbids more."""
+    from lladamedv.hub_cards import push as hub
+
+    from .cli import fail, quiet
+
+    quiet()
+    try:
+        hub.push_dataset(
+            benchmark, repo, splits=split, source=source, path=path, image_folder=image_folder, data_revision=revision,
+            private=not public, recipe_only=recipe_only, replace=replace, dry_run=dry_run, revision=branch,
+            report=typer.echo,
+        )  # fmt: skip
+    except ValueError as error:
+        fail(error)
+
+
+def space(
+    name: Annotated[str, typer.Argument(help="The Space's title.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    model: Annotated[str, typer.Option(help="Hub id of a model, or `demo` for the one that comes with this.")] = "demo",
+    revision: Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")] = None,
+) -> None:
+    """Write a Gradio Space: a folder to upload with `hf upload ME/SPACE FOLDER --repo-type space`."""
+    from lladamedv.hub_cards.push import write_space
+
+    from .cli import fail
+
+    try:
+        write_space(name, out, model, revision=revision, report=typer.echo)
+    except ValueError as error:
+        fail(error)
