@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_evaluation import analyze_app, eval_app
+from .cli_evaluation import analyze_app, eval_app, parse_options
 from .cli_hub import push, push_dataset, space
 
 
@@ -68,25 +69,62 @@ def demo(
 
 @app.command()
 def ask(
-    image: Annotated[str, typer.Argument(help="Path or URL of an image.")],
+    image: Annotated[str, typer.Argument(help="File (also DICOM, NIfTI and 16-bit pictures) or URL of an image.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     model: Annotated[
         str | None, typer.Option(help="Folder or Hub id of a model; by default the tiny demo model.")
     ] = None,
+    window: Annotated[
+        str | None, typer.Option(help="Grey values to show: LEVEL/WIDTH, as 40/400, or lung, bone, brain, abdomen, …")
+    ] = None,
+    frame: Annotated[int | None, typer.Option(help="Frame of a DICOM file, from 0.")] = None,
+    slice_index: Annotated[int | None, typer.Option("--slice", help="Slice of a NIfTI volume, from 0.")] = None,
+    page: Annotated[int | None, typer.Option(help="Page of a TIFF file, from 0.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="An option of generate, as NAME=VALUE; several times.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="What to compute in: float32, bfloat16 or float16.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Answer, confidence and what was done to the image.")] = False,
 ) -> None:
     """Answer one question about one image."""
-    from lladamedv.demo import DEMO_MODEL, answer, load_model
+    from lladamedv.demo import DEMO_MODEL, load_model
+    from lladamedv.evaluation.answering import answer_batch, question_about
+    from lladamedv.processing.medical_images import read_medical_image
 
     quiet()
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    chosen = {"frame": frame, "slice_index": slice_index, "page": page, "window": _window(window)}
+    steps: list[str] = []
     try:
         if not question.strip():
             raise ValueError(f"`question` is {question!r}; it must not be empty.")
-        loaded, processor = load_model(model or DEMO_MODEL)
-        content[0]["image"] = processor.image_processor.fetch_images(image)
-        typer.echo(answer(loaded, processor, [[{"role": "user", "content": content}]])[0])
-    except ValueError as error:
+        options = parse_options(option)
+        if "://" in image:
+            given = [name for name, value in chosen.items() if value is not None]
+            if given:
+                raise ValueError(f"`{given[0]}` is {chosen[given[0]]!r}; it is allowed for files only.")
+        else:
+            read = read_medical_image(image, **chosen)
+            steps = read.steps
+        loaded, processor = load_model(model or DEMO_MODEL, dtype)
+        picture = processor.image_processor.fetch_images(image) if "://" in image else read.image
+        given = answer_batch(loaded, processor, [question_about(picture, question)], **options)[0]
+    except (ValueError, ImportError) as error:
         fail(error)
+    if as_json:
+        typer.echo(json.dumps({"answer": given.text, "confidence": given.confidence, "image": steps}))
+    else:
+        if steps:
+            typer.echo(f"image: {'; '.join(steps)}", err=True)
+        typer.echo(given.text)
+
+
+def _window(text: str | None) -> str | tuple[float, float] | None:
+    """Level and width, or the name of a preset as it is."""
+    level, separator, width = (text or "").partition("/")
+    try:
+        return (float(level), float(width)) if separator else text
+    except ValueError:
+        return text
 
 
 _Tokenizer = Annotated[

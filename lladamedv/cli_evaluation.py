@@ -28,7 +28,7 @@ _Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many 
 _Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of Markdown.")]
 
 
-def _options(given: list[str] | None, **named) -> dict:
+def parse_options(given: list[str] | None, **named) -> dict:
     """Options of `generate` from the command line; values are JSON where they can be read so, or else text.
 
     Raises:
@@ -110,7 +110,7 @@ def vqa(
 
     quiet()
     try:
-        options = _options(option, max_new_tokens=max_new_tokens, block_length=block_length, steps=steps)
+        options = parse_options(option, max_new_tokens=max_new_tokens, block_length=block_length, steps=steps)
         data = {"source": source, "path": path, "image_folder": image_folder, "revision": revision}
         dataset, report = load_vqa(benchmark, split, **data)
         if limit is not None:
@@ -196,7 +196,7 @@ def chat(
         asked, _ = load_chat_benchmark(questions)
         asked = asked[:limit]
         if model is not None:
-            options = _options(option, max_new_tokens=max_new_tokens, block_length=block_length, steps=steps)
+            options = parse_options(option, max_new_tokens=max_new_tokens, block_length=block_length, steps=steps)
             records, report = load_chat_benchmark(questions, image_folder)
             known = {record["id"] for record in asked}
             records = [record for record in records if record["id"] in known]
@@ -270,7 +270,7 @@ def decoding(
         if limit is not None:
             dataset = dataset.select(range(min(limit, len(dataset))))
         records = noise_pictures(dataset, seed) if noise else dataset
-        extra = _options(option)
+        extra = parse_options(option)
         loaded, processor = _load(model, model_revision, dtype)
         summary = analyze_decoding(
             loaded, processor, records, output, steps=steps, max_new_tokens=max_new_tokens, block_length=block_length,

@@ -58,7 +58,7 @@ def test_ask_command(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ask", "/no/such.png", "Is there a lesion?"], "there is no such file"),
+        (["ask", "/no/such.png", "Is there a lesion?"], "a path that cannot be opened (FileNotFoundError)"),
         (["ask", "{picture}", "  "], "`question` is '  '"),
         (["ask", "{picture}", "What?", "--model", "{folder}"], "cannot be loaded as a checkpoint"),
         (["demo", "--questions", "1"], "`questions` is 1"),
