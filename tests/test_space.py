@@ -13,7 +13,8 @@ from packaging.requirements import Requirement
 from typer import Typer
 from typer.testing import CliRunner
 
-from lladamedv import cli_hub, hub
+from lladamedv import cli_hub
+from lladamedv.hub_cards import push as hub
 from lladamedv.hub_cards.push import write_space
 from tests.hub_folders import contents, write_model
 from tests.hub_stub import environment, running_hub
