@@ -266,7 +266,8 @@ def _merge(folder: Path, base_model: str | None, out: Path, offline: bool) -> No
         raise ValueError(f"`folder` is {str(folder)!r}, which is not pushed: {CARD} is missing.")
     from peft import PeftModel
 
-    from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
+    from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
+    from lladamedv.processing import LLaDAMedVProcessor
 
     base = base_model or _adapter_config(folder).get("base_model_name_or_path") or ""
     try:
@@ -391,7 +392,7 @@ def write_space(
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     for file in _SPACE_FILES:
-        template = jinja2.Template((_SPACE_TEMPLATE / file).read_text(encoding="utf-8"), keep_trailing_newline=True)
+        template = jinja2.Template((_SPACE_TEMPLATE / f"{file}.jinja").read_text(encoding="utf-8"), keep_trailing_newline=True)
         (out / file).write_text(template.render(facts), encoding="utf-8")
     report(f"wrote {out}; `hf upload ME/SPACE {out} --repo-type space` makes it a Space")
 

@@ -369,7 +369,8 @@ def test_a_stopped_process_goes_on(stub, records, answers, tmp_path, sent):
     """A kill costs the two requests under way; Ctrl-C waits for them and costs nothing."""
     (tmp_path / "answers.json").write_text(json.dumps(answers))
     code = (
-        "import json, sys\n"
+        "import json, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the background jobs of a shell ignore it
         "from lladamedv.evaluation.judge import OpenAIJudge\n"
         "from lladamedv.evaluation.judging import judge_answers\n"
         "from lladamedv.processing.datasets.chat_benchmark import load_chat_benchmark\n"
