@@ -392,7 +392,8 @@ def write_space(
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     for file in _SPACE_FILES:
-        template = jinja2.Template((_SPACE_TEMPLATE / f"{file}.jinja").read_text(encoding="utf-8"), keep_trailing_newline=True)
+        source = (_SPACE_TEMPLATE / f"{file}.jinja").read_text(encoding="utf-8")
+        template = jinja2.Template(source, keep_trailing_newline=True)
         (out / file).write_text(template.render(facts), encoding="utf-8")
     report(f"wrote {out}; `hf upload ME/SPACE {out} --repo-type space` makes it a Space")
 
