@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/installed
 	@echo "== lladamedv demo"
@@ -19,10 +19,14 @@ test: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # The demo needs the package alone; tests and lint also what the `test` extra names.
 $(VENV)/installed: EXTRAS :=
 $(VENV)/installed-test: EXTRAS := [test]
-$(VENV)/installed $(VENV)/installed-test: pyproject.toml constraints.txt
+$(VENV)/installed-docs: EXTRAS := [docs]
+$(VENV)/installed $(VENV)/installed-test $(VENV)/installed-docs: pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (first time only; downloads torch and transformers)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is missing or older than 3.10; set PYTHON=/path/to/python3"; exit 1; }

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from bench_generation import SIZES, PeakMemory, build_model
 from naive_training import loss as naive_loss
+from trl.models import enable_selective_activation_checkpointing
 from trl.trainer.utils import add_fused_lm_head
 
 from lladamedv.trainers.masked_diffusion_loss import IGNORE_INDEX, add_noise, loss_weights, run_masked_loss
@@ -68,9 +69,10 @@ def plain_loss(model, batch: dict) -> torch.FloatTensor:
     return naive_loss(model, batch["input_ids"], batch["labels"], batch["t"][:, -1], batch["uniform"], pixels)
 
 
-def run_step(model, optimizer, batch, compute, checkpointing: bool) -> dict:
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+def run_step(model, optimizer, batch, compute, checkpoint) -> dict:
+    """`checkpoint` turns the checkpointing of activations on, if there shall be any."""
+    if checkpoint is not None:
+        checkpoint({"use_reentrant": False})
     with PeakMemory("cpu") as memory:
         start = time.perf_counter()
         loss = compute(model, batch)
@@ -78,9 +80,9 @@ def run_step(model, optimizer, batch, compute, checkpointing: bool) -> dict:
         optimizer.step()
         seconds = time.perf_counter() - start
     optimizer.zero_grad()
-    if checkpointing:
+    if checkpoint is not None:
         model.gradient_checkpointing_disable()
-    return {"seconds": seconds, "bytes": memory.bytes, "loss": float(loss)}
+    return {"seconds": seconds, "bytes": memory.bytes, "loss": loss.item()}
 
 
 def gradient_difference(model, batch) -> float:
@@ -108,20 +110,24 @@ def benchmark(size_name: str, repeats: int, report=print) -> dict:
     batch = build_batch(model, rows)
     difference = gradient_difference(model, batch)
     report(f"gradients differ by at most {difference:.1e}, relative")
+    full = model.gradient_checkpointing_enable  # as TRL does by default
+    enable_selective_activation_checkpointing(model)
+    selective = model.gradient_checkpointing_enable  # as with {"selective": True}: attention is kept
     modes = {
-        "plain": (plain_loss, batch, rows, False),
-        "ours": (our_loss, batch, rows, False),
-        "ours, checkpointed": (our_loss, batch, rows, True),  # as TRL does by default
-        "one picture, 8 rows": (our_loss, build_batch(model, QUESTIONS, pictures=1), QUESTIONS, False),
-        "one picture, packed": (our_loss, build_batch(model, 1, QUESTIONS), QUESTIONS, False),
-        "four pictures, packed": (our_loss, build_batch(model, rows, QUESTIONS), rows * QUESTIONS, False),
+        "plain": (plain_loss, batch, rows, None),
+        "ours": (our_loss, batch, rows, None),
+        "ours, checkpointed": (our_loss, batch, rows, full),
+        "ours, selectively": (our_loss, batch, rows, selective),
+        "one picture, 8 rows": (our_loss, build_batch(model, QUESTIONS, pictures=1), QUESTIONS, None),
+        "one picture, packed": (our_loss, build_batch(model, 1, QUESTIONS), QUESTIONS, None),
+        "four pictures, packed": (our_loss, build_batch(model, rows, QUESTIONS), rows * QUESTIONS, None),
     }
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.0, fused=True)  # the weights stay, so that all modes do the same work
     runs = {name: [] for name in modes}
     for repeat in range(repeats + 1):
-        for name, (compute, data, _, checkpointing) in modes.items():
-            result = run_step(model, optimizer, data, compute, checkpointing)
+        for name, (compute, data, _, checkpoint) in modes.items():
+            result = run_step(model, optimizer, data, compute, checkpoint)
             if repeat:  # the first is for threads, the allocator and the optimizer's states
                 runs[name].append(result)
     results = {"gradient_difference": difference, "modes": {}}
@@ -136,8 +142,8 @@ def benchmark(size_name: str, repeats: int, report=print) -> dict:
             f"{name:22} {seconds:7.2f} s a step  {peak / 2**20:7.0f} MiB  {answers / seconds:6.2f} answers/s  "
             f"{data['input_ids'].numel() / seconds:7.0f} tokens/s"
         )
-    plain, ours, checkpointed, separate, packed, packed_rows = (results["modes"][name] for name in modes)
-    for label, mode in (("ours", ours), ("ours, checkpointed", checkpointed)):
+    plain, ours, checkpointed, selectively, separate, packed, packed_rows = results["modes"].values()
+    for label, mode in zip(list(modes)[1:4], (ours, checkpointed, selectively)):
         speedup, ratio = plain["seconds"] / mode["seconds"], plain["peak_bytes"] / mode["peak_bytes"]
         mode |= {"speedup": speedup, "memory_ratio": ratio}
         report(f"{label}: {speedup:.1f} times as fast as the plain step, with 1/{ratio:.1f} of its memory")

@@ -1,4 +1,4 @@
-"""The command line: `lladamedv demo`, `ask`, `convert`, `init`, `train`, `eval`, `analyze`, `push`…"""
+"""The command line: `lladamedv demo`, `ask`, `convert`, `init`, `train`, `eval`, `analyze`, `push`, `app`…"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_app import app_command
 from .cli_evaluation import analyze_app, eval_app, parse_options
 from .cli_hub import push, push_dataset, space
 
@@ -20,6 +21,7 @@ app.add_typer(analyze_app, name="analyze")
 app.command()(push)
 app.command("push-dataset")(push_dataset)
 app.command()(space)
+app.command("app")(app_command)
 
 
 def fail(error: Exception) -> None:

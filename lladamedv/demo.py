@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
 from PIL import Image, ImageDraw, ImageFont
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
@@ -44,7 +45,7 @@ def load_model(
     try:
         processor = LLaDAMedVProcessor.from_pretrained(folder, revision=revision)
         model = LLaDAMedVForConditionalGeneration.from_pretrained(folder, dtype=dtype, revision=revision).eval()
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, HFValidationError) as error:
         raise ValueError(f"`model` is {str(folder)!r}, which cannot be loaded as a checkpoint: {error}") from error
     return model, processor
 

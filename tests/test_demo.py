@@ -61,6 +61,7 @@ def test_ask_command(tmp_path):
         (["ask", "/no/such.png", "Is there a lesion?"], "a path that cannot be opened (FileNotFoundError)"),
         (["ask", "{picture}", "  "], "`question` is '  '"),
         (["ask", "{picture}", "What?", "--model", "{folder}"], "cannot be loaded as a checkpoint"),
+        (["ask", "{picture}", "What?", "--model", "/no/such/folder"], "`model` is '/no/such/folder', which cannot"),
         (["demo", "--questions", "1"], "`questions` is 1"),
         (["demo", "--output", "/no/such/folder/sheet.png"], "it must be a .png file in a folder that exists"),
     ],

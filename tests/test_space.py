@@ -21,7 +21,7 @@ from tests.hub_stub import environment, running_hub
 
 
 ROOT = Path(__file__).parents[1]
-GRADIO = "5.49.1"
+GRADIO = "6.31.0"
 
 # In place of `lladamedv.app`: it says what it was given.
 APP = """

@@ -1,0 +1,478 @@
+"""The browser app over real HTTP: answers, the denoising on the way, several turns, files, and what must not happen."""
+
+import logging
+import re
+import sys
+import time
+from html.parser import HTMLParser
+from threading import Lock, Semaphore
+
+import numpy as np
+import pytest
+from typer import Typer
+from typer.testing import CliRunner
+
+from lladamedv import app as app_module
+from lladamedv import cli_app
+from lladamedv.app import build_app
+from lladamedv.demo import answer, load_model
+from lladamedv.processing.phantoms import PhantomVQA
+from tests.dicom_files import SECRET, dataset, to_bytes
+
+
+SLIDERS = (24, 8, 24, 0)  # the demo model's own options
+ATTACK = "<img src=x onerror=alert(1)></span><script>alert(2)</script> ${alert(3)} {{value}} `\"'&amp;"
+LIMIT = 100_000  # bytes of an upload
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_model()
+
+
+@pytest.fixture(scope="module")
+def example():
+    return next(iter(PhantomVQA(5, 1, ("description",))))
+
+
+@pytest.fixture(scope="module")
+def picture(example, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "phantom.png"
+    example.image.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(shipped, tmp_path_factory):
+    """URL of the running app, and the folder of its temporary files."""
+    pytest.importorskip("gradio")
+    folder = tmp_path_factory.mktemp("gradio")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        app = build_app(*shipped, max_file_size=LIMIT)
+        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+        yield url, folder
+        app.close()
+
+
+class Browser:
+    """A session with the app, as a browser tab has one."""
+
+    def __init__(self, url):
+        from gradio_client import Client
+
+        self.client = Client(url, verbose=False)
+
+    def submit(self, question, *files, sliders=SLIDERS):
+        from gradio_client import handle_file
+
+        message = {"text": question, "files": [handle_file(str(file)) for file in files]}
+        return self.client.submit(message, *sliders, api_name="/ask")
+
+    def ask(self, *arguments, **options):
+        """All that came of a question: (box, picture, conversation, message), as one HTML string or `None` each."""
+        job = self.submit(*arguments, **options)
+        job.result(timeout=60)
+        return [(box, *(part if isinstance(part, str) else None for part in parts)) for box, *parts in job.outputs()]
+
+
+@pytest.fixture
+def browser(served):
+    return Browser(served[0])
+
+
+class Page(HTMLParser):
+    """Tags with attributes, and the text inside the elements of a class."""
+
+    def __init__(self, text, css_class=None):
+        super().__init__()
+        self.tags, self.texts, self._open, self._class = [], [], [], css_class
+        self.feed(text)
+        self.close()
+        assert not self._open, "elements must be closed"
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        if tag not in ("img", "br"):
+            inside = self._class in (attributes.get("class") or "").split()
+            self._open.append((tag, inside))
+            if inside:
+                self.texts.append("")
+
+    def handle_endtag(self, tag):
+        assert self._open.pop()[0] == tag, "elements must be nested"
+
+    def handle_data(self, data):
+        if any(inside for _, inside in self._open):
+            self.texts[-1] += data
+
+
+def answers(conversation):
+    return [text.strip() for text in Page(conversation, "ldm-text").texts]
+
+
+def question_about(image, *texts):
+    """A chat of alternating questions and answers."""
+    chat = []
+    for index, text in enumerate(texts):
+        content = [{"type": "text", "text": text}]
+        if index == 0:
+            content.insert(0, {"type": "image", "image": image})
+        chat.append({"role": "assistant" if index % 2 else "user", "content": content})
+    return chat
+
+
+def test_an_answer_appears_while_it_is_denoised(browser, shipped, example, picture):
+    seen = browser.ask(example.question, picture)
+    expected = answer(*shipped, [example.messages()])[0]
+    assert len(expected.split()) > 10
+    assert answers(seen[-1][2]) == [expected]
+    drafts = [part[2] for part in seen if part[2] and 'aria-busy="true"' in part[2]]
+    masks = [len(Page(draft, "ldm-mask").texts) for draft in drafts]
+    assert masks[0] == 24 and masks == sorted(masks, reverse=True) and len(set(masks)) > 10
+    assert "ldm-mask" not in seen[-1][2] and seen[-1][0] == {"text": "", "files": []} and seen[-1][3] == ""
+
+    assert re.search(r'<img src="data:image/png;base64,[^"]+" alt="[^"]*64 by 64 pixels"', seen[0][1])
+    assert "read as it is" in seen[0][1]
+    titles = [
+        attributes["title"] for _, attributes in Page(seen[-1][2]).tags if "ldm-token" in attributes.get("class", "")
+    ]
+    table = re.findall(r"<td>([\d.]+%)</td>", seen[-1][2])
+    assert len(titles) > 10 and titles == [f"confidence {value}" for value in table]
+
+
+def test_shown_confidence_is_that_of_the_model(browser, shipped, example, picture):
+    model, processor = shipped
+    inputs = processor.apply_chat_template(
+        example.messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, return_dict_in_generate=True)
+    length = output.sequences.shape[1] - inputs["input_ids"].shape[1]
+    shown = browser.ask(example.question, picture)[-1][2]
+    assert re.findall(r"<td>([\d.]+%)</td>", shown) == [f"{each:.1%}" for each in output.commit_confidence[0, :length]]
+
+
+@pytest.mark.parametrize("options", [{}, {"confidence_threshold": 0.9}, {"steps": 9}])
+def test_every_canvas_is_streamed(shipped, options):
+    """Against the history that `generate` itself keeps, up to the first end that is in it."""
+    model, processor = shipped
+    for example in [*PhantomVQA(11, 3), *PhantomVQA(5, 2, ("description",))]:  # of one block and of several
+        inputs = processor.apply_chat_template(
+            example.messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        options = {"max_new_tokens": 24, "block_length": 8, "steps": 24} | options
+        *canvases, output = app_module._denoise(model, Lock(), inputs, options | {"output_history": True})
+        ends = set(model.generation_config.eos_token_id)
+        expected = [[model.config.mask_token_id] * 24]
+        for canvas in output.history[:, 0].tolist():
+            end = next((place for place, token in enumerate(canvas) if token in ends), len(canvas))
+            expected.append(canvas[:end])
+        # A last pass that finds nothing but the end changes the answer only.
+        assert canvases in (expected, expected[:-1])
+
+
+def test_follow_up_questions_are_about_the_same_image(browser, shipped, example, picture):
+    first = "Is there a lesion?"
+    one = answers(browser.ask(first, picture)[-1][2])
+    both = answers(browser.ask(example.question)[-1][2])
+    assert both == [*one, answer(*shipped, [question_about(example.image, first, one[0], example.question)])[0]]
+    assert both[1] != answer(*shipped, [example.messages()])[0], "the first turn must matter in this test"
+
+    again = browser.ask(first, picture)[-1][2]
+    assert answers(again) == one, "another image begins another conversation"
+    browser.client.predict(api_name="/clear")
+    assert "There is no image yet" in browser.ask(first)[-1][3]
+
+
+def test_sessions_do_not_see_each_other(browser, served, picture):
+    browser.ask("Is there a lesion?", picture)
+    assert "There is no image yet" in Browser(served[0]).ask("Is there a lesion?")[-1][3]
+
+
+def test_dicom(browser, shipped, example, tmp_path):
+    grey = np.asarray(example.image.convert("L")).astype(np.uint16)
+    file = tmp_path / f"{SECRET}.dcm"
+    file.write_bytes(to_bytes(dataset(grey * 16, bits=12, WindowCenter=2040.5, WindowWidth=4081)))
+    seen = browser.ask("What shape is the lesion?", file)
+    assert "window" in seen[0][1] and "2040.5" in seen[0][1]
+    low, high = 2040.5 - 0.5 - 4080 / 2, 2040.5 - 0.5 + 4080 / 2  # DICOM PS3.3, C.11.2.1.2.1
+    levels = np.clip((grey * 16.0 - low) / (high - low), 0, 1) * 255
+    assert np.abs(levels - grey).max() <= 1, "the window shows the grey values that the phantom had"
+    expected = answer(
+        *shipped, [question_about(example.image.convert("L").convert("RGB"), "What shape is the lesion?")]
+    )
+    assert answers(seen[-1][2]) == expected
+    assert SECRET not in str(seen)
+
+
+def test_an_image_alone_is_shown(browser, picture):
+    seen = browser.ask("", picture)
+    assert len(seen) == 1 and "<img" in seen[0][1] and seen[0][3] == ""
+    assert answers(browser.ask("Is there a lesion?")[-1][2])
+
+
+def test_html_is_escaped(browser, picture):
+    last = browser.ask(ATTACK, picture)[-1][2]
+    page = Page(last, "ldm-question")
+    assert page.texts == [f"You: {ATTACK}"]
+    known = {"section", "article", "p", "b", "span", "div", "details", "summary", "table"}
+    assert {tag for tag, _ in page.tags} <= known | {"thead", "tbody", "tr", "th", "td"}
+    assert not re.search(r"[${}`]", last), "Gradio's HTML is a template for JavaScript and for Handlebars"
+
+
+def test_what_the_model_and_a_file_say_is_escaped():
+    shown = app_module._show_answer([(ATTACK, [0]), ("ok", [1])], [0.95, 0.2], ATTACK)
+    page = Page(shown, "ldm-text")
+    assert page.texts == [f"{ATTACK}ok"] and not {"img", "script"} & {tag for tag, _ in page.tags}
+    levels = [attributes["class"] for _, attributes in page.tags if "ldm-token" in attributes.get("class", "")]
+    assert levels == ["ldm-token ldm-level-0", "ldm-token ldm-level-3"]
+    draft = app_module._show_draft([(ATTACK, [0]), (None, [1])])
+    assert Page(draft, "ldm-text").texts[0].startswith(ATTACK)
+    assert {tag for tag, _ in Page(app_module._show_message(ATTACK)).tags} == {"p"}
+
+
+def test_pieces_of_text_are_the_text(shipped):
+    """Characters of several tokens stay whole, and nothing is lost around masks."""
+    _, processor = shipped
+    mask = shipped[0].config.mask_token_id
+    text = "A lésion – 😀 of 3 µm."
+    tokens = processor.tokenizer(text, add_special_tokens=False).input_ids
+    pieces = list(app_module._pieces([mask, *tokens, mask], processor.decode, mask))
+    assert [pieces[0], pieces[-1]] == [(None, [0]), (None, [len(tokens) + 1])]
+    assert "".join(piece for piece, _ in pieces[1:-1]) == text
+    assert [place for _, places in pieces for place in places] == list(range(len(tokens) + 2))
+    assert "😀" in "|".join(piece for piece, _ in pieces[1:-1])
+
+
+@pytest.mark.parametrize(
+    ("question", "content", "sliders", "message"),
+    [
+        ("What?", b"no image at all", SLIDERS, "`source` is of no known format"),
+        ("What?", b"\x89PNG\r\n\x1a\n broken", SLIDERS, "`source` is "),
+        ("What?", None, (24, 7, 24, 0), "`block_length` is 7, which does not divide `max_new_tokens` (24)"),
+        ("What?", None, (24, 8, 25, 0), "`steps` is 25, which is no multiple of the number of blocks"),
+        ("  ", None, SLIDERS, "The question has 0 characters"),
+        ("x" * 4_001, None, SLIDERS, "The question has 4001 characters; allowed are 1 to 4000"),
+        ("An <image> of what?", None, SLIDERS, "image"),
+    ],
+)
+def test_what_is_not_allowed_gets_a_message(browser, served, picture, tmp_path, question, content, sliders, message):
+    before = answers(browser.ask("Is there a lesion?", picture)[-1][2])
+    (tmp_path / "file.png").write_bytes(content or b"")
+    files = [] if content is None else [tmp_path / "file.png"]
+    box, _, conversation, shown = browser.ask(question, *files, sliders=sliders)[-1]
+    texts = Page(shown, "ldm-alert").texts
+    assert len(texts) == 1 and message in texts[0] and "Traceback" not in texts[0]
+    assert answers(conversation) == before and box["text"] == question.strip(), "nothing is lost"
+    assert browser.ask("Is there a lesion?")[-1][3] == "", "and the message goes away"
+
+
+def test_one_file_at_a_time(browser, picture, tmp_path):
+    second = tmp_path / "second.png"
+    second.write_bytes(picture.read_bytes())
+    assert "2 files came with the question; allowed is one" in browser.ask("What?", picture, second)[-1][3]
+
+
+def test_large_uploads_and_canvases_are_refused(browser, tmp_path):
+    (tmp_path / "large.bin").write_bytes(bytes(LIMIT + 1))
+    with pytest.raises(Exception, match=r"413|size"):
+        browser.ask("What?", tmp_path / "large.bin")
+    with pytest.raises(Exception, match="greater than maximum value 96"):
+        browser.ask("What?", sliders=(97, 1, 97, 0))
+
+
+def test_large_files_are_refused_by_the_app_too(tmp_path):
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / "folder" / "large.bin"
+    file.write_bytes(bytes(2_000_000))
+    with pytest.raises(ValueError, match=r"The file has 2.0 MB; allowed are 1.0 MB"):
+        app_module._read_upload([str(file)], 1_000_000)
+    assert not file.parent.exists()
+
+
+def test_block_length_and_steps_follow_the_canvas(browser, picture):
+    block_length, steps = browser.client.predict(40, api_name="/fit")
+    assert (block_length, steps) == (8, 40)
+    assert browser.ask("Is there a lesion?", picture, sliders=(40, block_length, steps, 0.5))[-1][3] == ""
+
+
+def test_nothing_is_kept_or_logged(browser, served, shipped, picture, tmp_path, monkeypatch, caplog, capfd):
+    def fail(*arguments, **options):
+        raise RuntimeError(f"{SECRET} went wrong")
+
+    named = tmp_path / f"{SECRET}.png"
+    named.write_bytes(picture.read_bytes())
+    broken = tmp_path / f"{SECRET}.dcm"
+    broken.write_bytes(b"\0" * 128 + b"DICM" + SECRET.encode())
+    with caplog.at_level(logging.DEBUG):
+        assert browser.ask(f"{SECRET} lesion?", named)[-1][3] == ""
+        assert browser.ask(f"{SECRET} lesion?", broken)[-1][3]
+        monkeypatch.setattr(type(shipped[0]), "_denoising_step", fail)
+        shown = browser.ask(f"{SECRET} lesion?", named)[-1][3]
+    assert "could not be answered (RuntimeError)" in shown and SECRET not in shown
+    assert "a question could not be answered: RuntimeError" in caplog.text
+    own = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore", "asyncio"))]
+    assert SECRET not in "".join(record.getMessage() for record in own)
+    assert SECRET not in "".join(capfd.readouterr())
+    assert not [path for path in served[1].rglob("*") if path.is_file()]
+
+
+def test_what_the_page_says_of_itself(served):
+    """The configuration that the browser gets: the notice, names for all that can be used, and no tracking."""
+    import httpx
+
+    config = httpx.get(f"{served[0]}config").json()
+    assert config["analytics_enabled"] is False and config["run_history"] is False and not config["footer_links"]
+    texts = [component["props"].get("value") or "" for component in config["components"]]
+    notice = next(text for text in texts if isinstance(text, str) and 'role="note"' in text)
+    assert "Research only. Not a medical device" in notice
+    usable = [
+        component["props"] for component in config["components"] if component["type"] in ("multimodaltextbox", "slider")
+    ]
+    assert len(usable) == 5 and all(props["label"] and props["visible"] is True for props in usable)
+    buttons = [component["props"]["value"] for component in config["components"] if component["type"] == "button"]
+    assert buttons == ["Stop", "New conversation"]
+    names = {dependency["api_name"] for dependency in config["dependencies"]}
+    assert {"ask", "clear", "fit"} <= names and not any("flag" in str(name) for name in names)
+
+
+def luminance(color):
+    """WCAG 2.2, relative luminance."""
+    channels = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
+    return np.dot(linear, (0.2126, 0.7152, 0.0722))
+
+
+def test_contrast_and_more_than_colour():
+    backgrounds = re.findall(r"background: (#[0-9a-f]{6})", app_module._STYLE)
+    levels = [look for _, _, look in app_module._LEVELS]
+    assert len(backgrounds) >= len(levels) == 4
+    for color in backgrounds:
+        if color != "#767676":  # of masks, which hold no text
+            assert (luminance(color) + 0.05) / (luminance("#111111") + 0.05) >= 7
+    assert len({look.partition("text-decoration")[2] for look in levels}) == 4
+
+
+class Gate:
+    """Holds every forward pass until it is let through, and counts."""
+
+    def __init__(self, monkeypatch, model):
+        self.passes, self._allowed, self._step = 0, Semaphore(0), type(model)._denoising_step
+        monkeypatch.setattr(type(model), "_denoising_step", lambda model, state: self._run(model, state))
+
+    def _run(self, model, state):
+        assert self._allowed.acquire(timeout=60)
+        self.passes += 1
+        self._step(model, state)
+
+    def let(self, count):
+        self._allowed.release(count)
+
+
+def test_an_abandoned_answer_stops(shipped, example, monkeypatch):
+    model, processor = shipped
+    gate, lock = Gate(monkeypatch, model), Lock()
+    inputs = processor.apply_chat_template(
+        example.messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    canvases = app_module._denoise(model, lock, inputs, {"max_new_tokens": 24, "block_length": 8, "steps": 24})
+    gate.let(1)
+    assert [len(next(canvases)), len(next(canvases))] == [24, 24]
+    canvases.close()
+    gate.let(100)
+    with lock:  # held as long as the model runs
+        assert gate.passes == 2
+
+
+def test_the_queue_is_bounded_and_the_model_runs_once_at_a_time(shipped, example, picture, monkeypatch, tmp_path):
+    pytest.importorskip("gradio")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    app = build_app(*shipped, queue_size=1)
+    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    try:
+        tabs = [Browser(url) for _ in range(3)]
+        for tab in tabs:
+            assert tab.ask("", picture)[-1][3] == ""
+        gate = Gate(monkeypatch, shipped[0])
+        running = tabs[0].submit(example.question)
+        next(running)
+        waiting = tabs[1].submit(example.question)
+        deadline = time.monotonic() + 30
+        while not waiting.status().queue_size and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with pytest.raises(Exception, match="full"):
+            tabs[2].ask(example.question)
+        assert gate.passes == 0
+        gate.let(1_000)
+        expected = answer(*shipped, [example.messages()])
+        assert [answers(job.result()[2]) for job in (running, waiting)] == [expected, expected]
+    finally:
+        app.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"longest_canvas": 23}, "`longest_canvas` is 23; allowed are whole numbers of at least 24"),
+        ({"max_file_size": "1mb"}, "`max_file_size` is '1mb'"),
+        ({"queue_size": 0}, "`queue_size` is 0; allowed are whole numbers of at least 1"),
+    ],
+)
+def test_arguments(shipped, options, message):
+    pytest.importorskip("gradio")
+    with pytest.raises(ValueError, match=message):
+        build_app(*shipped, **options)
+
+
+def command(*arguments, **environment):
+    app = Typer()
+    app.command()(cli_app.app_command)
+    return CliRunner().invoke(app, list(arguments), env=environment)
+
+
+def test_without_gradio(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    result = command()
+    assert result.exit_code == 1
+    assert result.stderr == 'lladamedv: The app needs Gradio: pip install "lladamedv[app]".\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "launched", "warnings"),
+    [
+        ((), {"server_name": "127.0.0.1", "server_port": 7860, "share": False}, []),
+        (("--host", "localhost", "--port", "81"), {"server_name": "localhost", "server_port": 81, "share": False}, []),
+        (("--host", "0.0.0.0"), {"server_name": "0.0.0.0", "share": False}, ["everybody who reaches 0.0.0.0"]),
+        (("--share",), {"server_name": "127.0.0.1", "share": True}, ["everybody who has the link"]),
+    ],
+)
+def test_command_line(monkeypatch, arguments, launched, warnings):
+    gradio = pytest.importorskip("gradio")
+    seen = {}
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **options: seen.update(options))
+    result = command(*arguments, GRADIO_SERVER_NAME="0.0.0.0", GRADIO_SHARE="True")
+    assert result.exit_code == 0, result.output
+    assert launched.items() <= seen.items() and seen["run_history"] is False and seen["max_file_size"] == 100_000_000
+    assert len(result.stderr.splitlines()) == len(warnings)
+    assert all(f"Warning: {warning}" in result.stderr for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "{empty}"), "`model` is '{empty}', which cannot be loaded"),
+        (("--dtype", "int8"), "`dtype` is 'int8'"),
+        (("--device", "abacus"), "`device` is 'abacus'"),
+    ],
+)
+def test_command_line_errors_are_short(tmp_path, arguments, message):
+    result = command(*(part.format(empty=tmp_path) for part in arguments))
+    assert result.exit_code == 1 and result.stderr.startswith("lladamedv: " + message.format(empty=tmp_path))
+    assert "Traceback" not in result.output
+
+
+def test_a_taken_port_is_an_error_of_one_line(served):
+    port = served[0].rstrip("/").rpartition(":")[2]
+    result = command("--port", port)
+    assert result.exit_code == 1 and result.stderr.startswith("lladamedv: ") and port in result.stderr

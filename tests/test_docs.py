@@ -1,0 +1,135 @@
+"""The documentation: examples run and print what they say, commands and names exist, and nothing is stale.
+
+Pages need no MkDocs here; that links and references can be rendered is what `make docs` checks.
+"""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.main import get_command
+
+import lladamedv
+from lladamedv.cli import app
+from lladamedv.trainers.recipes import accelerate_file, recipe_file
+from lladamedv.trainers.sft import make_parser
+
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PYTHON, SHELL = ("python",), ("sh",)
+
+
+def blocks(page: str, languages: tuple[str, ...]) -> list[tuple[int, str, str | None]]:
+    """Fenced blocks of a page: line, text, and the text of the `text` block that follows at once, if one does."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    found = list(BLOCK.finditer(text))
+    result = []
+    for block, following in zip(found, [*found[1:], None]):
+        if block[1] in languages:
+            follows = (
+                following is not None and following[1] == "text" and not text[block.end() : following.start()].strip()
+            )
+            result.append((text.count("\n", 0, block.start()) + 2, block[2], following[2] if follows else None))
+    return result
+
+
+def commands(page: str) -> list[str]:
+    """Calls of `lladamedv` in the shell blocks of a page."""
+    lines = "".join(text for _, text, _ in blocks(page, SHELL)).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("lladamedv ")]
+
+
+COMMANDS = [command for page in PAGES for command in commands(page)]
+
+
+@pytest.fixture
+def one_thread():
+    """The demo model is too small to gain from more, and loses where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, PYTHON)])
+def test_examples_print_what_the_page_says(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": page}
+    for line, code, expected in blocks(page, PYTHON):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("\n" * (line - 1) + code, str(DOCS / page), "exec"), namespace)
+        if expected is not None:
+            assert printed.getvalue() == expected, f"{page}, line {line}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_and_their_options_exist(command):
+    _, *words = shlex.split(command, comments=True)
+    called = get_command(app)
+    while hasattr(called, "commands"):
+        assert words and words[0] in called.commands, command
+        called = called.commands[words.pop(0)]
+    context = called.make_context(called.name, list(words))  # parses, and runs nothing
+    if called.name == "train" and not context.params["list_recipes"]:
+        assert recipe_file(context.params["recipe"]).is_file()
+        assert context.params["accelerate"] is None or accelerate_file(context.params["accelerate"]).is_file()
+        # The rest goes to the script, which knows it by its own parser.
+        known = {option for action in make_parser()._actions for option in action.option_strings}
+        assert {word for word in context.args if word.startswith("--")} <= known
+
+
+def test_all_kinds_of_commands_are_shown():
+    shown = {command.split()[1] for command in COMMANDS}
+    assert shown == set(get_command(app).commands)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("api/")])
+def test_names_of_the_reference_exist(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
+        parts = name.split(".")
+        for count in range(len(parts), 0, -1):
+            with contextlib.suppress(ModuleNotFoundError):
+                value = importlib.import_module(".".join(parts[:count]))
+                break
+        for part in parts[count:]:
+            value = getattr(value, part)
+        assert value.__doc__
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_pages(page):
+    text = BLOCK.sub("", (DOCS / page).read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target.startswith("https://arxiv.org/abs/") or (DOCS / page).parent.joinpath(target).is_file(), target
+
+
+def test_every_page_is_in_the_navigation_once():
+    def pages(entry):
+        if isinstance(entry, str):
+            return [entry]
+        return [page for each in (entry.values() if isinstance(entry, dict) else entry) for page in pages(each)]
+
+    configuration = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(pages(configuration["nav"])) == PAGES
+    assert configuration["theme"]["font"] is False  # would be fetched from elsewhere
+
+
+def test_versions_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == lladamedv.__version__
+    assert f"## [{lladamedv.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    (ruff,) = hooks["repos"]
+    assert f"ruff=={ruff['rev'].removeprefix('v')}" in (ROOT / "constraints.txt").read_text().splitlines()
