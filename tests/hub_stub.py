@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import transformers.utils.hub
 from huggingface_hub import constants, hf_api
 
 
@@ -310,6 +311,7 @@ def take_for_the_hub(hub: HubStub, monkeypatch, home) -> None:
     for name, value in values.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # kept from the first use, with the endpoint of then
 
 
 def environment(hub: HubStub, home, token: str = "hf_test") -> dict[str, str]:
