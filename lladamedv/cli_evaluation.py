@@ -25,6 +25,13 @@ _Options = Annotated[
     typer.Option("--option", help="Another option of generate, as NAME=VALUE; may be given several times."),
 ]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")]
+_Split = Annotated[str, typer.Option(help="train, validation or test.")]
+_Source = Annotated[str | None, typer.Option(help="Which publication of the benchmark, by its Hub id.")]
+_Path = Annotated[
+    str | None, typer.Option(help="Local data instead of the Hub's; for phantoms SEED:COUNT[:KINDS].")
+]
+_ImageFolder = Annotated[Path | None, typer.Option(help="Where image files named in --path are.")]
+_Bootstrap = Annotated[int, typer.Option(min=0, help="Of the 95 % intervals; 0 for none.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of Markdown.")]
 
 
@@ -73,12 +80,10 @@ def vqa(
     benchmark: Annotated[str, typer.Option(help="vqa-rad, slake, path-vqa, or phantoms, which come with this.")],
     model: _Model,
     output: _Output,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    source: Annotated[str | None, typer.Option(help="Which publication of the benchmark, by its Hub id.")] = None,
-    path: Annotated[
-        str | None, typer.Option(help="Local data instead of the Hub's; for phantoms SEED:COUNT[:KINDS].")
-    ] = None,
-    image_folder: Annotated[Path | None, typer.Option(help="Where image files named in --path are.")] = None,
+    split: _Split = "test",
+    source: _Source = None,
+    path: _Path = None,
+    image_folder: _ImageFolder = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the data on the Hub.")] = None,
     limit: _Limit = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length L of the canvas.")] = 64,
@@ -95,7 +100,7 @@ def vqa(
     batch_size: _BatchSize = 8,
     model_revision: _ModelRevision = None,
     dtype: _Dtype = "float32",
-    bootstrap_samples: Annotated[int, typer.Option(min=0, help="Of the 95 % intervals; 0 for none.")] = 1000,
+    bootstrap_samples: _Bootstrap = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, and of sampling.")] = 0,
     as_json: _Json = False,
 ) -> None:
@@ -162,7 +167,7 @@ def chat(
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Judge even if some questions have no answer.")
     ] = False,
-    bootstrap_samples: Annotated[int, typer.Option(min=0, help="Of the 95 % intervals; 0 for none.")] = 1000,
+    bootstrap_samples: _Bootstrap = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     as_json: _Json = False,
 ) -> None:
@@ -171,7 +176,6 @@ def chat(
     Nothing is sent anywhere but to --judge-url, or to OpenAI if only --judge-key-env is given. Exit code 3: the report
     is written, but questions are missing from it.
     """
-
     from lladamedv.evaluation.chat_answers import answer_chat_benchmark
     from lladamedv.evaluation.chat_benchmark import read_answers, summarize, to_markdown, write_summary
     from lladamedv.evaluation.judge import OpenAIJudge
@@ -232,12 +236,10 @@ def decoding(
     model: _Model,
     output: _Output,
     benchmark: Annotated[str, typer.Option(help="Whose questions: vqa-rad, slake, path-vqa or phantoms.")] = "phantoms",
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    source: Annotated[str | None, typer.Option(help="Which publication of the benchmark, by its Hub id.")] = None,
-    path: Annotated[
-        str | None, typer.Option(help="Local data instead of the Hub's; for phantoms SEED:COUNT[:KINDS].")
-    ] = None,
-    image_folder: Annotated[Path | None, typer.Option(help="Where image files named in --path are.")] = None,
+    split: _Split = "test",
+    source: _Source = None,
+    path: _Path = None,
+    image_folder: _ImageFolder = None,
     limit: _Limit = None,
     steps: Annotated[list[int], typer.Option(help="Z; may be given several times.")] = [256, 128, 64, 32, 16],  # noqa: B006
     max_new_tokens: Annotated[list[int], typer.Option(help="L; may be given several times.")] = [256],  # noqa: B006
@@ -253,7 +255,7 @@ def decoding(
     example_id: Annotated[str | None, typer.Option(help="Question whose answers are shown.")] = None,
     model_revision: _ModelRevision = None,
     dtype: _Dtype = "float32",
-    bootstrap_samples: Annotated[int, typer.Option(min=0, help="Of the 95 % intervals; 0 for none.")] = 1000,
+    bootstrap_samples: _Bootstrap = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, and of sampling.")] = 0,
     as_json: _Json = False,
 ) -> None:

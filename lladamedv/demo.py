@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from PIL import Image, ImageDraw, ImageFont
 
+from lladamedv.evaluation.answering import answer_batch
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.phantoms import KINDS, PhantomExample, PhantomVQA
@@ -60,17 +61,8 @@ def answer(
     """Answer each chat; `options` are those of `generate`."""
     answers = []
     for start in range(0, len(chats), batch_size):
-        inputs = processor.apply_chat_template(
-            list(chats[start : start + batch_size]),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        )
-        sequences = model.generate(**inputs.to(model.device), **options)
-        new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+        batch = answer_batch(model, processor, chats[start : start + batch_size], **options)
+        answers += [given.text for given in batch]
     return answers
 
 
