@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -37,6 +37,11 @@ class Answer:
     num_tokens: int
     num_forwards: int
     seconds: float
+
+    def as_record(self) -> dict:
+        """The answer as a part of a line of predictions, where its text is called `prediction`."""
+        fields = asdict(self)
+        return {"prediction": fields.pop("text"), **fields}
 
 
 def answer_batch(
@@ -89,4 +94,9 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["Answer", "answer_batch", "model_fingerprint", "question_about"]
+def model_settings(model: LLaDAMedVForConditionalGeneration) -> dict:
+    """What answers depend on in a model, for the settings of a run: its weights and what it computes in."""
+    return {"model_sha256": model_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+__all__ = ["Answer", "answer_batch", "model_fingerprint", "model_settings", "question_about"]

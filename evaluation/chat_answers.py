@@ -8,7 +8,7 @@ from pathlib import Path
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 
-from .answering import answer_batch, model_fingerprint, question_about
+from .answering import answer_batch, model_settings, question_about
 from .runs import PREDICTIONS_FILE, run_items
 
 
@@ -46,10 +46,7 @@ def answer_chat_benchmark(
     provenance = {
         "model": model_name, "model_revision": getattr(model.config, "_commit_hash", None), "decoding": options,
     }  # fmt: skip
-    settings = {
-        **provenance, "model_sha256": model_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch."),
-        "chat_template": processor.chat_template,
-    }  # fmt: skip
+    settings = {**provenance, **model_settings(model), "chat_template": processor.chat_template}
 
     def answer(places: list[int]) -> list[dict]:
         rows = [records[place] for place in places]
@@ -57,9 +54,8 @@ def answer_chat_benchmark(
         chats = [question_about(image, row["question"]) for image, row in zip(images, rows)]
         return [
             {
-                "id": row["id"], "image_id": row["image_id"], "question": row["question"], "prediction": given.text,
-                "confidence": given.confidence, "num_tokens": given.num_tokens, "num_forwards": given.num_forwards,
-                "seconds": given.seconds, **provenance,
+                "id": row["id"], "image_id": row["image_id"], "question": row["question"], **given.as_record(),
+                **provenance,
             }
             for row, given in zip(rows, answer_batch(model, processor, chats, **options))
         ]  # fmt: skip

@@ -25,7 +25,7 @@ from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaD
 from lladamedv.processing import LLaDAMedVProcessor
 
 from . import plots
-from .answering import answer_batch, model_fingerprint, question_about
+from .answering import answer_batch, model_settings, question_about
 from .medical_vqa.medical_vqa import MedicalVQA, bootstrap_intervals, complete_reference
 from .runs import process_state, replace_file, run_items
 from .tables import markdown_table
@@ -133,8 +133,7 @@ def analyze_decoding(
         say(f"left out {_folder_name(combination)}: {combination['reason']}")
 
     common = {
-        "model_sha256": model_fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **model_settings(model),
         "seed": seed,
         "questions_sha256": hashlib.sha256(
             json.dumps([[item["id"], item["image_id"], item["question"]] for item in items]).encode()
@@ -300,9 +299,7 @@ class _Answers:
         answers = answer_batch(self.model, self.processor, chats, **self.options)
         return [
             {
-                "id": self.items[place]["id"], "prediction": answer.text, "confidence": answer.confidence,
-                "num_tokens": answer.num_tokens, "num_forwards": answer.num_forwards, "seconds": answer.seconds,
-                "measured_on": self.measured_on,
+                "id": self.items[place]["id"], **answer.as_record(), "measured_on": self.measured_on,
             }
             for place, answer in zip(places, answers)
         ]  # fmt: skip

@@ -24,7 +24,7 @@ from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, fit_
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import VQAReport
 
-from .answering import Answer, answer_batch, model_fingerprint, question_about
+from .answering import Answer, answer_batch, model_settings, question_about
 from .calibration import area_under_risk_coverage, calibration_bins, expected_calibration_error, risk_coverage
 from .medical_vqa.medical_vqa import ANSWER_TYPES, POLARITY, MedicalVQA
 from .medical_vqa.vqa_normalization import normalize_answer
@@ -95,8 +95,8 @@ def evaluate_vqa(
         "decoding": options, "scoring": scoring,
     }  # fmt: skip
     settings = {
-        **provenance, "benchmark": report.benchmark, "model_sha256": model_fingerprint(model), "seed": seed,
-        "dtype": str(model.dtype).removeprefix("torch."), "chat_template": processor.chat_template,
+        **provenance, **model_settings(model), "benchmark": report.benchmark, "seed": seed,
+        "chat_template": processor.chat_template,
     }  # fmt: skip
 
     def answer(places: list[int]) -> list[dict]:
@@ -153,10 +153,7 @@ def _answer_places(model, processor, dataset, places, options, scoring, seed, pr
             record |= {"prediction": None, "error": errors[row["id"]]}
         else:
             answer, method = given[row["id"]]
-            record |= {
-                "prediction": answer.text, "confidence": answer.confidence, "method": method,
-                "num_tokens": answer.num_tokens, "num_forwards": answer.num_forwards, "seconds": answer.seconds,
-            }  # fmt: skip
+            record |= {**answer.as_record(), "method": method}
         records.append(record | provenance)
     return records
 
