@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-slow lint docs clean
 
 demo: $(VENV)/installed
 	@echo "== lladamedv demo"
@@ -13,8 +13,15 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	@echo "== lint"
 	$(BIN)/ruff check .
+	@echo "== documentation"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "== tests"
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+
+# Thousands of cases of each property and fuzzer, and fifty kills of each task: an hour or more.
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow
+	LLADAMEDV_HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/properties
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -271,8 +271,9 @@ def _read_finished(file: Path) -> dict[str, dict]:
         try:
             outcome = json.loads(line)
             if outcome["status"] == "ok":
-                finished[outcome["key"]] = outcome
-        except (ValueError, LookupError, TypeError):
+                first, second = map(float, outcome["scores"])
+                finished[outcome["key"]] = {**outcome, "scores": [first, second], "reason": outcome["reason"]}
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise ValueError(f"{str(file)!r} has no judgment at line {number}.") from None
     return finished
 

@@ -3,17 +3,8 @@
 Importing this package registers the classes with Transformers' Auto classes.
 """
 
+import os
 from pathlib import Path
-
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
 
 
 # The top-level folders of the repository are subpackages of this distribution. An installation puts them here; in an
@@ -21,26 +12,19 @@ from transformers import (
 if (Path(__file__).parent.parent / "pyproject.toml").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
-from lladamedv.modeling_lladamedv import (
-    LLaDAMedVConfig,
-    LLaDAMedVForConditionalGeneration,
-    LLaDAMedVGenerationConfig,
-    LLaDAMedVGenerationMixin,
-    LLaDAMedVGenerationOutput,
-    LLaDAMedVModel,
-    LLaDAMedVPreTrainedModel,
-    fit_confidence_temperature,
-)
-from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
-
-
-AutoConfig.register("lladamedv", LLaDAMedVConfig)
-AutoModel.register(LLaDAMedVConfig, LLaDAMedVModel)
-AutoModelForCausalLM.register(LLaDAMedVConfig, LLaDAMedVForConditionalGeneration)
-AutoModelForImageTextToText.register(LLaDAMedVConfig, LLaDAMedVForConditionalGeneration)
-AutoModelForMultimodalLM.register(LLaDAMedVConfig, LLaDAMedVForConditionalGeneration)
-AutoImageProcessor.register(LLaDAMedVConfig, image_processor_classes={"pil": LLaDAMedVImageProcessor})
-AutoProcessor.register(LLaDAMedVConfig, LLaDAMedVProcessor)
+if "_LLADAMEDV_COMPLETE" not in os.environ:  # a shell asks what to complete, and should not wait for torch
+    import lladamedv.auto_classes  # noqa: F401 - registers them
+    from lladamedv.modeling_lladamedv import (
+        LLaDAMedVConfig,
+        LLaDAMedVForConditionalGeneration,
+        LLaDAMedVGenerationConfig,
+        LLaDAMedVGenerationMixin,
+        LLaDAMedVGenerationOutput,
+        LLaDAMedVModel,
+        LLaDAMedVPreTrainedModel,
+        fit_confidence_temperature,
+    )
+    from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,8 +1,9 @@
 """The browser app: ask a model about an image, and watch the answer appear while it is denoised.
 
-Images may be of patients, so nothing is kept: an upload is deleted as soon as it is read, pictures travel to the
-browser inside the page, and neither images nor questions are logged, flagged, counted or saved in the browser.
-All HTML is written here; what a person, a file or the model says is escaped into it.
+Images may be of patients, so nothing is kept: an upload is deleted from the disk as soon as it is read, pictures travel
+to the browser inside the page, and neither images nor questions are logged, flagged, counted or saved in the browser.
+What a conversation is about stays in memory as long as it lasts. All HTML is written here; what a person, a file or the
+model says is escaped into it.
 """
 
 from __future__ import annotations
@@ -11,40 +12,39 @@ import base64
 import html
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock
 
-import torch
-
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationOutput
 from lladamedv.processing import LLaDAMedVProcessor
-from lladamedv.processing.medical_images import MedicalImage, read_medical_image
+from lladamedv.processing.medical_images import WINDOW_PRESETS, MedicalImage, MedicalImageError, read_medical_image
+from lladamedv.processing.nifti import AXES, is_nifti
+
+from .conversation import LEVELS, MASK, NOTICE, CanvasStreamer, chat_about, level_of, pieces
 
 
 logger = logging.getLogger(__name__)
-_NOTICE = (
-    "Research only. Not a medical device: nothing it says is a diagnosis, and no clinical decision may rest on it. "
-    "Upload no image that shows who somebody is."
-)
+_UPLOADS = "Upload no image that shows who somebody is."
 _MAX_PIXELS = 2**25  # of an image that is kept in memory while its conversation lasts: 100 MB
 _MAX_QUESTION = 4_000  # characters
 _SESSION_SECONDS = 3_600
 _PREVIEW = (640, 640)
-# Least confidence, name, and how it looks: never by its colour alone.
-_LEVELS = (
-    (0.9, "at least 90 %", "background: #d6ebff"),
-    (0.7, "70 to 90 %", "background: #fff2c2; text-decoration: underline dotted 2px"),
-    (0.5, "50 to 70 %", "background: #ffdcb8; text-decoration: underline dashed 2px"),
-    (0.0, "below 50 %", "background: #ffc9c9; text-decoration: underline wavy 2px"),
-)
-_MASK = '<span class="ldm-mask" title="still masked" aria-hidden="true">▒▒</span>'
-# Gradio sets the colour of all that is in its HTML, and its subdued texts have too little contrast.
+_DEFAULT_WINDOW = "default"
+# What `read_medical_image` says in its steps of which one it took, and by which argument another one is chosen.
+_COUNT = re.compile(r"(frame|page|volume|\w+ slice) (\d+) of (\d+) \(from 0\)")
+_COUNTED_BY = {"frame": "frame", "page": "page", "volume": "time_index"}  # and slices by `slice_index`
+# How its steps on the way from grey values of more than 8 bits begin.
+_GREY_VALUES = ("window ", "VOI LUT ", "percentiles ", "least and greatest value ", "no values ")
+_MASK = f'<span class="ldm-mask" title="still masked" aria-hidden="true">{2 * MASK}</span>'
+# Gradio sets the colour of all that is in its HTML, its subdued texts have too little contrast, and it does not show
+# everywhere what has the keyboard's focus.
 _STYLE = (
     "<style>"
     ".ldm-note, .ldm-note *, .ldm-alert, .ldm-token { color: #111 !important; }"
@@ -52,14 +52,22 @@ _STYLE = (
     ".ldm-alert { border: 2px solid #a40000; background: #ffecec; padding: 8px 12px; }"
     ".ldm-turn { border-top: 1px solid #767676; padding: 8px 0; }"
     ".ldm-text, .ldm-question span { white-space: pre-wrap; overflow-wrap: anywhere; }"
-    ".ldm-token { border-radius: 3px; text-underline-offset: 4px; }"
-    ".ldm-mask { background: #767676; color: #767676 !important; border: 1px solid #fff; border-radius: 3px; }"
-    ".ldm-picture img { max-width: 100%; }"
+    ".ldm-token { border-radius: 3px; padding-bottom: 5px; text-underline-offset: 3px; }"
+    ".ldm-mask { background: #767676; color: #767676 !important; border: 1px solid #fff; border-radius: 3px; "
+    "display: inline-block; height: 1.3em; overflow: hidden; vertical-align: text-bottom; }"
+    ".ldm-picture img { width: 100%; max-height: 70vh; object-fit: contain; object-position: left; }"
+    ".ldm-picture figcaption { margin-top: 8px; }"
+    ".ldm-legend ul { display: flex; flex-wrap: wrap; gap: 4px 24px; list-style: none !important; padding: 0; }"
     ".ldm-table td, .ldm-table th { padding: 0 12px 0 0; text-align: left; white-space: pre; }"
     ".gradio-container { --body-text-color-subdued: var(--body-text-color); "
     "--block-info-text-color: var(--body-text-color); --input-placeholder-color: #767676; }"
+    ".gradio-container :focus-visible { outline: 3px solid var(--body-text-color) !important; outline-offset: 2px; }"
     ".dark .gradio-container, .dark.gradio-container { --input-placeholder-color: #9e9e9e; }"
-    + "".join(f".ldm-level-{index} {{ {look} }}" for index, (_, _, look) in enumerate(_LEVELS))
+    + "".join(
+        f".ldm-level-{index} {{ background: {level.color}; "
+        + (f"text-decoration: underline {level.underline} 2px; }}" if level.underline else "}")
+        for index, level in enumerate(LEVELS)
+    )
     + "</style>"
 )
 
@@ -73,72 +81,27 @@ class _Turn:
     shown: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Conversation:
-    """What one browser tab is about; lives in memory only."""
+    """What one browser tab is about; lives in memory only.
+
+    Attributes:
+        picture: the picture as it was read.
+        turns: questions and answers so far.
+        source: the uploaded file, if another picture can be read from it.
+        chosen: all arguments of `read_medical_image` that can be chosen for it, as they are.
+        over: set when another picture has been read from the file, so that an answer on its way ends.
+    """
 
     picture: MedicalImage | None = None
     turns: tuple[_Turn, ...] = ()
-
-    def chat(self, question: str) -> list[dict]:
-        """Messages for the chat template: the image stands in the first question."""
-        messages = []
-        for turn in self.turns:
-            messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
-        messages[0]["content"].insert(0, {"type": "image", "image": self.picture.image})
-        return messages
+    source: bytes = b""
+    chosen: dict = field(default_factory=dict)
+    over: bool = False
 
 
 class _StoppedError(Exception):
     """Ends `generate` when nobody waits for its answer any more."""
-
-
-class _CanvasStreamer:
-    """A streamer for `generate` that queues the canvas, as a list of ids, at first and after every forward pass.
-
-    `put_draft` gets what is right of the finished blocks, but a block that the same pass has finished comes with the
-    `put` that follows. So a draft that does not complete the canvas waits for that; or, where the canvas became shorter
-    because a stop was found, for the next pass. Then a `put` is shorter than a block, because it ends at the stop.
-    """
-
-    def __init__(self, length: int, block_length: int, mask_token_id: int):
-        self.canvases: SimpleQueue[list[int] | None] = SimpleQueue()
-        self.stopped = Event()
-        self._length, self._block_length = length, block_length
-        self._prompt_is_next = True
-        self._finished: list[int] = []
-        self._draft = [mask_token_id] * length  # that waits: at first for the prompt
-
-    def put(self, tokens: torch.Tensor) -> None:
-        """The prompt, then finished blocks, 1-D."""
-        if self._prompt_is_next:
-            self._prompt_is_next = False
-        else:
-            if len(tokens) < self._block_length:
-                self.end()
-            self._finished += tokens.tolist()
-        self._show()
-
-    def put_draft(self, tokens: torch.Tensor) -> None:
-        """The unfinished rest of the canvas, `(1, rest)`."""
-        if self.stopped.is_set():
-            raise _StoppedError
-        self.end()
-        self._draft = tokens[0].tolist()
-        if len(self._finished) + len(self._draft) == self._length:
-            self._show()
-
-    def end(self) -> None:
-        """Queue the draft that waits, if there is one."""
-        if self._draft:
-            self._show()
-
-    def _show(self):
-        canvas = self._finished + self._draft
-        self._length, self._draft = len(canvas), []
-        self.canvases.put(canvas)
 
 
 def _denoise(
@@ -148,7 +111,15 @@ def _denoise(
 
     `generate` runs in a thread of its own; when the iterator is closed it ends after its current forward pass.
     """
-    streamer = _CanvasStreamer(options["max_new_tokens"], options["block_length"], model.config.mask_token_id)
+    canvases: SimpleQueue[list[int] | None] = SimpleQueue()
+    stopped = Event()
+
+    def show(canvas):
+        if stopped.is_set():
+            raise _StoppedError
+        canvases.put(canvas)
+
+    streamer = CanvasStreamer(options["max_new_tokens"], options["block_length"], model.config.mask_token_id, show)
 
     def generate():
         with lock:
@@ -156,16 +127,80 @@ def _denoise(
 
     pool = ThreadPoolExecutor(1)
     answer = pool.submit(generate)
-    answer.add_done_callback(lambda _: streamer.canvases.put(None))
+    answer.add_done_callback(lambda _: canvases.put(None))
     pool.shutdown(wait=False)
     try:
-        yield from iter(streamer.canvases.get, None)
+        yield from iter(canvases.get, None)
     finally:
-        streamer.stopped.set()
+        stopped.set()
     yield answer.result()
 
 
-def _read_upload(files: Sequence[str], max_file_size: int) -> MedicalImage:
+def import_gradio():
+    """Import Gradio.
+
+    Raises:
+        ImportError: if it is not installed; the message says how to install it.
+    """
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError('The app needs Gradio: pip install "lladamedv[app]".') from error
+    return gradio
+
+
+def _counts(picture: MedicalImage) -> dict[str, tuple[str, int, int]]:
+    """What the picture is one of: the argument that chooses it, what is counted, its index, and how many there are."""
+    found = [match.groups() for step in picture.steps if (match := _COUNT.match(step))]
+    return {
+        _COUNTED_BY.get(unit, "slice_index"): (unit, int(index), int(count))
+        for unit, index, count in found
+        if int(count) > 1
+    }
+
+
+def _begin(source: bytes, **chosen) -> _Conversation:
+    """A conversation about a file; about its first page or volume where one must be chosen and is not.
+
+    Args:
+        source: what is in the file.
+        chosen: arguments of `read_medical_image`.
+
+    Raises:
+        MedicalImageError, ImportError: as `read_medical_image` does.
+    """
+    read = partial(read_medical_image, source, max_pixels=_MAX_PIXELS, **chosen)
+    try:
+        picture = read()
+    except MedicalImageError as error:
+        needed = re.match(r"`(page|time_index)` is None", str(error))
+        if not needed:
+            raise
+        picture = read(**{needed[1]: 0})
+    can_be_chosen: dict = {argument: index for argument, (_, index, _) in _counts(picture).items()}
+    if is_nifti(io.BytesIO(source)):
+        can_be_chosen["axis"] = chosen.get("axis", "axial")
+    if any(step.startswith(_GREY_VALUES) for step in picture.steps):
+        can_be_chosen["window"] = chosen.get("window")
+    return _Conversation(picture, source=source if can_be_chosen else b"", chosen=can_be_chosen)
+
+
+def _parse_window(text: str | None) -> str | tuple[float, float] | None:
+    """The window that a person has chosen or typed, for `read_medical_image`."""
+    text = (text or _DEFAULT_WINDOW).strip()
+    if text == _DEFAULT_WINDOW or text in WINDOW_PRESETS:
+        return None if text == _DEFAULT_WINDOW else text
+    try:
+        level, width = map(float, text.split("/"))
+    except ValueError:
+        raise ValueError(
+            f"The window is {text!r}; allowed are {_DEFAULT_WINDOW}, {', '.join(WINDOW_PRESETS)}, and LEVEL/WIDTH such "
+            "as 40/400."
+        ) from None
+    return level, width
+
+
+def _read_upload(files: Sequence[str], max_file_size: int) -> _Conversation:
     """Read the uploaded file and delete it, whatever happens."""
     try:
         if len(files) > 1:
@@ -173,7 +208,7 @@ def _read_upload(files: Sequence[str], max_file_size: int) -> MedicalImage:
         size = Path(files[0]).stat().st_size
         if size > max_file_size:
             raise ValueError(f"The file has {size / 1e6:.1f} MB; allowed are {max_file_size / 1e6:.1f} MB.")
-        return read_medical_image(files[0], max_pixels=_MAX_PIXELS)
+        return _begin(Path(files[0]).read_bytes())
     finally:
         for file in map(Path, files):
             file.unlink(missing_ok=True)
@@ -187,52 +222,33 @@ def _escape(text: str) -> str:
     return "".join(f"&#{ord(letter)};" if letter in "${}`" else letter for letter in escaped)
 
 
-def _pieces(
-    tokens: Sequence[int], decode: Callable[[list[int]], str], mask_token_id: int
-) -> Iterator[tuple[str | None, list[int]]]:
-    """Text and positions of each token; of several tokens where they share a character, and `None` for a mask."""
-    group: list[int] = []
-    for position, token in enumerate(tokens):
-        if token == mask_token_id:
-            if group:
-                yield decode([tokens[each] for each in group]), group
-            yield None, [position]
-            group = []
-            continue
-        group.append(position)
-        text = decode([tokens[each] for each in group])
-        if not text.endswith("\ufffd") or len(group) == 4:  # UTF-8 has at most four bytes
-            yield text, group
-            group = []
-    if group:
-        yield decode([tokens[each] for each in group]), group
-
-
-def _show_draft(pieces) -> str:
+def _show_draft(parts: Iterable[tuple[str | None, list[int]]]) -> str:
     """An unfinished answer, masks and all."""
-    return f'<span class="ldm-text">{"".join(_MASK if text is None else _escape(text) for text, _ in pieces)}</span>'
+    return f'<span class="ldm-text">{"".join(_MASK if text is None else _escape(text) for text, _ in parts)}</span>'
 
 
-def _show_answer(pieces, confidence: Sequence[float], summary: str) -> str:
+def _show_answer(parts: Iterable[tuple[str | None, list[int]]], confidence: Sequence[float], summary: str) -> str:
     """An answer whose tokens are shaded, underlined and titled by confidence, and the same as a table."""
     spans, rows = [], []
-    for text, positions in pieces:
+    for text, positions in parts:
         if text is None:  # the model proposed the mask itself until the steps were used up
             spans.append(_MASK)
         elif text:
             sure, shown = min(confidence[position] for position in positions), _escape(text)
-            level = next(index for index, (least, _, _) in enumerate(_LEVELS) if sure >= least)
-            spans.append(f'<span class="ldm-token ldm-level-{level}" title="confidence {sure:.1%}">{shown}</span>')
+            look = f"ldm-token ldm-level-{level_of(sure)}"
+            spans.append(f'<span class="{look}" title="confidence {sure:.1%}">{shown}</span>')
             rows.append(f"<tr><td>{shown}</td><td>{sure:.1%}</td></tr>")
     return (
-        f'<span class="ldm-text">{"".join(spans)}</span><p>{_escape(summary)}</p>'
+        f'<span class="ldm-text">{"".join(spans) or "(an empty answer)"}</span><p>{_escape(summary)}</p>'
         '<details><summary>Confidence of every token</summary><table class="ldm-table"><thead><tr>'
         f'<th scope="col">Token</th><th scope="col">Confidence</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
         "</details>"
     )
 
 
-def _show_conversation(turns: Sequence[_Turn], question: str | None = None, draft: str = "") -> str:
+def _show_conversation(
+    turns: Sequence[_Turn], question: str | None = None, draft: str = "", nothing: str = "No question yet."
+) -> str:
     busy = str(question is not None).lower()
     pairs = [(turn.question, turn.shown) for turn in turns] + ([] if question is None else [(question, draft)])
     shown = "".join(
@@ -240,8 +256,8 @@ def _show_conversation(turns: Sequence[_Turn], question: str | None = None, draf
         f'<div class="ldm-answer"><b>Model: </b>{answer}</div></article>'
         for asked, answer in pairs
     )
-    shown = shown or "<p>No question yet.</p>"
-    return f'<section role="log" aria-label="Conversation" aria-busy="{busy}">{shown}</section>'
+    shown = shown or f"<p>{nothing}</p>"
+    return f'<section role="log" aria-live="polite" aria-label="Conversation" aria-busy="{busy}">{shown}</section>'
 
 
 def _show_picture(picture: MedicalImage | None) -> str:
@@ -264,18 +280,19 @@ def _show_picture(picture: MedicalImage | None) -> str:
 
 def _show_legend() -> str:
     levels = "".join(
-        f'<li><span class="ldm-token ldm-level-{index}">{name}</span></li>'
-        for index, (_, name, _) in enumerate(_LEVELS)
+        f'<li><span class="ldm-token ldm-level-{index}">{level.name}</span></li>' for index, level in enumerate(LEVELS)
     )
     return (
-        '<section aria-label="Legend"><p>Confidence: the probability of a token when it was committed. It says how '
-        "sure the model was, not whether it is right. Point at a token for its own.</p>"
+        '<section aria-label="Legend" class="ldm-legend"><p>Confidence: the probability of a token when it was '
+        "committed. It says how sure the model was, not whether it is right. Point at a token for its own.</p>"
         f"<ul>{levels}<li>{_MASK} still masked</li></ul></section>"
     )
 
 
-def _show_message(message: str | None) -> str:
-    return f'<p role="alert" class="ldm-alert">{_escape(message)}</p>' if message else ""
+def _show_message(message: str) -> str:
+    if message.startswith("`source`"):  # what `read_medical_image` calls it
+        message = "The file" + message.removeprefix("`source`")
+    return f'<p role="alert" class="ldm-alert">{_escape(message)}</p>'
 
 
 def build_app(
@@ -302,16 +319,14 @@ def build_app(
         queue_size: how many questions may wait; more are turned away with a message.
 
     Returns:
-        A `gradio.Blocks`. Its API name `ask` takes `{"text": …, "files": […]}` and the values of the four sliders.
+        A `gradio.Blocks`. Its API name `ask` takes `{"text": …, "files": […]}` and the values of the four sliders,
+        `choose` the place (frame, page or slice), volume, axis and window of another picture from the same file.
 
     Raises:
         ImportError: if Gradio is not installed.
         ValueError: if an argument is not allowed.
     """
-    try:
-        import gradio
-    except ImportError as error:
-        raise ImportError('The app needs Gradio: pip install "lladamedv[app]".') from error
+    gradio = import_gradio()
     prepare = partial(model._prepare_generation_config, None, return_dict_in_generate=True)
     defaults = prepare()
     context = model.config.get_text_config().max_position_embeddings
@@ -328,7 +343,9 @@ def build_app(
         def launch(self, **options):
             private = {"run_history": False, "enable_monitoring": False, "footer_links": [], "mcp_server": False}
             limits = {"max_file_size": max_file_size, "state_session_capacity": 4 * queue_size}
-            return super().launch(**(private | limits | options))
+            # Gradio's own fonts have no bold letters.
+            theme = gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
+            return super().launch(**(private | limits | {"theme": theme} | options))
 
     lock = Lock()
     mask_token_id = model.config.mask_token_id
@@ -338,8 +355,9 @@ def build_app(
 
     def answer(conversation, question, options):
         """Yield HTML of the draft after every forward pass, then the new turn."""
+        turns = [(turn.question, turn.answer) for turn in conversation.turns]
         inputs = processor.apply_chat_template(
-            [conversation.chat(question)],
+            [chat_about(conversation.picture.image, turns, question)],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -347,27 +365,76 @@ def build_app(
         ).to(model.device)
         for canvas in _denoise(model, lock, inputs, options):
             if isinstance(canvas, list):
-                yield _show_draft(_pieces(canvas, decode, mask_token_id))
+                yield _show_draft(pieces(canvas, decode, mask_token_id))
         output = canvas
         tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         passes, sure = int(output.num_forwards[0]), float(output.answer_confidence[0])
         summary = f"Confidence of the answer {sure:.0%}. Tokens: {len(tokens)}. Forward passes: {passes}."
         if output.abstained is not None and bool(output.abstained[0]):
             summary += " That is below the model's threshold: take it as no answer."
-        shown = _show_answer(_pieces(tokens, decode, mask_token_id), output.commit_confidence[0].tolist(), summary)
+        shown = _show_answer(pieces(tokens, decode, mask_token_id), output.commit_confidence[0].tolist(), summary)
         yield _Turn(question, decode(tokens).strip(), shown)
+
+    def show_choices(conversation):
+        """Show the controls for what can be chosen from the file, and hide the others."""
+        counts = {} if conversation.picture is None else _counts(conversation.picture)
+        volume_count = counts.pop("time_index", None)
+
+        def slider(counted):
+            unit, index, count = counted or ("frame", 0, 2)
+            return gradio.update(
+                visible=counted is not None, label=f"{unit.capitalize()} (from 0)", maximum=count - 1, value=index
+            )
+
+        chosen = conversation.chosen
+        shown_window = chosen.get("window") or _DEFAULT_WINDOW
+        if isinstance(shown_window, tuple):
+            shown_window = "{:g}/{:g}".format(*shown_window)
+        return {
+            place: slider(next(iter(counts.values()), None)),
+            volume: slider(volume_count),
+            axis: gradio.update(visible="axis" in chosen, value=chosen.get("axis", "axial")),
+            window: gradio.update(visible="window" in chosen, value=shown_window),
+        }
+
+    def choose(conversation, place_index, volume_index, chosen_axis, chosen_window):
+        """Read another picture from the same file and begin the conversation anew."""
+        given = {"time_index": volume_index, "axis": chosen_axis}
+        try:
+            if "window" in conversation.chosen:
+                given["window"] = _parse_window(chosen_window)
+            wanted = {argument: given.get(argument, place_index) for argument in conversation.chosen}
+            # Controls change also when they are shown or emptied.
+            if wanted == conversation.chosen or place_index is None or volume_index is None:
+                return gradio.skip()
+            if wanted.get("axis") != conversation.chosen.get("axis"):
+                wanted.pop("slice_index", None)  # it counts along the axis
+            begun = _begin(conversation.source, **wanted)
+        except (ValueError, ImportError) as error:
+            return {alert: _show_message(str(error)), **show_choices(conversation)}
+        conversation.over = True
+        restarted = "The image was read anew, so the conversation begins anew."
+        changed = {
+            state: begun,
+            picture: _show_picture(begun.picture),
+            log: _show_conversation((), nothing=restarted),
+            alert: "",
+        }
+        # Controls that are right stay untouched: somebody may be moving one.
+        return changed if begun.chosen == wanted else changed | show_choices(begun)
 
     def ask(message, conversation, canvas_length, block_length, steps, threshold):
         question, files = (message["text"] or "").strip(), message["files"]
         try:
             if files:
-                conversation = _Conversation(_read_upload(files, max_file_size))
+                conversation = _read_upload(files, max_file_size)
                 yield {
                     picture: _show_picture(conversation.picture),
                     log: _show_conversation(()),
                     state: conversation,
                     box: {"text": question, "files": []},
                     alert: "",
+                    **show_choices(conversation),
                 }
                 if not question:
                     return
@@ -384,6 +451,8 @@ def build_app(
                 "tokenizer": processor.tokenizer,
             }
             for draft in answer(conversation, question, options):
+                if conversation.over:
+                    return
                 if isinstance(draft, str):
                     yield {log: _show_conversation(conversation.turns, question, draft), alert: ""}
             conversation = replace(conversation, turns=(*conversation.turns, draft))
@@ -414,24 +483,42 @@ def build_app(
 
     def clear():
         conversation = _Conversation()
-        return conversation, _show_picture(None), _show_conversation(()), "", {"text": "", "files": []}
+        return {
+            state: conversation,
+            picture: _show_picture(None),
+            log: _show_conversation(()),
+            alert: "",
+            box: {"text": "", "files": []},
+            **show_choices(conversation),
+        }
 
     with App(title=title, analytics_enabled=False, delete_cache=(60, 600)) as app:
         state = gradio.State(_Conversation(), time_to_live=_SESSION_SECONDS)
         gradio.HTML(
-            f'{_STYLE}<h1>{_escape(title)}</h1><p role="note" class="ldm-note"><b>{_NOTICE}</b></p>', label="Notice"
+            f'{_STYLE}<h1>{_escape(title)}</h1><p role="note" class="ldm-note"><b>{NOTICE} {_UPLOADS}</b></p>',
+            label="Notice",
         )
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
                 picture = gradio.HTML(_show_picture(None), label="Image")
-                gradio.HTML(_show_legend(), label="Legend")
+                window = gradio.Dropdown(
+                    [_DEFAULT_WINDOW, *WINDOW_PRESETS], value=_DEFAULT_WINDOW, allow_custom_value=True, visible=False,
+                    label="Window (grey values to show)",
+                    info="A preset in Hounsfield units, or LEVEL/WIDTH, such as 40/400. The default is the file's own.",
+                )  # fmt: skip
+                axis = gradio.Radio([*reversed(AXES)], value="axial", visible=False, label="Axis")
+                volume, place = (
+                    gradio.Slider(0, 1, 0, step=1, precision=0, visible=False, label=label, buttons=[])
+                    for label in ("Volume", "Frame, page or slice")
+                )
             with gradio.Column(scale=2, min_width=320):
                 log = gradio.HTML(_show_conversation(()), label="Conversation")
                 alert = gradio.HTML("", label="Message")
                 box = gradio.MultimodalTextbox(
                     label="Image and question",
                     show_label=True,
-                    info="Attach or paste a picture, DICOM or NIfTI file, ask, and press Enter; then ask on.",
+                    info="Attach or paste a picture, DICOM or NIfTI file; press Enter to see it, or ask at once. Then "
+                    "ask on.",
                     placeholder="Question about the image",
                     sources=["upload"],
                     file_count="single",
@@ -440,7 +527,7 @@ def build_app(
                 with gradio.Row():
                     stop_button = gradio.Button("Stop")
                     clear_button = gradio.Button("New conversation")
-                with gradio.Accordion("How to denoise", open=False):
+                with gradio.Accordion("How to denoise", open=False, elem_id="ldm-options") as options:
                     sliders = [
                         gradio.Slider(
                             1, longest_canvas, defaults.max_new_tokens, step=1, precision=0,
@@ -461,17 +548,30 @@ def build_app(
                             "off.",
                         ),
                     ]  # fmt: skip
+        gradio.HTML(_show_legend(), label="Legend")
+        choices = [place, volume, axis, window]
         asked = box.submit(
-            ask, [box, state, *sliders], [box, picture, log, alert, state],
+            ask, [box, state, *sliders], [box, picture, log, alert, state, *choices],
             api_name="ask", show_progress="hidden", concurrency_limit=1, trigger_mode="once",
         )  # fmt: skip
-        sliders[0].release(fit, sliders[0], sliders[1:3], api_name="fit", show_progress="hidden")
+        gradio.on(
+            [choice.change for choice in choices], choose, [state, *choices], [picture, log, alert, state, *choices],
+            api_name="choose", show_progress="hidden", trigger_mode="always_last",
+        )  # fmt: skip
+        gradio.on(  # the arrow keys release nothing, and the button that resets is no input
+            [sliders[0].input, sliders[0].release], fit, sliders[0], sliders[1:3],
+            api_name="fit", show_progress="hidden", trigger_mode="always_last",
+        )  # fmt: skip
+        # Gradio's own button does not tell whether it is open.
+        for event, expanded in ((app.load, "false"), (options.expand, "true"), (options.collapse, "false")):
+            js = f"() => document.querySelector('#ldm-options button').setAttribute('aria-expanded', {expanded})"
+            event(js=js, api_visibility="private")
         stop_button.click(stop, state, [log, alert], cancels=[asked], api_visibility="private", show_progress="hidden")
         clear_button.click(
-            clear, None, [state, picture, log, alert, box],
+            clear, None, [state, picture, log, alert, box, *choices],
             cancels=[asked], api_name="clear", show_progress="hidden",
         )  # fmt: skip
     return app.queue(max_size=queue_size, default_concurrency_limit=1, api_open=False)
 
 
-__all__ = ["build_app"]
+__all__ = ["build_app", "import_gradio"]

@@ -1,8 +1,8 @@
-"""The command line: `lladamedv demo`, `ask`, `convert`, `init`, `train`, `eval`, `analyze`, `push`, `app`…"""
+"""The command line, `lladamedv`: its commands, and those that need no module of their own."""
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,40 +10,57 @@ from typing import Annotated
 
 import typer
 
+import lladamedv
+
 from .cli_app import app_command
+from .cli_chat import Dtype, Frame, Model, Options, Page, SliceIndex, Window, chat, parse_window
+from .cli_common import DEBUG, AsJson, CommandLine, print_json, progress, quiet
 from .cli_evaluation import analyze_app, eval_app, parse_options
 from .cli_hub import push, push_dataset, space
+from .cli_serve import serve
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.add_typer(eval_app, name="eval")
-app.add_typer(analyze_app, name="analyze")
-app.command()(push)
-app.command("push-dataset")(push_dataset)
-app.command()(space)
-app.command("app")(app_command)
+# Headings of `lladamedv --help`.
+USE, MEASURE, PUBLISH = "Ask a model", "Train and measure", "Make and publish models"
+
+app = typer.Typer(cls=CommandLine, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-def fail(error: Exception) -> None:
-    """Report an expected error in one line, without a traceback."""
-    typer.echo(f"lladamedv: {error}", err=True)
-    raise typer.Exit(1)
+def _shipped(folder: str):
+    """Completes the names of YAML files in a folder of `trainers`, without importing it."""
+    files = (Path(path) / "trainers" / folder for path in lladamedv.__path__)
+    names = sorted(file.stem for path in files for file in path.glob("*.yaml"))
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lladamedv {lladamedv.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def main() -> None:
-    """LLaDA-MedV: a masked-diffusion vision-language model for biomedical images."""
+def main(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar=DEBUG, help="Show where an error comes from, as a traceback.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """LLaDA-MedV: a masked-diffusion vision-language model for biomedical images.
+
+    Research software, not a medical device.
+
+    Exit codes: 0 done, 1 an error, 2 wrong usage, 3 a report that lacks answers, 130 Ctrl-C.
+
+    Models and data from the Hub are kept in HF_HOME; HF_TOKEN lets into private ones, HF_HUB_OFFLINE=1 stays offline.
+    """
+    if debug:
+        os.environ[DEBUG] = "1"
 
 
-def quiet() -> None:
-    """Keep Transformers' progress bars and notes away from the answers."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-@app.command()
+@app.command(rich_help_panel=USE)
 def demo(
     train: Annotated[
         bool, typer.Option("--train", help="Train the demo model anew (about 80 minutes of 2 cores).")
@@ -53,80 +70,151 @@ def demo(
         Path | None, typer.Option(help="The .png sheet to write, or with --train the folder of the new model.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of --train.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure the shipped tiny model on synthetic images, sighted and blind, and show how it denoises answers."""
-    # Imported here, so that `lladamedv --help` does not wait for torch.
+    """Measure the shipped tiny model on synthetic images, sighted and blind, and show how it denoises answers.
+
+    \b
+    Examples:
+      lladamedv demo
+      lladamedv demo --questions 1000 --output sheet.png
+      lladamedv demo --train --output my_model
+    """
+    # Imported here, so that `lladamedv --help` does not wait for what only some commands need.
     from lladamedv.demo import run_demo
     from lladamedv.demo_training import train_demo
 
     quiet()
-    try:
-        if train:
-            train_demo(output or Path("lladamedv_demo_model"), seed, report=typer.echo)
-        else:
-            run_demo(questions, output or Path("lladamedv_demo.png"), report=typer.echo)
-    except ValueError as error:
-        fail(error)
+    if train:
+        output = output or Path("lladamedv_demo_model")
+        train_demo(output, seed, report=progress(as_json))
+        result = {"output": output}
+    else:
+        output = output or Path("lladamedv_demo.png")
+        result = {"output": output, "scores": run_demo(questions, output, report=progress(as_json))}
+    if as_json:
+        print_json(result)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def ask(
     image: Annotated[str, typer.Argument(help="File (also DICOM, NIfTI and 16-bit pictures) or URL of an image.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
-    model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of a model; by default the tiny demo model.")
+    model: Model = None,
+    window: Window = None,
+    frame: Frame = None,
+    slice_index: SliceIndex = None,
+    page: Page = None,
+    option: Options = None,
+    dtype: Dtype = "float32",
+    explain: Annotated[
+        Path | None, typer.Option(help="Also write how the answer was denoised, as an .html or .png file.")
     ] = None,
-    window: Annotated[
-        str | None, typer.Option(help="Grey values to show: LEVEL/WIDTH, as 40/400, or lung, bone, brain, abdomen, …")
-    ] = None,
-    frame: Annotated[int | None, typer.Option(help="Frame of a DICOM file, from 0.")] = None,
-    slice_index: Annotated[int | None, typer.Option("--slice", help="Slice of a NIfTI volume, from 0.")] = None,
-    page: Annotated[int | None, typer.Option(help="Page of a TIFF file, from 0.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", help="An option of generate, as NAME=VALUE; several times.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="What to compute in: float32, bfloat16 or float16.")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Answer, confidence and what was done to the image.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Answer one question about one image."""
+    """Answer one question about one image.
+
+    What was done to the image on the way (window, frame, …) is said on standard error.
+
+    \b
+    Examples:
+      lladamedv ask picture.png "Is there a lesion?"
+      lladamedv ask scan.dcm "Is there a fracture?" --window bone --model path/or/hub-id
+      lladamedv ask picture.png "Describe the image." --option steps=8 --json
+      lladamedv ask picture.png "Describe the image." --explain denoising.html
+    """
     from lladamedv.demo import DEMO_MODEL, load_model
     from lladamedv.evaluation.answering import answer_batch, question_about
+    from lladamedv.explanation import check_explanation_file, explain_answer
     from lladamedv.processing.medical_images import read_medical_image
 
     quiet()
-    chosen = {"frame": frame, "slice_index": slice_index, "page": page, "window": _window(window)}
+    if explain is not None:
+        check_explanation_file(explain)
+    chosen = {"frame": frame, "slice_index": slice_index, "page": page, "window": parse_window(window)}
     steps: list[str] = []
-    try:
-        if not question.strip():
-            raise ValueError(f"`question` is {question!r}; it must not be empty.")
-        options = parse_options(option)
-        if "://" in image:
-            given = [name for name, value in chosen.items() if value is not None]
-            if given:
-                raise ValueError(f"`{given[0]}` is {chosen[given[0]]!r}; it is allowed for files only.")
-        else:
-            read = read_medical_image(image, **chosen)
-            steps = read.steps
-        loaded, processor = load_model(model or DEMO_MODEL, dtype)
-        picture = processor.image_processor.fetch_images(image) if "://" in image else read.image
+    if not question.strip():
+        raise ValueError(f"`question` is {question!r}; it must not be empty.")
+    options = parse_options(option)
+    if "://" in image:
+        given = [name for name, value in chosen.items() if value is not None]
+        if given:
+            raise ValueError(f"`{given[0]}` is {chosen[given[0]]!r}; it is allowed for files only.")
+    else:
+        read = read_medical_image(image, **chosen)
+        steps = read.steps
+    loaded, processor = load_model(model or DEMO_MODEL, dtype)
+    picture = processor.image_processor.fetch_images(image) if "://" in image else read.image
+    if explain is None:
         given = answer_batch(loaded, processor, [question_about(picture, question)], **options)[0]
-    except (ValueError, ImportError) as error:
-        fail(error)
+    else:
+        given = explain_answer(loaded, processor, picture, question, steps, **options)
     if as_json:
-        typer.echo(json.dumps({"answer": given.text, "confidence": given.confidence, "image": steps}))
+        print_json({"answer": given.text, "confidence": given.confidence, "image": steps})
     else:
         if steps:
             typer.echo(f"image: {'; '.join(steps)}", err=True)
         typer.echo(given.text)
+    if explain is not None:
+        given.save(explain)
 
 
-def _window(text: str | None) -> str | tuple[float, float] | None:
-    """Level and width, or the name of a preset as it is."""
-    level, separator, width = (text or "").partition("/")
-    try:
-        return (float(level), float(width)) if separator else text
-    except ValueError:
-        return text
+app.command(rich_help_panel=USE)(chat)
+app.command("app", rich_help_panel=USE)(app_command)
+app.command(rich_help_panel=USE)(serve)
+
+
+@app.command(
+    rich_help_panel=MEASURE, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def train(
+    context: typer.Context,
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a recipe, or a YAML file.", autocompletion=_shipped("recipes"))
+    ] = None,
+    accelerate: Annotated[
+        str | None,
+        typer.Option(
+            help="Where to run: a configuration of accelerate, by the name of a shipped one or as a file.",
+            autocompletion=_shipped("recipes/accelerate"),
+        ),
+    ] = None,
+    list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --list: as a JSON object.")] = False,
+) -> None:
+    """Fine-tune a model: `accelerate launch -m lladamedv.trainers.sft --config RECIPE`.
+
+    All other options, to be given after RECIPE, are arguments of that script and override the recipe.
+
+    \b
+    Examples:
+      lladamedv train --list
+      lladamedv train demo_lora
+      lladamedv train lora_one_gpu --model_name_or_path FOLDER --train_data DATA.json --output_dir OUT
+      lladamedv train stage2_instruct --accelerate fsdp2
+    """
+    from lladamedv.trainers.recipes import accelerate_file, describe_recipes, recipe_file
+
+    if list_recipes:
+        recipes = describe_recipes()
+        if as_json:
+            print_json(recipes)
+        else:
+            width = max(map(len, recipes))
+            for name, description in recipes.items():
+                typer.echo(f"{name:{width}}  {description}")
+        return
+    file = recipe_file(recipe)
+    configuration = accelerate_file(accelerate)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    if configuration is not None:
+        launch += ["--config_file", str(configuration)]
+    command = [*launch, "-m", "lladamedv.trainers.sft", "--config", str(file), *context.args]
+    raise typer.Exit(subprocess.run(command).returncode)
+
+
+app.add_typer(eval_app, name="eval", rich_help_panel=MEASURE)
+app.add_typer(analyze_app, name="analyze", rich_help_panel=MEASURE)
 
 
 _Tokenizer = Annotated[
@@ -136,7 +224,7 @@ _Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; 
 _ShardSize = Annotated[str, typer.Option(help="Largest shard; at most one is held in memory.")]
 
 
-@app.command()
+@app.command(rich_help_panel=PUBLISH)
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id with LLaDA, LLaDA-V or LLaDA-MedV weights.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
@@ -157,19 +245,25 @@ def convert(
     revision: Annotated[str | None, typer.Option(help="Revision of SOURCE on the Hub.")] = None,
     push: Annotated[str | None, typer.Option(help="Hub id to upload OUT to.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Create that repository as a public one.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Turn released weights into a folder that loads with `from_pretrained`."""
+    """Turn released weights into a folder that loads with `from_pretrained`.
+
+    \b
+    Examples:
+      lladamedv convert LLaDAMedV-2A4E converted
+      lladamedv convert SLAKE_10E slake --preset llada-medv-vqa --push ME/llada-medv-slake
+    """
     from lladamedv.conversion import convert_checkpoint
 
-    try:
-        convert_checkpoint(
-            source, out, tokenizer, vision_tower, dtype, preset, max_shard_size, revision, push, public, typer.echo
-        )
-    except ValueError as error:
-        fail(error)
+    report = convert_checkpoint(
+        source, out, tokenizer, vision_tower, dtype, preset, max_shard_size, revision, push, public, progress(as_json)
+    )
+    if as_json:
+        print_json(report)
 
 
-@app.command()
+@app.command(rich_help_panel=PUBLISH)
 def init(
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     language_model: Annotated[str, typer.Option(help="Folder or Hub id of LLaDA-8B-Instruct.")],
@@ -185,50 +279,27 @@ def init(
     aspect_ratio: Annotated[str, typer.Option(help="square, pad or anyres_max_N.")] = "anyres_max_4",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the untrained weights.")] = 0,
     max_shard_size: _ShardSize = "2GB",
+    as_json: AsJson = False,
 ) -> None:
-    """Put a new model together from a LLaDA, a SigLIP and an untrained or stage-1 projector."""
+    """Put a new model together from a LLaDA, a SigLIP and an untrained or stage-1 projector.
+
+    \b
+    Example:
+      lladamedv init new --language-model LLaDA-8B-Instruct --vision-tower siglip2-so400m-patch14-384
+    """
     from lladamedv.conversion import initialize_checkpoint
 
-    try:
-        initialize_checkpoint(
-            language_model, vision_tower, out, projector, tokenizer, dtype, aspect_ratio, seed, max_shard_size,
-            typer.echo,
-        )  # fmt: skip
-    except ValueError as error:
-        fail(error)
+    report = initialize_checkpoint(
+        language_model, vision_tower, out, projector, tokenizer, dtype, aspect_ratio, seed, max_shard_size,
+        progress(as_json),
+    )  # fmt: skip
+    if as_json:
+        print_json(report)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def train(
-    context: typer.Context,
-    recipe: Annotated[str | None, typer.Argument(help="Name of a recipe, or a YAML file.")] = None,
-    accelerate: Annotated[
-        str | None,
-        typer.Option(help="Where to run: a configuration of accelerate, by the name of a shipped one or as a file."),
-    ] = None,
-    list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
-) -> None:
-    """Fine-tune a model: `accelerate launch -m lladamedv.trainers.sft --config RECIPE`.
-
-    All other options, to be given after RECIPE, are arguments of that script and override the recipe, as in
-    `lladamedv train lora_one_gpu --model_name_or_path FOLDER --train_data DATA.json --output_dir OUT`.
-    """
-    from lladamedv.trainers.recipes import accelerate_file, describe_recipes, recipe_file
-
-    if list_recipes:
-        for line in describe_recipes():
-            typer.echo(line)
-        return
-    try:
-        file = recipe_file(recipe)
-        configuration = accelerate_file(accelerate)
-    except ValueError as error:
-        fail(error)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    if configuration is not None:
-        launch += ["--config_file", str(configuration)]
-    command = [*launch, "-m", "lladamedv.trainers.sft", "--config", str(file), *context.args]
-    raise typer.Exit(subprocess.run(command).returncode)
+app.command(rich_help_panel=PUBLISH)(push)
+app.command("push-dataset", rich_help_panel=PUBLISH)(push_dataset)
+app.command(rich_help_panel=PUBLISH)(space)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Annotated
 
 import typer
 
+from .cli_common import quiet
+
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def check_device(device: str) -> None:
+    """Try a device before a large model is loaded for it.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`device` is {device!r}, which cannot be used: {error}") from error
 
 
 def app_command(
@@ -21,30 +38,34 @@ def app_command(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     share: Annotated[bool, typer.Option("--share", help="Make a public link, through Gradio's servers.")] = False,
 ) -> None:
-    """Ask a model about images in the browser, and watch it denoise its answers."""
-    import torch
+    """Ask a model about images in the browser, and watch it denoise its answers.
 
-    from lladamedv.app import build_app
+    The page is at http://127.0.0.1:7860 unless told otherwise. Ctrl-C ends it, and all conversations with it.
+
+    \b
+    Examples:
+      lladamedv app
+      lladamedv app --model path/or/hub-id --dtype bfloat16 --device cuda
+    """
+    from lladamedv.app import build_app, import_gradio
     from lladamedv.demo import DEMO_MODEL, load_model
 
-    from .cli import fail, quiet
-
     quiet()
+    # All that can be wrong is tried before a large model is loaded.
+    import_gradio()
+    check_device(device)
+    if ":" in host:
+        raise ValueError(f"`host` is {host!r}; allowed are names and IPv4 addresses, because Gradio serves no others.")
     try:
-        loaded, processor = load_model(model or DEMO_MODEL, dtype, revision)
-        try:
-            loaded = loaded.to(torch.device(device))
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"`device` is {device!r}, which cannot be used: {error}") from error
-        app = build_app(loaded, processor)
-    except (ValueError, ImportError) as error:
-        fail(error)
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        reason = error.strerror.partition(" (")[0]
+        raise ValueError(f"`port` is {port}, which cannot be listened on at {host}: {reason}.") from error
+    loaded, processor = load_model(model or DEMO_MODEL, dtype, revision)
+    app = build_app(loaded.to(device), processor)
     if share:
         typer.echo("Warning: everybody who has the link can use the app, and uploads pass through Gradio.", err=True)
     if host not in _LOOPBACK:
         typer.echo(f"Warning: everybody who reaches {host} can use the app, with no password.", err=True)
-    try:
-        # Both are given, so that no environment variable can open the app.
-        app.launch(server_name=host, server_port=port, share=share, inbrowser=False)
-    except OSError as error:
-        fail(error)
+    # Both are given, so that no environment variable can open the app.
+    app.launch(server_name=host, server_port=port, share=share, inbrowser=False)

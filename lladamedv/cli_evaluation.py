@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from .cli_common import quiet
+
 
 analyze_app = typer.Typer(no_args_is_help=True, help="Look into how a model answers.")
 eval_app = typer.Typer(no_args_is_help=True, help="Measure a model on a benchmark.")
@@ -107,27 +109,28 @@ def vqa(
     """Answer and score a VQA benchmark; with several GPUs, `accelerate launch -m lladamedv.cli eval vqa …`.
 
     Exit code 3: the report is written, but questions are missing from it.
+
+    \b
+    Examples:
+      lladamedv eval vqa --benchmark slake --model path/or/hub-id --output runs/slake --dtype bfloat16
+      lladamedv eval vqa --benchmark phantoms --model demo --output runs/phantoms --max-new-tokens 24 \\
+          --block-length 8 --steps 24
     """
     from lladamedv.evaluation.vqa import evaluate_vqa, render_summary
     from lladamedv.processing.datasets import load_vqa, training_open_answers
 
-    from .cli import fail, quiet
-
     quiet()
-    try:
-        options = parse_options(option, max_new_tokens=max_new_tokens, block_length=block_length, steps=steps)
-        data = {"source": source, "path": path, "image_folder": image_folder, "revision": revision}
-        dataset, report = load_vqa(benchmark, split, **data)
-        if limit is not None:
-            dataset = dataset.select(range(min(limit, len(dataset))))
-        candidates = training_open_answers(load_vqa(benchmark, "train", **data)[0]) if train_candidates else None
-        loaded, processor = _load(model, model_revision, dtype)
-        summary = evaluate_vqa(
-            loaded, processor, dataset, report, output, model_name=model, options=options, scoring=scoring,
-            batch_size=batch_size, candidates=candidates, bootstrap_samples=bootstrap_samples, seed=seed,
-        )  # fmt: skip
-    except ValueError as error:
-        fail(error)
+    options = parse_options(option, max_new_tokens=max_new_tokens, block_length=block_length, steps=steps)
+    data = {"source": source, "path": path, "image_folder": image_folder, "revision": revision}
+    dataset, report = load_vqa(benchmark, split, **data)
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    candidates = training_open_answers(load_vqa(benchmark, "train", **data)[0]) if train_candidates else None
+    loaded, processor = _load(model, model_revision, dtype)
+    summary = evaluate_vqa(
+        loaded, processor, dataset, report, output, model_name=model, options=options, scoring=scoring,
+        batch_size=batch_size, candidates=candidates, bootstrap_samples=bootstrap_samples, seed=seed,
+    )  # fmt: skip
     _finish(summary, render_summary(summary), as_json, output)
 
 
@@ -175,6 +178,12 @@ def chat(
 
     Nothing is sent anywhere but to --judge-url, or to OpenAI if only --judge-key-env is given. Exit code 3: the report
     is written, but questions are missing from it.
+
+    \b
+    Examples:
+      lladamedv eval chat --questions qa50.jsonl --image-folder images --model path/or/hub-id --output runs/chat
+      lladamedv eval chat --questions qa50.jsonl --answers answers.jsonl --output runs/chat --judge-model NAME \\
+          --judge-url http://localhost:8000/v1
     """
     from lladamedv.evaluation.chat_answers import answer_chat_benchmark
     from lladamedv.evaluation.chat_benchmark import read_answers, summarize, to_markdown, write_summary
@@ -183,52 +192,47 @@ def chat(
     from lladamedv.evaluation.runs import process_state
     from lladamedv.processing.datasets import load_chat_benchmark
 
-    from .cli import fail, quiet
-
     quiet()
-    try:
-        if (model is None) == (answers is None):
-            raise ValueError(f"`--model` is {model!r} and `--answers` {answers!r}; exactly one of the two is needed.")
-        if model is not None and image_folder is None:
-            raise ValueError("`--image-folder` is missing; a model needs the images.")
-        judge = None
-        if judge_model is not None:
-            key = None if judge_key_env is None else os.environ.get(judge_key_env)
-            if judge_key_env is not None and not key:
-                raise ValueError(f"`--judge-key-env` is {judge_key_env!r}, but there is no such environment variable.")
-            judge = OpenAIJudge(judge_model, judge_url, key, reasoning_model=reasoning_judge)
-        asked, _ = load_chat_benchmark(questions)
-        asked = asked[:limit]
-        if model is not None:
-            options = parse_options(option, max_new_tokens=max_new_tokens, block_length=block_length, steps=steps)
-            records, report = load_chat_benchmark(questions, image_folder)
-            known = {record["id"] for record in asked}
-            records = [record for record in records if record["id"] in known]
-            if not records:
-                raise ValueError(f"`--image-folder` is {str(image_folder)!r}, which has none of the images.")
-            if report.missing_images:
-                typer.echo(report.summary(), err=True)
-                allow_partial = True  # the summary says how many are missing
-            loaded, processor = _load(model, model_revision, dtype)
-            answers = answer_chat_benchmark(
-                loaded, processor, records, output, model_name=model, options=options, batch_size=batch_size
-            )
-        if judge is None:
-            typer.echo(f"answers: {answers}; give --judge-model to have them judged")
-            return
-        if process_state().is_main_process:
-            given = read_answers(answers)
-            judged = judge_answers(
-                asked, given, judge, output, swap_positions=swap_positions, allow_partial=allow_partial,
-                max_concurrent=max_concurrent, report=lambda line: typer.echo(line, err=True),
-            )  # fmt: skip
-            summary = summarize(
-                asked, given, judged, name=model or answers.name, bootstrap_samples=bootstrap_samples, seed=seed
-            )
-            write_summary(output, summary)
-            _finish(summary, to_markdown(summary), as_json, output)
-    except ValueError as error:
-        fail(error)
+    if (model is None) == (answers is None):
+        raise ValueError(f"`--model` is {model!r} and `--answers` {answers!r}; exactly one of the two is needed.")
+    if model is not None and image_folder is None:
+        raise ValueError("`--image-folder` is missing; a model needs the images.")
+    judge = None
+    if judge_model is not None:
+        key = None if judge_key_env is None else os.environ.get(judge_key_env)
+        if judge_key_env is not None and not key:
+            raise ValueError(f"`--judge-key-env` is {judge_key_env!r}, but there is no such environment variable.")
+        judge = OpenAIJudge(judge_model, judge_url, key, reasoning_model=reasoning_judge)
+    asked, _ = load_chat_benchmark(questions)
+    asked = asked[:limit]
+    if model is not None:
+        options = parse_options(option, max_new_tokens=max_new_tokens, block_length=block_length, steps=steps)
+        records, report = load_chat_benchmark(questions, image_folder)
+        known = {record["id"] for record in asked}
+        records = [record for record in records if record["id"] in known]
+        if not records:
+            raise ValueError(f"`--image-folder` is {str(image_folder)!r}, which has none of the images.")
+        if report.missing_images:
+            typer.echo(report.summary(), err=True)
+            allow_partial = True  # the summary says how many are missing
+        loaded, processor = _load(model, model_revision, dtype)
+        answers = answer_chat_benchmark(
+            loaded, processor, records, output, model_name=model, options=options, batch_size=batch_size
+        )
+    if judge is None:
+        typer.echo(f"answers: {answers}; give --judge-model to have them judged")
+        return
+    if process_state().is_main_process:
+        given = read_answers(answers)
+        judged = judge_answers(
+            asked, given, judge, output, swap_positions=swap_positions, allow_partial=allow_partial,
+            max_concurrent=max_concurrent, report=lambda line: typer.echo(line, err=True),
+        )  # fmt: skip
+        summary = summarize(
+            asked, given, judged, name=model or answers.name, bootstrap_samples=bootstrap_samples, seed=seed
+        )
+        write_summary(output, summary)
+        _finish(summary, to_markdown(summary), as_json, output)
 
 
 @analyze_app.command()
@@ -259,26 +263,27 @@ def decoding(
     seed: Annotated[int, typer.Option(help="Of the bootstrap, and of sampling.")] = 0,
     as_json: _Json = False,
 ) -> None:
-    """Sweep steps, canvas and block: words, seconds, repetition and accuracy (LLaDA-MedV's table 3 and figure 5)."""
+    """Sweep steps, canvas and block: words, seconds, repetition and accuracy (LLaDA-MedV's table 3 and figure 5).
+
+    \b
+    Example:
+      lladamedv analyze decoding --model demo --output runs/decoding --path 9000:60:description \\
+          --max-new-tokens 24 --block-length 24 --steps 24 --steps 6 --steps 1
+    """
     from lladamedv.evaluation.decoding_analysis import analyze_decoding, noise_pictures, to_markdown
     from lladamedv.processing.datasets import load_vqa
 
-    from .cli import fail, quiet
-
     quiet()
-    try:
-        data = {"source": source, "path": path, "image_folder": image_folder}
-        dataset, _ = load_vqa(benchmark, split, **data)
-        if limit is not None:
-            dataset = dataset.select(range(min(limit, len(dataset))))
-        records = noise_pictures(dataset, seed) if noise else dataset
-        extra = parse_options(option)
-        loaded, processor = _load(model, model_revision, dtype)
-        summary = analyze_decoding(
-            loaded, processor, records, output, steps=steps, max_new_tokens=max_new_tokens, block_length=block_length,
-            batch_size=batch_size, full_canvas=full_canvas, extra_options=extra, name=model, example_id=example_id,
-            bootstrap_samples=bootstrap_samples, seed=seed, report=lambda line: typer.echo(line, err=True),
-        )  # fmt: skip
-    except ValueError as error:
-        fail(error)
+    data = {"source": source, "path": path, "image_folder": image_folder}
+    dataset, _ = load_vqa(benchmark, split, **data)
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    records = noise_pictures(dataset, seed) if noise else dataset
+    extra = parse_options(option)
+    loaded, processor = _load(model, model_revision, dtype)
+    summary = analyze_decoding(
+        loaded, processor, records, output, steps=steps, max_new_tokens=max_new_tokens, block_length=block_length,
+        batch_size=batch_size, full_canvas=full_canvas, extra_options=extra, name=model, example_id=example_id,
+        bootstrap_samples=bootstrap_samples, seed=seed, report=lambda line: typer.echo(line, err=True),
+    )  # fmt: skip
     _finish(summary | {"complete": True}, to_markdown(summary), as_json, output)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .cli_common import AsJson, print_json, progress, quiet
+
 
 _Repo = Annotated[str, typer.Argument(help="Hub id, OWNER/NAME; created as a private one if there is none.")]
 _Public = Annotated[bool, typer.Option("--public", help="Create a public repository, or push to one.")]
@@ -31,20 +33,25 @@ def push(
     replace: _Replace = False,
     branch: _Branch = None,
     dry_run: _DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Push a model's folder to the Hub, checked, and as one commit."""
+    """Push a model's folder to the Hub, checked, and as one commit.
+
+    \b
+    Examples:
+      lladamedv push converted ME/llada-medv --dry-run
+      lladamedv push converted ME/llada-medv
+      lladamedv push adapters ME/llada-medv-lora --base-model ME/llada-medv
+    """
     from lladamedv.hub_cards.push import push_folder
 
-    from .cli import fail, quiet
-
     quiet()
-    try:
-        push_folder(
-            folder, repo, private=not public, adapter_merge=merge, base_model=base_model, leave_out=leave_out or (),
-            replace=replace, dry_run=dry_run, revision=branch, report=typer.echo,
-        )  # fmt: skip
-    except ValueError as error:
-        fail(error)
+    plan = push_folder(
+        folder, repo, private=not public, adapter_merge=merge, base_model=base_model, leave_out=leave_out or (),
+        replace=replace, dry_run=dry_run, revision=branch, report=progress(as_json),
+    )  # fmt: skip
+    if as_json:
+        print_json(plan)
 
 
 def push_dataset(
@@ -62,21 +69,25 @@ def push_dataset(
     replace: _Replace = False,
     branch: _Branch = None,
     dry_run: _DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Push a VQA benchmark in one form to the Hub, or how to build it where its licence forbids more."""
+    """Push a VQA benchmark in one form to the Hub, or how to build it where its licence forbids more.
+
+    \b
+    Examples:
+      lladamedv push-dataset phantoms ME/phantoms --path 1:500 --dry-run
+      lladamedv push-dataset slake ME/slake --recipe-only
+    """
     from lladamedv.hub_cards import push as hub
 
-    from .cli import fail, quiet
-
     quiet()
-    try:
-        hub.push_dataset(
-            benchmark, repo, splits=split, source=source, path=path, image_folder=image_folder, data_revision=revision,
-            private=not public, recipe_only=recipe_only, replace=replace, dry_run=dry_run, revision=branch,
-            report=typer.echo,
-        )  # fmt: skip
-    except ValueError as error:
-        fail(error)
+    plan = hub.push_dataset(
+        benchmark, repo, splits=split, source=source, path=path, image_folder=image_folder, data_revision=revision,
+        private=not public, recipe_only=recipe_only, replace=replace, dry_run=dry_run, revision=branch,
+        report=progress(as_json),
+    )  # fmt: skip
+    if as_json:
+        print_json(plan)
 
 
 def space(
@@ -85,12 +96,12 @@ def space(
     model: Annotated[str, typer.Option(help="Hub id of a model, or `demo` for the one that comes with this.")] = "demo",
     revision: Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")] = None,
 ) -> None:
-    """Write a Gradio Space: a folder to upload with `hf upload ME/SPACE FOLDER --repo-type space`."""
+    """Write a Gradio Space: a folder to upload with `hf upload ME/SPACE FOLDER --repo-type space`.
+
+    \b
+    Example:
+      lladamedv space "Ask about medical images" my_space --model ME/llada-medv
+    """
     from lladamedv.hub_cards.push import write_space
 
-    from .cli import fail
-
-    try:
-        write_space(name, out, model, revision=revision, report=typer.echo)
-    except ValueError as error:
-        fail(error)
+    write_space(name, out, model, revision=revision, report=typer.echo)

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from lladamedv.evaluation.answering import answer_batch
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.phantoms import KINDS, PhantomExample, PhantomVQA
+
+from .explanation import draw_explanation, explain_answer
 
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -91,13 +93,16 @@ def evaluate_demo(model, processor, examples: Sequence[PhantomExample], shuffled
     return score(examples, answer(model, processor, chats))
 
 
-def run_demo(questions: int = 300, output: Path = Path("lladamedv_demo.png"), report=print) -> None:
+def run_demo(questions: int = 300, output: Path = Path("lladamedv_demo.png"), report=print) -> dict[str, DemoScores]:
     """Everything that `lladamedv demo` prints and draws.
 
     Args:
         questions: how many held-out questions to ask, at least 3.
         output: where to save the sheet of pictures.
         report: called with each line of text.
+
+    Returns:
+        The scores by what the table's lines are called.
 
     Raises:
         ValueError: if there are too few questions or `output` cannot be written.
@@ -113,11 +118,13 @@ def run_demo(questions: int = 300, output: Path = Path("lladamedv_demo.png"), re
     )
     examples = list(PhantomVQA(HELD_OUT_SEED, questions, image_size=model.config.vision_config.image_size))
     report(f"{'':24}{'closed accuracy':>18}{'open recall':>14}{'description recall':>21}")
+    scores = {}
     for name, shuffled in (("looking at the picture", False), ("blind (shuffled)", True)):
-        result = evaluate_demo(model, processor, examples, shuffled)
+        result = scores[name] = evaluate_demo(model, processor, examples, shuffled)
         report(f"{name:24}{result.closed:18.1%}{result.open:14.1%}{result.description:21.1%}")
     draw_sheet(model, processor, examples).save(output)
     report(f"Pictures, answers and denoising steps: {output}")
+    return scores
 
 
 def draw_sheet(model, processor, examples: Sequence[PhantomExample]) -> Image.Image:
@@ -128,50 +135,13 @@ def draw_sheet(model, processor, examples: Sequence[PhantomExample]) -> Image.Im
         matching = [example for example in examples if example.attributes.domain == domain]
         example = next((example for example in matching if example.kind == kind), matching[0] if matching else None)
         if example is not None:
-            panels.append(_draw_panel(model, processor, example))
+            explanation = explain_answer(model, processor, example.image, example.question)
+            right = score([example], [explanation.text]) == score([example], [example.answer])
+            note = f"Reference: {example.answer} ({'right' if right else 'wrong'})"
+            panels.append(draw_explanation(explanation, scale=1.4, note=note))
     sheet = Image.new("RGB", (max(panel.width for panel in panels), sum(panel.height for panel in panels)), "white")
     top = 0
     for panel in panels:
         sheet.paste(panel, (0, top))
         top += panel.height
     return sheet
-
-
-def _draw_panel(model, processor, example):
-    inputs = processor.apply_chat_template(
-        example.messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    output = model.generate(**inputs, return_dict_in_generate=True, output_history=True)
-    tokens = output.sequences[0, inputs["input_ids"].shape[1] :]
-    text = processor.decode(tokens, skip_special_tokens=True)
-    history = output.history[:, 0, : len(tokens)].tolist()
-    confidence = output.commit_confidence[0].tolist()
-    committed_at = output.commit_step[0].tolist()
-
-    picture, margin, row_height, font = 176, 12, 17, ImageFont.load_default(13)
-    words = [processor.decode([token]).strip() for token in tokens.tolist()]
-    widths = [max(18, int(font.getlength(word)) + 10) for word in words]
-    height = max(picture + 2 * margin, 84 + row_height * len(history))
-    panel = Image.new("RGB", (1400, height), "white")
-    draw = ImageDraw.Draw(panel)
-    panel.paste(example.image.resize((picture, picture), Image.Resampling.NEAREST), (margin, margin))
-    left = picture + 2 * margin
-    draw.text((left, margin), f"Question: {example.question}", fill="black", font=ImageFont.load_default(15))
-    color = "darkgreen" if score([example], [text]) == score([example], [example.answer]) else "firebrick"
-    draw.text((left, margin + 21), f"Answer: {text}", fill=color, font=ImageFont.load_default(15))
-    caption = f"Reference: {example.answer}    ({len(history)} forward passes, {len(tokens)} tokens; darker = surer)"
-    draw.text((left, margin + 42), caption, fill="dimgray", font=font)
-    for step, canvas in enumerate(history):
-        x, y = left, margin + 64 + row_height * step
-        for position, token in enumerate(canvas):
-            box = (x, y, x + widths[position] - 2, y + row_height - 2)
-            if token == model.config.mask_token_id:
-                draw.rectangle(box, fill="gainsboro")
-            else:
-                shade = int(235 - 90 * confidence[position])
-                new = committed_at[position] == step
-                draw.rectangle(box, fill=(shade, 225, shade) if new else (shade, shade, 245))
-                draw.text((x + 4, y), words[position], fill="black", font=font)
-            x += widths[position]
-    draw.line((0, height - 1, panel.width, height - 1), fill="lightgray")
-    return panel

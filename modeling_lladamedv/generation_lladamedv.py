@@ -107,8 +107,9 @@ class LLaDAMedVGenerationMixin:
             attention_mask (`(batch, prompt)`, *optional*): 1 for tokens, 0 for padding.
             pixel_values, image_sizes, batch_num_images: as the processor returns them.
             streamer: a `TextStreamer`, `TextIteratorStreamer` or `TextDiffusionStreamer` of Transformers, or anything
-                with `put` and `end`. It gets the prompt, then each finished block as a 1-D tensor, and, where it has
-                `put_draft`, the unfinished rest of the canvas after every forward pass. Batch size 1 only.
+                with `put` and `end`. It gets the prompt, then each finished block as a 1-D tensor (but for what may be
+                the beginning of a stop string), and, where it has `put_draft`, the unfinished rest of the canvas after
+                every forward pass. Batch size 1 only.
             tokenizer: needed for `stop_strings` and `generation_suffix`.
             kwargs: the fields of [`LLaDAMedVGenerationConfig`].
 
@@ -404,7 +405,9 @@ class LLaDAMedVGenerationMixin:
         """Hand finished blocks to the streamer, and the rest as a draft; returns how much of the canvas is out."""
         finished = not state.rows.numel()
         stop = int(state.stop[0])
-        ready = stop if finished else min(stop, int(state.block[0]) * state.block_length)
+        # A stop sequence may begin in a block that is done and end in the next one.
+        held = max((len(sequence) for sequence in state.stops), default=1) - 1
+        ready = stop if finished else min(stop, int(state.block[0]) * state.block_length - held)
         canvas = state.canvas[0].cpu().clone()  # a streamer may keep what it gets; the canvas goes on changing
         if hasattr(streamer, "put_draft") and not finished:
             streamer.put_draft(canvas[None, max(streamed, ready) : stop])

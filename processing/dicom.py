@@ -16,6 +16,7 @@ from .medical_shared import (
     apply_percentiles,
     apply_range,
     apply_window,
+    check_bytes,
     check_size,
     check_window,
     choose_index,
@@ -93,6 +94,8 @@ def read_dicom(
             f"`window` is {window!r}, a window in Hounsfield units, but the file is not a CT; allowed are None and "
             "(level, width)."
         )
+    if not header.file_meta.TransferSyntaxUID.is_compressed:
+        check_bytes(file, header.Rows * header.Columns * header.BitsAllocated // 8, compressed=False)
     frames = int(header.get("NumberOfFrames") or 1)
     chosen = choose_index("frame", frame, frames, "frame", steps)
     _apply_functional_groups(header, chosen)

@@ -18,6 +18,10 @@ from transformers.processing_utils import Unpack
 
 # Pillow refuses larger files too; arrays and open images are held to the same limit.
 MAX_IMAGE_PIXELS = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else 178_956_970
+# Of Pillow's formats those in use for medical pictures; others run programs (EPS) or are hardly tested.
+FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM")
+_MAX_GRIDS = 4096
+_URL_TIMEOUT = 60  # seconds; without one, a server that says nothing is waited for for ever
 
 
 class LLaDAMedVImageProcessorKwargs(LlavaOnevisionImageProcessorKwargs, total=False):
@@ -51,8 +55,8 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
     tiles, `image_sizes` `(num_images, 2)` (original height, width) and `batch_num_images` (images per prompt).
 
     Raises:
-        ValueError: for an image that cannot be read, has no pixels or more than about 179 million, or an array that
-            is not 8-bit.
+        ValueError: for an image that cannot be read, has no pixels or more than about 179 million (padded to a square,
+            where that is done), or an array or tensor that is not 8-bit.
         TypeError: for something that is no image.
     """
 
@@ -66,10 +70,13 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
     def __init__(self, **kwargs: Unpack[LLaDAMedVImageProcessorKwargs]):
         super().__init__(**kwargs)
         side = self.size["height"]
-        if side != self.size["width"]:
-            raise ValueError(f"`size` is {dict(self.size)}; tiles are square: height and width must be equal.")
+        if side != self.size["width"] or not 1 <= side <= MAX_IMAGE_PIXELS**0.5:
+            raise ValueError(
+                f"`size` is {dict(self.size)}; tiles are square: height and width must be equal, and their product "
+                f"from 1 to {MAX_IMAGE_PIXELS}."
+            )
         mode, _, tiles = self.vision_aspect_ratio.partition("anyres_max_")
-        if self.vision_aspect_ratio not in ("square", "pad") and (mode or not tiles.isdigit() or int(tiles) < 1):
+        if self.vision_aspect_ratio not in ("square", "pad") and (mode or not tiles.isdecimal() or int(tiles) < 1):
             raise ValueError(
                 f"`vision_aspect_ratio` is {self.vision_aspect_ratio!r}; allowed are 'square', 'pad' and "
                 "'anyres_max_N' with a whole number N of at least 1."
@@ -119,6 +126,7 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
             if vision_aspect_ratio == "square":
                 tiles = [image]
             elif vision_aspect_ratio == "pad" or not tiled:
+                _check_padded_size(*image.shape[-2:])
                 tiles = [self.pad_to_square(image, tuple(int(mean * 255) for mean in image_mean))]
             else:
                 tiles = self.get_image_patches(image, pinpoints, (size.height, size.width), size.height, resample)
@@ -173,43 +181,58 @@ def parse_grid_pinpoints(pinpoints, tile_size: int) -> list[list[int]]:
         tile_size: side of a tile in pixels.
 
     Raises:
-        ValueError: for any other text, or a grid that is not made of whole tiles.
+        ValueError: for any other text, a grid that is not made of whole tiles or has more than about 179 million
+            pixels, or more than 4096 grids.
     """
     if pinpoints is None:
         pinpoints = "(1x1),...,(6x6)"
     if isinstance(pinpoints, str):
         ends = [part.strip(" ()").split("x") for part in pinpoints.split(",...,")]
-        if len(ends) != 2 or not all(len(end) == 2 and end[0].isdigit() and end[1].isdigit() for end in ends):
+        if len(ends) != 2 or not all(len(end) == 2 and end[0].isdecimal() and end[1].isdecimal() for end in ends):
             raise ValueError(f"`image_grid_pinpoints` is {pinpoints!r}; a text must look like '(1x1),...,(6x6)'.")
         (first_column, first_row), (last_column, last_row) = [map(int, end) for end in ends]
+        if (last_column - first_column + 1) * (last_row - first_row + 1) > _MAX_GRIDS:
+            raise ValueError(f"`image_grid_pinpoints` is {pinpoints!r}; allowed are at most {_MAX_GRIDS} grids.")
         pinpoints = [
             [row * tile_size, column * tile_size]
             for column in range(first_column, last_column + 1)
             for row in range(first_row, last_row + 1)
         ]
     for pinpoint in pinpoints:
-        if len(pinpoint) != 2 or any(value < tile_size or value % tile_size for value in pinpoint):
+        if (
+            len(pinpoint) != 2
+            or any(value < tile_size or value % tile_size for value in pinpoint)
+            or pinpoint[0] * pinpoint[1] > MAX_IMAGE_PIXELS
+        ):
             raise ValueError(
                 f"`image_grid_pinpoints` holds {pinpoint}; heights and widths must be multiples of the tile size "
-                f"{tile_size}."
+                f"{tile_size}, and their product at most {MAX_IMAGE_PIXELS}."
             )
     return [list(pinpoint) for pinpoint in pinpoints]
 
 
 def _load_rgb(image) -> Image.Image:
     """One image of any accepted kind as a loaded RGB `PIL.Image`, upright."""
-    described = repr(image) if isinstance(image, (str, Path)) else f"of type {type(image).__name__}"
+    # Cut, because a text may be a whole picture in base64.
+    described = f"{str(image)!r:.200}" if isinstance(image, (str, Path)) else f"of type {type(image).__name__}"
     if isinstance(image, torch.Tensor):
+        if image.dtype != torch.uint8 or image.is_meta or image.layout != torch.strided:
+            raise ValueError(
+                f"`images` holds a tensor of {image.dtype} on {image.device}, {image.layout}; allowed are dense ones "
+                "of uint8 (0 to 255)."
+            )
         image = image.detach().cpu().numpy()
     if isinstance(image, np.ndarray):
         return _from_array(image)
     try:
         if isinstance(image, bytes):
-            image = Image.open(io.BytesIO(image))
+            image = Image.open(io.BytesIO(image), formats=FORMATS)
         elif isinstance(image, str) and image.startswith(("http://", "https://", "data:image/")):
-            image = load_image(image)
+            image = load_image(image, timeout=_URL_TIMEOUT)
         elif isinstance(image, (str, Path)):
-            image = Image.open(image)
+            if Path(image).exists() and not Path(image).is_file():
+                raise OSError("it is no regular file")  # reading a pipe or a device may never end
+            image = Image.open(image, formats=FORMATS)
         elif not isinstance(image, Image.Image):
             raise TypeError(
                 f"`images` holds something {described}; allowed are PIL images, 8-bit arrays and tensors, paths, "
@@ -223,7 +246,8 @@ def _load_rgb(image) -> Image.Image:
     except FileNotFoundError as error:
         raise ValueError(f"`images` holds {described}, but there is no such file.") from error
     except Exception as error:  # Pillow raises many kinds of exceptions for broken files
-        raise ValueError(f"`images` holds an image {described} that cannot be read: {error}") from error
+        reason = f"{' '.join(str(error).split()):.300}"
+        raise ValueError(f"`images` holds an image {described} that cannot be read: {reason}") from error
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -241,6 +265,14 @@ def _from_array(array: np.ndarray) -> Image.Image:
         )
     _check_size(array.shape[1], array.shape[0])
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+
+
+def _check_padded_size(height: int, width: int) -> None:
+    if max(height, width) ** 2 > MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"`images` holds an image of {width} by {height} pixels, which is to be padded to a square; allowed are at "
+            f"most {MAX_IMAGE_PIXELS} pixels with the padding."
+        )
 
 
 def _check_size(width: int, height: int) -> None:

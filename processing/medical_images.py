@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import stat
 from dataclasses import dataclass
 from os import PathLike
 from typing import BinaryIO
@@ -162,8 +164,10 @@ def _open(source) -> BinaryIO:
         return io.BytesIO(source)
     if isinstance(source, (str, PathLike)):
         try:
-            return open(source, "rb")
-        except OSError as error:  # not chained: paths often hold names of patients
+            if stat.S_ISREG(os.stat(source).st_mode):
+                return open(source, "rb")
+            reason = "not a regular file"  # reading a pipe or a device may never end
+        except (OSError, ValueError) as error:  # not chained: paths often hold names of patients
             reason = type(error).__name__
         raise MedicalImageError(
             f"`source` is a path that cannot be opened ({reason}); allowed are paths of files. The files of a DICOM "

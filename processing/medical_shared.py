@@ -10,6 +10,8 @@ import importlib
 import logging
 import math
 from numbers import Integral, Real
+from os import SEEK_END
+from typing import BinaryIO
 
 import numpy as np
 
@@ -27,6 +29,8 @@ WINDOW_PRESETS = {
     "subdural": (75, 215),
     "bone": (400, 1800),
 }
+# How many times its size a file of Deflate or LZW can become: 1032 and 1365 (https://zlib.net/zlib_tech.html).
+MOST_EXPANSION = 1500
 WINDOW_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
 
@@ -88,6 +92,18 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
     if not 0 < height * width <= max_pixels:
         raise MedicalImageError(
             f"`source` is {width} by {height} pixels; allowed are 1 to {max_pixels} pixels (`max_pixels`)."
+        )
+
+
+def check_bytes(file: BinaryIO, needed: int, compressed: bool) -> None:
+    """Refuse a file that is too short for what its header states, before memory is taken for that."""
+    position = file.tell()
+    size = file.seek(0, SEEK_END)
+    file.seek(position)  # gzip may be reading it, and reads on from where it is
+    if needed > size * (MOST_EXPANSION if compressed else 1):
+        raise MedicalImageError(
+            f"`source` has {size} bytes, too few for the {needed} bytes of pixels that its header states; allowed are "
+            "whole files."
         )
 
 

@@ -6,6 +6,7 @@ Only that slice is read, not the volume, and none of the header's free texts.
 from __future__ import annotations
 
 import gzip
+import math
 from typing import BinaryIO
 
 import numpy as np
@@ -14,6 +15,7 @@ from .medical_shared import (
     MedicalImageError,
     apply_percentiles,
     apply_window,
+    check_bytes,
     check_size,
     check_window,
     choose_index,
@@ -88,16 +90,16 @@ def read_nifti(
     chosen = choose_index("slice_index", slice_index, shape[array_axis], f"{axis} slice", steps)
     # Counted along the canonical axis: from the patient's left, back or feet.
     stored = chosen if orientation[array_axis, 1] > 0 else shape[array_axis] - 1 - chosen
-    part: list[slice] = [slice(None)] * 3 + [slice(time, time + 1)] * (len(shape) - 3)
-    part[array_axis] = slice(stored, stored + 1)
-    width, height = (shape[np.flatnonzero(orientation[:, 0] == other)[0]] for other in range(3) if other != AXES[axis])
-    check_size(height, width, max_pixels)
-    upright = nibabel.as_closest_canonical(volume.slicer[tuple(part)])
-    values = upright.get_fdata(dtype=np.float32).reshape(upright.shape[:3])  # slope and intercept are applied
+    across, up = (int(np.flatnonzero(orientation[:, 0] == other)[0]) for other in range(3) if other != AXES[axis])
+    check_size(shape[up], shape[across], max_pixels)
+    needed = volume.dataobj.offset + math.prod(shape) * volume.get_data_dtype().itemsize
+    check_bytes(file, needed, compressed=stream is not file)
+    values = _read_slice(volume, array_axis, stored, time, max_pixels)
+    values = nibabel.apply_orientation(values.astype(np.float32), orientation)
     steps.append("oriented to the closest right-anterior-superior axes")
     # Rows downwards and columns to the right, from superior (or anterior) and from the patient's right (or front).
     values = values.take(0, axis=AXES[axis])[::-1, ::-1].T
-    columns, rows = np.delete(upright.header.get_zooms()[:3], AXES[axis]).tolist()
+    columns, rows = (float(volume.header.get_zooms()[other]) for other in (across, up))
     if not np.isclose(rows, columns, rtol=0.01):
         steps.append(f"pixels are {rows:g} high and {columns:g} wide, and stay so: the picture is not to scale")
     if window is not None:
@@ -107,6 +109,22 @@ def read_nifti(
     steps.append("percentiles are of the slice's values above its least")
     least = np.min(values, initial=np.inf, where=np.isfinite(values))
     return apply_percentiles(values, steps, PERCENTILES, values > least)
+
+
+def _read_slice(volume, axis: int, place: int, time: int, max_pixels: int) -> np.ndarray:
+    """One slice across an axis of the array, three-dimensional, with slope and intercept applied.
+
+    Slices across the first two axes are taken plane by plane: nibabel would first list each run of neighbouring values
+    that it is going to read, which for the sizes that a header of 352 bytes can state takes minutes and all memory.
+    """
+    behind = (time,) * (len(volume.shape) - 3)
+    if axis == 2:
+        return np.asarray(volume.dataobj[(slice(None), slice(None), slice(place, place + 1), *behind)])
+    check_size(*volume.shape[:2], max_pixels)
+    part = [slice(None)] * 2
+    part[axis] = slice(place, place + 1)
+    planes = (volume.dataobj[(slice(None), slice(None), place, *behind)] for place in range(volume.shape[2]))
+    return np.stack([plane[tuple(part)].copy() for plane in planes], axis=2)
 
 
 def _uncompressed(file: BinaryIO) -> BinaryIO:

@@ -13,11 +13,13 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
+from .image_processing_lladamedv import FORMATS
 from .medical_shared import (
     MedicalImageError,
     apply_percentiles,
     apply_range,
     apply_window,
+    check_bytes,
     check_size,
     check_window,
     choose_index,
@@ -27,8 +29,6 @@ from .medical_shared import (
 
 
 PERCENTILES = (0.5, 99.5)
-# Of Pillow's formats those in use for medical pictures; others run programs (EPS) or are hardly tested.
-FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 _GREY_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 # These can leave out detail before it takes memory, so they are opened without Pillow's own limit.
 _JPEG, _JPEG_2000 = (b"\xff\xd8\xff",), (b"\x00\x00\x00\x0cjP  ", b"\xff\x4f\xff\x51")
@@ -242,6 +242,7 @@ def _read_tiff(file: BinaryIO, steps, page, window, full_range, max_pixels) -> t
             raise MedicalImageError(f"`page` is None, but there are {pages} pages; allowed are 0 to {pages - 1}.")
         chosen = tiff.pages[choose_index("page", page, pages, "page", steps)]
         check_size(chosen.imagelength, chosen.imagewidth, max_pixels)
+        check_bytes(file, chosen.nbytes, compressed=chosen.compression != tifffile.COMPRESSION.NONE)
         array = chosen.asarray()
         steps.append(f"TIFF of {array.dtype}")
         image, size = convert_array(

@@ -1,8 +1,11 @@
 """Chat and images into model inputs: the prompt template and the processor."""
 
+import re
+
+import jinja2
 from tokenizers import AddedToken
-from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils.chat_template_utils import mark_control_tokens
 
 
 _ABILITIES = (
@@ -108,8 +111,14 @@ def get_training_chat_template(chat_template: str) -> str:
     return _TRAINING_CHAT_TEMPLATES[chat_template]
 
 
+_ROLES, _IMAGE_KEYS = ("system", "user", "assistant"), ("image", "url", "path", "base64")
+
+
 class LLaDAMedVProcessor(ProcessorMixin):
     """Tokenizer and image processor in one: text with `<image>` placeholders and images in, model inputs out.
+
+    A `text` is taken as it is: `<image>` and special tokens in it are what they say. Texts of strangers therefore
+    belong into the messages of [`apply_chat_template`], where they are nothing but text.
 
     `<image>` is not part of the released vocabulary. It is added to the tokenizer as the next free id (126349 for the
     released one), which is a spare row of the released embedding matrix: the matrix is neither resized nor changed,
@@ -125,7 +134,8 @@ class LLaDAMedVProcessor(ProcessorMixin):
 
     Raises (when called):
         ValueError: if the number of images differs from the number of placeholders, in total or in a prompt; if a
-            prompt is empty; or for the reasons of the image processor.
+            prompt is empty or no text that UTF-8 can hold; or for the reasons of the image processor.
+        TypeError: for something that is no image.
     """
 
     image_token = "<image>"
@@ -136,24 +146,87 @@ class LLaDAMedVProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
 
+    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
+        """A conversation, or a list of them, as a prompt or, with `tokenize=True`, as model inputs.
+
+        What messages say is text and never becomes a control token, whatever it looks like: a `<|mdm_mask|>`,
+        `<|eot_id|>` or `<image>` in it is tokenized as ordinary characters. That holds for `tokenize=True`, where
+        `sanitize_control_tokens=False` switches it off. It cannot hold for `tokenize=False`, which returns what a
+        tokenizer takes for control tokens. With `return_assistant_tokens_mask=True` such texts are refused.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`): messages with a `role` (`"system"`, `"user"` or
+                `"assistant"`) and a `content`, which is text or a list of parts: `{"type": "text", "text": …}` and
+                `{"type": "image", "image": …}` (or `url`, `path`, `base64`).
+            chat_template (`str`, *optional*): a template, or the name of one of the processor's.
+            The other arguments are those of Transformers.
+
+        Raises:
+            ValueError: for a conversation of another form, and for the reasons of calling the processor.
+            TypeError: for something that is no image.
+        """
+        several = isinstance(conversation, (list, tuple)) and any(
+            isinstance(chat, (list, tuple)) for chat in conversation
+        )
+        chats = [_normalize_chat(chat) for chat in (conversation if several else [conversation])]
+        if kwargs.get("return_assistant_tokens_mask"):
+            self._check_no_control_tokens(chats)
+        elif kwargs.get("tokenize"):
+            kwargs.setdefault("sanitize_control_tokens", True)
+        try:
+            return super().apply_chat_template(chats if several else chats[0], chat_template, **kwargs)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"`conversation` does not suit the chat template: {error}") from error
+
+    def _check_no_control_tokens(self, chats: list[list[dict]]) -> None:
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        found = re.compile("|".join(map(re.escape, tokens))).search
+        for part in (part for chat in chats for message in chat for part in _as_parts(message["content"])):
+            if part["type"] == "text" and (match := found(part["text"])):
+                raise ValueError(
+                    f"`conversation` holds the text {match.group()!r}, which is a control token; allowed with "
+                    "return_assistant_tokens_mask=True are texts without."
+                )
+
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         """Open the images and group them by prompt."""
-        images, text, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
-        if text is not None and not all(isinstance(prompt, str) and prompt.strip() for prompt in text):
-            raise ValueError(f"`text` is {text!r}; allowed are non-empty texts: an empty prompt asks nothing.")
-        if images is not None and text is not None:
-            counts = [prompt.count(self.image_token) for prompt in text]
-            if isinstance(images, list) and any(isinstance(row, list) for row in images):
-                given = [len(row) if isinstance(row, list) else 1 for row in images]
-                if given != counts:
+        if text is not None:
+            prompts = text if isinstance(text, (list, tuple)) else [text]
+            for prompt in prompts or [""]:
+                if not isinstance(prompt, str) or not prompt.strip() or not _is_utf8(prompt):
                     raise ValueError(
-                        f"`images` holds {given} images per prompt, but the prompts hold {counts} {self.image_token} "
-                        "placeholders; the two must agree."
+                        f"`text` is {prompt!r:.200}; allowed are non-empty texts (an empty prompt asks nothing) "
+                        "without lone surrogates."
                     )
-            flat = iter(make_flat_list_of_images(images))
-            if sum(counts) == len(make_flat_list_of_images(images)):
+        images, text, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
+        if text is not None:
+            # What messages say was marked; it places no image.
+            marked = mark_control_tokens(self.image_token, re.compile(re.escape(self.image_token)))
+            counts = [prompt.count(self.image_token) - prompt.count(marked) for prompt in text]
+            rows = [] if images is None else images if isinstance(images, list) else [images]
+            given = [len(row) if isinstance(row, list) else 1 for row in rows]
+            if any(isinstance(row, list) for row in rows):
+                rows, fits = (
+                    [image for row in rows for image in (row if isinstance(row, list) else [row])],
+                    given == counts,
+                )
+            else:
+                given, fits = len(rows), len(rows) == sum(counts)
+            if not fits:
+                raise ValueError(
+                    f"`images` holds {given} images, but the prompts hold {counts} {self.image_token} placeholders; "
+                    "the two must agree."
+                )
+            if rows:
+                flat = iter(rows)
                 images = [[next(flat) for _ in range(count)] for count in counts]
         return images, text, *others
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        """The checks of Transformers, of which the count of placeholders is not for marked texts: it takes what is left
+        of `<ima<image>ge>` without the mark for one. [`prepare_inputs_layout`] has counted them."""
+        if not kwargs.get("sanitize_control_tokens"):
+            super().validate_inputs(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """As many placeholders as the image has features."""
@@ -167,6 +240,54 @@ class LLaDAMedVProcessor(ProcessorMixin):
             return MultiModalData()
         counts = [self.image_processor.get_number_of_image_tokens(height, width) for height, width in image_sizes]
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(image_sizes))
+
+
+def _normalize_chat(chat) -> list[dict]:
+    """A conversation in whose contents no two texts are neighbours: together they could make a control token that
+    neither holds.
+
+    Raises:
+        ValueError: for anything that chat templates do not expect.
+    """
+    if not isinstance(chat, (list, tuple)) or not chat:
+        raise ValueError(f"`conversation` is {chat!r:.200}; allowed are lists of messages with at least one.")
+    normalized = []
+    for message in chat:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role not in _ROLES:
+            raise ValueError(
+                f"`conversation` holds the message {message!r:.200}; allowed are dicts whose `role` is one of {_ROLES}."
+            )
+        parts = []
+        for part in _as_parts(content):
+            kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+            is_text = kind == "text" and isinstance(text, str) and _is_utf8(text)
+            is_image = kind in ("image", "image_url") and sum(key in part for key in _IMAGE_KEYS) <= 1
+            if not is_text and not is_image:
+                raise ValueError(
+                    f"`conversation` holds the content {part!r:.200}; allowed are texts without lone surrogates, and "
+                    'lists of {"type": "text", "text": …} and of {"type": "image", …} with one of '
+                    f"{_IMAGE_KEYS}."
+                )
+            if is_text and parts and parts[-1]["type"] == "text":
+                part = {"type": "text", "text": parts.pop()["text"] + text}
+            parts.append(part)
+        normalized.append(message if isinstance(content, str) else {**message, "content": parts})
+    return normalized
+
+
+def _as_parts(content) -> list:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return list(content) if isinstance(content, (list, tuple)) else [content]
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 LLaDAMedVProcessor.register_for_auto_class("AutoProcessor")

@@ -13,7 +13,11 @@ import lladamedv
 from tests.tiny import tiny_model, tiny_processor
 
 
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each process; those that tests start inherit it
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(2)
 
 
 @pytest.fixture

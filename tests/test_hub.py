@@ -11,10 +11,10 @@ import torch
 from huggingface_hub import DatasetCard, ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from typer import Typer
 from typer.testing import CliRunner
 
-from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor, cli_hub
+from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
+from lladamedv.cli import app
 from lladamedv.demo import DEMO_MODEL, load_model
 from lladamedv.hub_cards.push import push_dataset, push_folder
 from lladamedv.hub_cards.rebuild_dataset import rebuild
@@ -500,10 +500,6 @@ def test_unknown_data(hub):
 
 
 def test_command_line(hub, complete, tmp_path, monkeypatch):
-    app = Typer()
-    app.command()(cli_hub.push)
-    app.command("push-dataset")(cli_hub.push_dataset)
-
     def run(*arguments):
         return CliRunner().invoke(app, [str(each) for each in arguments])
 

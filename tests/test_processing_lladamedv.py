@@ -85,9 +85,9 @@ def test_round_trip(processor, tmp_path):
 @pytest.mark.parametrize(
     ("images", "text", "message"),
     [
-        (1, "no placeholder", "Found total 0 <image> tokens and 1 images"),
-        (0, "<image> but no picture", "no images were passed"),
-        (1, "<image><image> two", "Found total 2 <image> tokens and 1 images"),
+        (1, "no placeholder", r"`images` holds 1 images, but the prompts hold \[0\] <image> placeholders"),
+        (0, "<image> but no picture", r"`images` holds 0 images, but the prompts hold \[1\]"),
+        (1, "<image><image> two", r"`images` holds 1 images, but the prompts hold \[2\]"),
         (0, "   ", "non-empty texts"),
         (0, ["ok", ""], "non-empty texts"),
     ],
@@ -100,5 +100,5 @@ def test_bad_input(processor, images, text, message):
 
 def test_images_must_belong_to_their_prompt(processor):
     image = random_image()
-    with pytest.raises(ValueError, match=r"holds \[2, 1\] images per prompt, but the prompts hold \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"holds \[2, 1\] images, but the prompts hold \[1, 2\]"):
         processor(images=[[image, image], [image]], text=["<image> one", "<image><image> two"])

@@ -185,6 +185,6 @@ def test_a_machine_without_a_gpu_uses_all_its_cores(tmp_path, monkeypatch):
 
 
 def test_descriptions():
-    lines = describe_recipes()
-    assert [line.split()[0] for line in lines] == NAMES
-    assert all(len(line.split("  ", 1)[1]) > 20 and "#" not in line for line in lines)
+    described = describe_recipes()
+    assert list(described) == NAMES
+    assert all(len(text) > 20 and "#" not in text for text in described.values())

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
-from typer import Typer
 from typer.testing import CliRunner
 
-from lladamedv import cli_hub
+from lladamedv.cli import app
 from lladamedv.hub_cards import push as hub
 from lladamedv.hub_cards.push import write_space
 from tests.hub_folders import contents, write_model
@@ -129,9 +128,6 @@ def test_without_gradio(tmp_path, monkeypatch):
 
 
 def test_command_line(tmp_path):
-    app = Typer()
-    app.command()(cli_hub.space)
-    app.command()(cli_hub.push)
     done = CliRunner().invoke(app, ["space", "Demo", str(tmp_path / "space")])
     assert done.exit_code == 0 and "hf upload" in done.output
     failed = CliRunner().invoke(app, ["space", "Demo", str(tmp_path / "space")])

@@ -150,7 +150,10 @@ def test_adapters_of_a_local_model_are_not_pushed(tmp_path):
 
 def test_list():
     result = CliRunner().invoke(app, ["train", "--list"])
-    assert result.exit_code == 0 and result.output.splitlines() == recipes.describe_recipes()
+    lines = [line.split(None, 1) for line in result.output.splitlines()]
+    assert result.exit_code == 0 and dict(lines) == recipes.describe_recipes()
+    result = CliRunner().invoke(app, ["train", "--list", "--json"])
+    assert json.loads(result.stdout) == recipes.describe_recipes()
 
 
 @pytest.mark.parametrize(

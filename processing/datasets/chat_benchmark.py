@@ -44,7 +44,8 @@ def load_chat_benchmark(path: str | Path, image_folder: str | Path | None = None
         try:
             record = _as_record(row)
             if record["id"] in lines:
-                raise InvalidRecordError(f"`question_id` is {record['id']}, as at line {lines[record['id']]}")
+                number = f"{row['question_id']!r:.200}"
+                raise InvalidRecordError(f"`question_id` is {number}, as at line {lines[record['id']]}")
         except InvalidRecordError as error:
             raise ValueError(f"{str(path)!r} has an invalid question at line {line}: {error}.") from None
         lines[record["id"]] = line
@@ -61,22 +62,22 @@ def load_chat_benchmark(path: str | Path, image_folder: str | Path | None = None
 def _as_record(row: dict) -> dict:
     number, domains, mentions = row.get("question_id"), row.get("domain"), row.get("in_text_mention")
     if isinstance(number, bool) or not isinstance(number, (int, str)):
-        raise InvalidRecordError(f"`question_id` is {number!r}; allowed are numbers and texts")
+        raise InvalidRecordError(f"`question_id` is {number!r:.200}; allowed are numbers and texts")
     for name in ("image", "pair_id", "text", "gpt4_answer", "fig_label", "fig_caption"):
         if not isinstance(row.get(name), str) or not row[name].strip():
-            raise InvalidRecordError(f"`{name}` is {row.get(name)!r}; allowed is text that is not blank")
+            raise InvalidRecordError(f"`{name}` is {row.get(name)!r:.200}; allowed is text that is not blank")
     if row.get("type") not in QUESTION_TYPES:
-        raise InvalidRecordError(f"`type` is {row.get('type')!r}; allowed are {QUESTION_TYPES}")
+        raise InvalidRecordError(f"`type` is {row.get('type')!r:.200}; allowed are {QUESTION_TYPES}")
     if not isinstance(domains, dict) or not set(domains) <= set(DOMAINS):
-        raise InvalidRecordError(f"`domain` is {domains!r}; allowed is an object with {DOMAINS}")
+        raise InvalidRecordError(f"`domain` is {domains!r:.200}; allowed is an object with {DOMAINS}")
     mentions = [] if mentions is None else mentions
     if not isinstance(mentions, list) or not all(
         isinstance(mention, dict) and isinstance(mention.get("tokens"), str) for mention in mentions
     ):
-        raise InvalidRecordError(f"`in_text_mention` is {mentions!r}; allowed are null and objects with `tokens`")
+        raise InvalidRecordError(f"`in_text_mention` is {mentions!r:.200}; allowed are null and objects with `tokens`")
     question = re.sub(rf"\s*{IMAGE_PLACEHOLDER}\s*", " ", row["text"]).strip()
     if not question:
-        raise InvalidRecordError(f"`text` is {row['text']!r}, which asks nothing")
+        raise InvalidRecordError(f"`text` is {row['text']!r:.200}, which asks nothing")
     true_domains = [domain for domain in DOMAINS if domains.get(domain)]
     return {
         "id": str(number),

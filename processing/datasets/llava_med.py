@@ -43,11 +43,15 @@ def record_to_row(record: dict, record_id: str, images: ImageFiles | None = None
         raise InvalidRecordError(f"no `conversations`, but {sorted(record)}")
     names = record.get("image") or []
     names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InvalidRecordError(f"`image` is {names!r:.200}; allowed are a name and a list of names")
     messages = []
     for number, turn in enumerate(turns):
         speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        if speaker not in _ROLES or not isinstance(text, str):
-            raise InvalidRecordError(f"turn {number} has no `value` or is from {speaker!r}, not from {list(_ROLES)}")
+        if not isinstance(speaker, str) or speaker not in _ROLES or not isinstance(text, str):
+            raise InvalidRecordError(
+                f"turn {number} has no `value` or is from {speaker!r:.200}, not from {list(_ROLES)}"
+            )
         shown = text.count(IMAGE_PLACEHOLDER)
         if shown and speaker != "human":
             raise InvalidRecordError(f"{IMAGE_PLACEHOLDER} in turn {number}, which is from {speaker!r}")

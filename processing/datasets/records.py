@@ -25,6 +25,7 @@ from datasets import Dataset, Features, IterableDataset
 logger = logging.getLogger(__name__)
 JSON_SUFFIXES, PARQUET_SUFFIX = (".json", ".jsonl"), ".parquet"
 _CHUNK = 2**20  # characters
+_LONGEST = 2**26  # characters of a record: a file is not read to its end for one that does not end
 _ROWS = 5_000  # that are Python objects at a time
 _SHOWN = 5
 
@@ -82,29 +83,37 @@ class LoadReport:
             ValueError: if the record is malformed and such records are to stop everything.
         """
         missing = isinstance(error, MissingImageError)
-        reason = f"no such image file as {error}" if missing else str(error)
+        reason = _one_line(f"no such image file as {error}" if missing else str(error))
         if not missing and self.invalid_records == "error":
             raise ValueError(
-                f"{self.source!r} has an invalid record, {record_id}{where}: {reason}. Mend it, or leave such records "
-                "out with 'skip'."
+                f"{self.source!r} has an invalid record, {_one_line(record_id)}{where}: {reason}. Mend it, or leave "
+                "such records out with 'skip'."
             ) from None
         (self.missing_images if missing else self.invalid).append((record_id, str(error)))
         if len(self.missing_images) + len(self.invalid) <= _SHOWN:
-            logger.warning("%s: record %s left out, %s", self.source, record_id, reason)
+            logger.warning("%s: record %s left out, %s", self.source, _one_line(record_id), reason)
 
     def summary(self) -> str:
         """One line: how many rows, how many left out, why, and the first few of those."""
         parts = [f"{self.source}: {self.rows} rows"]
         for name, left_out in (("missing images", self.missing_images), ("invalid records", self.invalid)):
             if left_out:
-                shown = ", ".join(f"{record_id} ({reason})" for record_id, reason in left_out[:_SHOWN])
+                shown = ", ".join(f"{_one_line(record)} ({_one_line(reason)})" for record, reason in left_out[:_SHOWN])
                 parts.append(f"{len(left_out)} {name}: {shown}" + (", …" if len(left_out) > _SHOWN else ""))
         return "; ".join(parts)
+
+
+def _one_line(text: str) -> str:
+    """What a file says, short enough for a message."""
+    return f"{' '.join(text.split()):.200}"
 
 
 class ImageFiles:
     """Finds the image files that records name. Each folder is listed once, which is much quicker than asking for
     hundreds of thousands of files one by one.
+
+    Names may lead out of the folder, absolute ones and those with `..`: who reads records of others lets them name any
+    picture that can be read here.
 
     Args:
         folder: what the names are relative to.
@@ -130,7 +139,7 @@ class ImageFiles:
         if parent not in self._listed:
             try:
                 self._listed[parent] = {entry.name for entry in os.scandir(parent) if entry.is_file()}
-            except OSError:
+            except (OSError, ValueError):  # ValueError: a null character
                 self._listed[parent] = set()
         if file not in self._listed[parent]:
             raise MissingImageError(name)
@@ -198,8 +207,11 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
         The line on which a record begins, from 1, and the record.
 
     Raises:
-        ValueError: if the file cannot be read, or is neither of the two, with the line where that shows.
+        ValueError: if the file cannot be read, or is neither of the two, with the line where that shows; for records of
+            more than 64 million characters, and texts that are no Unicode (lone surrogates).
     """
+    if not os.path.isfile(path):  # reading a pipe or a device may never end
+        raise ValueError(f"{str(path)!r} cannot be read as JSON: there is no such file, or it is no regular one.")
     try:
         with open(path, encoding="utf-8-sig") as file:
             first = file.read(1)
@@ -212,13 +224,17 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
 
 
 def _read_lines(file: TextIO, path) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(file, start=1):
+    number = 0
+    while line := file.readline(_LONGEST + 1):
+        number += 1
+        if len(line) > _LONGEST:
+            raise _no_json(path, number, f"more than {_LONGEST} characters")
         if line.strip():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise _no_json(path, number, error.msg) from None
-            yield number, _as_object(record, path, number)
+            except (ValueError, RecursionError) as error:
+                raise _no_json(path, number, _reason(error)) from None
+            yield number, _as_object(record, line, path, number)
 
 
 def _read_list(file: TextIO, path) -> Iterator[tuple[int, dict]]:
@@ -252,15 +268,19 @@ def _read_list(file: TextIO, path) -> Iterator[tuple[int, dict]]:
                 record, end = decoder.raw_decode(text, place)
                 break
             except json.JSONDecodeError as error:
+                if len(text) - place > _LONGEST:
+                    raise _no_json(path, line, f"more than {_LONGEST} characters without an end") from None
                 # Perhaps only the end of the object is not read yet. Reading as much again each time keeps this linear.
                 more = file.read(max(_CHUNK, len(text) - place))
                 if not more:
                     raise _no_json(path, line + text.count("\n", place, error.pos), error.msg) from None
                 text, place = text[place:] + more, 0
+            except (ValueError, RecursionError) as error:
+                raise _no_json(path, line, _reason(error)) from None
         begins = line
         line += text.count("\n", place, end)
-        place = end
-        yield begins, _as_object(record, path, begins)
+        source, place = text[place:end], end
+        yield begins, _as_object(record, source, path, begins)
     place += 1
     if skip(" \t\r\n"):
         raise _no_json(path, line, "more follows after the list")
@@ -270,12 +290,23 @@ def _no_json(path, line: int, reason: str) -> ValueError:
     return ValueError(f"{str(path)!r} is no JSON at line {line}: {reason}.")
 
 
-def _as_object(record, path, line: int) -> dict:
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _as_object(record, source: str, path, line: int) -> dict:
     if not isinstance(record, dict):
         raise ValueError(
             f"{str(path)!r} has a {type(record).__name__} at line {line}; allowed are a list of objects, or one object "
             "a line."
         )
+    if "\\ud" in source.lower():  # half of the escapes for a character, or for a lone surrogate
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _no_json(path, line, "a lone surrogate, which is no character") from None
     return record
 
 

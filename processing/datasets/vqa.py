@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -213,7 +214,7 @@ def load_vqa(
         if revision is not None:
             raise ValueError(f"`revision` is {revision!r}, but `path` names local data; allowed is one of the two.")
         report.source = str(path)
-        records, images = _open_local(Path(path).expanduser(), split, image_folder, streaming)
+        records, images = _open_local(Path(os.path.expanduser(path)), split, image_folder, streaming)
         first = next((record for _, record in records()), None)
         if first is None:
             raise ValueError(f"`path` is {str(path)!r}, which has no records.")
@@ -307,7 +308,7 @@ def _open_hub(source: VQASource, split: str, revision: str | None, streaming: bo
 
 def _open_local(path: Path, split: str, image_folder: str | Path | None, streaming: bool):
     """Records, and where their images are."""
-    if not path.exists():
+    if not os.path.exists(path):  # unlike `Path.exists`, also for names that no file can have
         raise ValueError(f"`path` is {str(path)!r}; no such file or folder.")
     images = _image_files(path if path.is_dir() else path.parent, image_folder)
     file = _records_file(path, split)
@@ -331,8 +332,8 @@ def _image_files(folder: Path, image_folder: str | Path | None) -> _ImagePlaces:
     if image_folder is None:
         places = [place for place in (folder, folder / "imgs", folder / "imgs.zip") if place.exists()]
     else:
-        places = [Path(image_folder).expanduser()]
-        if not places[0].exists():
+        places = [Path(os.path.expanduser(image_folder))]
+        if not os.path.exists(places[0]):
             raise ValueError(f"`image_folder` is {str(image_folder)!r}; no such folder or zip archive.")
     return _ImagePlaces([ZippedImages(place) if place.is_file() else ImageFiles(place) for place in places])
 
@@ -391,7 +392,9 @@ class _Reader:
                 continue
             for row, derived in rows:
                 if row["id"] in ids:
-                    raise ValueError(f"{report.source!r} has two questions of the id {row['id']!r}; ids must differ.")
+                    raise ValueError(
+                        f"{report.source!r} has two questions of the id {row['id']!r:.200}; ids must differ."
+                    )
                 ids.add(row["id"])
                 report.add(row, derived)
                 yield number, row
@@ -401,15 +404,17 @@ class _Reader:
         question, answer = record.get("question"), record.get("answer")
         question = question.replace(IMAGE_PLACEHOLDER, "").strip() if isinstance(question, str) else ""
         if not question:
-            raise InvalidRecordError(f"`question` is {record.get('question')!r}")
+            raise InvalidRecordError(f"`question` is {record.get('question')!r:.200}")
         if not isinstance(answer, (str, int)):
-            raise InvalidRecordError(f"`answer` is {answer!r}")
+            raise InvalidRecordError(f"`answer` is {answer!r:.200}")
         answer, answer_type = str(answer).strip(), record.get("answer_type")
         derived = answer_type is None or not str(answer_type).strip()
         if derived:
             answer_type = "closed" if answer.lower() in _POLARITY else "open"
         elif (answer_type := _ANSWER_TYPES.get(str(answer_type).strip().lower())) is None:
-            raise InvalidRecordError(f"`answer_type` is {record['answer_type']!r}, not one of {tuple(_ANSWER_TYPES)}")
+            raise InvalidRecordError(
+                f"`answer_type` is {record['answer_type']!r:.200}, not one of {tuple(_ANSWER_TYPES)}"
+            )
         image, file_name = self._image(record)
         image_id = _value(record, "image_id") or file_name or hashlib.sha256(image["bytes"]).hexdigest()
         meta = {name: _value(record, name) for name in META}
@@ -435,7 +440,7 @@ class _Reader:
                 raise InvalidRecordError(f"it has {len(given)} images; allowed is one")
             given = given[0]
         if isinstance(given, dict):
-            if given.get("bytes") is not None:
+            if isinstance(given.get("bytes"), bytes):
                 return {"bytes": given["bytes"], "path": None}, None
             given = given.get("path")
         if not isinstance(given, str):
@@ -455,7 +460,7 @@ def _questions(record: dict, name: str) -> list[dict]:
         return [{**record, "id": name}]
     messages = record_to_row({**record, "image": []}, name)["messages"]
     turns = [message for message in messages if message["role"] != "system"]
-    if len(turns) % 2 or [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+    if not turns or len(turns) % 2 or [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
         raise InvalidRecordError("its turns are not questions and answers by turns")
     texts = ["".join(part["text"] for part in turn["content"] if part["type"] == "text") for turn in turns]
     pairs = list(zip(texts[::2], texts[1::2]))

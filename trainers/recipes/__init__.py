@@ -43,12 +43,10 @@ def accelerate_file(name: str | None) -> Path | None:
     return ACCELERATE / "cpu.yaml" if alone else None
 
 
-def describe_recipes() -> list[str]:
-    """A line for each recipe: its name and what it begins with."""
+def describe_recipes() -> dict[str, str]:
+    """What each recipe is for, by its name: the line that it begins with."""
     files = sorted(RECIPES.glob("*.yaml"))
-    first_lines = [file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for file in files]
-    width = max(len(file.stem) for file in files)
-    return [f"{file.stem:{width}}  {line}" for file, line in zip(files, first_lines)]
+    return {file.stem: file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for file in files}
 
 
 def _resolve(argument: str, name: str | None, folder: Path) -> Path:

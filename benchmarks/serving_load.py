@@ -1,0 +1,152 @@
+"""`lladamedv serve` under load: many clients at once, some of which leave in the middle of an answer.
+
+    python benchmarks/serving_load.py --seconds 300 --clients 16 --json results.json
+
+Clients ask a process with the demo model about phantoms, half of the time in streams. What is right was computed with
+`generate` beforehand, so that an answer to another's question is found. Whoever is turned away with 429 comes again
+after `Retry-After`. A good server gives no wrong answer, loses no request, and its memory does not grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import torch
+
+from lladamedv.demo import answer, load_model
+from lladamedv.processing.phantoms import PhantomVQA
+
+
+QUESTIONS = 64
+PATIENCE = 120  # seconds after which a request without a reply is lost
+
+
+def prepare() -> list[tuple[list[dict], str]]:
+    """Messages of questions, and what the model answers to each."""
+    torch.set_num_threads(1)
+    model, processor = load_model()
+    examples = list(PhantomVQA(4_242, QUESTIONS))
+    truths = answer(model, processor, [example.messages() for example in examples], batch_size=1)
+    prepared = []
+    for example, truth in zip(examples, truths):
+        file = io.BytesIO()
+        example.image.save(file, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": example.question}]
+        prepared.append(([{"role": "user", "content": parts}], truth))
+    return prepared
+
+
+async def ask(client: openai.AsyncOpenAI, messages, streamed: bool, leave: bool) -> str | None:
+    """The answer; `None` if the client left before its end."""
+    if not streamed:
+        asked = client.chat.completions.create(model="lladamedv-demo", messages=messages)
+        if not leave:
+            return (await asked).choices[0].message.content
+        try:
+            await asyncio.wait_for(asked, random.uniform(0.01, 1))
+        except asyncio.TimeoutError:
+            pass
+        return None
+    pieces = []
+    async with await client.chat.completions.create(model="lladamedv-demo", messages=messages, stream=True) as stream:
+        async for chunk in stream:
+            pieces.append(chunk.choices[0].delta.content or "")
+            if leave and pieces[-1]:
+                return None
+    return None if leave else "".join(pieces)
+
+
+async def visit(url: str, until: float, questions, abort_share: float, counts: Counter, latencies: list[float]) -> None:
+    """One client: asks until the time is over, and waits when it is told to."""
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=PATIENCE) as client:
+        while time.monotonic() < until:
+            messages, truth = random.choice(questions)
+            leave, started = random.random() < abort_share, time.monotonic()
+            try:
+                text = await ask(client, messages, random.random() < 0.5, leave)
+            except openai.RateLimitError as error:
+                counts["429"] += 1
+                await asyncio.sleep(float(error.response.headers["retry-after"]))
+                continue
+            except openai.OpenAIError as error:
+                counts["lost"] += 1
+                print(f"lost: {type(error).__name__}: {error}", file=sys.stderr)
+                continue
+            if leave:
+                counts["aborted"] += 1
+            else:
+                counts["done"] += 1
+                counts["wrong"] += text.strip() != truth
+                latencies.append(time.monotonic() - started)
+
+
+async def watch(process: psutil.Process, until: float, sizes: list[tuple[float, float]]) -> None:
+    """Note the server's resident memory in MB every second, and when."""
+    while time.monotonic() < until:
+        sizes.append((time.monotonic(), process.memory_info().rss / 1e6))
+        await asyncio.sleep(1)
+
+
+async def load(url: str, process: psutil.Process, arguments, questions) -> dict:
+    counts, latencies, sizes = Counter(), [], []
+    until = time.monotonic() + arguments.seconds
+    visits = [visit(url, until, questions, arguments.abort_share, counts, latencies) for _ in range(arguments.clients)]
+    await asyncio.gather(watch(process, until, sizes), *visits)
+    times, memory = np.array(sizes)[len(sizes) // 3 :].T
+    cuts = statistics.quantiles(latencies, n=100) if len(latencies) > 1 else [float("nan")] * 99
+    return {
+        **{name: counts[name] for name in ("done", "aborted", "429", "wrong", "lost")},
+        "latency_seconds": {f"p{share}": round(cuts[share - 1], 3) for share in (50, 90, 99)},
+        "rss_mb": {"first": round(sizes[0][1], 1), "last": round(sizes[-1][1], 1), "most": round(max(memory), 1)},
+        "rss_slope_mb_per_minute": round(float(np.polyfit(times, memory, 1)[0]) * 60, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--max-queue", type=int, default=8, help="Fewer than clients, so that some are turned away.")
+    parser.add_argument("--abort-share", type=float, default=0.2, help="Of the requests that are given up midway.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="File to write the results to.")
+    arguments = parser.parse_args()
+    random.seed(arguments.seed)
+    questions = prepare()
+    command = [sys.executable, "-m", "lladamedv.cli", "serve", "--port", "0", "--max-queue", str(arguments.max_queue)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            url = re.search(r"http://\S+", server.stdout.readline())[0]
+            results = asyncio.run(load(url, psutil.Process(server.pid), arguments, questions))
+            results["healthy"] = httpx.get(url.replace("/v1", "/health"), timeout=PATIENCE).is_success
+        finally:
+            server.terminate()
+    results["exit_code"] = server.returncode
+    for name, value in results.items():
+        print(f"{name:26}{value}")
+    if arguments.json:
+        settings = {name: value for name, value in vars(arguments).items() if name != "json"}
+        arguments.json.write_text(json.dumps({"settings": settings, **results}, indent=1) + "\n")
+    if results["wrong"] or results["lost"] or not results["healthy"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""`lladamedv serve`: an OpenAI-compatible server, for this machine only unless asked otherwise."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_app import _LOOPBACK, check_device
+from .cli_common import quiet
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a model; by default the tiny demo model.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps…")] = "cpu",
+    host: Annotated[str, typer.Option(help="Address to listen on; others than 127.0.0.1 let others in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8000,
+    max_queue: Annotated[int, typer.Option(min=0, help="How many requests may wait while one is answered.")] = 16,
+    max_upload_size: Annotated[int, typer.Option(min=1, help="Largest request, in MB.")] = 20,
+) -> None:
+    """Serve a model to programs that speak OpenAI's API.
+
+    The API is at http://127.0.0.1:8000/v1 unless told otherwise. Ctrl-C ends it.
+
+    \b
+    Examples:
+      lladamedv serve
+      lladamedv serve --model path/or/hub-id --dtype bfloat16 --device cuda
+    """
+    from lladamedv.demo import DEMO_MODEL, load_model
+    from lladamedv.serving import build_api, make_server
+
+    quiet()
+    # All that can be wrong is tried before a large model is loaded.
+    check_device(device)
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0]
+        raise ValueError(f"`port` is {port}, which cannot be listened on at {host}: {reason}.") from error
+    # Inherited by connections; without it each part of a stream would wait for the one before to be acknowledged.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    loaded, processor = load_model(model or DEMO_MODEL, dtype, revision)
+    name = "lladamedv-demo" if model is None else Path(model).resolve().name if Path(model).is_dir() else model
+    options = {"name": name, "max_queue": max_queue, "max_upload_size": max_upload_size * 1_000_000}
+    if host not in _LOOPBACK:
+        options["hosts"] = None  # who can tell under which names it is known?
+        typer.echo(f"Warning: everybody who reaches {host} can use the server, with no password.", err=True)
+    server = make_server(build_api(loaded.to(device), processor, **options))
+    address = f"[{host}]" if ":" in host else host
+    typer.echo(f"{name} is served at http://{address}:{listening.getsockname()[1]}/v1")
+    server.run(sockets=[listening])

@@ -1,0 +1,396 @@
+"""The app in headless Chromium: what a person gets to see, with a mouse, with the keyboard alone, or read out.
+
+Needs the extra `browser-tests` and an installed Chromium, and is skipped without them.
+"""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lladamedv.app import build_app
+from lladamedv.demo import answer, load_model
+from lladamedv.processing.phantoms import PhantomVQA
+from tests.dicom_files import SECRET, dataset, to_bytes
+from tests.test_app import Gate, luminance, question_about, shown_pixels
+
+
+pytest.importorskip("gradio")
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+expect = sync_api.expect
+ASKED = "Is there a lesion?"
+FRAME = "range slider for Frame (from 0)"
+FOCUS = """() => {
+    const element = document.activeElement, style = getComputedStyle(element);
+    const name = element.getAttribute("aria-label") || element.placeholder || element.value || element.innerText;
+    return [element.tagName, name, style.outlineStyle, parseFloat(style.outlineWidth)];
+}"""
+CONTRAST = """element => {
+    let behind = element;
+    while (getComputedStyle(behind).backgroundColor == "rgba(0, 0, 0, 0)") behind = behind.parentElement;
+    return [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor];
+}"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The demo model is too small to gain from more, and loses where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_model()
+
+
+@pytest.fixture(scope="module")
+def url(shipped, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        app = build_app(*shipped, max_file_size=100_000)
+        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+        yield url
+        app.close()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def look():
+    """Options of the window: a test may have its own."""
+    return {}
+
+
+@pytest.fixture
+def page(chromium, url, look):
+    """The page, which must ask nobody else for anything, raise no error and keep nothing."""
+    page = chromium.new_context(**{"viewport": {"width": 1200, "height": 1000}} | look).new_page()
+    asked, errors = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: errors.append(error))
+    page.goto(url)
+    expect(page.get_by_role("textbox")).to_be_visible()
+    yield page
+    assert not errors
+    assert all(each.startswith((url, "data:", "blob:")) for each in asked)
+    assert page.evaluate("async () => [localStorage.length, (await indexedDB.databases()).length]") == [0, 0]
+    page.context.close()
+
+
+@pytest.fixture(scope="module")
+def example():
+    return next(iter(PhantomVQA(5, 1, ("description",))))
+
+
+@pytest.fixture(scope="module")
+def picture(example, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "phantom.png"
+    example.image.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    """A DICOM file with two frames, and the grey values of both."""
+    grey = np.stack([np.asarray(example.image.convert("L")) for example in PhantomVQA(5, 2)]).astype(np.uint16)
+    path = tmp_path_factory.mktemp("dicom") / "frames.dcm"
+    path.write_bytes(to_bytes(dataset(grey * 16, bits=12, WindowCenter=2040.5, WindowWidth=4081)))
+    return path, grey.astype(int)
+
+
+def attach(page, path):
+    page.set_input_files("input[type=file]", path)
+    expect(page.get_by_role("button", name="Remove file")).to_be_visible()
+
+
+def ask(page, question):
+    page.get_by_role("textbox").fill(question)
+    page.keyboard.press("Enter")
+
+
+def answers(page, count):
+    """The texts of all answers, once there are `count`."""
+    log = page.get_by_role("log")
+    expect(log.get_by_role("article")).to_have_count(count)
+    expect(log).to_have_attribute("aria-busy", "false")
+    expect(log.locator(".ldm-mask")).to_have_count(0)
+    return [text.strip() for text in log.locator(".ldm-text").all_inner_texts()]
+
+
+def tab_to(page, name):
+    """Press Tab until what is so named has the focus, which must be visible all the way."""
+    seen = []
+    while name not in seen:
+        page.keyboard.press("Tab")
+        tag, focused, style, width = page.evaluate(FOCUS)
+        assert len(seen) < 60, f"{name} is not reached: {seen}"
+        if tag != "BODY":  # the way on begins at the top
+            seen.append(focused.split("\n")[0])
+            assert style == "solid" and width >= 2, f"no focus to be seen at {focused}"
+    return seen
+
+
+def test_masks_become_an_answer(page, shipped, example, picture, monkeypatch):
+    gate = Gate(monkeypatch, shipped[0])
+    attach(page, picture)
+    ask(page, example.question)
+    log = page.get_by_role("log")
+    masks = log.locator(".ldm-mask")
+    expect(masks).to_have_count(24)
+    expect(log).to_have_attribute("aria-busy", "true")
+    expect(masks.first).to_be_visible()
+    assert log.locator(".ldm-text").inner_text().strip("░") == ""
+    for passes, left in ((1, 23), (4, 19), (6, 13)):
+        gate.let(passes)
+        expect(masks).to_have_count(left)
+    assert re.search(r"\w+", log.locator(".ldm-text").inner_text().replace("░", "")), "some of the words are there"
+    gate.let(1_000)
+    expected = answer(*shipped, [example.messages()])
+    assert answers(page, 1) == expected
+    expect(page.get_by_role("textbox")).to_have_value("")
+
+    ask(page, ASKED)
+    chat = question_about(example.image, example.question, expected[0], ASKED)
+    assert answers(page, 2) == [*expected, *answer(*shipped, [chat])]
+
+
+def test_stop_and_new_conversation(page, shipped, picture, monkeypatch):
+    gate = Gate(monkeypatch, shipped[0])
+    attach(page, picture)
+    ask(page, "Describe the image.")
+    gate.let(2)
+    masks = page.get_by_role("log").locator(".ldm-mask")
+    expect(masks).to_have_count(22)
+    page.get_by_role("button", name="Stop").click()
+    expect(masks).to_have_count(0)
+    gate.let(1_000)
+    expect(page.get_by_role("textbox")).to_have_value("Describe the image.")
+    page.wait_for_timeout(1_000)  # Gradio takes no other question while it clears away
+    ask(page, ASKED)
+    assert len(answers(page, 1)) == 1
+    page.get_by_role("button", name="New conversation").click()
+    assert answers(page, 0) == []
+    expect(page.get_by_text("No image yet.")).to_be_visible()
+
+
+def test_sliders_are_options_of_generate(page, shipped, example, picture, monkeypatch):
+    model, processor = shipped
+    page.get_by_role("button", name="How to denoise").click()
+    length, block, steps, threshold = (
+        page.get_by_role("slider", name=f"({option})")
+        for option in ("max_new_tokens", "block_length", "steps", "confidence_threshold")
+    )
+    length.press("ArrowRight")
+    expect(steps).to_have_value("25")
+    assert 25 % int(block.input_value()) == 0, "the block length follows"
+    number = page.get_by_role("spinbutton", name="(max_new_tokens)")
+    number.fill("40")
+    number.press("Tab")
+    expect(steps).to_have_value("40")
+    expect(block).to_have_value("8")
+    for _ in range(30):
+        threshold.press("ArrowRight")
+    expect(threshold).to_have_value("0.3")
+
+    gate = Gate(monkeypatch, model)
+    attach(page, picture)
+    ask(page, example.question)
+    expect(page.get_by_role("log").locator(".ldm-mask")).to_have_count(40)
+    gate.let(1_000)
+    options = {"max_new_tokens": 40, "block_length": 8, "steps": 40, "confidence_threshold": 0.3}
+    inputs = processor.apply_chat_template(
+        example.messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, **options, tokenizer=processor.tokenizer, return_dict_in_generate=True)
+    assert answers(page, 1) == answer(*shipped, [example.messages()], **options)
+    assert output.num_forwards[0] < 20
+    expect(page.get_by_text(f"Forward passes: {int(output.num_forwards[0])}.")).to_be_visible()
+
+
+def test_frames_and_windows(page, shipped, frames):
+    path, grey = frames
+    expect(page.get_by_role("slider", name="Frame")).to_have_count(0)
+    attach(page, path)
+    ask(page, "")
+    frame, shown = page.get_by_role("slider", name=FRAME), page.locator(".ldm-picture")
+    expect(shown).to_contain_text("frame 1 of 2 (from 0)")
+    expect(frame).to_have_value("1")
+    ask(page, ASKED)
+    assert len(answers(page, 1)) == 1
+
+    frame.press("ArrowLeft")
+    expect(shown).to_contain_text("frame 0 of 2 (from 0)")
+    expect(page.get_by_role("log")).to_contain_text("The image was read anew, so the conversation begins anew.")
+    assert np.abs(shown_pixels(shown.inner_html()) - grey[0]).max() <= 1
+    ask(page, ASKED)
+    image = Image.fromarray(shown_pixels(shown.inner_html()).astype(np.uint8)).convert("RGB")
+    assert answers(page, 1) == answer(*shipped, [question_about(image, ASKED)])
+
+    window = page.get_by_role("combobox", name="Window")
+    window.fill("nonsense")
+    window.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("The window is 'nonsense'; allowed are default, lung")
+    expect(window).to_have_value("default")
+    assert len(answers(page, 1)) == 1
+    window.fill("40/40")
+    window.press("Enter")
+    expect(shown).to_contain_text("window 40/40 (level/width)")
+    expect(page.get_by_role("alert")).to_have_count(0)
+    assert answers(page, 0) == []
+    window.click()
+    page.get_by_role("option", name="bone").click()
+    expect(shown).to_contain_text("preset bone")
+    expect(shown).to_contain_text("frame 0 of 2 (from 0)")
+    assert SECRET not in page.content()
+
+
+def test_a_frame_that_is_not_there(page, frames):
+    attach(page, frames[0])
+    ask(page, "")
+    number = page.get_by_role("spinbutton", name="Frame")
+    number.fill("0")
+    expect(page.locator(".ldm-picture")).to_contain_text("frame 0 of 2 (from 0)")
+    number.fill("7")
+    expect(page.get_by_text("Value 7 is greater than maximum value 1.")).to_be_visible()
+    number.press("Tab")
+    expect(page.locator(".ldm-picture")).to_contain_text("frame 1 of 2 (from 0)")
+    expect(number).to_have_value("1")
+
+
+def test_files_that_cannot_be_read(page, picture, tmp_path):
+    alert = page.get_by_role("alert")
+    for name, content, message in (
+        ("text.png", b"a text", "The file is of no known format"),
+        ("cut.png", picture.read_bytes()[:2000], "The file is a picture file that cannot be read"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        attach(page, tmp_path / name)
+        ask(page, ASKED)
+        expect(alert).to_contain_text(message)
+        expect(page.get_by_role("textbox")).to_have_value(ASKED)
+    (tmp_path / "large.png").write_bytes(bytes(100_001))
+    page.set_input_files("input[type=file]", tmp_path / "large.png")
+    expect(page.get_by_text("exceed the maximum allowed size")).to_be_visible()
+    attach(page, picture)
+    ask(page, ASKED)
+    assert answers(page, 1) == ["Yes"]
+    expect(alert).to_have_count(0)
+
+
+def test_markup_stays_text(page, picture):
+    attack = "<img src=x onerror=alert(1)> ${alert(2)} {{value}} `"
+    dialogs = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    attach(page, picture)
+    ask(page, attack)
+    answers(page, 1)
+    expect(page.locator(".ldm-question span")).to_have_text(attack)
+    assert dialogs == []
+
+
+def test_the_keyboard_is_enough(page, frames):
+    page.on("filechooser", lambda chooser: chooser.set_files(frames[0]))
+    assert tab_to(page, "How to denoise") == [
+        "Upload a file", "Question about the image", "Submit", "Stop", "New conversation", "How to denoise",
+    ]  # fmt: skip
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("slider", name="(steps)")).to_be_visible()
+    tab_to(page, "range slider for Confidence threshold (confidence_threshold)")
+    tab_to(page, "Upload a file")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Remove file")).to_be_visible()
+    tab_to(page, "Question about the image")
+    page.keyboard.type(ASKED)
+    page.keyboard.press("Enter")
+    assert len(answers(page, 1)) == 1
+    reached = tab_to(page, "Confidence of every token")
+    assert FRAME in reached and "Window (grey values to show)" in reached
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("table")).to_be_visible()
+    tab_to(page, FRAME)
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator(".ldm-picture")).to_contain_text("frame 0 of 2 (from 0)")
+    tab_to(page, "Question about the image")
+    page.keyboard.type(ASKED)
+    tab_to(page, "Submit")
+    page.keyboard.press("Enter")
+    assert len(answers(page, 1)) == 1
+    tab_to(page, "New conversation")
+    page.keyboard.press("Space")
+    expect(page.get_by_text("No image yet.")).to_be_visible()
+
+
+def test_what_is_read_out(page, frames, picture):
+    """Roles, names and states, as Chromium gives them to a screen reader."""
+
+    def check():
+        nodes = session.send("Accessibility.getFullAXTree")["nodes"]
+        said = [(node["role"]["value"], node.get("name", {}).get("value")) for node in nodes if not node["ignored"]]
+        assert not [role for role, name in said if role in controls and not name]
+        assert all(image.get_attribute("alt") is not None for image in page.locator("img").all())
+        return said
+
+    controls = {"button", "textbox", "slider", "spinbutton", "combobox", "radio", "checkbox", "link", "log", "region"}
+    session = page.context.new_cdp_session(page)
+    assert page.locator("html").get_attribute("lang") == "en" and page.title() == "LLaDA-MedV"
+    assert [text for role, text in check() if role == "heading"] == ["LLaDA-MedV"]
+    expect(page.get_by_role("main")).to_have_count(1)
+    expect(page.get_by_role("note")).to_contain_text("Research only. Not a medical device")
+    expect(page.get_by_role("log", name="Conversation")).to_have_attribute("aria-live", "polite")
+    options = page.get_by_role("button", name="How to denoise")
+    expect(options).to_have_attribute("aria-expanded", "false")
+    options.click()
+    expect(options).to_have_attribute("aria-expanded", "true")
+
+    attach(page, picture)
+    check()
+    page.get_by_role("button", name="Remove file").click()
+    attach(page, frames[0])
+    check()
+    ask(page, ASKED)
+    answers(page, 1)
+    assert {("slider", FRAME), ("combobox", "Window (grey values to show)")} < set(check())
+    expect(page.get_by_role("img", name="The uploaded image as it was read, 64 by 64 pixels")).to_be_visible()
+    options.click()
+    expect(options).to_have_attribute("aria-expanded", "false")
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        {"color_scheme": "light"},
+        {"color_scheme": "dark"},
+        {"color_scheme": "dark", "viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True},
+    ],
+    ids=["light", "dark", "phone"],
+)
+def test_everything_can_be_read(page, look, frames):
+    attach(page, frames[0])
+    ask(page, "What?")
+    expect(page.get_by_role("alert")).to_have_count(0)
+    answers(page, 1)
+    ask(page, "x" * 4_001)
+    expect(page.get_by_role("alert")).to_be_visible()
+    width = look.get("viewport", {"width": 1200})["width"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is beside the screen"
+    for what in (".ldm-note b", ".ldm-alert", "figcaption", ".ldm-question", ".ldm-token", ".ldm-legend p"):
+        colors = page.locator(what).first.evaluate(CONTRAST)
+        front, back = (
+            luminance("#" + "".join(f"{int(level):02x}" for level in re.findall(r"\d+", color)[:3])) for color in colors
+        )
+        dark, light = sorted((front, back))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, what  # WCAG 2.2, 1.4.3

@@ -1,0 +1,279 @@
+"""An explanation says what `generate` says of itself, in HTML and as pixels, and tells nothing else."""
+
+import base64
+import io
+import math
+import re
+from html.parser import HTMLParser
+from itertools import groupby
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from typer.testing import CliRunner
+
+from lladamedv.cli import app
+from lladamedv.conversation import LEVELS, MASK, generate_answer
+from lladamedv.demo import load_model
+from lladamedv.evaluation.answering import question_about
+from lladamedv.explanation import (
+    Explanation,
+    Token,
+    check_explanation_file,
+    draw_explanation,
+    explain_answer,
+    to_html,
+)
+from lladamedv.processing.phantoms import PhantomVQA
+
+
+ATTACK = "<img src=x onerror=alert(1)></span><script>alert(2)</script> \"'&amp; \x1b[2J \u202e"
+EMPTY, EDGE = (0xE6, 0xE9, 0xEE), (0x0B, 0x53, 0x94)  # of masks, and around what a step committed
+OPTIONS = [
+    {},
+    {"confidence_threshold": 0.9},
+    {"use_cache": True, "block_length": 24, "steps": 6},
+    {"initial_canvas_length": 8},
+    {"generation_suffix": " Answer ends."},
+    {"stop_strings": [" on the"]},
+    {"suppress_tokens": [], "min_new_tokens": 24},
+]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_model()
+
+
+@pytest.fixture(scope="module")
+def example():
+    return PhantomVQA(9000, 60, ("description",))[15]
+
+
+class Page(HTMLParser):
+    """Elements as (tag, attributes, text); those that stay open are an error."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self._open = [], []
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes), []))
+        if tag not in ("img", "meta"):
+            self._open.append(self.elements[-1])
+
+    def handle_endtag(self, tag):
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data):
+        for _, _, text in self._open:
+            text.append(data)
+
+    def texts(self, tag, css_class=None):
+        return [
+            "".join(text)
+            for name, attributes, text in self.elements
+            if name == tag and css_class in (None, *attributes.get("class", "").split())
+        ]
+
+
+def squeeze(text):
+    return re.sub(r"\s", "", text)
+
+
+@pytest.fixture(scope="module", params=OPTIONS, ids=str)
+def told(request, shipped, example):
+    """An explanation, and what `generate` keeps of the same answer: text and history up to its end, confidence."""
+    model, processor = shipped
+    explanation = explain_answer(model, processor, example.image, example.question, **request.param)
+    ids, output = generate_answer(
+        model, processor, question_about(example.image, example.question), output_history=True, **request.param
+    )
+    suffix = processor.tokenizer(request.param.get("generation_suffix", ""), add_special_tokens=False).input_ids
+    assert not suffix or ids[-len(suffix) :] == suffix
+    length = len(ids) - len(suffix)
+    return explanation, ids[:length], output, model.config.mask_token_id, processor.decode
+
+
+def expected_tokens(told):
+    """Text, step from 1 and confidence, from the canvases: the step is the first whose canvas has the token."""
+    _, ids, output, mask, decode = told
+    history = output.history[:, 0].tolist()
+    ended = len(ids) < len(history[0])
+    rows = []
+    for place in range(len(ids) + ended):
+        step = next((number for number, canvas in enumerate(history, 1) if canvas[place] != mask), None)
+        text = "end" if place == len(ids) else MASK if step is None else decode([ids[place]])
+        rows.append((text, step, None if step is None else float(output.commit_confidence[0, place])))
+    return rows
+
+
+def test_tokens_are_those_of_generate(told):
+    explanation, _, output, _, _ = told
+    expected = expected_tokens(told)
+    assert [(token.text or "end", token.step, token.confidence) for token in explanation.tokens] == expected
+    assert explanation.num_forwards == len(output.history)
+    sure = [confidence for _, _, confidence in expected if confidence is not None]
+    assert explanation.confidence == pytest.approx(math.exp(sum(map(math.log, sure)) / len(sure)), rel=1e-6)
+
+
+def test_html_is_what_happened(told):
+    explanation, ids, output, mask, decode = told
+    page = Page(to_html(explanation))
+    expected = expected_tokens(told)
+    committed = [row for row in expected if row[1] is not None]
+    titles = [attributes["title"] for _, attributes, _ in page.elements if "title" in attributes]
+    assert titles == [f"step {step}, confidence {sure:.1%}" for _, step, sure in committed]
+    spans = [(attributes["class"], "".join(text)) for _, attributes, text in page.elements if "title" in attributes]
+    assert [text for _, text in spans] == [f"{text}{step}" for text, step, _ in committed]
+    bounds = [0.9, 0.7, 0.5, 0.0]
+    levels = [f"token level-{next(i for i, bound in enumerate(bounds) if sure >= bound)}" for *_, sure in committed]
+    assert [css_class for css_class, _ in spans] == levels
+    assert squeeze("".join(page.texts("p", "answer"))) == squeeze(
+        "".join(text if step is None else f"{text}{step}" for text, step, _ in expected)
+    )
+
+    cells = page.texts("td")
+    canvases = list(zip(cells[::2], cells[1::2]))[: len(output.history) + 1]
+    assert page.texts("th")[3 : 3 + len(canvases)] == [str(step) for step in range(len(canvases))]
+    assert canvases[0][0] == str(len(expected)) and squeeze(canvases[0][1]) == MASK * len(expected)
+    for (masks, shown), canvas in zip(canvases[1:], output.history[:, 0].tolist()):
+        texts = [MASK if token == mask else decode([token]) for token in canvas[: len(ids)]]
+        if len(ids) < len(canvas):
+            texts.append(MASK if canvas[len(ids)] == mask else "end")
+        assert squeeze(shown) == squeeze("".join(texts)) and int(masks) == texts.count(MASK)
+    rows = to_html(explanation).split('<th scope="row">')[1:]
+    for step, row in enumerate(rows):
+        new = "".join(text for text, when, _ in expected if when == step)
+        assert squeeze("".join(Page(re.search("<td>.*?</td>(<td>.*?</td>)", row)[1]).texts("b"))) == squeeze(new)
+    assert cells[2 * len(canvases) :] == [
+        cell for text, step, sure in committed for cell in (text, str(step), f"{sure:.1%}")
+    ]
+
+
+def runs(pixels, color):
+    """How many separate runs of a colour there are in a line of pixels."""
+    return sum(key for key, _ in groupby((pixels == color).all(axis=-1).tolist()))
+
+
+def test_picture_shows_what_happened(told):
+    """Cells are counted in the pixels: grey ones are masks, and a framed one has an edge on both sides."""
+    explanation, expected = told[0], expected_tokens(told)
+    pixels = np.asarray(draw_explanation(explanation, scale=2))
+    assert pixels.shape[1] == 2000
+    left = next(x for x in range(400, 800) if (pixels[:, x] == EMPTY).all(axis=-1).sum() > 20)  # of the first column
+    filled = (pixels[:, left + 3] != 255).any(axis=-1)
+    changes = np.flatnonzero(np.diff(filled.astype(int))) + 1
+    tops = [top for top, bottom in zip(changes[::2], changes[1::2]) if bottom - top > 30]
+    lines, rest = divmod(len(tops), explanation.num_forwards + 1)  # of cells, for each canvas
+    assert lines in (1, 2) and rest == 0
+    for step in range(explanation.num_forwards + 1):
+        # Above the words, where cells have nothing but their colour.
+        strips = [pixels[top + 6, left - 2 :] for top in tops[lines * step : lines * (step + 1)]]
+        masks, framed = (sum(runs(strip, color) for strip in strips) for color in (EMPTY, EDGE))
+        assert masks == sum(when is None or when > step for _, when, _ in expected)
+        assert framed == 2 * sum(when == step for _, when, _ in expected)
+
+
+def test_html_needs_and_tells_nothing_else(shipped, example):
+    image = example.image.resize((900, 700))
+    image.info.update({"comment": "SECRET", "dpi": (72, 72)})
+    text = to_html(explain_answer(*shipped, image, example.question, image_steps=["window 40/400 & more"]))
+    page = Page(text)
+    assert text.startswith("<!DOCTYPE html>") and dict(page.elements[0][1]) == {"lang": "en"}
+    assert not {"script", "link", "a", "iframe", "object"} & {tag for tag, _, _ in page.elements}
+    assert not re.search(r"https?:|url\(|@import|SECRET", text) and 'charset="utf-8"' in text
+    (image_attributes,) = [attributes for tag, attributes, _ in page.elements if tag == "img"]
+    assert image_attributes["alt"] == "The image asked about, 900 by 700 pixels"
+    kind, _, data = image_attributes["src"].partition(",")
+    assert kind == "data:image/png;base64"
+    shown = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert shown.size == (640, 498) and not shown.info
+    assert np.abs(np.asarray(shown, float) - np.asarray(image.resize(shown.size), float)).mean() < 5
+    headers = [attributes["scope"] for tag, attributes, _ in page.elements if tag == "th"]
+    assert headers.count("col") == 6 and headers.count("row") >= 20
+    assert "Not a medical device" in text and "window 40/400 & more" in "".join(page.texts("figcaption"))
+    assert "max_new_tokens = 24\nblock_length = 8\nsteps = 24" in page.texts("dd")[3]
+    assert page.texts("dd")[:2] == [example.question, example.answer]
+
+
+@pytest.fixture
+def hostile():
+    """As no model answers: markup, controls, white space, a long token, other scripts, and more steps than fit."""
+    texts = [ATTACK, "\n", " ", "-" * 400, "лёгкие", " 3 µm"] * 30
+    tokens = tuple(Token(text, 1 + 7 * index % 180, 0.01 + index / 181) for index, text in enumerate(texts))
+    return Explanation(
+        image=Image.new("L", (20, 600)),
+        question=ATTACK + "\n\n" + "W" * 3_000,
+        image_steps=[ATTACK],
+        text=ATTACK * 50,
+        confidence=None,
+        summary=ATTACK,
+        tokens=(*tokens, Token(MASK, None, None), Token(None, 256, 0.5)),
+        num_forwards=256,
+        options={"max_new_tokens": 256, "block_length": 64, "steps": 256, "stop_strings": [ATTACK]},
+    )
+
+
+def test_nothing_that_is_said_acts(hostile):
+    text = to_html(hostile)
+    page = Page(text)
+    assert len(page.texts("img")) == 1 and not page.texts("script")
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+    assert page.texts("dd")[1] == (ATTACK * 50).replace("\x1b", r"\x1b").replace("\u202e", r"\u202e")
+
+
+def test_pictures_of_long_answers_stay_small(hostile):
+    picture = draw_explanation(hostile, scale=1)
+    assert picture.width == 1000 and picture.height < 10_000
+    assert len(picture.getcolors(1 << 24)) > 10
+
+
+def test_colours_have_contrast_and_are_not_alone():
+    def luminance(color):  # WCAG 2.2, relative luminance
+        channels = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
+        return np.dot(linear, (0.2126, 0.7152, 0.0722))
+
+    for level in LEVELS:
+        assert (luminance(level.color) + 0.05) / (luminance("#333333") + 0.05) >= 7
+    assert len({level.underline for level in LEVELS}) == len(LEVELS)
+
+
+@pytest.mark.parametrize("name", ["denoising.html", "denoising.PNG"])
+def test_files(hostile, tmp_path, name):
+    file = tmp_path / name
+    file.write_text("before")
+    hostile.save(file)
+    if file.suffix == ".html":
+        assert file.read_text(encoding="utf-8") == to_html(hostile)
+    else:
+        picture = Image.open(file)
+        assert isinstance(picture, PngImagePlugin.PngImageFile) and picture.size[0] == 2000 and not picture.info
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["denoising.pdf", "denoising", "no/such/folder.html", "folder.html"])
+def test_files_that_cannot_be_written(tmp_path, name):
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(ValueError, match=r"`explain` is .*; it must be an .html or .png file in a folder that exists"):
+        check_explanation_file(tmp_path / name)
+
+
+def test_ask(shipped, example, tmp_path):
+    """The command says what it always says, and writes a file that does not name the picture's."""
+    picture, file = tmp_path / "SECRET_NAME.png", tmp_path / "denoising.html"
+    example.image.save(picture)
+    words = ["ask", str(picture), example.question, "--option", "confidence_threshold=0.9", "--json"]
+    plain = CliRunner().invoke(app, words)
+    result = CliRunner().invoke(app, [*words, "--explain", str(file)])
+    assert result.exit_code == 0 and result.stdout == plain.stdout
+    text = file.read_text(encoding="utf-8")
+    assert "SECRET_NAME" not in text and str(tmp_path) not in text
+    assert "confidence_threshold = 0.9" in Page(text).texts("dd")[3]
+
+    result = CliRunner().invoke(app, [*words, "--model", "/no/such/model", "--explain", "denoising.pdf"])
+    assert result.exit_code == 1 and "`explain` is 'denoising.pdf'; it must be" in result.stderr

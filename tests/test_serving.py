@@ -1,0 +1,806 @@
+"""The server over real HTTP, by OpenAI's own client: answers, streams, queues, disconnections, and what is refused."""
+
+import base64
+import io
+import json
+import logging
+import socket
+import struct
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Semaphore, Thread
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer import Typer
+from typer.testing import CliRunner
+
+from lladamedv.cli_common import CommandLine
+from lladamedv.cli_serve import serve
+from lladamedv.demo import load_model
+from lladamedv.evaluation.answering import answer_batch, question_about
+from lladamedv.processing.medical_images import read_medical_image
+from lladamedv.processing.phantoms import PhantomVQA
+
+
+httpx = pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+uvicorn = pytest.importorskip("uvicorn")
+
+from lladamedv import serving  # noqa: E402 - needs the above
+
+
+http = httpx.Client(timeout=30)
+
+
+CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+LIMIT = 200_000  # bytes of a request
+QUESTION = "Describe the image."
+SECRET = "Doe^Jane"
+TEXT = {"messages": [{"role": "user", "content": "Hello?"}]}
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield load_model()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def image():
+    return next(iter(PhantomVQA(5, 1, ("description",)))).image
+
+
+@contextmanager
+def served(shipped, **options):
+    """URL of a server in a thread of its own."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    server = serving.make_server(serving.build_api(*shipped, name="demo", **options))
+    thread = Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        listening.close()
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def url(shipped):
+    with served(shipped, max_upload_size=LIMIT) as address:
+        yield address
+
+
+def client_of(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture
+def client(url):
+    return client_of(url)
+
+
+def data_url(content, kind="png"):
+    if isinstance(content, Image.Image):
+        file = io.BytesIO()
+        content.save(file, "PNG")
+        content = file.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def chat(image, question=QUESTION):
+    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": parts}]
+
+
+def ask(client, messages, generation_config=None, **options):
+    if generation_config is not None:
+        options["extra_body"] = {"generation_config": json.dumps(generation_config)}
+    return client.chat.completions.create(model="demo", messages=messages, **options)
+
+
+def collect(stream):
+    """Text, finish reason and usage of a stream, and its pieces."""
+    chunks = list(stream)
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+    return "".join(pieces), chunks[-1].choices[0].finish_reason, chunks[-1].usage, pieces
+
+
+def expected(shipped, image, question=QUESTION, **options):
+    return answer_batch(*shipped, [question_about(image, question)], **options)[0]
+
+
+# Answers
+
+
+@pytest.fixture
+def passes(shipped, monkeypatch):
+    """A list that gets an entry for each forward pass."""
+    seen, step = [], type(shipped[0])._denoising_step
+    monkeypatch.setattr(type(shipped[0]), "_denoising_step", lambda model, state: seen.append(0) or step(model, state))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("fields", "config", "same"),
+    [
+        ({}, None, {}),
+        ({"max_tokens": 8}, None, {"max_new_tokens": 8}),
+        ({"max_completion_tokens": 40}, {"max_new_tokens": 8}, {"max_new_tokens": 40}),
+        ({}, {"steps": 6}, {"steps": 6}),
+        ({}, {"block_length": 24, "confidence_threshold": 0.5}, {"block_length": 24, "confidence_threshold": 0.5}),
+        ({}, {"use_cache": True, "cfg_scale": 3}, {"use_cache": True, "cfg_scale": 3}),
+        ({}, {"repetition_penalty": 3.0}, {"repetition_penalty": 3.0}),
+        ({}, {"min_new_tokens": 24}, {"min_new_tokens": 24}),
+        ({"max_tokens": 12}, {"block_length": 3, "remasking": "margin"},
+         {"max_new_tokens": 12, "block_length": 3, "remasking": "margin"}),
+        ({"temperature": 5, "seed": 3}, {"steps": 3}, {"temperature": 5, "steps": 3}),  # half characters, too
+        ({"stop": " on"}, None, {"stop_strings": " on"}),
+    ],
+)  # fmt: skip
+def test_answers_are_those_of_generate(client, shipped, image, passes, fields, config, same):
+    torch.manual_seed(3)
+    truth = expected(shipped, image, **same)
+    passes.clear()
+    reply = ask(client, chat(image), config, **fields)
+    assert len(passes) == truth.num_forwards
+    text, finish, usage, pieces = collect(ask(client, chat(image), config, stream=True, **fields))
+    assert reply.choices[0].message.content.strip() == truth.text != ""
+    assert text == reply.choices[0].message.content
+    prompt = shipped[1].apply_chat_template(
+        question_about(image, QUESTION), add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    counts = (len(prompt["input_ids"][0]), truth.num_tokens, len(prompt["input_ids"][0]) + truth.num_tokens)
+    for each in (reply.usage, usage):
+        assert (each.prompt_tokens, each.completion_tokens, each.total_tokens) == counts
+    canvas = same.get("max_new_tokens", 24)
+    assert reply.choices[0].finish_reason == finish == ("length" if truth.num_tokens == canvas else "stop")
+    assert len(pieces) >= -(-truth.num_tokens // same.get("block_length", 8)), "a piece for each block"
+    assert reply.model == "demo"
+
+
+@pytest.mark.parametrize("stop", ["ons", ["nowhere", "lesion", "t"], "shows three large ring", "?", "brown stain."])
+def test_stops_end_the_text_wherever_they_occur(client, shipped, image, stop):
+    full = expected(shipped, image).text
+    places = [full.find(each) for each in ([stop] if isinstance(stop, str) else stop) if each in full]
+    truth = full[: min(places)] if places else full
+    reply = ask(client, chat(image), stop=stop)
+    text, finish, usage, _ = collect(ask(client, chat(image), stop=stop, stream=True))
+    assert text == reply.choices[0].message.content == truth
+    assert finish == reply.choices[0].finish_reason == "stop"
+    tokens = shipped[1].tokenizer(full, add_special_tokens=False).input_ids
+    ends = np.cumsum([len(shipped[1].decode([token])) for token in tokens])
+    assert usage.completion_tokens == reply.usage.completion_tokens == (ends <= len(truth)).sum()
+
+
+def test_characters_of_several_tokens_are_sent_whole(client, shipped, monkeypatch):
+    text = "Größe 🫁 3 µm"
+    tokens = shipped[1].tokenizer(text, add_special_tokens=False).input_ids
+    assert len(tokens) > len(text)
+
+    def generate(model, input_ids, streamer, **options):
+        streamer.put(input_ids)
+        for token in tokens:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+
+    monkeypatch.setattr(type(shipped[0]), "generate", generate)
+    joined, _, usage, pieces = collect(ask(client, TEXT["messages"], stream=True))
+    assert joined == text and "\ufffd" not in "".join(pieces) and usage.completion_tokens == len(tokens)
+    assert collect(ask(client, TEXT["messages"], stream=True, stop="e 🫁 3"))[0] == "Größ"
+
+
+def test_a_stop_that_is_longer_than_the_canvas_is_found_nowhere(client, shipped, image):
+    reply = ask(client, chat(image), stop="no text is so long " * 20)
+    assert reply.choices[0].message.content == expected(shipped, image).text
+
+
+def test_a_fixed_text_behind_the_answer_does_not_make_it_longer(client, shipped, image, monkeypatch):
+    monkeypatch.setattr(shipped[0].generation_config, "generation_suffix", " The tissue shows a stain.")
+    truth = expected(shipped, image)
+    reply = ask(client, chat(image)).choices[0]
+    assert (reply.message.content, reply.finish_reason) == (truth.text, "stop")
+    assert truth.text.endswith("stain. The tissue shows a stain.")
+    assert ask(client, chat(image), max_tokens=8).choices[0].finish_reason == "length"
+
+
+def test_null_is_nothing(url, shipped, image):
+    fields = (
+        "model", "stream", "max_tokens", "max_completion_tokens", "temperature", "stop", "seed", "generation_config",
+        "n", "tools", "top_p", "user", "logit_bias",
+    )  # fmt: skip
+    reply = http.post(f"{url}{CHAT}", json={"messages": chat(image)} | dict.fromkeys(fields)).json()
+    assert reply["choices"][0]["message"]["content"] == expected(shipped, image).text
+
+
+def test_noise_is_drawn_anew_without_a_seed(client, image):
+    def draw(**fields):
+        config = {"max_new_tokens": 8, "steps": 1}
+        return ask(client, chat(image), config, temperature=5, **fields).choices[0].message.content
+
+    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+    draw(seed=1)
+    first = draw()
+    draw(seed=1)
+    assert draw() != first
+
+
+def test_turns_and_system_texts(client, shipped, image):
+    messages = [
+        {"role": "system", "content": "You answer in one word."},
+        *chat(image, "Is there a lesion?"),
+        {"role": "assistant", "content": "Yes"},
+        {"role": "user", "content": [{"type": "text", "text": "On which side?"}]},
+    ]
+    same = [dict(message) for message in messages]
+    same[1] = question_about(image, "Is there a lesion?")[0]
+    truth = answer_batch(*shipped, [same])[0].text
+    assert ask(client, messages).choices[0].message.content == truth
+    assert truth != answer_batch(*shipped, [[same[1]]])[0].text
+
+
+def test_pictures_are_read_as_everywhere(client, shipped):
+    """16 bits are not clipped: Pillow's own conversion would show white."""
+    gradient = np.linspace(20_000, 60_000, 64 * 64).astype(np.uint16).reshape(64, 64)
+    gradient[20:40, 20:40] = 60_000
+    file = io.BytesIO()
+    Image.fromarray(gradient).save(file, "PNG")
+    truth = expected(shipped, read_medical_image(file.getvalue()).image).text
+    messages = chat(Image.new("L", (1, 1)))
+    messages[0]["content"][0]["image_url"]["url"] = data_url(file.getvalue())
+    assert ask(client, messages).choices[0].message.content == truth
+    assert truth != expected(shipped, Image.new("RGB", (64, 64), "white")).text
+
+
+def test_text_alone(client, shipped):
+    truth = answer_batch(*shipped, [[{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]])[0].text
+    assert ask(client, [{"role": "user", "content": QUESTION}]).choices[0].message.content == truth != ""
+    assert client.responses.create(model="demo", input=QUESTION).output_text == truth
+    assert ask(client, [{"role": "user", "content": "What do <image> and <|mdm_mask|> mean?"}]).usage.prompt_tokens > 10
+
+
+def test_responses(client, shipped, image):
+    parts = [{"type": "input_image", "image_url": data_url(image)}, {"type": "input_text", "text": QUESTION}]
+    truth = expected(shipped, image)
+    for given in (parts, [{"role": "user", "content": parts}]):
+        reply = client.responses.create(model="demo", input=given)
+        assert reply.output_text == truth.text and reply.usage.output_tokens == truth.num_tokens
+    with client.responses.stream(model="demo", input=parts) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        assert "".join(deltas) == stream.get_final_response().output_text == truth.text and len(deltas) == 3
+    short = client.responses.create(
+        model="demo", input=parts, instructions="Be brief.", max_output_tokens=8,
+        extra_body={"generation_config": {"steps": 2}},
+    )  # fmt: skip
+    system = [{"role": "system", "content": "Be brief."}, *question_about(image, QUESTION)]
+    assert short.output_text == answer_batch(*shipped, [system], max_new_tokens=8, steps=2)[0].text
+
+
+def test_many_at_once_are_not_mixed_up(url, shipped):
+    examples = list(PhantomVQA(77, 12))
+    truths = [expected(shipped, example.image, example.question).text for example in examples]
+    assert len(set(truths)) > 6
+
+    def one(number):
+        example, client = examples[number % 12], client_of(url)
+        options = {"stream": True} if number % 2 else {}
+        reply = ask(client, chat(example.image, example.question), **options)
+        return collect(reply)[0] if number % 2 else reply.choices[0].message.content
+
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(one, range(12))) == truths
+
+
+# What the server says of itself, and what it has not
+
+
+def test_models_and_health(client, url):
+    assert [model.id for model in client.models.list()] == ["demo"]
+    assert http.get(f"{url}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/load_model", 404), ("POST", "/reset", 404), ("POST", "/v1/audio/transcriptions", 404),
+        ("POST", "/v1/completions", 404), ("POST", "/v1/systemone", 404), ("GET", "/docs", 404),
+        ("GET", "/openapi.json", 404), ("GET", "/redoc", 404), ("GET", "/", 404), ("GET", CHAT, 405),
+        ("DELETE", "/v1/models", 405),
+    ],
+)  # fmt: skip
+def test_nothing_else_is_there(url, method, path, status):
+    reply = http.request(method, f"{url}{path}", json={"model": "org/other"} if method == "POST" else None)
+    assert reply.status_code == status and reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["org/other", "demo@main", "", "model.gguf", "/etc", "demo:x.gguf", 5, ["demo"]])
+@pytest.mark.parametrize("path", [CHAT, RESPONSES])
+def test_no_other_model_is_loaded(url, path, name, monkeypatch):
+    def never(*arguments, **options):
+        raise AssertionError("nothing may be loaded")
+
+    for loaded in ("AutoConfig", "AutoProcessor", "AutoModelForMultimodalLM"):
+        monkeypatch.setattr(getattr(__import__("transformers"), loaded), "from_pretrained", never)
+    body = {"model": name, "messages": [{"role": "user", "content": "?"}], "input": "?"}
+    body.pop("input" if path == CHAT else "messages")
+    reply = http.post(f"{url}{path}", json=body)
+    assert reply.status_code == 404 and reply.json()["error"]["param"] == "model"
+
+
+# What is refused
+
+
+def refused(url, status=400, path=CHAT, **request):
+    """The error of a request that must be refused."""
+    reply = http.post(f"{url}{path}", **request)
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert "Traceback" not in reply.text and len(reply.text) < 3_000
+    return error
+
+
+def content(*parts):
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
+IMAGE = "messages[0].content[0].image_url"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hello?"}, "messages"),
+        ({"messages": ["Hello?"]}, "messages[0]"),
+        ({"messages": [{"role": "tool", "content": "5"}]}, "messages[0]"),
+        ({"messages": [{"role": ["user"], "content": "5"}]}, "messages[0]"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        (content("Hello?"), "messages[0].content[0].type"),
+        (content({"type": "video_url", "video_url": {"url": "x"}}), "messages[0].content[0].type"),
+        (content({"type": "input_audio", "input_audio": {}}), "messages[0].content[0].type"),
+        (content({"type": ["text"]}), "messages[0].content[0].type"),
+        (content({"type": "text"}), "messages[0].content[0].text"),
+        (content({"type": "text", "text": "\ud800 🫁"}), "messages[0].content[0].text"),
+        (content({"type": "image_url"}), IMAGE),
+        (content({"type": "image_url", "image_url": {}}), f"{IMAGE}.url"),
+        (content({"type": "image_url", "image_url": {"url": 5}}), f"{IMAGE}.url"),
+        ({"messages": [{"role": "user", "content": "x" * 100_001}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "word " * 5_000}]}, None),  # longer than the context
+        (TEXT | {"stream": "yes"}, "stream"),
+        (TEXT | {"seed": -1}, "seed"),
+        (TEXT | {"seed": 2**63}, "seed"),
+        (TEXT | {"seed": True}, "seed"),
+        (TEXT | {"temperature": -1}, "temperature"),
+        (TEXT | {"temperature": "hot"}, "temperature"),
+        (TEXT | {"max_tokens": 0}, "max_tokens"),
+        (TEXT | {"max_tokens": 10**9}, "max_tokens"),
+        (TEXT | {"max_tokens": "24"}, "max_tokens"),
+        (TEXT | {"max_completion_tokens": 1.5}, "max_completion_tokens"),
+        (TEXT | {"max_tokens": 2_040}, None),  # with the prompt longer than the context
+        (TEXT | {"stop": ""}, "stop"),
+        (TEXT | {"stop": 5}, "stop"),
+        (TEXT | {"stop": ["a", 5]}, "stop"),
+        (TEXT | {"stop": ["\udc00"]}, "stop"),
+        (TEXT | {"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        (TEXT | {"n": 2}, "n"),
+        (TEXT | {"top_p": 0.5}, "top_p"),
+        (TEXT | {"logprobs": True}, "logprobs"),
+        (TEXT | {"frequency_penalty": 0.5}, "frequency_penalty"),
+        (TEXT | {"tools": [{"type": "function"}]}, "tools"),
+        (TEXT | {"response_format": {"type": "json_object"}}, "response_format"),
+        (TEXT | {"chat_template_kwargs": {}}, "chat_template_kwargs"),
+        (TEXT | {"gen_length": 5}, "gen_length"),
+        (TEXT | {"\ud800": 5}, "\ufffd"),
+        (TEXT | {"generation_config": "{"}, "generation_config"),
+        (TEXT | {"generation_config": "[" * 50_000}, "generation_config"),
+        (TEXT | {"generation_config": "[]"}, "generation_config"),
+        (TEXT | {"generation_config": 5}, "generation_config"),
+        (TEXT | {"generation_config": {"gen_length": 5}}, "generation_config.gen_length"),
+        (TEXT | {"generation_config": {"do_sample": True}}, "generation_config.do_sample"),
+        (TEXT | {"generation_config": {"compile_config": {}}}, "generation_config.compile_config"),
+        (TEXT | {"generation_config": {"eos_token_id": 5}}, "generation_config.eos_token_id"),
+        (TEXT | {"generation_config": {"_from_model_config": 5}}, "generation_config._from_model_config"),
+        (TEXT | {"generation_config": {"block_length": 7}}, "generation_config.block_length"),
+        (TEXT | {"generation_config": {"steps": 25}}, "generation_config.steps"),
+        (TEXT | {"generation_config": {"cache_implementation": "dual"}}, "generation_config.cache_implementation"),
+        (TEXT | {"generation_config": {"stop_strings": {}, "steps": 0}}, "generation_config.stop_strings"),
+    ],
+)  # fmt: skip
+def test_wrong_requests(url, body, param):
+    started = time.monotonic()
+    error = refused(url, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert time.monotonic() - started < 20
+    if param is not None:
+        assert error["param"] == param and f"`{param}`" in error["message"]
+    error = refused(url, content=json.dumps(body | {"stream": body.get("stream", True)}),
+                    headers={"content-type": "application/json"})  # fmt: skip
+    assert error["type"] == "invalid_request_error", "also when it would be too late for a status in a stream"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "input[0].content"),
+        ({"input": []}, "input"),
+        ({"input": [5]}, "input[0]"),
+        ({"input": {"role": "user"}}, "input[0].content"),
+        ({"input": [{"type": "function_call", "call_id": "1"}]}, "input[0].content[0].type"),
+        ({"input": [{"role": "user", "content": "?"}, {"type": "function_call"}]}, "input[1]"),
+        ({"input": [{"type": "reasoning", "content": 5}, {"role": "user", "content": "?"}]}, "input[0]"),
+        ({"input": "?", "instructions": 5}, "instructions"),
+        ({"input": "?", "previous_response_id": "r"}, "previous_response_id"),
+        ({"input": "?", "max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": "?", "background": True}, "background"),
+        ({"input": "?", "stop": "a"}, "stop"),
+    ],
+)
+def test_wrong_responses(url, body, param):
+    assert refused(url, path=RESPONSES, json=body)["param"] == param
+
+
+@pytest.mark.parametrize(
+    "value", ["x", [], {}, [5], True, -1, 0, 0.5, 10**400, 2**31, 1e308, "\ud800"],
+    ids=["text", "list", "object", "numbers", "true", "negative", "zero", "half", "huge", "2^31", "1e308", "surrogate"],
+)  # fmt: skip
+def test_any_value_of_any_option_is_answered_or_refused(url, value):
+    for option in serving._OPTIONS:
+        body = TEXT | {"generation_config": json.dumps({"max_new_tokens": 8, "steps": 2} | {option: value})}
+        reply = http.post(f"{url}{CHAT}", json=body)
+        assert reply.status_code in (200, 400), (option, reply.text)
+        if reply.status_code == 400:
+            error = reply.json()["error"]
+            assert f"`generation_config.{option}`" in error["message"], (option, error)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b"[" * 100_000, b"1" * 5_000, b"null"])
+def test_bodies_that_are_no_objects(url, body):
+    refused(url, content=body, headers={"content-type": "application/json"})
+
+
+def test_other_content_types(url):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        refused(url, content=json.dumps(TEXT), headers={"content-type": kind})
+
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSES])
+def test_nothing_is_fetched(url, path, tmp_path):
+    file = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(file)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.2)
+        port = listening.getsockname()[1]
+        for address in (
+            f"http://127.0.0.1:{port}/x.png", f"HTTP://localhost:{port}/x.png", f"https://127.0.0.1:{port}/x.png",
+            f"//127.0.0.1:{port}/x.png", f"ftp://127.0.0.1:{port}/x.png", str(file), f"file://{file}",
+            base64.b64encode(file.read_bytes()).decode(), "data:text/html,<script>", "", "s3://bucket/x.png",
+        ):  # fmt: skip
+            part = {"type": "input_image", "image_url": address}
+            body = content(part) if path == CHAT else {"input": [part]}
+            assert "nothing is fetched" in refused(url, path=path, json=body)["message"]
+        with pytest.raises(TimeoutError):
+            listening.accept()
+
+
+def bomb(width, height):
+    """A PNG of a few hundred bytes that says how large it is, with no pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def animation():
+    file = io.BytesIO()
+    pages = [Image.new("L", (8, 8), value) for value in (0, 255)]
+    pages[0].save(file, "GIF", save_all=True, append_images=pages[1:])
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (b"no picture", "`source` is of no known format"),
+        (b"\x89PNG\r\n\x1a\n broken", "cannot be read"),
+        (b"\x1f\x8b broken", "cannot be read"),
+        (bomb(6_000, 6_000), "6000 by 6000 pixels; allowed are 1 to 33554432"),
+        (bomb(100_000, 100_000), "pixels"),
+        (bytes(128) + b"DICM", "no DICOM"),
+        (animation(), "2 pages"),
+        (b"", "`source` is of no known format"),
+    ],
+    ids=["text", "broken", "broken gzip", "large", "bomb", "DICOM", "animation", "empty"],
+)
+def test_pictures_that_are_refused(url, picture, message):
+    part = {"type": "image_url", "image_url": {"url": data_url(picture)}}
+    error = refused(url, json=content(part))
+    assert error["param"] == f"{IMAGE}.url" and message in error["message"]
+
+
+def test_data_urls_that_are_none(url):
+    for rest in ("png;base64", "png;base64,%%%", "png,abc", "png;base64,é"):
+        address = f"data:image/{rest}"
+        error = refused(url, json=content({"type": "image_url", "image_url": {"url": address}}))
+        assert error["param"] == f"{IMAGE}.url"
+
+
+def test_too_many_pictures(url):
+    part = {"type": "image_url", "image_url": {"url": data_url(Image.new("RGB", (8, 8)))}}
+    assert "5 images; allowed are at most 4" in refused(url, json=content(*[part] * 5))["message"]
+
+
+# Doors
+
+
+def test_large_requests_are_refused_while_they_arrive(url, image):
+    assert "200000 bytes" in refused(url, 413, content=bytes(LIMIT + 1))["message"]
+
+    def chunks():
+        for _ in range(100):
+            yield bytes(LIMIT // 10)
+
+    refused(url, 413, content=chunks())
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(client_of(url), chat(image, "x" * LIMIT))
+    assert caught.value.status_code == 413
+    refused(url, 400, content=bytes(LIMIT))
+
+
+def test_requests_that_do_not_arrive(shipped, monkeypatch):
+    monkeypatch.setattr(serving, "_UPLOAD_SECONDS", 0.3)
+    with served(shipped, max_queue=0) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as slow:
+            slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+            slow.settimeout(10)
+            assert slow.recv(100).startswith(b"HTTP/1.1 408")
+        assert http.post(f"{url}{CHAT}", json=TEXT).status_code == 200
+
+
+def test_web_pages_are_kept_out(url):
+    for method, path in (("POST", CHAT), ("OPTIONS", CHAT), ("GET", "/v1/models"), ("POST", RESPONSES)):
+        for origin in ("http://evil.example", "null", url):
+            reply = http.request(
+                method, f"{url}{path}", json=TEXT if method == "POST" else None,
+                headers={"Origin": origin, "Access-Control-Request-Method": "POST"},
+            )  # fmt: skip
+            assert reply.status_code == 403 and reply.json()["error"]["param"] == "Origin"
+            assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+def test_foreign_names_are_kept_out(url, shipped):
+    port = url.rpartition(":")[2]
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", f"127.0.0.1@evil:{port}"):
+        assert http.get(f"{url}/health", headers={"Host": host}).status_code == 400
+    for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "localhost"):
+        assert http.get(f"{url}/health", headers={"Host": host}).status_code == 200
+    with served(shipped, hosts=None) as anywhere:
+        assert http.get(f"{anywhere}/health", headers={"Host": "evil.example"}).status_code == 200
+
+
+# Queue, and clients that leave
+
+
+class Gate:
+    """Holds every forward pass until it is let through; counts them, and the canvases that were begun."""
+
+    def __init__(self, monkeypatch, model):
+        self.passes, self.begun, self._allowed = 0, [], Semaphore(0)
+        self._step, self._denoise = type(model)._denoising_step, type(model)._denoise
+        monkeypatch.setattr(type(model), "_denoising_step", lambda model, state: self._run(model, state))
+        monkeypatch.setattr(type(model), "_denoise", lambda model, *rest: self._begin(model, *rest))
+
+    def _begin(self, model, state, input_ids, *rest):
+        self.begun.append(input_ids.shape[1])
+        return self._denoise(model, state, input_ids, *rest)
+
+    def _run(self, model, state):
+        assert self._allowed.acquire(timeout=60)
+        self.passes += 1
+        self._step(model, state)
+
+    def let(self, count):
+        self._allowed.release(count)
+
+
+def until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_queue_is_bounded_and_who_leaves_it_was_never_there(shipped, image, monkeypatch):
+    truths = [expected(shipped, image, question).text for question in (QUESTION, "Is there a lesion?")]
+    with served(shipped, max_queue=1) as url, ThreadPoolExecutor(4) as pool:
+        gate = Gate(monkeypatch, shipped[0])
+        running = pool.submit(ask, client_of(url), chat(image))
+        until(lambda: len(gate.begun) == 1)
+
+        def probe():  # answered at once, where there is a place for it
+            return http.post(f"{url}{CHAT}", json={})
+
+        def waits():
+            while True:  # `until` sees it refused, and so may it be itself by a probe
+                try:
+                    return ask(client_of(url), chat(image, "Is there a lesion?"))
+                except openai.RateLimitError:
+                    time.sleep(0.02)
+
+        until(lambda: probe().status_code == 400)
+        with pytest.raises(httpx.ReadTimeout):
+            body = {"messages": chat(image, "This is a longer question, is it not?")}
+            http.post(f"{url}{CHAT}", json=body, timeout=0.5)
+        until(lambda: probe().status_code == 400)
+        waiting = pool.submit(waits)
+        until(lambda: probe().status_code == 429)
+        reply = http.post(f"{url}{CHAT}", json=TEXT)
+        assert reply.status_code == 429
+        assert int(reply.headers["retry-after"]) >= 1 and reply.json()["error"]["type"] == "rate_limit_error"
+        with pytest.raises(openai.RateLimitError):
+            ask(client_of(url), chat(image))
+        assert http.get(f"{url}/health").status_code == 200, "that needs no place"
+        gate.let(1_000)
+        assert [future.result(60).choices[0].message.content for future in (running, waiting)] == truths
+        assert len(gate.begun) == 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_abandoned_answer_stops(url, shipped, image, monkeypatch, stream):
+    truth = expected(shipped, image).text
+    gate = Gate(monkeypatch, shipped[0])
+    body = {"messages": chat(image), "stream": stream}
+    with httpx.Client(timeout=60) as browser:
+        if stream:
+            gate.let(8)
+            with browser.stream("POST", f"{url}{CHAT}", json=body) as reply:
+                lines = (line for line in reply.iter_lines() if '"content":"' in line)
+                assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["delta"]["content"]
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                browser.post(f"{url}{CHAT}", json=body, timeout=1)
+    time.sleep(0.3)
+    before = gate.passes
+    gate.let(1_000)
+    reply = ask(client_of(url), chat(image))
+    assert reply.choices[0].message.content == truth
+    whole = expected(shipped, image).num_forwards
+    assert gate.passes - before <= whole * 2 + 1, "but for the pass that was under way"
+    assert len(gate.begun) == 3
+
+
+def test_errors_tell_nothing_and_nothing_is_logged(url, shipped, image, monkeypatch, caplog, capfd):
+    def fail(*arguments):
+        raise RuntimeError(f"{SECRET} went wrong")
+
+    client = client_of(url)
+    messages = chat(image, f"{SECRET} lesion?")
+    with caplog.at_level(logging.DEBUG):
+        ask(client, messages)
+        collect(ask(client, messages, stream=True))
+        client.responses.create(model="demo", input=SECRET, instructions=SECRET, user=SECRET)
+        refused(url, json={"messages": messages, "model": SECRET}, status=404)
+        refused(url, json={"messages": messages, SECRET: 5})
+        http.get(f"{url}/{SECRET}")
+        monkeypatch.setattr(type(shipped[0]), "_denoising_step", fail)
+        with pytest.raises(openai.InternalServerError) as caught:
+            ask(client, messages)
+        assert "RuntimeError" in caught.value.message and SECRET not in str(caught.value.body)
+        with pytest.raises(openai.APIError, match="RuntimeError") as caught:
+            collect(ask(client, messages, stream=True))
+        assert SECRET not in str(caught.value.body)
+        with pytest.raises(openai.APIError, match="RuntimeError"):
+            list(client.responses.create(model="demo", input="?", stream=True))
+        monkeypatch.undo()
+        assert ask(client, messages).choices[0].message.content
+    assert caplog.text.count("a request could not be answered: RuntimeError") == 3
+    clients = ("httpx", "httpcore", "openai", "asyncio")
+    own = [record for record in caplog.records if not record.name.startswith(clients)]
+    assert SECRET not in "".join(f"{record.getMessage()} {record.exc_info}" for record in own)
+    assert SECRET not in "".join(capfd.readouterr())
+
+
+def test_one_client_never_waits_for_itself(shipped):
+    with served(shipped, max_queue=0) as url:
+        assert [http.post(f"{url}{CHAT}", json={}).status_code for _ in range(200)] == [400] * 200
+
+
+def test_streams_are_server_sent_events(url):
+    """The format: https://html.spec.whatwg.org/multipage/server-sent-events.html, ended as OpenAI's are."""
+    with http.stream("POST", f"{url}{CHAT}", json=TEXT | {"stream": True}) as reply:
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        events = reply.read().decode().split("\n\n")
+    assert all(event.startswith("data: ") for event in events[:-1]) and events[-2:] == ["data: [DONE]", ""]
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_queue": -1}, "`max_queue` is -1; allowed are whole numbers of at least 0"),
+        ({"max_queue": True}, "`max_queue` is True"),
+        ({"max_upload_size": "1mb"}, "`max_upload_size` is '1mb'"),
+    ],
+)
+def test_arguments(shipped, options, message):
+    with pytest.raises(ValueError, match=message):
+        serving.build_api(*shipped, **options)
+
+
+def command(*arguments):
+    app = Typer(cls=CommandLine, pretty_exceptions_enable=False)
+    app.command("serve")(serve)
+    app.callback()(lambda: None)
+    return CliRunner().invoke(app, ["serve", *map(str, arguments)])
+
+
+def test_without_the_extra(monkeypatch):
+    monkeypatch.delitem(sys.modules, "lladamedv.serving")
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    result = command()
+    assert result.exit_code == 1
+    assert result.stderr == 'lladamedv: The server needs libraries of its own: pip install "lladamedv[serve]".\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "address", "warnings"),
+    [
+        ((), "127.0.0.1", []),
+        (("--host", "localhost"), "127.0.0.1", []),
+        (("--host", "0.0.0.0", "--max-queue", "3", "--max-upload-size", "1"), "0.0.0.0", ["everybody who reaches"]),
+    ],
+)
+def test_command_line(monkeypatch, arguments, address, warnings):
+    seen = {}
+
+    def run(self, sockets):
+        middleware = {each.cls.__name__: each.kwargs for each in self.config.app.user_middleware}
+        seen.update(middleware, address=sockets[0].getsockname(), config=self.config)
+        sockets[0].close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    result = command("--port", 0, *arguments)
+    assert result.exit_code == 0, result.output
+    assert seen["address"][0] == address and f":{seen['address'][1]}/v1" in result.stdout
+    assert "lladamedv-demo" in result.stdout
+    assert len(result.stderr.splitlines()) == len(warnings) and all(each in result.stderr for each in warnings)
+    assert ("TrustedHostMiddleware" in seen) == (not warnings)
+    limits = (3, 1_000_000) if warnings else (16, 20_000_000)
+    assert (seen["_Gate"]["max_queue"], seen["_Gate"]["max_upload_size"]) == limits
+    assert seen["config"].access_log is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "{empty}"), "`model` is '{empty}', which cannot be loaded"),
+        (("--dtype", "int8"), "`dtype` is 'int8'"),
+        (("--device", "abacus"), "`device` is 'abacus'"),
+        (("--host", "no such host"), "`port` is 0, which cannot be listened on at no such host"),
+    ],
+)
+def test_command_line_errors_are_short(tmp_path, arguments, message):
+    result = command("--port", 0, *(part.format(empty=tmp_path) for part in arguments))
+    assert result.exit_code == 1 and f"lladamedv: {message.format(empty=tmp_path)}" in result.stderr
+
+
+def test_a_taken_port_is_an_error_of_one_line(url):
+    result = command("--port", url.rpartition(":")[2])
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1 and "`port` is" in result.stderr
