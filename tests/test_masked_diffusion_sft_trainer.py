@@ -231,6 +231,19 @@ def test_resumed(tmp_path):
         torch.testing.assert_close(weight, whole.model.get_parameter(name), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [4, 6])
+def test_resumed_when_all_is_done(tmp_path, steps):
+    """At the end of an epoch and within one: a run that was killed after its last checkpoint takes no further step."""
+    options = {"max_steps": steps, "save_strategy": "steps", "save_steps": steps, "lr_scheduler_type": "constant"}
+    first = make_trainer(tmp_path, **options)
+    first.train()
+    again = make_trainer(tmp_path, model=tiny_model(seed=5), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
+    assert again.state.global_step == steps and losses(again) == losses(first)
+    for name, weight in again.model.named_parameters():
+        assert torch.equal(weight, first.model.get_parameter(name)), name
+
+
 def run_worker(folder, options, *flags, processes=1, kill_when=None):
     """A training in other processes; the appearance of the file `kill_when` kills it. Returns the losses by step."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []

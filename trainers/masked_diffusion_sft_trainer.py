@@ -192,6 +192,13 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
 
     # Noise and loss
 
+    def _run_epoch(self, *args, **kwargs):
+        # Resumed from its last checkpoint, Transformers' trainer takes a step too many if that is not an epoch's end.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in `Trainer`; every batch learns its place in, and the size of, the whole batch of this optimizer step."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
