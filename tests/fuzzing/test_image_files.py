@@ -3,6 +3,7 @@ processor; what a file says about its size allocates nothing."""
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import random
@@ -228,7 +229,9 @@ def strange_data_set(rng: random.Random):
             code = rng.choice(_CODES) if rng.random() < 0.3 else pydicom.datadict.dictionary_VR(tag).split(" or ")[0]
             value = rng.choice(_VALUES)
             if code == "SQ":
-                value = sequence(*([rng.choice((other, item(), nested(rng.choice((1, 12)))))] * rng.randrange(3)))
+                # A copy, because a data set within itself cannot be written.
+                chosen = rng.choice((copy.deepcopy(other), item(), nested(rng.choice((1, 12)))))
+                value = sequence(*([chosen] * rng.randrange(3)))
             try:
                 place[tag] = pydicom.DataElement(tag, code, value, validation_mode=pydicom.config.IGNORE)
             except Exception:  # pydicom has no such element

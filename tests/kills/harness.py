@@ -64,6 +64,7 @@ def kill_at_random(
     Returns:
         A line that says how often it was killed, and how often it came to its end in between.
     """
+    assert run(print, (), log)  # the server has imported everything
     clear()
     began = time.perf_counter()
     assert run(task, arguments, log)
