@@ -67,6 +67,7 @@ _TOPICS = {
     NEW_KIND: ("free_side",),
 }
 _KIND_OF = {topic: kind for kind, topics in _TOPICS.items() for topic in topics}
+_NEED_A_LESION = ("on_left", "several", "is_large", "side", "shape", "free_side")
 
 
 @dataclass(frozen=True)
@@ -144,25 +145,36 @@ class PhantomExample:
         return messages
 
 
-def parse_phantoms(text: str) -> tuple[int, int, list[str]]:
-    """Seed, number and kinds (or topics) of phantoms from `SEED:COUNT` or `SEED:COUNT:KINDS`, as in
-    `7:2000:closed,is_domain,open`.
+def parse_phantoms(text: str) -> dict:
+    """Arguments of [`PhantomVQA`] from `SEED:COUNT`, `SEED:COUNT:KINDS` or `SEED:COUNT:KINDS:QUESTIONS`, as in
+    `7:2000:closed,is_domain,open:8`, which asks eight questions about each picture.
 
     Raises:
         ValueError: for other texts; the message says what is allowed.
     """
     parts, allowed = text.split(":"), tuple(dict.fromkeys((*_TOPICS, *_KIND_OF)))
-    kinds = parts[2].split(",") if len(parts) == 3 else list(KINDS)
-    if not 2 <= len(parts) <= 3 or not all(part.isdigit() for part in parts[:2]) or not set(kinds) <= set(allowed):
-        raise ValueError(f"allowed is SEED:COUNT or SEED:COUNT:KINDS, with kinds of {allowed}, separated by commas")
-    return int(parts[0]), int(parts[1]), kinds
+    kinds = parts[2].split(",") if len(parts) > 2 else list(KINDS)
+    numbers = [part for place, part in enumerate(parts) if place != 2]
+    if (
+        not 2 <= len(parts) <= 4
+        or not all(part.isdecimal() and part.isascii() for part in numbers)
+        or not set(kinds) <= set(allowed)
+        or int(numbers[-1] if len(parts) == 4 else 1) < 1
+    ):
+        raise ValueError(
+            f"allowed is SEED:COUNT, SEED:COUNT:KINDS or SEED:COUNT:KINDS:QUESTIONS, with kinds of {allowed}, "
+            "separated by commas, and 1 or more questions about each picture"
+        )
+    names = ("seed", "length", "questions_per_picture")
+    return dict(zip(names, map(int, numbers))) | {"kinds": kinds}
 
 
 class PhantomVQA(Sequence):
-    """A seeded, endless-looking set of phantom questions: example `i` depends on `seed` and `i` only.
+    """A seeded, endless-looking set of phantom questions: example `i` depends on the other arguments and `i` only.
 
-    Every closed question is as often answered one way as the other and every short open answer is equally likely,
-    so a model that cannot see stays near chance.
+    With one question about each picture, every closed question is as often answered one way as the other and every
+    short open answer is equally likely, so a model that cannot see stays near chance. With more, the pictures come
+    first and the answers are as frequent as what they show.
 
     Args:
         seed (`int`): the set; use different seeds for training and for testing.
@@ -171,10 +183,12 @@ class PhantomVQA(Sequence):
             repetition, so that `("closed", "closed", "open")` asks closed questions twice as often as open ones.
         image_size (`int`): side of the pictures in pixels, at least 16.
         topic_weights (`dict[str, int]`, *optional*): how many times as often as the other topics of its kind a topic
-            is asked about.
+            is asked about; only with one question about each picture.
+        questions_per_picture (`int`): how many examples in a row are about the same picture. With more than one, each
+            topic that a picture allows is asked about once before any is a second time.
 
     Raises:
-        ValueError: for a kind or topic that does not exist, a negative length or seed, or a smaller image.
+        ValueError: for a kind or topic that does not exist, a negative length or seed, a smaller image, no questions.
     """
 
     def __init__(
@@ -184,6 +198,7 @@ class PhantomVQA(Sequence):
         kinds: Sequence[str] = KINDS,
         image_size: int = 64,
         topic_weights: dict[str, int] | None = None,
+        questions_per_picture: int = 1,
     ):
         unknown = set(kinds) - set(_TOPICS) - set(_KIND_OF)
         if unknown or not kinds:
@@ -197,7 +212,13 @@ class PhantomVQA(Sequence):
         weights = topic_weights or {}
         if not set(weights) <= set(_WORDINGS) or not all(weight >= 1 for weight in weights.values()):
             raise ValueError(f"`topic_weights` is {weights}; allowed are weights of at least 1 for {tuple(_WORDINGS)}.")
+        if questions_per_picture < 1 or (questions_per_picture > 1 and weights):
+            raise ValueError(
+                f"`questions_per_picture` is {questions_per_picture} and `topic_weights` is {weights}; allowed "
+                "is 1, or more without weights."
+            )
         self.seed, self.length, self.kinds, self.image_size = seed, length, tuple(kinds), image_size
+        self.questions_per_picture = questions_per_picture
         self.topics = {topic: (topic,) for topic in _KIND_OF} | {
             kind: tuple(topic for topic in topics for _ in range(weights.get(topic, 1)))
             for kind, topics in _TOPICS.items()
@@ -210,15 +231,30 @@ class PhantomVQA(Sequence):
         if not isinstance(index, (int, np.integer)):
             raise TypeError(f"`index` is {index!r}; a PhantomVQA set is indexed by single integers.")
         index = range(self.length)[index]  # negative indices and IndexError as for a list
-        rng = np.random.default_rng([self.seed, int(index)])
-        kind = self.kinds[rng.integers(len(self.kinds))]
-        topics = self.topics[kind]
-        topic = topics[rng.integers(len(topics))]
-        attributes, filler, answer = _choose_answer(topic, rng)
-        wordings = _WORDINGS[topic]
-        question = wordings[rng.integers(len(wordings))].format(x=filler)
+        picture, number = divmod(int(index), self.questions_per_picture)
+        rng = np.random.default_rng([self.seed, picture])
+        if self.questions_per_picture == 1:
+            topics = self.topics[self.kinds[rng.integers(len(self.kinds))]]
+            topic = topics[rng.integers(len(topics))]
+            attributes, filler = _choose_picture(topic, rng)
+            wording = rng.integers(2)
+        else:
+            topics = []
+            while not topics:
+                attributes = sample_attributes(rng)
+                topics = [
+                    topic
+                    for kind in dict.fromkeys(self.kinds)
+                    for topic in self.topics[kind]
+                    if _can_be_asked(topic, attributes)
+                ]
+            topic = topics[rng.permutation(len(topics))[number % len(topics)]]
+            of_question = np.random.default_rng([self.seed, picture, number])
+            filler = _fill_in(topic, attributes, bool(of_question.integers(2)), of_question)
+            wording = of_question.integers(2)
+        question = _WORDINGS[topic][wording].format(x=filler)
         image = draw_phantom(attributes, rng, self.image_size)
-        return PhantomExample(image, question, answer, _KIND_OF[topic], topic, attributes)
+        return PhantomExample(image, question, _answer(topic, attributes, filler), _KIND_OF[topic], topic, attributes)
 
     def __iter__(self) -> Iterator[PhantomExample]:
         return (self[index] for index in range(self.length))
@@ -241,46 +277,71 @@ def _pick(rng, values):
     return values[rng.integers(len(values))]
 
 
-def _choose_answer(topic, rng):
+def _choose_picture(topic, rng):
     """Choose the answer first and then a phantom that has it: this is what balances the questions.
 
-    Returns the attributes, the text for the wording's `{x}`, and the answer.
+    Returns the attributes and the text for the wording's `{x}`.
     """
     attributes = sample_attributes(rng)
     yes = bool(rng.integers(2))
-    verdict = "Yes" if yes else "No"
     with_lesion = replace(attributes, count=int(rng.integers(1, 4)))
-    domain = attributes.domain
-    if topic == "is_domain":
-        asked = domain if yes else _pick(rng, [other for other in DOMAINS if other != domain])
-        return attributes, _MODALITY[asked], verdict
+    filler = _fill_in(topic, attributes, yes, rng)
     if topic == "any_lesion":
-        return (with_lesion if yes else replace(attributes, count=0)), None, verdict
-    if topic == "sign":
-        return replace(attributes, sign=yes), _SIGN[domain], verdict
-    if topic == "on_left":
-        return replace(with_lesion, side="left" if yes else "right"), None, verdict
-    if topic == "several":
-        return replace(attributes, count=int(rng.integers(2, 4)) if yes else 1), None, verdict
-    if topic == "is_large":
-        return replace(with_lesion, size="large" if yes else "small"), None, verdict
-    if topic == "which_plane":
+        attributes = with_lesion if yes else replace(attributes, count=0)
+    elif topic == "sign":
+        attributes = replace(attributes, sign=yes)
+    elif topic == "on_left":
+        attributes = replace(with_lesion, side="left" if yes else "right")
+    elif topic == "several":
+        attributes = replace(attributes, count=int(rng.integers(2, 4)) if yes else 1)
+    elif topic == "is_large":
+        attributes = replace(with_lesion, size="large" if yes else "small")
+    elif topic == "which_plane":
         attributes = replace(attributes, domain=_pick(rng, ("mri", "ct")))
-        return attributes, None, attributes.plane.capitalize()
-    if topic == "modality":
-        return attributes, None, _MODALITY[domain][0].upper() + _MODALITY[domain][1:]
-    if topic == "side":
-        return with_lesion, None, with_lesion.side.capitalize()
-    if topic == "free_side":
-        return with_lesion, None, SIDES[1 - SIDES.index(with_lesion.side)].capitalize()
-    if topic == "count":
+    elif topic == "count":
         attributes = replace(attributes, count=int(rng.integers(4)))
-        return attributes, None, ("None", "One", "Two", "Three")[attributes.count]
-    if topic == "shape":
-        return with_lesion, None, with_lesion.shape.capitalize()
-    if topic == "organ":
-        return attributes, None, _ORGAN[domain].capitalize()
-    return attributes, None, attributes.describe()
+    elif topic in _NEED_A_LESION:
+        attributes = with_lesion
+    return attributes, filler
+
+
+def _can_be_asked(topic, attributes) -> bool:
+    if topic == "which_plane":
+        return attributes.has_plane
+    return attributes.count > 0 or topic not in _NEED_A_LESION
+
+
+def _fill_in(topic, attributes, yes, rng) -> str | None:
+    """The text for the wording's `{x}`: what the picture is, or else what it is not; or the sign of its domain."""
+    if topic == "is_domain":
+        others = [domain for domain in DOMAINS if domain != attributes.domain]
+        return _MODALITY[attributes.domain if yes else _pick(rng, others)]
+    return _SIGN[attributes.domain] if topic == "sign" else None
+
+
+def _answer(topic, attributes, filler) -> str:
+    verdicts = {
+        "is_domain": filler == _MODALITY[attributes.domain],
+        "any_lesion": attributes.count > 0,
+        "sign": attributes.sign,
+        "on_left": attributes.side == "left",
+        "several": attributes.count > 1,
+        "is_large": attributes.size == "large",
+    }
+    if topic in verdicts:
+        return "Yes" if verdicts[topic] else "No"
+    modality = _MODALITY[attributes.domain]
+    answers = {
+        "which_plane": attributes.plane.capitalize(),
+        "modality": modality[0].upper() + modality[1:],
+        "side": attributes.side.capitalize(),
+        "free_side": SIDES[1 - SIDES.index(attributes.side)].capitalize(),
+        "count": ("None", "One", "Two", "Three")[attributes.count],
+        "shape": attributes.shape.capitalize(),
+        "organ": _ORGAN[attributes.domain].capitalize(),
+        "description": attributes.describe(),
+    }
+    return answers[topic]
 
 
 def draw_phantom(attributes: PhantomAttributes, rng: np.random.Generator, image_size: int = 64) -> Image.Image:

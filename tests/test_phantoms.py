@@ -78,6 +78,8 @@ def test_topic_weights():
         ((-1, 5), "`seed` is -1"),
         ((0, 5, ("open",), 8), "`image_size` is 8"),
         ((0, 5, ("open",), 64, {"colour": 2}), "`topic_weights` is"),
+        ((0, 5, ("open",), 64, None, 0), "`questions_per_picture` is 0"),
+        ((0, 5, ("open",), 64, {"side": 2}, 8), "`questions_per_picture` is 8 and `topic_weights` is {'side': 2}"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -89,10 +91,38 @@ def test_bad_arguments(arguments, message):
         PhantomVQA(0, 3)["1"]
 
 
+def test_several_questions_about_a_picture():
+    """Every answer is what the picture's description says; each topic is asked about once before any is again."""
+    examples = list(PhantomVQA(3, 400, image_size=16, questions_per_picture=8))
+    for number, example in enumerate(examples):
+        first = examples[number // 8 * 8]
+        assert example.image.tobytes() == first.image.tobytes() and example.attributes == first.attributes
+        said, lesion = example.attributes.describe(), "no lesion" not in example.attributes.describe()
+        yes = {
+            "is_domain": example.question.removesuffix("?").split(" a ")[-1].split(" an ")[-1] in said,
+            "any_lesion": lesion,
+            "sign": " and " in said,
+            "on_left": "on the left" in said,
+            "several": " two " in said or " three " in said,
+            "is_large": " large " in said,
+        }
+        if example.topic in yes:
+            assert example.answer == ("Yes" if yes[example.topic] else "No"), (example, said)
+        elif example.answer == "None":
+            assert not lesion
+        else:
+            assert example.answer.lower() in said.lower() and (lesion or "lesion" not in example.question), example
+    for start in range(0, 400, 8):
+        topics = Counter(example.topic for example in examples[start : start + 8])
+        assert max(topics.values()) - min(topics.values()) <= 1
+
+
 def test_topics_as_kinds():
     examples = list(PhantomVQA(3, 60, ["is_domain", "open"]))
     assert {example.kind for example in examples} == {"closed", "open"}
     assert {example.topic for example in examples if example.kind == "closed"} == {"is_domain"}
-    assert parse_phantoms("3:60:is_domain,open") == (3, 60, ["is_domain", "open"])
-    with pytest.raises(ValueError, match="allowed is SEED:COUNT"):
-        parse_phantoms("3:60:is_it")
+    assert parse_phantoms("3:60:is_domain,open") == {"seed": 3, "length": 60, "kinds": ["is_domain", "open"]}
+    assert parse_phantoms("3:60:open:8")["questions_per_picture"] == 8
+    for text in ("3:60:is_it", "3:60:open:0", "3:60:open:x", "3:60:open:8:8", "3:²"):
+        with pytest.raises(ValueError, match="allowed is SEED:COUNT"):
+            parse_phantoms(text)

@@ -332,7 +332,7 @@ def test_hub_ids_are_asked_for_by_revision(folder, monkeypatch, source):
         ([{"name": "a"}], "allowed are `path` and"),
         ([{"path": "phantoms:1:2", "weight": 0}], r"`weight` of `train_data` is \[0\]; allowed are numbers above 0"),
         (["phantoms:1:2", {"path": "phantoms:1:2", "weight": 1}], r"`weight` of `train_data` is \[None, 1\]"),
-        (["phantoms:1"], "'phantoms:1'; after 'phantoms:' allowed is SEED:COUNT or"),
+        (["phantoms:1"], "'phantoms:1'; after 'phantoms:' allowed is SEED:COUNT,"),
         (["phantoms:1:x"], "allowed is SEED:COUNT"),
         (["vqa:slke"], "`train_data` holds 'vqa:slke', which cannot be loaded: `benchmark` is 'slke'; allowed are"),
         (["vqa:slake:dev"], "'vqa:slake:dev', which cannot be loaded: `split` is 'dev'; allowed for BoKelvin/SLAKE"),

@@ -64,8 +64,9 @@ class DataSource:
     Args:
         path: a Hub id, also as `id@revision`; a folder with data files, or one that `Dataset.save_to_disk` wrote; a
             .json, .jsonl or .parquet file; `phantoms:SEED:COUNT`, also with kinds of questions as in
-            `phantoms:7:2000:closed,open`; or a benchmark of [`load_vqa`] as `vqa:BENCHMARK`, `vqa:BENCHMARK:SPLIT` or,
-            with local data, `vqa:BENCHMARK:SPLIT:PATH`, as in `vqa:slake` and `vqa:slake:train:/data/SLAKE`.
+            `phantoms:7:2000:closed,open` and several questions about a picture, `phantoms:7:2000:closed,open:8`; or a
+            benchmark of [`load_vqa`] as `vqa:BENCHMARK`, `vqa:BENCHMARK:SPLIT` or, with local data,
+            `vqa:BENCHMARK:SPLIT:PATH`, as in `vqa:slake` and `vqa:slake:train:/data/SLAKE`.
         name: configuration of a data set on the Hub; of a benchmark, the publication, as in `OctoMed/SLAKE`.
         revision: of a data set on the Hub; the full hash of a commit pins it. Benchmarks pin their own where they can.
         split: which split of a Hub id, a folder, or a benchmark whose `path` does not say so.
@@ -160,7 +161,7 @@ def _load(source: DataSource, streaming: bool, invalid_records: str, argument: s
     """The rows of a source, and the report that they fill."""
     report = LoadReport(str(source), invalid_records)
     if source.path.startswith(_PHANTOMS):
-        rows = partial(_phantom_rows, report=report, **_parse_phantoms(source.path, argument))
+        rows = partial(_phantom_rows, _parse_phantoms(source.path, argument), report)
         dataset = from_rows(rows, ROW_FEATURES, streaming)
     elif source.path.startswith(_VQA):
         dataset, report = _load_benchmark(source, streaming, invalid_records, argument)
@@ -357,19 +358,19 @@ def _load_benchmark(source: DataSource, streaming: bool, invalid_records: str, a
 
 def _parse_phantoms(path: str, argument: str) -> dict:
     try:
-        return dict(zip(("seed", "count", "kinds"), parse_phantoms(path.removeprefix(_PHANTOMS))))
+        return parse_phantoms(path.removeprefix(_PHANTOMS))
     except ValueError as error:
         raise ValueError(f"`{argument}` holds {path!r}; after {_PHANTOMS!r} {error}.") from None
 
 
-def _phantom_rows(seed: int, count: int, kinds: list[str], report: LoadReport) -> Iterator[dict]:
+def _phantom_rows(phantoms: dict, report: LoadReport) -> Iterator[dict]:
     report.restart()
-    for number, example in enumerate(PhantomVQA(seed, count, kinds)):
+    for number, example in enumerate(PhantomVQA(**phantoms)):
         messages = normalize_messages(example.messages(with_answer=True), 1)
         for message in messages:
             message["content"] = [{"type": part["type"], "text": part.get("text")} for part in message["content"]]
         report.rows += 1
-        yield {"id": f"phantoms/{seed}/{number}", "messages": messages, "images": [example.image]}
+        yield {"id": f"phantoms/{phantoms['seed']}/{number}", "messages": messages, "images": [example.image]}
 
 
 __all__ = ["ROW_FEATURES", "STOPPING_STRATEGIES", "DataSource", "load_dataset_mixture"]

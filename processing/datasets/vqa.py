@@ -20,7 +20,7 @@ import fsspec
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from huggingface_hub import hf_hub_download
 
-from lladamedv.processing.phantoms import KINDS, PhantomVQA, parse_phantoms
+from lladamedv.processing.phantoms import PhantomVQA, parse_phantoms
 
 from .llava_med import IMAGE_PLACEHOLDER, SPELLINGS, record_to_row
 from .records import (
@@ -201,8 +201,8 @@ def load_vqa(
         raise ValueError(f"`split` is {split!r}; allowed for {reference} are {allowed}.")
     report = VQAReport("", invalid_records, benchmark=benchmark, split=split, leakage=LEAKAGE[benchmark])
     if benchmark == PHANTOMS:
-        records, images = _Phantoms(*_parse_phantoms(path)), _ImagePlaces([])
-        report.source = f"phantoms:{records.seed}:{records.count}"
+        records, images = _Phantoms(_parse_phantoms(path)), _ImagePlaces([])
+        report.source = f"phantoms:{records.phantoms['seed']}:{records.phantoms['length']}"
     elif path is None:
         published = sources[reference]
         if published.hub_id is None:
@@ -254,13 +254,11 @@ class _TableRecords:
 
 @dataclass
 class _Phantoms:
-    seed: int
-    count: int
-    kinds: list[str]
+    phantoms: dict
 
     def __call__(self) -> Iterator[tuple[str, dict]]:
-        for number, example in enumerate(PhantomVQA(self.seed, self.count, self.kinds)):
-            name, file = f"phantoms/{self.seed}/{number}", io.BytesIO()
+        for number, example in enumerate(PhantomVQA(**self.phantoms)):
+            name, file = f"phantoms/{self.phantoms['seed']}/{number}", io.BytesIO()
             example.image.save(file, "PNG")
             record = {
                 "id": name,
@@ -275,9 +273,9 @@ class _Phantoms:
             yield "", record
 
 
-def _parse_phantoms(path) -> tuple[int, int, list[str]]:
+def _parse_phantoms(path) -> dict:
     if path is None:
-        return PHANTOM_SEED, PHANTOM_COUNT, list(KINDS)
+        return {"seed": PHANTOM_SEED, "length": PHANTOM_COUNT}
     try:
         return parse_phantoms(str(path))
     except ValueError as error:
