@@ -69,20 +69,28 @@ def plain_loss(model, batch: dict) -> torch.FloatTensor:
     return naive_loss(model, batch["input_ids"], batch["labels"], batch["t"][:, -1], batch["uniform"], pixels)
 
 
-def run_step(model, optimizer, batch, compute, checkpoint) -> dict:
+def halves(batch: dict) -> list[dict]:
+    """A batch with a picture a row as two of half the rows, whose gradients add up: gradient accumulation."""
+    parts = [{name: rows.chunk(2)[part] for name, rows in batch.items()} for part in range(2)]
+    return [part | {"image_index": torch.arange(len(part["input_ids"]))} for part in parts]
+
+
+def run_step(model, optimizer, batches, compute, checkpoint) -> dict:
     """`checkpoint` turns the checkpointing of activations on, if there shall be any."""
     if checkpoint is not None:
         checkpoint({"use_reentrant": False})
     with PeakMemory("cpu") as memory:
-        start = time.perf_counter()
-        loss = compute(model, batch)
-        loss.backward()
+        start, total = time.perf_counter(), 0.0
+        for batch in batches:
+            loss = compute(model, batch) / len(batches)
+            loss.backward()
+            total += loss.item()
         optimizer.step()
         seconds = time.perf_counter() - start
     optimizer.zero_grad()
     if checkpoint is not None:
         model.gradient_checkpointing_disable()
-    return {"seconds": seconds, "bytes": memory.bytes, "loss": loss.item()}
+    return {"seconds": seconds, "bytes": memory.bytes, "loss": total}
 
 
 def gradient_difference(model, batch) -> float:
@@ -114,36 +122,38 @@ def benchmark(size_name: str, repeats: int, report=print) -> dict:
     enable_selective_activation_checkpointing(model)
     selective = model.gradient_checkpointing_enable  # as with {"selective": True}: attention is kept
     modes = {
-        "plain": (plain_loss, batch, rows, None),
-        "ours": (our_loss, batch, rows, None),
-        "ours, checkpointed": (our_loss, batch, rows, full),
-        "ours, selectively": (our_loss, batch, rows, selective),
-        "one picture, 8 rows": (our_loss, build_batch(model, QUESTIONS, pictures=1), QUESTIONS, None),
-        "one picture, packed": (our_loss, build_batch(model, 1, QUESTIONS), QUESTIONS, None),
-        "four pictures, packed": (our_loss, build_batch(model, rows, QUESTIONS), rows * QUESTIONS, None),
+        "plain": (plain_loss, [batch], rows, None),
+        "ours": (our_loss, [batch], rows, None),
+        "ours, accumulated": (our_loss, halves(batch), rows, None),
+        "ours, checkpointed": (our_loss, [batch], rows, full),
+        "ours, selectively": (our_loss, [batch], rows, selective),
+        "one picture, 8 rows": (our_loss, [build_batch(model, QUESTIONS, pictures=1)], QUESTIONS, None),
+        "one picture, packed": (our_loss, [build_batch(model, 1, QUESTIONS)], QUESTIONS, None),
+        "four pictures, packed": (our_loss, [build_batch(model, rows, QUESTIONS)], rows * QUESTIONS, None),
     }
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.0, fused=True)  # the weights stay, so that all modes do the same work
     runs = {name: [] for name in modes}
     for repeat in range(repeats + 1):
-        for name, (compute, data, _, checkpoint) in modes.items():
-            result = run_step(model, optimizer, data, compute, checkpoint)
+        for name, (compute, batches, _, checkpoint) in modes.items():
+            result = run_step(model, optimizer, batches, compute, checkpoint)
             if repeat:  # the first is for threads, the allocator and the optimizer's states
                 runs[name].append(result)
     results = {"gradient_difference": difference, "modes": {}}
-    for name, (_, data, answers, _) in modes.items():
+    for name, (_, batches, answers, _) in modes.items():
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
         seconds = statistics.median(run["seconds"] for run in runs[name])
         peak = max(run["bytes"] for run in runs[name])
         results["modes"][name] = {
             "seconds": seconds, "peak_bytes": peak, "answers_per_second": answers / seconds,
-            "tokens_per_second": data["input_ids"].numel() / seconds, "loss": runs[name][0]["loss"],
+            "tokens_per_second": tokens / seconds, "loss": runs[name][0]["loss"],
         }  # fmt: skip
         report(
             f"{name:22} {seconds:7.2f} s a step  {peak / 2**20:7.0f} MiB  {answers / seconds:6.2f} answers/s  "
-            f"{data['input_ids'].numel() / seconds:7.0f} tokens/s"
+            f"{tokens / seconds:7.0f} tokens/s"
         )
-    plain, ours, checkpointed, selectively, separate, packed, packed_rows = results["modes"].values()
-    for label, mode in zip(list(modes)[1:4], (ours, checkpointed, selectively)):
+    plain, ours, *others, separate, packed, packed_rows = results["modes"].values()
+    for label, mode in zip(list(modes)[1:], (ours, *others)):
         speedup, ratio = plain["seconds"] / mode["seconds"], plain["peak_bytes"] / mode["peak_bytes"]
         mode |= {"speedup": speedup, "memory_ratio": ratio}
         report(f"{label}: {speedup:.1f} times as fast as the plain step, with 1/{ratio:.1f} of its memory")

@@ -110,11 +110,12 @@ async def load(url: str, process: psutil.Process, arguments, questions) -> dict:
     visits = [visit(url, until, questions, arguments.abort_share, counts, latencies) for _ in range(arguments.clients)]
     await asyncio.gather(watch(process, until, sizes), *visits)
     times, memory = np.array(sizes)[len(sizes) // 3 :].T
+    first, last, most = (round(float(size), 1) for size in (sizes[0][1], memory[-1], memory.max()))
     cuts = statistics.quantiles(latencies, n=100) if len(latencies) > 1 else [float("nan")] * 99
     return {
         **{name: counts[name] for name in ("done", "aborted", "429", "wrong", "lost")},
         "latency_seconds": {f"p{share}": round(cuts[share - 1], 3) for share in (50, 90, 99)},
-        "rss_mb": {"first": round(sizes[0][1], 1), "last": round(sizes[-1][1], 1), "most": round(max(memory), 1)},
+        "rss_mb": {"first": first, "last": last, "most": most},
         "rss_slope_mb_per_minute": round(float(np.polyfit(times, memory, 1)[0]) * 60, 2),
     }
 

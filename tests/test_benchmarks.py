@@ -29,10 +29,11 @@ def test_generation_benchmark(tmp_path):
 
 
 def test_training_benchmark(tmp_path):
-    """Our step gives the plain one's loss and gradients, checkpointed or not."""
+    """Our step gives the plain one's loss and gradients, checkpointed or not, whole or in halves."""
     _, results = run("bench_training.py", tmp_path)
     assert results["gradient_difference"] < 1e-5
     losses = {name: mode["loss"] for name, mode in results["modes"].items()}
     assert losses["ours"] == pytest.approx(losses["plain"], rel=1e-5)
     assert losses["ours, checkpointed"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["ours, accumulated"] == pytest.approx(losses["plain"], rel=1e-5)
     assert all(mode["seconds"] > 0 for mode in results["modes"].values())
