@@ -155,9 +155,9 @@ def gradients(model, loss):
 
 
 def assert_equal(ours, theirs):
-    """Losses and gradients, whose cross-entropies are float32."""
+    """Losses and gradients, whose cross-entropies are float32: also a small one is the difference of large numbers."""
     for left, right in zip(ours, theirs, strict=True):
-        scale = max(1e-3, float(right.abs().max()))
+        scale = max(0.1, float(right.abs().max()))
         torch.testing.assert_close(left.double(), right.double(), rtol=0, atol=2e-5 * scale)
 
 
