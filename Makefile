@@ -1,10 +1,16 @@
-# `make demo` and `make test` need python3 (3.10 or newer) and make; everything else goes into .venv.
+# `make demo` and `make test` need python3 (3.11 or newer) and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The oldest versions that are supported, and tools of releases, have environments of their own.
+OLDEST := .venv-oldest
+TOOLS := .venv-tools
+PIP := pip install --quiet --disable-pip-version-check
+NOT_INSTALLED := { echo "installation failed: a package index that has the versions asked for is needed"; exit 1; }
+PYTEST := python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-oldest test-slow lint docs lock licences audit dist clean
 
 demo: $(VENV)/installed
 	@echo "== lladamedv demo"
@@ -16,7 +22,10 @@ test: $(VENV)/installed-test
 	@echo "== documentation"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "== tests"
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/$(PYTEST)
+
+test-oldest: $(OLDEST)/installed-oldest
+	$(OLDEST)/bin/$(PYTEST)
 
 # Thousands of cases of each property and fuzzer, and fifty kills of each task: an hour or more.
 test-slow: $(VENV)/installed-test
@@ -29,19 +38,56 @@ lint: $(VENV)/installed-test
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The demo needs the package alone; tests and lint also what the `test` extra names.
-$(VENV)/installed: EXTRAS :=
-$(VENV)/installed-test: EXTRAS := [test]
-$(VENV)/installed-docs: EXTRAS := [docs]
-$(VENV)/installed $(VENV)/installed-test $(VENV)/installed-docs: pyproject.toml constraints.txt
-	@echo "== setting up $(VENV) (first time only; downloads torch and transformers)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-		|| { echo "$(PYTHON) is missing or older than 3.10; set PYTHON=/path/to/python3"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) \
+# After a change of versions in pyproject.toml or constraints.txt. What is locked holds for all platforms and Pythons, and
+# leaves torch out: its builds differ from machine to machine.
+lock: $(TOOLS)/installed-tools
+	echo "torch; python_version < '3'" | $(TOOLS)/bin/uv pip compile --quiet --universal --generate-hashes \
+		--no-annotate --custom-compile-command "make lock" --constraint constraints.txt --override - \
+		--extra test --output-file requirements.lock pyproject.toml
+
+# The table of docs/dependencies.md. Two extras come on top of what tests need.
+licences: $(VENV)/installed-test
+	$(BIN)/$(PIP) -c constraints.txt -e '.[medical-codecs,browser-tests]' || $(NOT_INSTALLED)
+	UPDATE_DEPENDENCIES=1 $(BIN)/python -m pytest -q tests/test_packaging.py -k table
+
+# Known weaknesses of what is locked and pinned. Fails where the database of weaknesses cannot be reached.
+audit: $(TOOLS)/installed-tools
+	$(TOOLS)/bin/pip-audit --strict --disable-pip -r requirements.lock
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
+
+dist: $(TOOLS)/installed-tools
+	rm -rf build/dist
+	$(TOOLS)/bin/python -m build --outdir build/dist .
+	$(TOOLS)/bin/twine check --strict build/dist/*
+
+.PRECIOUS: %/bin/pip
+%/bin/pip:
+	@echo "== setting up $* (first time only; downloads torch and transformers)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is missing or older than 3.11; set PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -m venv $* \
 		|| { echo "$(PYTHON) cannot make virtual environments; install its venv module"; exit 1; }
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)' \
-		|| { echo "installation failed: a package index that has the versions in constraints.txt is needed"; exit 1; }
+
+# The demo needs the package alone; tests and lint also what the `test` extra names, by hash but for torch.
+$(VENV)/installed: EXTRAS :=
+$(VENV)/installed-docs: EXTRAS := [docs]
+$(VENV)/installed $(VENV)/installed-docs: pyproject.toml constraints.txt | $(BIN)/pip
+	@$(BIN)/$(PIP) -c constraints.txt -e '.$(EXTRAS)' || $(NOT_INSTALLED)
+	@touch $@
+
+$(VENV)/installed-test: pyproject.toml constraints.txt requirements.lock | $(BIN)/pip
+	@$(BIN)/$(PIP) --require-hashes --no-deps -r requirements.lock || $(NOT_INSTALLED)
+	@$(BIN)/$(PIP) -c constraints.txt torch || $(NOT_INSTALLED)
+	@$(BIN)/$(PIP) --no-deps --no-build-isolation -e . || $(NOT_INSTALLED)
+	@touch $@
+
+$(OLDEST)/installed-oldest: pyproject.toml constraints-oldest.txt | $(OLDEST)/bin/pip
+	@$(OLDEST)/bin/$(PIP) -c constraints-oldest.txt -e '.[test]' || $(NOT_INSTALLED)
+	@touch $@
+
+$(TOOLS)/installed-tools: constraints.txt | $(TOOLS)/bin/pip
+	@$(TOOLS)/bin/$(PIP) -c constraints.txt build pip-audit twine uv || $(NOT_INSTALLED)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info lladamedv_demo.png
+	rm -rf $(VENV) $(OLDEST) $(TOOLS) build *.egg-info lladamedv_demo.png

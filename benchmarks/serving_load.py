@@ -61,7 +61,7 @@ async def ask(client: openai.AsyncOpenAI, messages, streamed: bool, leave: bool)
             return (await asked).choices[0].message.content
         try:
             await asyncio.wait_for(asked, random.uniform(0.01, 1))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             pass
         return None
     pieces = []

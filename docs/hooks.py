@@ -6,9 +6,9 @@ The reference is read from a copy in `build/api` that looks like an installation
 
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
-import tomllib
 from mkdocs.plugins import event_priority
 
 

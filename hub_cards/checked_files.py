@@ -22,14 +22,14 @@ CARD = "README.md"
 AUTO_CLASSES = (
     "AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor",
 )  # fmt: skip
-ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _OTHER_WEIGHTS = ("mm_projector.safetensors",)  # of stage 1, beside the model
 _MODEL_FILES = (
     CARD, "config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
     "chat_template.jinja",
 )  # fmt: skip
-_ADAPTER_FILES = (CARD, ADAPTER_CONFIG, _ADAPTER_WEIGHTS)
+_ADAPTER_FILES = (CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _ALLOWED = (
     CARD, "LICENSE*", "NOTICE*", "*.json", "*.safetensors", "*.py", "*.jinja", "*.txt", "*.png", "*.jpg", "*.svg",
     ".gitattributes", ".eval_results/*.yaml",
@@ -174,7 +174,7 @@ def _check_texts(files: dict[str, Path | bytes], contents: dict[str, object]) ->
                 yield f"{CARD} is no card: it has no front matter"
         except UnicodeDecodeError:
             yield f"{name} is not UTF-8"
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             yield f"{name} is no JSON ({error})"
         except ValueError as error:
             yield f"{name} is no card: {' '.join(str(error).split())}"
@@ -250,6 +250,7 @@ def _text(file: Path | bytes) -> str:
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "AUTO_CLASSES",
     "CARD",
     "SECRET",

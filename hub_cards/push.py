@@ -30,11 +30,20 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 
 from lladamedv.processing.datasets import SOURCES, load_vqa
 
 from . import build_dataset_card, is_hub_id, may_redistribute, rebuild_dataset, scrub
-from .checked_files import ADAPTER_CONFIG, CARD, SECRET, check_adapter_files, check_model_files, checked_files
+from .checked_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CARD,
+    SECRET,
+    check_adapter_files,
+    check_model_files,
+    checked_files,
+)
 
 
 MAIN = "main"
@@ -255,8 +264,8 @@ def _with_base_model(folder: Path, base_model: str | None) -> dict[str, bytes]:
 
 def _adapter_config(folder: Path) -> dict:
     try:
-        return json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+        return dict(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"`folder` is {str(folder)!r}, whose {ADAPTER_CONFIG} cannot be read: {error}") from error
 
 
@@ -269,13 +278,16 @@ def _merge(folder: Path, base_model: str | None, out: Path, offline: bool) -> No
     from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
     from lladamedv.processing import LLaDAMedVProcessor
 
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(f"`folder` is {str(folder)!r}, which is not pushed: {ADAPTER_WEIGHTS} is missing.")
     base = base_model or _adapter_config(folder).get("base_model_name_or_path") or ""
     try:
         model = LLaDAMedVForConditionalGeneration.from_pretrained(base, dtype="auto", local_files_only=offline)
-        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        # Without memory for what the adapters' configuration says before their weights are seen.
+        model = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True).merge_and_unload()
         processor = folder if (folder / "processor_config.json").is_file() else base
         loaded = LLaDAMedVProcessor.from_pretrained(processor, local_files_only=offline)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"`adapter_merge` is True, but these adapters and their model {base!r} cannot be loaded: "
             f"{' '.join(str(error).split())} `base_model` (--base-model) names another place."

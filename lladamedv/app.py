@@ -52,9 +52,10 @@ _STYLE = (
     ".ldm-alert { border: 2px solid #a40000; background: #ffecec; padding: 8px 12px; }"
     ".ldm-turn { border-top: 1px solid #767676; padding: 8px 0; }"
     ".ldm-text, .ldm-question span { white-space: pre-wrap; overflow-wrap: anywhere; }"
-    ".ldm-token { border-radius: 3px; padding-bottom: 5px; text-underline-offset: 3px; }"
+    ".ldm-text { line-height: 1.9; }"  # so that the shading of a line leaves the underlines of the one above
+    ".ldm-token { padding-bottom: 7px; text-underline-offset: 2px; }"
     ".ldm-mask { background: #767676; color: #767676 !important; border: 1px solid #fff; border-radius: 3px; "
-    "display: inline-block; height: 1.3em; overflow: hidden; vertical-align: text-bottom; }"
+    "margin: 0 1px; display: inline-block; height: 1.3em; overflow: hidden; vertical-align: text-bottom; }"
     ".ldm-picture img { width: 100%; max-height: 70vh; object-fit: contain; object-position: left; }"
     ".ldm-picture figcaption { margin-top: 8px; }"
     ".ldm-legend ul { display: flex; flex-wrap: wrap; gap: 4px 24px; list-style: none !important; padding: 0; }"
@@ -517,14 +518,14 @@ def build_app(
                 box = gradio.MultimodalTextbox(
                     label="Image and question",
                     show_label=True,
-                    info="Attach or paste a picture, DICOM or NIfTI file; press Enter to see it, or ask at once. Then "
-                    "ask on.",
+                    info="Attach a picture, DICOM or NIfTI file, or paste a picture; press Enter to see it, or ask at "
+                    "once. Then ask on.",
                     placeholder="Question about the image",
                     sources=["upload"],
                     file_count="single",
                     max_plain_text_length=_MAX_QUESTION,
                 )
-                with gradio.Row():
+                with gradio.Row(equal_height=True):
                     stop_button = gradio.Button("Stop")
                     clear_button = gradio.Button("New conversation")
                 with gradio.Accordion("How to denoise", open=False, elem_id="ldm-options") as options:

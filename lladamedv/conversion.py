@@ -33,6 +33,7 @@ from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import (
     PRESETS,
     SPECIAL_TOKENS,
     KeyReport,
+    check_folder,
     choose_preset,
     read_config,
     read_weights,
@@ -190,7 +191,7 @@ def _load_tokenizer(weights: Path, source: str | Path | None) -> tuple[PreTraine
     # What is no checkpoint is told so before its tokenizer is missed.
     read_config(weights)
     read_weights(weights)
-    folder = weights if source is None else resolve_source(source)
+    folder = weights if source is None else check_folder(resolve_source(source))
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"The folder {str(folder)!r} holds no tokenizer.json; give `tokenizer` (--tokenizer).")
     try:

@@ -7,18 +7,19 @@ and the conversion (`convert_checkpoint.py`) both follow it.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import SiglipVisionConfig
 
-from .configuration_lladamedv import LLaDAMedVConfig
+from .configuration_lladamedv import MAX_GRIDS, LLaDAMedVConfig
 
 
 _OLMO = r"^model\.transformer\."
@@ -180,6 +181,10 @@ _VISION_FIELDS = (
     "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout",
 )  # fmt: skip
 _COMPUTED = r"(rotary_emb\.inv_freq|embeddings\.position_ids)$"
+_INDEX = "model.safetensors.index.json"
+# What is downloaded of a repository, and may be read of a folder.
+_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+_LARGEST_JSON = 2**24  # bytes of a configuration or an index: Python takes about twenty times that to read it
 
 
 @dataclass(frozen=True)
@@ -341,46 +346,117 @@ def read_checkpoint(folder: str | Path, vision_tower: str | Path | None = None, 
         named = original.get("mm_vision_tower")
         if tower_folder is None and named and (folder / str(named) / "config.json").is_file():
             tower_folder = folder / str(named)
+            if not _is_within(tower_folder, folder):
+                raise ValueError(
+                    f"`mm_vision_tower` is {named!r}, which is outside of {str(folder)!r}; allowed are its subfolders. "
+                    "Name the folder with `vision_tower`, if it can be trusted."
+                )
         tower = read_config(tower_folder) if tower_folder is not None else None
-    return ReleasedCheckpoint(folder, layout, convert_config(original, layout, tower, **ids), stored)
+    try:
+        config = convert_config(original, layout, tower, **ids)
+    except (StrictDataclassError, ArithmeticError, AttributeError, TypeError) as error:  # for values of other types
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The config.json of {str(folder)!r} describes no model: {reason}") from error
+    return ReleasedCheckpoint(folder, layout, config, stored)
+
+
+def check_folder(folder: str | Path) -> Path:
+    """See that the files of a local folder, whoever made it, keep to that folder, and that its JSON can be read.
+
+    Links may lead to other files of the folder. The Hub's cache is made of links, which lead to the blobs of the same
+    repository or of the whole cache.
+
+    Args:
+        folder: of a model, of a part of one, or of a tokenizer.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: for a file that is a link to elsewhere or none that can be read, such as a pipe; an index that names
+            files elsewhere; or a `config.json` or index of more than 16 MB or that is no JSON object.
+    """
+    folder = Path(folder)
+    for file in (file for pattern in _FILES for file in folder.glob(pattern)):
+        if not _is_within(file, folder):
+            raise ValueError(
+                f"{str(file)!r} is a link to {os.path.realpath(file)!r}; allowed are links to what is within the same "
+                "folder. Copy what it leads to, if that can be trusted."
+            )
+        if not file.is_file() and not file.is_dir():  # reading a pipe may never end
+            raise ValueError(f"{str(file)!r} is no regular file; no others are allowed.")
+        if file.name.endswith(("config.json", ".index.json")) and file.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"{str(file)!r} has {file.stat().st_size} bytes; allowed are at most {_LARGEST_JSON}.")
+    if (folder / "config.json").is_file():
+        _read_json(folder / "config.json")
+    if (folder / _INDEX).is_file():
+        _read_index(folder)
+    return folder
+
+
+def _is_within(file: Path, folder: Path) -> bool:
+    """Whether a file, or what it is a link to, is where the files of a folder may be."""
+    # Not `Path.resolve`, which raises RuntimeError for links in a circle.
+    place, home = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
+    homes = [home]
+    for repository in home.parents:  # models--OWNER--NAME/snapshots/REVISION
+        if repository.name.startswith("models--") and home.relative_to(repository).parts[0] == "snapshots":
+            homes += [repository, repository.parent / "blobs"]
+    return any(place.is_relative_to(home) for home in homes)
 
 
 def read_config(folder: Path) -> dict:
     """`config.json` of a local folder.
 
     Raises:
-        ValueError: if it is missing or not JSON.
+        ValueError: if it is missing or not JSON, or for the reasons of [`check_folder`].
     """
-    file = Path(folder) / "config.json"
+    file = check_folder(folder) / "config.json"
     if not file.is_file():
         raise ValueError(f"The folder {str(folder)!r} holds no config.json: it is no checkpoint.")
+    return _read_json(file)
+
+
+def _read_json(file: Path) -> dict:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise ValueError(f"{str(file)!r} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{str(file)!r} holds a {type(config).__name__}; a configuration is an object.")
-    return config
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(file)!r} holds a {type(content).__name__}; it must hold an object.")
+    return content
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """The file that holds each weight."""
+    file = folder / _INDEX
+    promised = _read_json(file).get("weight_map")
+    if not isinstance(promised, dict):
+        raise ValueError(f"{str(file)!r} is not an index of weights: it has no object `weight_map`.")
+    for name in promised.values():
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+            raise ValueError(
+                f"`weight_map` in {str(file)!r} holds {name!r}; allowed are names of files in the same folder."
+            )
+    return promised
 
 
 def read_weights(folder: Path) -> dict[str, StoredWeight]:
     """Names, shapes and dtypes of all weights of a local folder, from the headers of its files.
 
     Raises:
-        ValueError: if there are none, a shard is missing, cut off or not in the index, or the index is wrong.
+        ValueError: if there are none, a shard is missing, cut off or not in the index, or the index is wrong; or for
+            the reasons of [`check_folder`].
     """
-    folder = Path(folder)
+    folder = check_folder(folder)
     files = sorted(path.name for path in folder.glob("model*.safetensors"))
-    index_file = folder / "model.safetensors.index.json"
-    if not files and not index_file.is_file():
+    indexed = (folder / _INDEX).is_file()
+    if not files and not indexed:
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         hint = f" It holds {pickled[:3]}, but pickled weights are not loaded." if pickled else ""
         raise ValueError(f"The folder {str(folder)!r} holds no weights: no model*.safetensors.{hint}")
-    if index_file.is_file():
-        try:
-            promised = dict(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{str(index_file)!r} is not an index of weights: {error!r}") from error
+    if indexed:
+        promised = _read_index(folder)
         if absent := sorted(set(promised.values()) - set(files)):
             raise ValueError(f"The folder {str(folder)!r} lacks files that its index names: {', '.join(absent)}.")
         if extra := sorted(set(files) - set(promised.values())):
@@ -389,7 +465,7 @@ def read_weights(folder: Path) -> dict[str, StoredWeight]:
         promised = None
     else:
         raise ValueError(
-            f"The folder {str(folder)!r} holds {', '.join(files[:3])} without model.safetensors.index.json, which "
+            f"The folder {str(folder)!r} holds {', '.join(files[:3])} without {_INDEX}, which "
             "says whether they are complete."
         )
     stored = {}
@@ -515,6 +591,8 @@ def _expand_pinpoints(text: str, tile: int) -> list[list[int]]:
     if match is None:
         raise ValueError(f"`image_grid_pinpoints` is {text!r}; a text must look like '(1x1),...,(6x6)'.")
     first_column, first_row, last_column, last_row = map(int, match.groups())
+    if (last_column - first_column + 1) * (last_row - first_row + 1) > MAX_GRIDS:
+        raise ValueError(f"`image_grid_pinpoints` is {text!r}; allowed are at most {MAX_GRIDS} grids.")
     columns, rows = range(first_column, last_column + 1), range(first_row, last_row + 1)
     return [[tile * row, tile * column] for column in columns for row in rows]
 
@@ -562,9 +640,8 @@ def resolve_source(source: str | Path, revision: str | None = None, **hub_option
             raise HFValidationError("a Hub id looks like OWNER/NAME")
     except HFValidationError as error:
         raise ValueError(f"{str(source)!r} is neither a folder nor a Hub id ({error}).") from error
-    patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns, **hub_options))
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(_FILES), **hub_options))
     except Exception as error:  # the Hub client raises many kinds: no network, no such repository, no rights
         raise ValueError(f"{str(source)!r} is no folder, and cannot be had from the Hub: {error}") from error
 

@@ -33,6 +33,30 @@ _TEXT_DEFAULTS = {
     "tie_word_embeddings": False,
     "use_cache": False,
 }
+# Far beyond every network of this kind. Larger numbers are refused, because a model would take memory and time for them
+# before anybody sees that its weights are not there.
+_LARGEST = {
+    "vision_config": {
+        "hidden_size": 2**20,
+        "intermediate_size": 2**22,
+        "num_hidden_layers": 1024,
+        "num_attention_heads": 2**14,
+        "num_channels": 2**8,
+        "image_size": 2**14,
+        "patch_size": 2**14,
+    },
+    "text_config": {
+        "vocab_size": 2**24,
+        "hidden_size": 2**20,
+        "intermediate_size": 2**22,
+        "num_hidden_layers": 1024,
+        "num_attention_heads": 2**14,
+        "num_key_value_heads": 2**14,
+        "head_dim": 2**14,
+        "max_position_embeddings": 2**24,
+    },
+}
+MAX_GRIDS = 4096  # as in the image processor
 
 
 # Which of the files that `save_pretrained` writes next to the weights serves which Auto class, so that a folder loads
@@ -82,8 +106,8 @@ class LLaDAMedVConfig(PreTrainedConfig):
             A LLaDA without eyes: no vision tower, projector or newline embedding, and `vision_config` is `None`.
 
     Raises:
-        ValueError: for an aspect ratio that does not exist, tied embeddings, special ids outside the vocabulary, or a
-            `vision_config` of a text-only model.
+        ValueError: for an aspect ratio that does not exist, tied embeddings, special ids outside the vocabulary, a
+            `vision_config` of a text-only model, another kind of sub-configuration, or sizes that no such model has.
 
     ```python
     >>> from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
@@ -119,15 +143,23 @@ class LLaDAMedVConfig(PreTrainedConfig):
             raise ValueError("`vision_config` is set, but `text_only` is True; a text-only model has no vision tower.")
         if not self.text_only and self.vision_config is None:
             self.vision_config = {}
-        # A partial dict means "the released model, but with these values".
         for name, defaults in (("vision_config", _VISION_DEFAULTS), ("text_config", _TEXT_DEFAULTS)):
             value = getattr(self, name)
+            if value is not None:
+                _check_part(name, value)
+            # A partial dict means "the released model, but with these values".
             if isinstance(value, dict) and "model_type" not in value:
                 setattr(self, name, {**defaults, **value})
+        _check_grids(self.image_grid_pinpoints)
         super().__post_init__(**kwargs)
         if not getattr(self, "auto_map", None):
             self.auto_map = dict(_AUTO_MAP)
         self.text_config.is_causal = False
+        if not self.text_only and self.vision_config.patch_size > self.vision_config.image_size:
+            raise ValueError(
+                f"`vision_config.patch_size` is {self.vision_config.patch_size}; allowed are at most the "
+                f"{self.vision_config.image_size} pixels of `vision_config.image_size`."
+            )
         if self.image_grid_pinpoints is None and not self.text_only:
             tile = self.vision_config.image_size
             self.image_grid_pinpoints = [[tile * rows, tile * cols] for cols in range(1, 7) for rows in range(1, 7)]
@@ -147,7 +179,7 @@ class LLaDAMedVConfig(PreTrainedConfig):
                     f"0 to {self.text_config.vocab_size - 1}."
                 )
         mode, _, tiles = self.vision_aspect_ratio.partition("anyres_max_")
-        if self.vision_aspect_ratio not in ("square", "pad") and (mode or not tiles.isdigit() or int(tiles) < 1):
+        if self.vision_aspect_ratio not in ("square", "pad") and (mode or not tiles.isdecimal() or int(tiles) < 1):
             raise ValueError(
                 f"`vision_aspect_ratio` is {self.vision_aspect_ratio!r}; allowed are 'square', 'pad' and "
                 "'anyres_max_N' with a whole number N of at least 1."
@@ -159,6 +191,34 @@ class LLaDAMedVConfig(PreTrainedConfig):
         if "anyres" not in self.vision_aspect_ratio:
             return None
         return int(self.vision_aspect_ratio.removeprefix("anyres_max_"))
+
+
+def _check_part(name: str, part: dict | PreTrainedConfig) -> None:
+    """Refuse a sub-configuration of another kind of model, or of sizes that no model has."""
+    kind = LLaDAMedVConfig.sub_configs_defaults[name].model_type
+    values = part if isinstance(part, dict) else {"model_type": part.model_type, **vars(part)}
+    found = values.get("model_type", kind)
+    if found != kind:
+        raise ValueError(f"`{name}.model_type` is {found!r:.200}; allowed is {kind!r}.")
+    for size, largest in _LARGEST[name].items():
+        value = values.get(size)
+        if value is None and (size not in values or size in ("num_key_value_heads", "head_dim")):
+            continue  # the default
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+            raise ValueError(f"`{name}.{size}` is {value!r:.200}; allowed are whole numbers from 1 to {largest}.")
+
+
+def _check_grids(grids: object) -> None:
+    sides = range(1, 2**20)
+    fits = isinstance(grids, (list, tuple)) and len(grids) <= MAX_GRIDS
+    if grids is not None and not (
+        fits and all(isinstance(grid, (list, tuple)) and len(grid) == 2 for grid in grids)
+        and all(isinstance(side, int) and side in sides for grid in grids for side in grid)
+    ):  # fmt: skip
+        raise ValueError(
+            f"`image_grid_pinpoints` is {grids!r:.200}; allowed are at most {MAX_GRIDS} pairs [height, width] of whole "
+            f"numbers from 1 to {sides[-1]}."
+        )
 
 
 LLaDAMedVConfig.register_for_auto_class()

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import pickletools
+import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +40,8 @@ from .modeling_lladamedv import LLaDAMedVForConditionalGeneration
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# What a file of tensors names in its pickle.
+_PICKLED = r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)"
 _VISION_PARTS = ("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
 
 
@@ -180,11 +185,12 @@ def _read_projector(file, untrained) -> tuple[dict[str, torch.Tensor], KeyReport
         stored = load_file(file)
     else:
         try:
+            _check_pickle(file)
             stored = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(
-                f"`projector` is {str(file)!r}, which torch.load(weights_only=True) refuses: {error}. Nothing else "
-                "than tensors is unpickled; save it as safetensors."
+                f"`projector` is {str(file)!r}, which is refused: {' '.join(str(error).split())}. Nothing else than "
+                "tensors is unpickled; save it as safetensors."
             ) from error
     if not isinstance(stored, dict) or not all(isinstance(value, torch.Tensor) for value in stored.values()):
         raise ValueError(f"`projector` is {str(file)!r}, which holds no tensors by name.")
@@ -205,6 +211,24 @@ def _read_projector(file, untrained) -> tuple[dict[str, torch.Tensor], KeyReport
     report.missing = [name for name in untrained if name not in weights and name != "model.image_newline"]
     report.check(file)
     return weights, report
+
+
+def _check_pickle(file: Path) -> None:
+    """Refuse what would make `torch.load(weights_only=True)` take memory without end, though it runs no code: packed
+    tensors, and calls such as `bytearray(10**12)`.
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("it is compressed, which torch.save does not do")
+        if len({member.filename for member in members}) < len(members):
+            raise ValueError("it holds parts of the same name")
+        for member in members:
+            if member.filename.endswith("data.pkl"):
+                for operation, argument, _ in pickletools.genops(archive.read(member)):
+                    named = argument if operation.name in ("GLOBAL", "INST") else operation.name
+                    if operation.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not re.fullmatch(_PICKLED, named):
+                        raise ValueError(f"it names {named!r} in its pickle")
 
 
 def _check_dtypes(weights) -> None:

@@ -14,6 +14,9 @@ ADAPTIVE_RULES = {
 }
 
 
+_LARGEST_COUNT = 2**20  # beyond every context
+
+
 class LLaDAMedVGenerationConfig(GenerationConfig):
     """Options of [`LLaDAMedVGenerationMixin.generate`], saved as `generation_config.json` and reloaded as this class.
 
@@ -196,8 +199,17 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
         )  # fmt: skip
         for name, least in [*((name, 1) for name in counts), ("suffix_blocks", 0)]:
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers of at least {least}.")
+            if value is not None and not (_is_whole(value) and least <= value <= _LARGEST_COUNT):
+                raise ValueError(
+                    f"`{name}` is {value!r:.200}; allowed are whole numbers of at least {least}, at most "
+                    f"{_LARGEST_COUNT}."
+                )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens"):
+            value = getattr(self, name)
+            several = isinstance(value, (list, tuple)) and name in ("eos_token_id", "suppress_tokens")
+            tokens = [] if value is None else value if several else [value]
+            if not all(_is_whole(token) and token >= 0 for token in tokens):
+                raise ValueError(f"`{name}` is {value!r:.200}; allowed are ids, whole numbers of at least 0.")
         for name in ("temperature", "cfg_scale"):
             if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are finite numbers of at least 0.")
@@ -220,6 +232,10 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are True and False.")
         if not isinstance(self.compile_config, (CompileConfig, type(None))):
             raise ValueError(f"`compile_config` is {self.compile_config!r}; allowed is a transformers.CompileConfig.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:

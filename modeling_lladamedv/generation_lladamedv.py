@@ -5,6 +5,7 @@ the same numbers. Sources: LLaDA (arXiv 2502.09992, algorithms 4 and 5), LLaDA-M
 """
 
 import copy
+import json
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from .repetition_lladamedv import ban_repeated_ngrams
 
 _DEFAULT_MAX_NEW_TOKENS = 256
 _DEFAULT_BLOCK_LENGTH = 64
+_LARGEST_SCHEDULE = 2**28  # counts of a block's schedule, of 8 bytes each
 # Logits that are turned into probabilities at a time, without a second copy of them all: on a CPU what fits into its
 # cache, on a GPU what keeps it busy.
 _ELEMENTS_CPU = 2**18
@@ -468,6 +470,12 @@ class LLaDAMedVGenerationMixin:
                 f"`max_new_tokens` {length} / `block_length` {options.block_length}); allowed are {blocks}, "
                 f"{2 * blocks}, …"
             )
+        # The schedule of a block is a table with a row for each number of masks and a column for each step.
+        if (options.block_length + 1) * (options.steps // blocks) > _LARGEST_SCHEDULE:
+            raise ValueError(
+                f"`steps` is {options.steps}, {options.steps // blocks} for each block of {options.block_length} "
+                f"(`block_length`); allowed are at most {_LARGEST_SCHEDULE} as the product of the two."
+            )
         self._check_combinations(options)
         return options
 
@@ -570,8 +578,10 @@ class LLaDAMedVGenerationMixin:
                 self.generation_config = self.generation_config_class.from_pretrained(
                     pretrained_model_name_or_path, _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs
                 )
-            except OSError:
-                pass  # no such file: the defaults from the model's config stay
+            except OSError as error:
+                if isinstance(error.__context__, (UnicodeDecodeError, json.JSONDecodeError)):
+                    raise ValueError(str(error)) from error
+                # No such file: the defaults from the model's config stay.
 
 
 def _rows_at_a_time(logits: torch.Tensor) -> int:

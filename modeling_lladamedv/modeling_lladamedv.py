@@ -3,9 +3,14 @@
 The denoising loop is in `generation_lladamedv.py`; nothing here knows about steps or schedules.
 """
 
+import json
 import math
+import os
+from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -14,11 +19,12 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector, unpad_image
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, find_adapter_config_file
 
 from .checkpoint_layouts_lladamedv import (
     PRESETS,
     RELEASED_MODEL_TYPES,
+    check_folder,
     choose_preset,
     read_checkpoint,
     resolve_source,
@@ -29,6 +35,14 @@ from .generation_config_lladamedv import LLaDAMedVGenerationConfig
 from .generation_lladamedv import LLaDAMedVGenerationMixin
 from .infilling_lladamedv import LLaDAMedVInfillingMixin
 from .scoring_lladamedv import LLaDAMedVScoringMixin
+
+
+# What the library raises for files that hold something else than it expects; RecursionError for JSON nested too deeply.
+_BROKEN = (
+    SafetensorError, StrictDataclassError, RecursionError, ArithmeticError, AttributeError, LookupError, TypeError,
+    UnicodeError, json.JSONDecodeError,
+)  # fmt: skip
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class LLaDAMedVPreTrainedModel(PreTrainedModel):
@@ -73,12 +87,17 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: if there is no `config.json`; if weights of the model are missing from the checkpoint, or have
                 other shapes and `ignore_mismatched_sizes` is not set (a model with random parts would still answer,
-                wrongly); or if a checkpoint in a released layout holds keys that this layout does not have.
+                wrongly); if a checkpoint in a released layout holds keys that this layout does not have; if adapters
+                lie beside the model, or files of a local folder are not what [`check_folder`] allows.
         """
         vision_tower = kwargs.pop("vision_tower", None)
+        kwargs.setdefault("use_safetensors", True)
         released = None
-        if pretrained_model_name_or_path is not None and kwargs.get("config") is None and "key_mapping" not in kwargs:
-            released = _find_released_checkpoint(pretrained_model_name_or_path, vision_tower, kwargs)
+        if pretrained_model_name_or_path is not None:
+            hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+            _check_source(pretrained_model_name_or_path, hub)
+            if kwargs.get("config") is None and "key_mapping" not in kwargs:
+                released = _find_released_checkpoint(pretrained_model_name_or_path, vision_tower, hub)
         if released is not None:
             expected = LLaDAMedVForConditionalGeneration.parameter_shapes(released.config)
             released.match(expected)[1].check(pretrained_model_name_or_path)
@@ -91,25 +110,37 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"`vision_tower` is {str(vision_tower)!r}; it is allowed for checkpoints in a released layout only."
             )
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True,
+                ignore_mismatched_sizes=ignore_mismatched_sizes, **kwargs,
+            )  # fmt: skip
+        except _BROKEN as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"The checkpoint {str(pretrained_model_name_or_path)!r} cannot be loaded: {reason}"
+            ) from error
+        _check_weights(pretrained_model_name_or_path, model, info, ignore_mismatched_sizes)
         if released is not None:
             model._weight_conversions = []  # so that saving writes our names
-        problems = {"lacks": info["missing_keys"]}
-        if not ignore_mismatched_sizes:
-            misshaped = {
-                f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
-            }
-            problems["has the wrong shapes for"] = misshaped
-        for problem, weights in problems.items():
-            if weights:
-                shown = ", ".join(sorted(weights)[:5]) + (", …" if len(weights) > 5 else "")
-                raise ValueError(
-                    f"The checkpoint {str(pretrained_model_name_or_path)!r} {problem} {len(weights)} weights of "
-                    f"{cls.__name__}: {shown}"
-                )
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        """The library's making up of weights that are missing; before memory is taken for them, they are refused."""
+        name, ignored = load_config.pretrained_model_name_or_path, load_config.ignore_mismatched_sizes
+        _check_weights(name, model, loading_info.to_dict(), ignored)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+    def _load_and_finalize_distributed_pretrained_model(self, folder, *args):
+        """The library's way of loading what several devices saved takes memory for all weights before it looks."""
+        stored, needed = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")), self.num_parameters()
+        if stored < needed:
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} has {stored} bytes, too few for the {needed} weights of "
+                f"{type(self).__name__}."
+            )
+        return super()._load_and_finalize_distributed_pretrained_model(folder, *args)
 
     @classmethod
     def parameter_shapes(cls, config: LLaDAMedVConfig) -> dict[str, tuple[int, ...]]:
@@ -118,14 +149,44 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
             return {name: tuple(weight.shape) for name, weight in cls(config).state_dict().items()}
 
 
-def _find_released_checkpoint(name, vision_tower, options):
+def _check_source(name, hub) -> None:
+    """Refuse a folder whose files lead elsewhere, and adapters: the library would look for their model elsewhere."""
+    folder = os.path.join(name, hub.get("subfolder") or "")
+    if os.path.isdir(folder):
+        check_folder(folder)
+    try:
+        adapters = find_adapter_config_file(str(name), **hub)
+    except (OSError, ValueError):
+        return  # the library reports it better
+    if adapters is not None:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` is {str(name)!r}, which holds adapters (adapter_config.json); allowed "
+            "are models. Load the one that they belong to, and then the adapters with `peft.PeftModel`."
+        )
+
+
+def _check_weights(name, model, info, ignore_mismatched_sizes) -> None:
+    """Refuse what a model would lack; `info` is the library's account of loading."""
+    problems = {"lacks": info["missing_keys"]}
+    if not ignore_mismatched_sizes:
+        problems["has the wrong shapes for"] = {
+            f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
+        }
+    for problem, weights in problems.items():
+        if weights:
+            shown = ", ".join(sorted(weights)[:5]) + (", …" if len(weights) > 5 else "")
+            raise ValueError(
+                f"The checkpoint {str(name)!r} {problem} {len(weights)} weights of {type(model).__name__}: {shown}"
+            )
+
+
+def _find_released_checkpoint(name, vision_tower, hub):
     """The checkpoint `name` if it is in a released layout, downloaded if need be, else `None`."""
-    hub = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-    hub = {key: options[key] for key in hub if key in options}
-    subfolder = options.get("subfolder") or ""
+    hub = {**hub}
+    subfolder = hub.pop("subfolder", None) or ""
     try:
         original, _ = PreTrainedConfig.get_config_dict(name, subfolder=subfolder, **hub)
-    except (OSError, ValueError):
+    except (OSError, ValueError, *_BROKEN):
         return None  # the library reports it better
     if not original:  # the library would go on with the defaults and initialise eight billion weights
         raise ValueError(f"`pretrained_model_name_or_path` is {str(name)!r}, which holds no config.json.")

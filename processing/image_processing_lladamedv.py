@@ -20,7 +20,8 @@ from transformers.processing_utils import Unpack
 MAX_IMAGE_PIXELS = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else 178_956_970
 # Of Pillow's formats those in use for medical pictures; others run programs (EPS) or are hardly tested.
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM")
-_MAX_GRIDS = 4096
+_MAX_GRIDS, _MAX_TILES = 4096, 1024  # of a list, and of a grid
+_MAX_IMAGE_TOKENS = 2**20
 _URL_TIMEOUT = 60  # seconds; without one, a server that says nothing is waited for for ever
 
 
@@ -74,6 +75,11 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
             raise ValueError(
                 f"`size` is {dict(self.size)}; tiles are square: height and width must be equal, and their product "
                 f"from 1 to {MAX_IMAGE_PIXELS}."
+            )
+        if not isinstance(self.patch_size, int) or not 1 <= self.patch_size <= side:
+            raise ValueError(
+                f"`patch_size` is {self.patch_size!r:.200}; allowed are whole numbers from 1 to the {side} pixels of a "
+                "tile (`size`)."
             )
         mode, _, tiles = self.vision_aspect_ratio.partition("anyres_max_")
         if self.vision_aspect_ratio not in ("square", "pad") and (mode or not tiles.isdecimal() or int(tiles) < 1):
@@ -152,7 +158,19 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         Args:
             height, width: size of the original image in pixels.
             alone: whether it is the only image of its prompt.
+
+        Raises:
+            ValueError: for more than about a million.
         """
+        tokens = self._count_image_tokens(height, width, alone)
+        if tokens > _MAX_IMAGE_TOKENS:
+            raise ValueError(
+                f"`patch_size` is {self.patch_size} and `size` {self.size['height']}, which makes {tokens} tokens of "
+                f"an image of {width} by {height} pixels; allowed are at most {_MAX_IMAGE_TOKENS}."
+            )
+        return tokens
+
+    def _count_image_tokens(self, height, width, alone) -> int:
         side = self.size["height"] // self.patch_size
         if not self.vision_aspect_ratio.startswith("anyres"):
             return side * side
@@ -181,8 +199,8 @@ def parse_grid_pinpoints(pinpoints, tile_size: int) -> list[list[int]]:
         tile_size: side of a tile in pixels.
 
     Raises:
-        ValueError: for any other text, a grid that is not made of whole tiles or has more than about 179 million
-            pixels, or more than 4096 grids.
+        ValueError: for any other text, a grid that is not made of whole tiles or has more than 1024 of them or about
+            179 million pixels, or more than 4096 grids.
     """
     if pinpoints is None:
         pinpoints = "(1x1),...,(6x6)"
@@ -198,15 +216,21 @@ def parse_grid_pinpoints(pinpoints, tile_size: int) -> list[list[int]]:
             for column in range(first_column, last_column + 1)
             for row in range(first_row, last_row + 1)
         ]
+    if not isinstance(pinpoints, (list, tuple)) or len(pinpoints) > _MAX_GRIDS:
+        raise ValueError(
+            f"`image_grid_pinpoints` is {pinpoints!r:.200}; allowed are lists of at most {_MAX_GRIDS} grids."
+        )
+    largest = min(MAX_IMAGE_PIXELS, _MAX_TILES * tile_size**2)
     for pinpoint in pinpoints:
         if (
-            len(pinpoint) != 2
-            or any(value < tile_size or value % tile_size for value in pinpoint)
-            or pinpoint[0] * pinpoint[1] > MAX_IMAGE_PIXELS
+            not isinstance(pinpoint, (list, tuple))
+            or len(pinpoint) != 2
+            or any(not isinstance(value, int) or value < tile_size or value % tile_size for value in pinpoint)
+            or pinpoint[0] * pinpoint[1] > largest
         ):
             raise ValueError(
-                f"`image_grid_pinpoints` holds {pinpoint}; heights and widths must be multiples of the tile size "
-                f"{tile_size}, and their product at most {MAX_IMAGE_PIXELS}."
+                f"`image_grid_pinpoints` holds {pinpoint!r:.200}; heights and widths must be multiples of the tile "
+                f"size {tile_size}, and their product at most {largest}."
             )
     return [list(pinpoint) for pinpoint in pinpoints]
 

@@ -1,6 +1,7 @@
 """Chat and images into model inputs: the prompt template and the processor."""
 
 import re
+from pathlib import Path
 
 import jinja2
 from tokenizers import AddedToken
@@ -111,6 +112,8 @@ def get_training_chat_template(chat_template: str) -> str:
     return _TRAINING_CHAT_TEMPLATES[chat_template]
 
 
+_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")  # that a processor may have
+_LARGEST_CONFIG, _LARGEST_TOKENIZER = 2**24, 2**28  # bytes
 _ROLES, _IMAGE_KEYS = ("system", "user", "assistant"), ("image", "url", "path", "base64")
 
 
@@ -146,6 +149,29 @@ class LLaDAMedVProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As `ProcessorMixin.from_pretrained`, but nobody is asked whether code of a folder may be run: it is run with
+        `trust_remote_code=True` only.
+
+        Raises:
+            ValueError: for a folder that holds such code and needs it, or files that hold no processor.
+        """
+        kwargs.setdefault("trust_remote_code", False)
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        for file in (file for pattern in _FILES for file in folder.glob(pattern)):
+            # The library opens what is there: a pipe or a device may never end.
+            largest = _LARGEST_CONFIG if file.name.endswith("config.json") else _LARGEST_TOKENIZER
+            if not file.is_file() or file.stat().st_size > largest:
+                raise ValueError(f"{str(file)!r} is no regular file of at most {largest} bytes; no others are allowed.")
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:  # of many kinds, and of the tokenizers library no kind of its own
+            if type(error) is ValueError or isinstance(error, (ImportError, OSError)):
+                raise
+            name, reason = str(pretrained_model_name_or_path), f"{' '.join(str(error).split()):.300}"
+            raise ValueError(f"The processor of {name!r} cannot be read: {reason}") from error
+
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
         """A conversation, or a list of them, as a prompt or, with `tokenize=True`, as model inputs.
 
@@ -175,7 +201,7 @@ class LLaDAMedVProcessor(ProcessorMixin):
             kwargs.setdefault("sanitize_control_tokens", True)
         try:
             return super().apply_chat_template(chats if several else chats[0], chat_template, **kwargs)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, ArithmeticError, RecursionError) as error:  # Overflow: the sandbox's, of ranges
             raise ValueError(f"`conversation` does not suit the chat template: {error}") from error
 
     def _check_no_control_tokens(self, chats: list[list[dict]]) -> None:

@@ -3,8 +3,10 @@
 Needs the extra `browser-tests` and an installed Chromium, and is skipped without them.
 """
 
+import base64
 import re
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -34,6 +36,12 @@ CONTRAST = """element => {
     let behind = element;
     while (getComputedStyle(behind).backgroundColor == "rgba(0, 0, 0, 0)") behind = behind.parentElement;
     return [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor];
+}"""
+LINES = """tokens => tokens.flatMap(token => [...token.getClientRects()].map(({top, bottom}) => [top, bottom]))"""
+
+COPY = """async picture => {
+    const response = await fetch(`data:image/png;base64,${picture}`);
+    await navigator.clipboard.write([new ClipboardItem({"image/png": await response.blob()})]);
 }"""
 
 
@@ -271,6 +279,15 @@ def test_a_frame_that_is_not_there(page, frames):
     expect(number).to_have_value("1")
 
 
+@pytest.mark.parametrize("look", [{"permissions": ["clipboard-read", "clipboard-write"]}])
+def test_a_picture_can_be_pasted(page, shipped, example, picture):
+    page.evaluate(COPY, base64.b64encode(picture.read_bytes()).decode())
+    page.get_by_role("textbox").press("Control+V")
+    expect(page.get_by_role("button", name="Remove file")).to_be_visible()
+    ask(page, example.question)
+    assert answers(page, 1) == answer(*shipped, [example.messages()])
+
+
 def test_files_that_cannot_be_read(page, picture, tmp_path):
     alert = page.get_by_role("alert")
     for name, content, message in (
@@ -380,9 +397,12 @@ def test_what_is_read_out(page, frames, picture):
 )
 def test_everything_can_be_read(page, look, frames):
     attach(page, frames[0])
-    ask(page, "What?")
+    ask(page, "Describe the image.")
     expect(page.get_by_role("alert")).to_have_count(0)
     answers(page, 1)
+    lines = sorted({tuple(line) for line in page.locator(".ldm-answer .ldm-token").evaluate_all(LINES)})
+    assert len(lines) >= (2 if "viewport" in look else 1), "a phone is not as wide as the answer"
+    assert all(above[1] <= below[0] for above, below in pairwise(lines)), "no line is painted over another"
     ask(page, "x" * 4_001)
     expect(page.get_by_role("alert")).to_be_visible()
     width = look.get("viewport", {"width": 1200})["width"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -22,6 +23,27 @@ def test_the_shipped_model_looks_at_the_picture(shipped):
     assert sighted.questions == 90
     assert min(sighted.closed, sighted.open, sighted.description) > 0.85
     assert blind.closed < 0.75 and blind.open < 0.6 and blind.description < 0.8
+
+
+def test_adapters_are_merged(shipped, tmp_path):
+    """What a training with LoRA leaves is asked as any model: as PEFT computes without merging."""
+    base, processor = demo.load_model()
+    base.name_or_path = str(demo.DEMO_MODEL)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model, _ = demo.load_model(tmp_path)
+    chats = [example.messages() for example in PhantomVQA(3, 2)]
+    inputs = processor.apply_chat_template(
+        chats, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+    )
+    with torch.no_grad():
+        expected, before = adapted.eval()(**inputs).logits, shipped[0](**inputs).logits
+        torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(before, expected, atol=0.1)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot be loaded as a checkpoint"):
+        demo.load_model(tmp_path)
 
 
 def test_size_of_the_shipped_checkpoint():

@@ -215,7 +215,7 @@ def _read_manifest(path: Path) -> dict:
     """A manifest; an empty one if the file is somebody else's of that name."""
     try:
         manifest = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: nested too deeply
         return {}
     return manifest if isinstance(manifest, dict) else {}
 

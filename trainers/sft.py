@@ -29,7 +29,7 @@ from lladamedv.modeling_lladamedv import (
     LLaDAMedVForConditionalGeneration,
     LLaDAMedVGenerationConfig,
 )
-from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import RELEASED_MODEL_TYPES
+from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import RELEASED_MODEL_TYPES, check_folder
 from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
@@ -210,6 +210,8 @@ def load_model(
         raise ValueError(f"`model_name_or_path` is not given; allowed are a folder, a Hub id, or {DEMO!r}.")
     name = str(files("lladamedv") / "demo_model") if name == DEMO else os.path.expanduser(name)
     try:
+        if os.path.isdir(name):
+            check_folder(name)
         model_type = PreTrainedConfig.get_config_dict(name, revision=model_args.model_revision)[0].get("model_type")
     except (OSError, ValueError) as error:
         raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be loaded: {error}") from error
@@ -245,7 +247,7 @@ def load_model(
             processor = LLaDAMedVProcessor.from_pretrained(name, revision=model_args.model_revision)
         else:
             processor = LLaDAMedVProcessor.from_pretrained(os.path.expanduser(script_args.processor))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library has no kind of its own
         raise ValueError(f"`processor` is {script_args.processor!r}; none can be loaded: {error}") from error
     if script_args.chat_template is not None:
         template = CHAT_TEMPLATES[script_args.chat_template]

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 JSON_SUFFIXES, PARQUET_SUFFIX = (".json", ".jsonl"), ".parquet"
 _CHUNK = 2**20  # characters
 _LONGEST = 2**26  # characters of a record: a file is not read to its end for one that does not end
+_LARGEST_MEMBER = 2**28  # bytes of an image in an archive: Pillow's largest picture, at 1.5 bytes a pixel
 _ROWS = 5_000  # that are Python objects at a time
 _SHOWN = 5
 
@@ -161,16 +164,18 @@ class ZippedImages:
     def __init__(self, path: str | Path, prefix: str = "imgs"):
         self.path, self.prefix = os.path.abspath(os.path.expanduser(path)), prefix
         self._archive: zipfile.ZipFile | None = None
+        self._names: Counter[str] = Counter()
         self._intact: dict[str, bool] = {}
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "prefix": self.prefix, "_archive": None, "_intact": {}}
+        return {"path": self.path, "prefix": self.prefix, "_archive": None, "_names": Counter(), "_intact": {}}
 
     def find(self, name: str) -> str:
         """The address of an image, `zip://MEMBER::ARCHIVE`, which `datasets.Image` can decode.
 
         Raises:
-            MissingImageError: if there is no such member, it is damaged, or the name leads out of the archive.
+            MissingImageError: if there is no such member or several, it is damaged, encrypted, a link, or unpacked of
+                more than 268 MB or packed in an unusual way, or the name leads out of the archive.
         """
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "::" in name:
@@ -181,20 +186,33 @@ class ZippedImages:
         raise MissingImageError(name)
 
     def _is_intact(self, member: str) -> bool:
-        """Whether a member is there and has the checksum that the archive states."""
+        """Whether a member is there, once, is no link and no bomb, and has the checksum that the archive states."""
+        if self._archive is None:
+            try:
+                self._archive = zipfile.ZipFile(self.path)
+            except (OSError, NotImplementedError, ValueError, zipfile.BadZipFile) as error:
+                raise ValueError(f"{self.path!r} cannot be read as a zip archive: {error}.") from error
+            self._names.update(self._archive.namelist())
         if member not in self._intact:
             try:
-                self._archive = self._archive or zipfile.ZipFile(self.path)
-            except (OSError, zipfile.BadZipFile) as error:
-                raise ValueError(f"{self.path!r} cannot be read as a zip archive: {error}.") from error
-            try:
-                with self._archive.open(member) as file:
-                    while file.read(_CHUNK):
-                        pass
-                self._intact[member] = True
+                info = self._archive.getinfo(member)
+                self._intact[member] = self._names[member] == 1 and _is_plain(info)
+                if self._intact[member]:
+                    with self._archive.open(info) as file:
+                        while file.read(_CHUNK):
+                            pass
             except (KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
-                self._intact[member] = False  # RuntimeError: encrypted, or compressed in an unknown way
+                self._intact[member] = False  # RuntimeError: encrypted
         return self._intact[member]
+
+
+def _is_plain(member: zipfile.ZipInfo) -> bool:
+    """Whether a member is a file, packed as usual, that memory can hold: no more is ever unpacked than is stated."""
+    return (
+        member.file_size <= _LARGEST_MEMBER
+        and member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        and not stat.S_ISLNK(member.external_attr >> 16)
+    )
 
 
 def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:

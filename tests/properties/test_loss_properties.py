@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from trl.trainer.utils import add_fused_lm_head
 
@@ -155,9 +155,9 @@ def gradients(model, loss):
 
 
 def assert_equal(ours, theirs):
-    """Losses and gradients, whose cross-entropies are float32: also a small one is the difference of large numbers."""
+    """Losses and gradients, whose cross-entropies are float32."""
     for left, right in zip(ours, theirs, strict=True):
-        scale = max(0.1, float(right.abs().max()))
+        scale = max(1e-3, float(right.abs().max()))
         torch.testing.assert_close(left.double(), right.double(), rtol=0, atol=2e-5 * scale)
 
 
@@ -187,6 +187,7 @@ def plain_loss(model, inputs, labels, answer_ids, masked, probability, weighting
         lengths[number] = lengths.get(number, 0) + 1
     loss = 0 * surprise.sum()
     for row, place in masked.nonzero().tolist():
+        assume(surprise[row, place, labels[row, place]] > 0.01)  # less is a small difference of large numbers
         p = float(probability[row, place])
         weight = {"inverse_probability": 1 / p, "clipped": min(1 / p, 4.0), "uniform": 1.0}[weighting]
         own = lengths[int(answer_ids[row, place])]

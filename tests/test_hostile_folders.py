@@ -1,0 +1,919 @@
+"""Model folders and data sets from strangers: no code of theirs runs, nothing outside of them is read, and what they
+claim is refused before memory is taken for it."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from trl import ModelConfig
+
+from lladamedv import (
+    LLaDAMedVConfig,
+    LLaDAMedVForConditionalGeneration,
+    LLaDAMedVImageProcessor,
+    LLaDAMedVProcessor,
+)
+from lladamedv.conversion import convert_checkpoint
+from lladamedv.demo import DEMO_MODEL, load_model
+from lladamedv.hub_cards.checked_files import check_model_files
+from lladamedv.hub_cards.push import push_folder
+from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import read_checkpoint, read_header
+from lladamedv.modeling_lladamedv.convert_checkpoint import plan_conversion, plan_initialization
+from lladamedv.processing.datasets import load_vqa
+from lladamedv.trainers.image_feature_cache import ImageFeatureCache
+from lladamedv.trainers.sft import SFTScriptArguments
+from lladamedv.trainers.sft import load_model as load_model_to_train
+from tests import released
+from tests.hub_folders import write_adapter, write_card
+from tests.test_masked_diffusion_sft_trainer import make_trainer, tiny_model, tiny_processor
+
+
+ROOT = Path(__file__).parents[1]
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder of this package's own format; tests change copies of it."""
+    folder = tmp_path_factory.mktemp("own") / "model"
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llada(tmp_path_factory):
+    """The same in a released layout, of two files."""
+    return released.write(
+        tmp_path_factory.mktemp("llada") / "model", released.LLAMA_CONFIG, released.llama_weights(), num_shards=2
+    )
+
+
+@pytest.fixture
+def mine(own, tmp_path):
+    return shutil.copytree(own, tmp_path / "mine")
+
+
+@pytest.fixture
+def theirs(llada, tmp_path):
+    return shutil.copytree(llada, tmp_path / "theirs")
+
+
+def change(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def change_part(folder: Path, part: str, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(folder / "config.json", **{part: config[part] | values})
+
+
+def load(folder, **options):
+    return LLaDAMedVForConditionalGeneration.from_pretrained(folder, **options)
+
+
+def refuse(message: str, action, *arguments, **options) -> None:
+    """See that an action fails with one line of text that says why."""
+    with pytest.raises(ValueError, match=message) as caught:
+        action(*arguments, **options)
+    assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+
+
+def split_own(folder: Path) -> dict:
+    """Make two files and an index of a model's weights, and return the index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
+    for file in set(files.values()):
+        part = {name: weights[name] for name in names if files[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": files}
+    (folder / INDEX).write_text(json.dumps(index))
+    return index
+
+
+# Pickles
+
+
+class Payload:
+    """What an unpickler without `weights_only` would make a file of."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def write_pickle(file: Path, path: Path, kind: str) -> None:
+    if kind == "bare":
+        file.write_bytes(pickle.dumps({"x": Payload(path)}))
+    else:
+        torch.save({"x": Payload(path)}, file, _use_new_zipfile_serialization=kind == "zip")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "bare"])
+def test_pickled_weights_are_not_loaded(tmp_path, mine, theirs, kind):
+    ran = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Payload(ran)))
+    assert ran.exists(), "the payload works"
+    ran.unlink()
+    for folder in (mine, theirs):
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        write_pickle(folder / "pytorch_model.bin", ran, kind)
+        write_pickle(folder / "model.pt", ran, kind)
+    refuse("pickled weights are not loaded", load, theirs)
+    refuse("pickled weights are not loaded", convert_checkpoint, theirs, tmp_path / "out")
+    refuse(r"no file named model\.safetensors", load_model, mine)
+    refuse(r"no file named model\.safetensors", load_model_to_train, SFTScriptArguments(), ModelConfig(str(mine)))
+    weights = {"x": "pytorch_model.bin"}
+    (mine / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    refuse(r"no file named model\.safetensors", load_model, mine)
+    # Who asks for pickles gets the library's: with `weights_only`, which knows tensors and nothing else.
+    with pytest.raises((pickle.UnpicklingError, RuntimeError, OSError)):
+        load(mine, use_safetensors=False)
+    projector = tmp_path / "mm_projector.bin"
+    write_pickle(projector, ran, kind)
+    siglip = released.write_tower(tmp_path / "siglip")
+    refuse("`projector` is .* is refused", plan_initialization, released.write_olmo(tmp_path / "x"), siglip, projector)
+    assert not ran.exists()
+
+
+def test_pickled_adapters(tmp_path):
+    ran, folder = tmp_path / "ran", write_adapter(tmp_path / "adapter", "demo")
+    write_card(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    write_pickle(folder / "adapter_model.bin", ran, "zip")
+    refuse(r"adapter_model\.safetensors is missing", push_folder, folder, "me/x", adapter_merge=True, dry_run=True)
+    change(folder / "adapter_config.json", base_model_name_or_path=str(DEMO_MODEL))
+    with pytest.raises(ValueError, match="Weights only load failed"):
+        load_model(folder)
+    refuse(r"holds adapters \(adapter_config\.json\)", load, folder)
+    assert not ran.exists()
+
+
+def test_pickles_in_a_checkpoint_of_training(tmp_path):
+    """The library loads all of them with `weights_only=True`, and the arguments not at all."""
+    trainer = make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer = make_trainer(tmp_path, max_steps=2)
+    checkpoint, ran = tmp_path / "checkpoint-1", tmp_path / "ran"
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"):
+        whole = (checkpoint / name).read_bytes() if (checkpoint / name).exists() else b""
+        if not whole:
+            (checkpoint / "model.safetensors").unlink()
+        write_pickle(checkpoint / name, ran, "zip")
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        (checkpoint / name).write_bytes(whole)
+    (checkpoint / "model.safetensors").write_bytes(weights)
+    write_pickle(checkpoint / "training_args.bin", ran, "zip")
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 2 and not ran.exists()
+
+
+# Code
+
+
+def add_code(folder: Path, ran: Path) -> None:
+    """Have every file of a folder name a module of it, which makes a file when it is imported."""
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil:\n    pass\n")
+    names = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor")
+    evil = dict.fromkeys(names, "evil.Evil")
+    change(folder / "config.json", auto_map=evil)
+    processor = json.loads((folder / "processor_config.json").read_text())
+    change(
+        folder / "processor_config.json",
+        auto_map=evil,
+        image_processor=processor["image_processor"] | {"auto_map": evil},
+    )
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+
+
+@pytest.fixture
+def nobody_to_ask(monkeypatch):
+    def ask(prompt=""):
+        pytest.fail(f"somebody was asked: {prompt}")
+
+    monkeypatch.setattr(builtins, "input", ask)
+
+
+def test_code_of_a_folder_is_not_run(tmp_path, mine, nobody_to_ask):
+    ran = tmp_path / "ran"
+    add_code(mine, ran)
+    for options in ({}, {"trust_remote_code": False}):
+        AutoConfig.from_pretrained(mine, **options)
+        AutoModelForImageTextToText.from_pretrained(mine, **options)
+        AutoProcessor.from_pretrained(mine, **options)
+    load_model(mine)
+    load_model_to_train(SFTScriptArguments(), ModelConfig(str(mine)))
+    assert not ran.exists()
+    # Where the library has no class of its own, it would ask whether to run the folder's.
+    change(mine / "tokenizer_config.json", tokenizer_class="Evil")
+    processor = json.loads((mine / "processor_config.json").read_text())
+    change(
+        mine / "processor_config.json",
+        image_processor=processor["image_processor"] | {"image_processor_type": "Evil"},
+    )
+    for read in (LLaDAMedVProcessor.from_pretrained, load_model):
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            read(mine)
+    change(mine / "config.json", model_type="evil")
+    for automatic in (AutoConfig, AutoModelForImageTextToText, AutoProcessor):
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            automatic.from_pretrained(mine, trust_remote_code=False)
+    load(mine)
+    assert not ran.exists()
+
+
+def test_the_code_would_run_if_it_were_trusted(tmp_path, mine):
+    add_code(mine, tmp_path / "ran")
+    change(mine / "config.json", model_type="evil")
+    with pytest.raises(AttributeError):
+        AutoConfig.from_pretrained(mine, trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
+
+
+def test_no_command_trusts_a_folder():
+    """Nor unpickles more than tensors, nor evaluates text."""
+    for package in (
+        "lladamedv",
+        "modeling_lladamedv",
+        "processing",
+        "trainers",
+        "evaluation",
+        "hub_cards",
+        "benchmarks",
+    ):
+        for file in (ROOT / package).rglob("*.py"):
+            for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+                name, given = ast.unparse(call.func), {word.arg: ast.unparse(word.value) for word in call.keywords}
+                assert given.get("trust_remote_code", "False") == "False", (file, call.lineno)
+                assert name not in ("eval", "exec", "yaml.load", "pickle.load", "pickle.loads"), (file, call.lineno)
+                assert name != "torch.load" or given["weights_only"] == "True", (file, call.lineno)
+
+
+def test_code_of_another_repository_is_not_pushed_on(own):
+    """Else who trusts the pusher's code would run a stranger's."""
+    files = {file.name: file for file in own.iterdir()} | {"README.md": b"---\nlicense: mit\n---\n"}
+    assert not list(check_model_files(files))
+    config = json.loads(files["config.json"].read_text())
+    config["auto_map"]["AutoModel"] = "evil/repository--modeling_lladamedv.LLaDAMedVModel"
+    problems = list(check_model_files(files | {"config.json": json.dumps(config).encode()}))
+    assert any("evil/repository--modeling_lladamedv.py, which is missing" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("text_config", {"model_type": "bert"}),
+        ("text_config", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}),
+        ("vision_config", {"model_type": "timm_wrapper", "architecture": "resnet18"}),
+        ("vision_config", {"model_type": ["siglip_vision_model"]}),
+        ("text_config", "llama"),
+        ("vision_config", 3),
+        ("text_config", [{}]),
+    ],
+)
+def test_parts_of_another_kind(mine, part, value):
+    change(mine / "config.json", **{part: value})
+    refuse(rf"`{part}\.model_type` is .*; allowed is|'{part}' with value .* doesn't match any type", load, mine)
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_kernels_from_elsewhere(mine, name):
+    change(mine / "config.json", **{name: "evil/kernel"})
+    try:
+        model = load(mine)
+    except (ValueError, ImportError):
+        return
+    assert model.config._attn_implementation == "sdpa"
+
+
+# Chat templates
+
+CHAT = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__base__ }}",
+        "{{ messages.append.__self__.__class__ }}",
+        "{{ cycler.__init__.__globals__.os.popen('id') }}",
+        "{% set x = messages.append({}) %}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{% for i in range(100001) %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 1 / 0 }}",
+        "{% for %}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    ],
+    ids=range(11),
+)
+def test_chat_templates(mine, template):
+    """They are programs, which the library runs in Jinja's sandbox."""
+    (mine / "chat_template.jinja").write_text(template)
+    processor = LLaDAMedVProcessor.from_pretrained(mine)
+    refuse("`conversation` does not suit the chat template: ", processor.apply_chat_template, CHAT)
+
+
+def test_chat_templates_see_nothing_else(mine):
+    processor = LLaDAMedVProcessor.from_pretrained(mine)
+    for template in ("{{ ''|attr('__class__') }}", "{{ '{0.__class__}'.format(messages) }}"):
+        assert processor.apply_chat_template(CHAT, chat_template=template) == ""
+    for template in ("{% include '/etc/passwd' %}", "{% import 'os' as os %}"):
+        with pytest.raises(TypeError, match="no loader"):
+            processor.apply_chat_template(CHAT, chat_template=template)
+
+
+# Places
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "..", "", 3, None, ["x"]])
+def test_names_of_files_that_lead_elsewhere(tmp_path, mine, theirs, name):
+    shutil.copy(mine / "model.safetensors", tmp_path / "x.safetensors")
+    for folder in (theirs, mine):
+        index = split_own(mine) if folder is mine else json.loads((folder / INDEX).read_text())
+        key = next(iter(index["weight_map"]))
+        index["weight_map"][key] = str(tmp_path / "x.safetensors") if name == "/x.safetensors" else name
+        (folder / INDEX).write_text(json.dumps(index))
+        refuse("`weight_map` in .* holds .*; allowed are names of files in the same folder", load, folder)
+    refuse("`weight_map` in .* allowed are names", convert_checkpoint, theirs, tmp_path / "out")
+    refuse("`weight_map` in .* allowed are names", plan_initialization, theirs, theirs)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": []}', "{" * 3, "[" * 100_000])
+def test_indexes_that_are_none(mine, theirs, text):
+    split_own(mine)
+    for folder in (mine, theirs):
+        (folder / INDEX).write_text(text)
+        refuse(r"model\.safetensors\.index\.json' (is no|holds a)", load, folder)
+
+
+def test_missing_files(mine, theirs):
+    index = split_own(mine)
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "model-00003-of-00003.safetensors")
+    for folder in (mine, theirs):
+        (folder / INDEX).write_text(json.dumps(index))
+    refuse("lacks files that its index names: model-00003-of-00003", load, theirs)
+    refuse("model-00003-of-00003", load_model, mine)
+    # The library joins whatever the index says.
+    (mine / INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
+    refuse("metadata", load_model, mine)
+
+
+FILES = {"config.json": "config.json", INDEX: INDEX, "model-00001-of-00002.safetensors": "weights"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_links_out_of_the_folder(tmp_path, mine, theirs, name):
+    split_own(mine)
+    for folder in (mine, theirs):
+        elsewhere = tmp_path / f"{folder.name} elsewhere"
+        elsewhere.mkdir()
+        os.replace(folder / name, elsewhere / name)
+        (folder / name).symlink_to(elsewhere / name)
+        refuse(rf"{name}' is a link to '.*elsewhere/.*'; allowed are links to what is within", load, folder)
+        (folder / name).unlink()
+        (folder / "files").mkdir()
+        os.replace(elsewhere / name, folder / "files" / name)
+        (folder / name).symlink_to(Path("files", name))
+        load(folder)  # a link to what is within
+    (theirs / name).unlink()
+    (theirs / name).symlink_to(tmp_path / "mine" / name)
+    refuse("is a link to", plan_conversion, theirs)
+    refuse("is a link to", convert_checkpoint, theirs, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["circle", "nothing", "device", "pipe"])
+def test_files_that_are_none(mine, theirs, kind):
+    ours = ("config.json", "model.safetensors", "chat_template.jinja")
+    for folder, names in ((mine, ours), (theirs, ("config.json", "model-00001-of-00002.safetensors"))):
+        for file in (folder / name for name in names):
+            whole = file.read_bytes()
+            file.unlink()
+            if kind == "pipe":
+                os.mkfifo(file)
+            else:
+                file.symlink_to({"circle": file, "nothing": folder / "nothing", "device": "/dev/zero"}[kind])
+            for read in (load, load_model) if folder is mine else (load, plan_conversion):
+                refuse(rf"{file.name}' is (a link to|no regular file)", read, folder)
+            file.unlink()
+            file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("named", ["../other", "{}/other", "link"])
+def test_a_tower_that_is_elsewhere(tmp_path, named):
+    folder = released.write_llava(tmp_path / "x", mm_vision_tower=named.format(tmp_path))
+    shutil.copytree(folder / "tower", tmp_path / "other")
+    (folder / "link").symlink_to(tmp_path / "other")
+    refuse("`mm_vision_tower` is .* which is outside of .*; allowed are its subfolders", read_checkpoint, folder)
+
+
+def write_cache(cache: Path, folder: Path, shared: bool) -> Path:
+    """The Hub's cache with one repository, whose files are links to blobs, of its own or of the whole cache."""
+    repository = cache / "models--me--model"
+    snapshot = repository / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(snapshot.name)
+    for place in (snapshot, repository / "blobs", cache / "blobs" / "ab"):
+        place.mkdir(parents=True)
+    for number, file in enumerate(path for path in folder.iterdir() if path.is_file()):
+        blob = repository / "blobs" / str(number)
+        if shared:
+            shutil.copy(file, cache / "blobs" / "ab" / str(number))
+            blob.symlink_to(Path("..", "..", "blobs", "ab", str(number)))
+        else:
+            shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    return snapshot
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["blobs of the repository", "blobs of the cache"])
+def test_the_cache_of_the_hub_is_made_of_links(tmp_path, own, llada, shared):
+    for number, folder in enumerate((own, llada)):
+        cache = tmp_path / str(number)
+        snapshot = write_cache(cache, folder, shared)
+        load("me/model", cache_dir=cache, local_files_only=True)
+        load(snapshot)
+    read_checkpoint(snapshot)
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(tmp_path / "0" / "models--me--model" / "blobs" / "0")
+    refuse("is a link to", read_checkpoint, snapshot)
+
+
+def test_names_of_files_in_the_cache_that_lead_elsewhere(tmp_path, mine):
+    index = split_own(mine)
+    shutil.copy(mine / "model-00001-of-00002.safetensors", tmp_path / "x.safetensors")
+    files = {key: "../../../../x.safetensors" if "00001" in file else file for key, file in index["weight_map"].items()}
+    change(mine / INDEX, weight_map=files)
+    snapshot = write_cache(tmp_path / "cache", mine, shared=False)
+    assert (snapshot / "../../../../x.safetensors").is_file()
+    with pytest.raises((OSError, ValueError), match=r"x\.safetensors"):
+        load("me/model", cache_dir=tmp_path / "cache", local_files_only=True)
+
+
+# Headers of safetensors
+
+
+def safetensors(header: dict | bytes, size: int = 0, length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + b"\0" * size
+
+
+def tensor(shape, begin: int, end: int, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+HEADERS = {
+    "longer than the file": safetensors(b"{}", length=2**40),
+    "longest number": safetensors(b"{}", length=2**64 - 1),
+    "nothing": b"",
+    "no JSON": safetensors(b"\0" * 100),
+    "nested": safetensors(b'{"x":' * 100_000),
+    "terabytes": safetensors({"x": tensor([2**20, 2**18], 0, 2**40)}, size=1000),
+    "terabytes in the shape alone": safetensors({"x": tensor([2**20, 2**18], 0, 1000)}, size=1000),
+    "product that overflows": safetensors({"x": tensor([2**32, 2**32], 0, 0)}),
+    "product that overflows to the right one": safetensors({"x": tensor([2**62, 4], 0, 0)}),
+    "overlapping": safetensors({"x": tensor([2], 0, 8), "y": tensor([2], 4, 12)}, size=12),
+    "the same place": safetensors({"x": tensor([2], 0, 8), "y": tensor([2], 0, 8)}, size=8),
+    "hole": safetensors({"x": tensor([2], 8, 16)}, size=16),
+    "backwards": safetensors({"x": tensor([2], 8, 0)}, size=8),
+    "outside": safetensors({"x": tensor([2], 8, 16)}, size=8),
+    "negative": safetensors({"x": tensor([-2], 0, 8)}, size=8),
+    "fraction": safetensors({"x": tensor([2.5], 0, 10)}, size=10),
+    "unknown type": safetensors({"x": tensor([2], 0, 8, "F999")}, size=8),
+    "more than it says": safetensors({"x": tensor([2], 0, 8)}, size=4096),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_headers(tmp_path, mine, theirs, kind):
+    for folder, name in ((mine, "model.safetensors"), (theirs, "model-00001-of-00002.safetensors")):
+        (folder / name).write_bytes(HEADERS[kind])
+    refuse(r"00001-of-00002\.safetensors' cannot be read: cut off or damaged", load, theirs)
+    refuse("cut off or damaged", convert_checkpoint, theirs, tmp_path / "out")
+    refuse("cut off or damaged", read_header, mine / "model.safetensors")
+    refuse("cannot be loaded", load, mine)
+    projector = tmp_path / "mm_projector.safetensors"
+    projector.write_bytes(HEADERS[kind])
+    siglip = released.write_tower(tmp_path / "siglip")
+    refuse("cut off or damaged", plan_initialization, released.write_olmo(tmp_path / "x"), siglip, projector)
+
+
+# Numbers
+
+ABSURD = (10**9, 10**12, 10**30, 0, -1, 1.5, "8", float("nan"), float("inf"), True, [8], {})
+SIZES = {
+    "text_config": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                    "num_key_value_heads", "head_dim", "max_position_embeddings"),
+    "vision_config": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
+                      "image_size", "patch_size"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "name"), [(part, name) for part, names in SIZES.items() for name in names])
+def test_sizes(mine, part, name):
+    original = (mine / "config.json").read_bytes()
+    for value in ABSURD:
+        (mine / "config.json").write_bytes(original)
+        change_part(mine, part, **{name: value})
+        refuse(rf"`{part}\.{name}` is .*; allowed are whole numbers from 1 to \d+", load, mine)
+
+
+@pytest.mark.parametrize("value", [10**9, 0, -1, 1.5, "8", float("nan"), True, [8]])
+@pytest.mark.parametrize("name", ["d_model", "n_layers", "mlp_hidden_size", "embedding_size"])
+def test_sizes_of_released_layouts(tmp_path, name, value):
+    folder = released.write(
+        tmp_path / "x", released.OLMO_CONFIG | {name: value}, {"model.transformer.x": torch.ones(1)}
+    )
+    refuse(r"`text_config\.\w+` is .*; allowed are whole numbers", load, folder)
+    refuse(r"`text_config\.\w+` is .*; allowed are whole numbers", plan_conversion, folder)
+
+
+def test_the_largest_models_are_not_refused():
+    """Llama 3.1 405B with a context of ten million tokens and Gemma's vocabulary, and InternViT-6B on larger images."""
+    LLaDAMedVConfig(
+        text_config={"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
+                     "num_attention_heads": 128, "num_key_value_heads": 8, "vocab_size": 262144,
+                     "max_position_embeddings": 10_485_760},
+        vision_config={"hidden_size": 3200, "intermediate_size": 12800, "num_hidden_layers": 45,
+                       "num_attention_heads": 25, "image_size": 1024, "patch_size": 14},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_grid_pinpoints", [[384, 384]] * 5000),
+        ("image_grid_pinpoints", [[384, 10**9]]),
+        ("image_grid_pinpoints", [[384, -384]]),
+        ("image_grid_pinpoints", [[384, 384.5]]),
+        ("image_grid_pinpoints", [384]),
+        ("image_grid_pinpoints", "(1x1),...,(100000x100000)"),
+        ("vision_aspect_ratio", "anyres_max_²"),
+        ("vision_aspect_ratio", "anyres_max_" + "9" * 5000),
+        ("image_token_id", 10**30),
+        ("mask_token_id", float("nan")),
+        ("projector_hidden_act", "evil"),
+        ("dtype", "load"),
+        ("architectures", {"a": {"b": "c"}}),
+        ("auto_map", 5),
+        ("to_dict", "shadow"),
+        ("quantization_config", {"quant_method": "evil"}),
+        ("tie_word_embeddings", "yes"),
+        ("transformers_weights", "../x.safetensors"),
+    ],
+    ids=lambda value: f"{value!r:.30}",
+)
+def test_other_values(mine, name, value):
+    change(mine / "config.json", **{name: value})
+    if name in ("architectures", "quantization_config"):  # ignored, with a warning
+        load_model(mine)
+    else:
+        with pytest.raises(ValueError):
+            load_model(mine)
+
+
+def test_grids_of_released_layouts(tmp_path):
+    folder = released.write_llava(tmp_path / "x", image_grid_pinpoints="(1x1),...,(100000x100000)")
+    refuse(r"`image_grid_pinpoints` is .* allowed are at most 4096 grids", load, folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 10**12, "block_length": 7},
+        {"steps": 10**12},
+        {"max_new_tokens": 2**20, "block_length": 2**20},
+        {"block_length": 10**30},
+        {"max_new_tokens": float("nan")},
+        {"suppress_tokens": [0, "x"]},
+        {"suppress_tokens": [1e400]},
+        {"eos_token_id": [None]},
+        {"pad_token_id": -1},
+        {"temperature": float("nan")},
+        {"evil": 1},
+        {"custom_generate": "evil/repository"},
+    ],
+    ids=str,
+)
+def test_generation_options(mine, options):
+    (mine / "generation_config.json").write_text(json.dumps(options))
+
+    def answer():
+        model, processor = load_model(mine)
+        model.generate(**processor(text="Hello", return_tensors="pt"))
+
+    refuse(rf"`?{next(iter(options))}|`steps` is", answer)
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("`size` is", {"size": {"height": 10**6, "width": 10**6}}),
+        ("`size` is", {"size": {"height": 0, "width": 0}}),
+        ("`patch_size` is 0", {"patch_size": 0}),
+        ("`patch_size` is -1", {"patch_size": -1}),
+        ("`patch_size` is nan", {"patch_size": float("nan")}),
+        ("`patch_size` is 10000", {"patch_size": 10**9}),
+        ("`image_grid_pinpoints` is", {"image_grid_pinpoints": [[64, 64]] * 5000}),
+        ("`image_grid_pinpoints` is", {"image_grid_pinpoints": "(1x1),...,(100000x100000)"}),
+        ("`image_grid_pinpoints` holds", {"image_grid_pinpoints": [[64, 64 * 2**40]]}),
+        ("`image_grid_pinpoints` holds", {"image_grid_pinpoints": [[64 * 33, 64 * 32]]}),
+        ("`image_grid_pinpoints` holds", {"image_grid_pinpoints": ["64"]}),
+        ("`image_grid_pinpoints` holds", {"size": {"height": 1, "width": 1}, "patch_size": 1,
+                                          "image_grid_pinpoints": [[13_000, 13_000]]}),
+        ("`vision_aspect_ratio` is", {"vision_aspect_ratio": "anyres_max_x"}),
+    ],
+)  # fmt: skip
+def test_processor_options(mine, message, options):
+    processor = json.loads((mine / "processor_config.json").read_text())
+    change(mine / "processor_config.json", image_processor=processor["image_processor"] | options)
+    refuse(message, load_model, mine)
+
+
+def test_an_image_of_a_million_tokens():
+    processor = LLaDAMedVImageProcessor(
+        size={"height": 2048, "width": 2048}, patch_size=1, vision_aspect_ratio="square"
+    )
+    refuse("`patch_size` is 1 .* makes 4194304 tokens", processor.get_number_of_image_tokens, 10, 10)
+
+
+def test_padding_that_a_tokenizer_asks_for(mine):
+    """A length that its file states pads and cuts nothing unless a call asks for it."""
+    tokenizer = json.loads((mine / "tokenizer.json").read_text())
+    padding = {"strategy": {"Fixed": 10**15}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+               "pad_type_id": 0, "pad_token": "x"}  # fmt: skip
+    change(mine / "tokenizer.json", padding=padding)
+    ids = LLaDAMedVProcessor.from_pretrained(mine)(text="Hello").input_ids
+    assert ids == [tiny_processor().tokenizer("Hello").input_ids] and tokenizer["padding"] is None
+
+
+# JSON
+
+TEXTS = {
+    "nested": b'{"a":' * 100_000,
+    "nested list": b"[" * 100_000,
+    "long number": b'{"model_type": ' + b"9" * 10_000 + b"}",
+    "UTF-16": '{"model_type": "llada"}'.encode("utf-16"),
+    "BOM": b"\xef\xbb\xbf" + b'{"model_type": "llada"}',
+    "list": b"[1]",
+    "text": b'"x"',
+    "number": b"1e999",
+    "NaN": b"NaN",
+    "zeros": b"\0" * 1000,
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json"],
+)
+def test_json(mine, theirs, name, kind):
+    (mine / name).write_bytes(TEXTS[kind])
+    refuse("json|JSON|cannot be read|cannot be loaded|4300 digits", load_model, mine)
+    if name == "config.json":
+        (theirs / name).write_bytes(TEXTS[kind])
+        refuse(r"config\.json", load, theirs)
+        refuse(r"config\.json", plan_conversion, theirs)
+        refuse(r"config\.json", load_model_to_train, SFTScriptArguments(), ModelConfig(str(theirs)))
+
+
+def test_manifest_of_a_feature_cache(tmp_path):
+    (tmp_path / "manifest.json").write_bytes(TEXTS["nested"])
+    model = tiny_model().requires_grad_(False)
+    refuse("holds features of something else", ImageFeatureCache, tmp_path, model, tiny_processor())
+
+
+def test_keys_that_come_twice(mine, theirs):
+    """The last one counts, for everybody who reads the file."""
+    for folder in (mine, theirs):
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text('{"model_type": "evil", "hidden_size": 1000000000,' + text.lstrip()[1:])
+    load(mine)
+    read_checkpoint(theirs)
+
+
+# Archives
+
+
+def picture(width: int = 20) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (width, 10)).save(file, "PNG")
+    return file.getvalue()
+
+
+def wide_picture() -> bytes:
+    """A PNG of a few bytes that states 60,000 by 60,000 pixels."""
+    from tests.fuzzing.mutations import mend_png
+
+    content = picture()
+    return mend_png(content[:16] + struct.pack(">II", 60_000, 60_000) + content[24:])
+
+
+def write_archive(folder: Path) -> list[str]:
+    """SLAKE with an archive of everything that is wrong, and the names of its images."""
+    members = {
+        "good/source.jpg": picture(), "../up.jpg": picture(), "/absolute.jpg": picture(),
+        "imgs/../../up.jpg": picture(), "..\\up.jpg": picture(), "wide/source.jpg": wide_picture(), "inner.zip": b"",
+    }  # fmt: skip
+    inner = BytesIO()
+    with zipfile.ZipFile(inner, "w") as archive:
+        archive.writestr("x.jpg", picture())
+    members["inner.zip"] = inner.getvalue()
+    with zipfile.ZipFile(folder / "imgs.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+        link = zipfile.ZipInfo("link.jpg")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc/hostname")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("twice.jpg", picture(20))
+            archive.writestr("twice.jpg", picture(30))
+        with archive.open("bomb.jpg", "w") as file:
+            for _ in range(272):
+                file.write(b"\0" * 2**20)
+        archive.writestr("secret.jpg", picture())
+        archive.writestr("packed.jpg", picture(), zipfile.ZIP_LZMA)
+    content = bytearray((folder / "imgs.zip").read_bytes())
+    for signature, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # a member that says that it is encrypted
+        place = content.index(
+            signature, content.index(b"secret.jpg") - 46 if flags == 6 else content.rindex(b"secret.jpg") - 46
+        )
+        content[place + flags] |= 1
+    (folder / "imgs.zip").write_bytes(content)
+    return [
+        *members,
+        "link.jpg",
+        "twice.jpg",
+        "bomb.jpg",
+        "secret.jpg",
+        "packed.jpg",
+        "inner.zip/x.jpg",
+        "imgs.zip::x.jpg",
+    ]
+
+
+def test_archives(tmp_path):
+    names = write_archive(tmp_path)
+    records = [
+        {
+            "qid": number,
+            "img_name": name,
+            "question": "Is it?",
+            "answer": "Yes",
+            "answer_type": "CLOSED",
+            "q_lang": "en",
+        }
+        for number, name in enumerate(names)
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    before = sorted(path for path in tmp_path.rglob("*"))
+    dataset, report = load_vqa("slake", "train", path=tmp_path)
+    # The last is no picture, the one before it has a name like any other, and the second one too many pixels.
+    assert [row["image_id"] for row in dataset.remove_columns("image")] == [
+        "good/source.jpg", "..\\up.jpg", "wide/source.jpg", "inner.zip",
+    ]  # fmt: skip
+    assert len(report.missing_images) == len(names) - 4
+    assert dataset[0]["image"].size == (20, 10)
+    for row in (2, 3):
+        with pytest.raises((OSError, Image.DecompressionBombError)):
+            dataset[row]
+    assert sorted(path for path in tmp_path.rglob("*")) == before and not (tmp_path.parent / "up.jpg").exists()
+
+
+# Memory
+
+MEGABYTES = 600  # above what the imports take, for all of these
+# What refuses each of them.
+BOMBS = {
+    "own-wide": "has the wrong shapes for 25 weights",
+    "own-vocabulary": "has the wrong shapes for 2 weights",
+    "own-long": "has the wrong shapes for 6 weights",
+    "own-deep": "lacks 1782 weights",
+    "own-tower": "has the wrong shapes for 2 weights",
+    "own-devices": "bytes, too few for the",
+    "own-gigabytes": "is no regular file of at most",
+    "adapter-rank": "cannot be loaded as a checkpoint",
+    "merge-rank": "cannot be loaded",
+    "released-wide": "holds weights of the wrong shape",
+    "projector-packed.bin": "it is compressed",
+    "projector-bytes.bin": "it names '__builtin__ bytearray' in its pickle",
+}
+# In a process of its own, whose memory is limited: beyond the limit is a `MemoryError` or a `RuntimeError` of torch.
+_CHILD = """
+import resource, sys
+from pathlib import Path
+import torch
+from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
+from lladamedv.demo import load_model
+from lladamedv.hub_cards.push import push_folder
+from lladamedv.modeling_lladamedv.convert_checkpoint import plan_conversion, plan_initialization
+from peft import PeftModel
+root, megabytes = Path(sys.argv[1]), int(sys.argv[2])
+load_model()
+def memory():
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (memory() + megabytes * 2**20,) * 2)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tries = {
+    "own": lambda folder: load_model(folder),
+    "released": lambda folder: plan_conversion(folder),
+    "projector": lambda file: plan_initialization(root / "llada", root / "siglip", file),
+    "adapter": lambda folder: load_model(folder),
+    "merge": lambda folder: push_folder(folder, "me/x", adapter_merge=True, dry_run=True),
+}
+for path in sorted(root.glob("*-*")):
+    try:
+        tries[path.name.partition("-")[0]](path)
+        outcome = "loaded"
+    except ValueError as error:
+        outcome = "refused: " + " ".join(str(error).split())
+    except BaseException as error:
+        outcome = repr(error)
+    print(path.name, outcome, sep="\\t", flush=True)
+print("peak", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, sep="\\t")
+"""
+
+
+def write_bombs(root: Path, own: Path) -> None:
+    def copy(name: str, **values) -> Path:
+        folder = shutil.copytree(own, root / f"own-{name}")
+        config = json.loads((folder / "config.json").read_text())
+        for part in ("text_config", "vision_config"):
+            config[part] |= values.get(part, {})
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    copy("wide", text_config={"hidden_size": 2**20, "num_attention_heads": 2**14, "head_dim": 2**14})
+    copy("vocabulary", text_config={"vocab_size": 2**24})
+    copy("long", text_config={"intermediate_size": 2**22})
+    copy("deep", text_config={"num_hidden_layers": 200})
+    copy("tower", vision_config={"image_size": 2**14, "patch_size": 1})
+    # The library's way of loading what several devices have saved takes memory for all weights first.
+    name = "shard-00001-model-00001-of-00001.safetensors"
+    save_file({"x": torch.ones(1)}, copy("devices", text_config={"vocab_size": 2**24}) / name)
+    with (copy("gigabytes") / "config.json").open("wb") as file:  # of nothing: a file with a hole
+        file.truncate(2**35)
+    adapter = write_adapter(root / "adapter-rank", str(DEMO_MODEL))
+    write_card(adapter)
+    change(adapter / "adapter_config.json", r=10**9)
+    shutil.copytree(adapter, root / "merge-rank")
+    released.write_olmo(root / "llada")
+    released.write_tower(root / "siglip")
+    released.write(
+        root / "released-wide", released.OLMO_CONFIG | {"d_model": 2**20, "n_layers": 300}, released.olmo_weights()
+    )
+    # A thousandth of the size when it is packed, and a call that `weights_only` allows.
+    tensors = {"model.mm_projector.0.weight": torch.zeros(2**24)}
+    torch.save(tensors, root / "unpacked.bin")
+    with zipfile.ZipFile(root / "unpacked.bin") as source:
+        with zipfile.ZipFile(root / "projector-packed.bin", "w", zipfile.ZIP_DEFLATED) as target:
+            for member in source.infolist():
+                target.writestr(member.filename, source.read(member))
+    (root / "unpacked.bin").unlink()
+    torch.save({"x": _Bytes()}, root / "projector-bytes.bin")
+
+
+class _Bytes:
+    def __reduce__(self):
+        return bytearray, (2**31,)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits on memory are Linux's")
+def test_refusals_take_no_memory(tmp_path, own):
+    write_bombs(tmp_path, own)
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, str(tmp_path), str(MEGABYTES)], capture_output=True, text=True, timeout=100,
+        check=False,
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *lines, (_, peak) = [line.split("\t") for line in done.stdout.splitlines()]
+    assert {name for name, _ in lines} == set(BOMBS)
+    assert all(outcome.startswith("refused: ") and BOMBS[name] in outcome for name, outcome in lines), lines
+    assert int(peak) < MEGABYTES
