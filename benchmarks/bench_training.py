@@ -70,9 +70,12 @@ def plain_loss(model, batch: dict) -> torch.FloatTensor:
 
 
 def halves(batch: dict) -> list[dict]:
-    """A batch with a picture a row as two of half the rows, whose gradients add up: gradient accumulation."""
+    """A batch with a picture and an answer a row as two of half the rows, whose gradients add up: accumulation."""
     parts = [{name: rows.chunk(2)[part] for name, rows in batch.items()} for part in range(2)]
-    return [part | {"image_index": torch.arange(len(part["input_ids"]))} for part in parts]
+    for part in parts:
+        number = torch.arange(len(part["input_ids"]))
+        part |= {"image_index": number, "answer_ids": number[:, None].expand_as(part["input_ids"])}
+    return parts
 
 
 def run_step(model, optimizer, batches, compute, checkpoint) -> dict:
