@@ -55,6 +55,10 @@ def main(
     Exit codes: 0 done, 1 an error, 2 wrong usage, 3 a report that lacks answers, 130 Ctrl-C.
 
     Models and data from the Hub are kept in HF_HOME; HF_TOKEN lets into private ones, HF_HUB_OFFLINE=1 stays offline.
+
+    \b
+    Example:
+      lladamedv ask picture.png "Is there a lesion?"
     """
     if debug:
         os.environ[DEBUG] = "1"

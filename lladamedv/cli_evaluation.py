@@ -13,8 +13,13 @@ import typer
 from .cli_common import quiet
 
 
-analyze_app = typer.Typer(no_args_is_help=True, help="Look into how a model answers.")
-eval_app = typer.Typer(no_args_is_help=True, help="Measure a model on a benchmark.")
+analyze_app = typer.Typer(no_args_is_help=True, help=(
+    "Look into how a model answers.\n\n\b\nExample:\n  lladamedv analyze decoding --model demo --output decoding"
+))
+eval_app = typer.Typer(no_args_is_help=True, help=(
+    "Measure a model on a benchmark.\n\n\b\nExample:\n"
+    "  lladamedv eval vqa --benchmark phantoms --model demo --output runs/phantoms"
+))
 INCOMPLETE = 3  # exit code: there is a report, but some questions have no answer
 
 _Model = Annotated[str, typer.Option(help="Folder or Hub id of a model, or `demo` for the one that comes with this.")]

@@ -29,10 +29,8 @@ def call(*words):
 
 def commands(command, path=()):
     """All commands by their paths, those of groups, too."""
-    if not hasattr(command, "commands"):
-        return {path: command}
-    below = (commands(each, (*path, name)) for name, each in command.commands.items())
-    return {path: found for part in below for path, found in part.items()}
+    below = (commands(each, (*path, name)) for name, each in getattr(command, "commands", {}).items())
+    return {path: command} | {path: found for part in below for path, found in part.items()}
 
 
 COMMANDS = commands(get_command(app))
