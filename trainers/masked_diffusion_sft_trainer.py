@@ -190,14 +190,14 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["messages", "image", "images", "id"]
 
-    # Noise and loss
-
     def _run_epoch(self, *args, **kwargs):
         # Resumed from its last checkpoint, Transformers' trainer takes a step too many if that is not an epoch's end.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    # Noise and loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in `Trainer`; every batch learns its place in, and the size of, the whole batch of this optimizer step."""
