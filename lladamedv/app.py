@@ -12,6 +12,7 @@ import base64
 import html
 import io
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -107,20 +108,21 @@ class _StoppedError(Exception):
 
 def _denoise(
     model: LLaDAMedVForConditionalGeneration, lock: Lock, inputs: dict, options: dict
-) -> Iterator[list[int] | LLaDAMedVGenerationOutput]:
-    """Yield the canvas, at first and after every forward pass, and at last what `generate` returns.
+) -> Iterator[tuple[list[int], list[float]] | LLaDAMedVGenerationOutput]:
+    """Yield the canvas and its tokens' confidence, at first and after every forward pass; at last what `generate`
+    returns.
 
     `generate` runs in a thread of its own; when the iterator is closed it ends after its current forward pass.
     """
-    canvases: SimpleQueue[list[int] | None] = SimpleQueue()
+    canvases: SimpleQueue[tuple[list[int], list[float]] | None] = SimpleQueue()
     stopped = Event()
 
-    def show(canvas):
+    def show(*canvas):
         if stopped.is_set():
             raise _StoppedError
         canvases.put(canvas)
 
-    streamer = CanvasStreamer(options["max_new_tokens"], options["block_length"], model.config.mask_token_id, show)
+    streamer = CanvasStreamer(options["max_new_tokens"], model.config.mask_token_id, show)
 
     def generate():
         with lock:
@@ -223,26 +225,37 @@ def _escape(text: str) -> str:
     return "".join(f"&#{ord(letter)};" if letter in "${}`" else letter for letter in escaped)
 
 
-def _show_draft(parts: Iterable[tuple[str | None, list[int]]]) -> str:
-    """An unfinished answer, masks and all."""
-    return f'<span class="ldm-text">{"".join(_MASK if text is None else _escape(text) for text, _ in parts)}</span>'
-
-
-def _show_answer(parts: Iterable[tuple[str | None, list[int]]], confidence: Sequence[float], summary: str) -> str:
-    """An answer whose tokens are shaded, underlined and titled by confidence, and the same as a table."""
-    spans, rows = [], []
+def _shade(
+    parts: Iterable[tuple[str | None, list[int]]], confidence: Sequence[float]
+) -> Iterator[tuple[str, str | None, float]]:
+    """Yield each token of a canvas as HTML, shaded, underlined and titled by confidence; then its text, which is `None`
+    for a mask, and its confidence."""
     for text, positions in parts:
-        if text is None:  # the model proposed the mask itself until the steps were used up
-            spans.append(_MASK)
+        if text is None:
+            yield _MASK, None, math.nan
         elif text:
             sure, shown = min(confidence[position] for position in positions), _escape(text)
             look = f"ldm-token ldm-level-{level_of(sure)}"
-            spans.append(f'<span class="{look}" title="confidence {sure:.1%}">{shown}</span>')
-            rows.append(f"<tr><td>{shown}</td><td>{sure:.1%}</td></tr>")
+            yield f'<span class="{look}" title="confidence {sure:.1%}">{shown}</span>', shown, sure
+
+
+def _show_draft(parts: Iterable[tuple[str | None, list[int]]], confidence: Sequence[float]) -> str:
+    """An unfinished answer, masks and all."""
+    return f'<span class="ldm-text">{"".join(span for span, *_ in _shade(parts, confidence))}</span>'
+
+
+def _show_answer(parts: Iterable[tuple[str | None, list[int]]], confidence: Sequence[float], summary: str) -> str:
+    """An answer, shaded, and the confidence of its tokens as a table.
+
+    It holds a mask where the model proposed the mask itself until the steps were used up.
+    """
+    tokens = list(_shade(parts, confidence))
+    spans = "".join(span for span, *_ in tokens)
+    rows = "".join(f"<tr><td>{text}</td><td>{sure:.1%}</td></tr>" for _, text, sure in tokens if text is not None)
     return (
-        f'<span class="ldm-text">{"".join(spans) or "(an empty answer)"}</span><p>{_escape(summary)}</p>'
+        f'<span class="ldm-text">{spans or "(an empty answer)"}</span><p>{_escape(summary)}</p>'
         '<details><summary>Confidence of every token</summary><table class="ldm-table"><thead><tr>'
-        f'<th scope="col">Token</th><th scope="col">Confidence</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        f'<th scope="col">Token</th><th scope="col">Confidence</th></tr></thead><tbody>{rows}</tbody></table>'
         "</details>"
     )
 
@@ -364,10 +377,10 @@ def build_app(
             return_dict=True,
             return_tensors="pt",
         ).to(model.device)
-        for canvas in _denoise(model, lock, inputs, options):
-            if isinstance(canvas, list):
-                yield _show_draft(pieces(canvas, decode, mask_token_id))
-        output = canvas
+        for output in _denoise(model, lock, inputs, options):
+            if isinstance(output, tuple):  # what is shown on the way
+                canvas, confidence = output
+                yield _show_draft(pieces(canvas, decode, mask_token_id), confidence)
         tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         passes, sure = int(output.num_forwards[0]), float(output.answer_confidence[0])
         summary = f"Confidence of the answer {sure:.0%}. Tokens: {len(tokens)}. Forward passes: {passes}."

@@ -126,7 +126,7 @@ class Chat:
             raise ValueError("There is no image yet; /image FILE takes one.")
         canvases: list[list[int]] = []
 
-        def show(canvas):
+        def show(canvas, _=None):
             if self._live:
                 live.update(self._draft(canvas, canvases[-1] if canvases else canvas), refresh=True)
             elif canvases:  # the first is before the first step
@@ -137,14 +137,11 @@ class Chat:
         with Live(console=self._console, auto_refresh=False) if self._live else nullcontext() as live:
             streamer = None
             if self._live or self._show_steps:
-                length, block_length = self._prepared.max_new_tokens, self._prepared.block_length
-                streamer = CanvasStreamer(length, block_length, self._model.config.mask_token_id, show)
+                streamer = CanvasStreamer(self._prepared.max_new_tokens, self._model.config.mask_token_id, show)
             messages = chat_about(self._picture, self._turns, question)
             ids, output = generate_answer(self._model, self._processor, messages, **self._options, streamer=streamer)
             if self._live:
                 live.update(self._shade(ids, output), refresh=True)
-            elif self._show_steps and len(canvases) == output.num_forwards:
-                show(ids)  # a last step that finds nothing but the end is not streamed
         answer, confidence = self._decode(ids).strip(), float(output.answer_confidence[0])
         self._turns.append((question, answer))
         if self._live:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -168,9 +166,7 @@ app.command("app", rich_help_panel=USE)(app_command)
 app.command(rich_help_panel=USE)(serve)
 
 
-@app.command(
-    rich_help_panel=MEASURE, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
+@app.command(rich_help_panel=MEASURE, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,
     recipe: Annotated[
@@ -193,11 +189,12 @@ def train(
     \b
     Examples:
       lladamedv train --list
+      lladamedv train demo_lora -- --help
       lladamedv train demo_lora
       lladamedv train lora_one_gpu --model_name_or_path FOLDER --train_data DATA.json --output_dir OUT
       lladamedv train stage2_instruct --accelerate fsdp2
     """
-    from lladamedv.trainers.recipes import accelerate_file, describe_recipes, recipe_file
+    from lladamedv.trainers.recipes import accelerate_file, describe_recipes, launch, recipe_file
 
     if list_recipes:
         recipes = describe_recipes()
@@ -210,11 +207,7 @@ def train(
         return
     file = recipe_file(recipe)
     configuration = accelerate_file(accelerate)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    if configuration is not None:
-        launch += ["--config_file", str(configuration)]
-    command = [*launch, "-m", "lladamedv.trainers.sft", "--config", str(file), *context.args]
-    raise typer.Exit(subprocess.run(command).returncode)
+    raise typer.Exit(launch(configuration, "lladamedv.trainers.sft", ["--config", str(file), *context.args]))
 
 
 app.add_typer(eval_app, name="eval", rich_help_panel=MEASURE)

@@ -67,5 +67,10 @@ def app_command(
         typer.echo("Warning: everybody who has the link can use the app, and uploads pass through Gradio.", err=True)
     if host not in _LOOPBACK:
         typer.echo(f"Warning: everybody who reaches {host} can use the app, with no password.", err=True)
-    # Both are given, so that no environment variable can open the app.
-    app.launch(server_name=host, server_port=port, share=share, inbrowser=False)
+    # Both addresses are given, so that no environment variable can open the app. Gradio's own lines advise to share.
+    _, local, _ = app.launch(
+        server_name=host, server_port=port, share=share, inbrowser=False, quiet=True, prevent_thread_lock=True
+    )
+    typer.echo(f"The app is at {local}")
+    app.block_thread()  # until Ctrl-C, which it keeps to itself
+    raise typer.Exit(130)

@@ -95,6 +95,7 @@ def space(
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     model: Annotated[str, typer.Option(help="Hub id of a model, or `demo` for the one that comes with this.")] = "demo",
     revision: Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a Gradio Space: a folder to upload with `hf upload ME/SPACE FOLDER --repo-type space`.
 
@@ -104,4 +105,6 @@ def space(
     """
     from lladamedv.hub_cards.push import write_space
 
-    write_space(name, out, model, revision=revision, report=typer.echo)
+    write_space(name, out, model, revision=revision, report=progress(as_json))
+    if as_json:
+        print_json({"output": out, "model": model, "revision": revision})

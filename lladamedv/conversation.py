@@ -74,50 +74,31 @@ def generate_answer(
 
 
 class CanvasStreamer:
-    """A streamer for `generate` that shows the canvas, as a list of ids, at first and after every forward pass.
-
-    `put_draft` gets what is right of the finished blocks, but a block that the same pass has finished comes with the
-    `put` that follows. So a draft that does not complete the canvas waits for that; or, where the canvas became shorter
-    because a stop was found, for the next pass. Then a `put` is shorter than a block, because it ends at the stop.
+    """A streamer for `generate` that shows the canvas at first and after every forward pass.
 
     Args:
-        length, block_length: of the canvas, in tokens.
+        length: of the canvas, in tokens.
         mask_token_id: the mask.
-        show: called with each canvas; `generate` ends with what it raises.
+        show: called with each canvas up to its stop, a list of ids, and with the confidence of each of its tokens, NaN
+            for those that were not committed; `generate` ends with what it raises.
     """
 
-    def __init__(self, length: int, block_length: int, mask_token_id: int, show: Callable[[list[int]], object]):
-        self._length, self._block_length, self._callback = length, block_length, show
-        self._prompt_is_next = True
-        self._finished: list[int] = []
-        self._draft = [mask_token_id] * length  # that waits: at first for the prompt
+    def __init__(self, length: int, mask_token_id: int, show: Callable[[list[int], list[float]], object]):
+        self._first = [mask_token_id] * length
+        self._show = show
 
     def put(self, tokens: torch.Tensor) -> None:
-        """The prompt, then finished blocks, 1-D."""
-        if self._prompt_is_next:
-            self._prompt_is_next = False
-        else:
-            if len(tokens) < self._block_length:
-                self.end()
-            self._finished += tokens.tolist()
-        self._show()
+        """The prompt, whereupon the loop begins; then finished blocks, which are in the canvases, too."""
+        if self._first:
+            self._show(self._first, [float("nan")] * len(self._first))
+            self._first = []
 
-    def put_draft(self, tokens: torch.Tensor) -> None:
-        """The unfinished rest of the canvas, `(1, rest)`."""
-        self.end()
-        self._draft = tokens[0].tolist()
-        if len(self._finished) + len(self._draft) == self._length:
-            self._show()
+    def put_canvas(self, tokens: torch.Tensor, confidence: torch.Tensor) -> None:
+        """The canvas after a forward pass, and its tokens' confidence, both `(1, canvas)`."""
+        self._show(tokens[0].tolist(), confidence[0].tolist())
 
     def end(self) -> None:
-        """Show the draft that waits, if there is one."""
-        if self._draft:
-            self._show()
-
-    def _show(self):
-        canvas = self._finished + self._draft
-        self._length, self._draft = len(canvas), []
-        self._callback(canvas)
+        """The answer is whole: nothing that was not shown."""
 
 
 def pieces(

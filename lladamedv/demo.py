@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 
 from PIL import Image
 from safetensors import SafetensorError
+from tqdm.auto import tqdm
 from transformers.utils import find_adapter_config_file
 
 from lladamedv.evaluation.answering import answer_batch
@@ -73,9 +74,11 @@ def answer(
 ) -> list[str]:
     """Answer each chat; `options` are those of `generate`."""
     answers = []
-    for start in range(0, len(chats), batch_size):
-        batch = answer_batch(model, processor, chats[start : start + batch_size], **options)
-        answers += [given.text for given in batch]
+    with tqdm(total=len(chats), unit="question", leave=False, disable=None) as progress:  # in terminals alone
+        for start in range(0, len(chats), batch_size):
+            batch = answer_batch(model, processor, chats[start : start + batch_size], **options)
+            answers += [given.text for given in batch]
+            progress.update(len(batch))
     return answers
 
 

@@ -110,8 +110,10 @@ class LLaDAMedVGenerationMixin:
             pixel_values, image_sizes, batch_num_images: as the processor returns them.
             streamer: a `TextStreamer`, `TextIteratorStreamer` or `TextDiffusionStreamer` of Transformers, or anything
                 with `put` and `end`. It gets the prompt, then each finished block as a 1-D tensor (but for what may be
-                the beginning of a stop string), and, where it has `put_draft`, the unfinished rest of the canvas after
-                every forward pass. Batch size 1 only.
+                the beginning of a stop string). Where it has `put_draft`, it also gets the unfinished rest of the
+                canvas after every forward pass, `(1, rest)`; and where it has `put_canvas`, after every forward pass
+                all of the canvas up to its stop and the confidence of each of its tokens when it was committed, NaN
+                for the others, both `(1, canvas)`. Batch size 1 only.
             tokenizer: needed for `stop_strings` and `generation_suffix`.
             kwargs: the fields of [`LLaDAMedVGenerationConfig`].
 
@@ -411,6 +413,8 @@ class LLaDAMedVGenerationMixin:
         held = max((len(sequence) for sequence in state.stops), default=1) - 1
         ready = stop if finished else min(stop, int(state.block[0]) * state.block_length - held)
         canvas = state.canvas[0].cpu().clone()  # a streamer may keep what it gets; the canvas goes on changing
+        if hasattr(streamer, "put_canvas"):
+            streamer.put_canvas(canvas[None, :stop], state.commit_confidence[:1, :stop].cpu().clone())
         if hasattr(streamer, "put_draft") and not finished:
             streamer.put_draft(canvas[None, max(streamed, ready) : stop])
         if ready > streamed:

@@ -176,14 +176,30 @@ def test_an_answer_appears_while_it_is_denoised(browser, shipped, example, pictu
 
 
 def test_shown_confidence_is_that_of_the_model(browser, shipped, example, picture):
+    """Of finished answers, and while they are denoised."""
     model, processor = shipped
     inputs = processor.apply_chat_template(
         example.messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     output = model.generate(**inputs, return_dict_in_generate=True)
     length = output.sequences.shape[1] - inputs["input_ids"].shape[1]
-    shown = browser.ask(example.question, picture)[-1][2]
-    assert re.findall(r"<td>([\d.]+%)</td>", shown) == [f"{each:.1%}" for each in output.commit_confidence[0, :length]]
+    seen = [part[2] for part in browser.ask(example.question, picture) if part[2]]
+    sure = output.commit_confidence[0, :length].tolist()
+    assert re.findall(r"<td>([\d.]+%)</td>", seen[-1]) == [f"{each:.1%}" for each in sure]
+    step = output.commit_step[0, :length].tolist()
+    drafts = [draft for draft in seen if 'aria-busy="true"' in draft]
+    assert len(drafts) == int(output.num_forwards[0]) + 1
+    for passes, draft in enumerate(drafts):
+        shown = [
+            (attributes["title"], attributes["class"])
+            for _, attributes in Page(draft).tags
+            if "ldm-token" in attributes.get("class", "")
+        ]
+        expected = [each for each, committed in zip(sure, step) if committed < passes]
+        levels = [sum(each < least for least in (0.9, 0.7, 0.5)) for each in expected]
+        assert shown == [
+            (f"confidence {each:.1%}", f"ldm-token ldm-level-{level}") for each, level in zip(expected, levels)
+        ]
 
 
 def test_follow_up_questions_are_about_the_same_image(browser, shipped, example, picture):
@@ -389,8 +405,9 @@ def test_what_the_model_and_a_file_say_is_escaped():
     assert page.texts == [f"{ATTACK}ok"] and not {"img", "script"} & {tag for tag, _ in page.tags}
     levels = [attributes["class"] for _, attributes in page.tags if "ldm-token" in attributes.get("class", "")]
     assert levels == ["ldm-token ldm-level-0", "ldm-token ldm-level-3"]
-    draft = app_module._show_draft([(ATTACK, [0]), (None, [1])])
+    draft = app_module._show_draft([(ATTACK, [0]), (None, [1])], [0.6, float("nan")])
     assert Page(draft, "ldm-text").texts[0].startswith(ATTACK)
+    assert not {"img", "script"} & {tag for tag, _ in Page(draft).tags}
     assert {tag for tag, _ in Page(app_module._show_message(ATTACK)).tags} == {"p"}
 
 
@@ -559,7 +576,7 @@ def test_an_abandoned_answer_stops(shipped, example, monkeypatch):
     )
     canvases = app_module._denoise(model, lock, inputs, {"max_new_tokens": 24, "block_length": 8, "steps": 24})
     gate.let(1)
-    assert [len(next(canvases)), len(next(canvases))] == [24, 24]
+    assert [len(next(canvases)[0]) for _ in range(2)] == [24, 24]
     canvases.close()
     gate.let(100)
     with lock:  # held as long as the model runs
@@ -640,10 +657,12 @@ def test_without_gradio(monkeypatch):
 def test_command_line(monkeypatch, arguments, launched, warnings):
     gradio = pytest.importorskip("gradio")
     seen, tried = {}, []
-    monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **options: seen.update(options))
+    served = "http://127.0.0.1:7860/"
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **options: seen.update(options) or (None, served, None))
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda self: None)
     monkeypatch.setattr(cli_app.socket, "create_server", lambda address: tried.append(address) or io.BytesIO())
     result = command(*arguments, GRADIO_SERVER_NAME="0.0.0.0", GRADIO_SHARE="True")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 130 and result.stdout == f"The app is at {served}\n"  # whereupon Ctrl-C ended it
     assert launched.items() <= seen.items() and seen["run_history"] is False and seen["max_file_size"] == 100_000_000
     assert tried == [(seen["server_name"], seen["server_port"])]
     assert len(result.stderr.splitlines()) == len(warnings)
@@ -709,7 +728,7 @@ def test_ctrl_c(tmp_path, monkeypatch):
     thread.start()
     result = command("--port", str(port))
     thread.join()
-    assert pages[0].status_code == 200 and result.exit_code == 0
+    assert pages[0].status_code == 200 and result.exit_code == 130
     assert url in result.stdout and "Traceback" not in result.output
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)

@@ -165,6 +165,9 @@ def test_masks_become_an_answer(page, shipped, example, picture, monkeypatch):
     for passes, left in ((1, 23), (4, 19), (6, 13)):
         gate.let(passes)
         expect(masks).to_have_count(left)
+    shaded = log.locator(".ldm-token").first
+    expect(shaded).to_have_attribute("title", re.compile(r"confidence \d+\.\d%"))
+    assert shaded.evaluate("token => getComputedStyle(token).backgroundColor") != "rgba(0, 0, 0, 0)"
     assert re.search(r"\w+", log.locator(".ldm-text").inner_text().replace("░", "")), "some of the words are there"
     gate.let(1_000)
     expected = answer(*shipped, [example.messages()])

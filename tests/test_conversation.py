@@ -1,5 +1,7 @@
 """What the app, the chat and explanations share: every canvas is seen, no text is lost, nothing acts on a terminal."""
 
+import math
+
 import pytest
 
 from lladamedv.conversation import CanvasStreamer, chat_about, generate_answer, pieces, printable
@@ -23,34 +25,39 @@ def shipped():
     ],
 )
 def test_every_canvas_is_streamed(shipped, options):
-    """Against the history that `generate` itself keeps, up to the first end that is in it."""
+    """Against the history that `generate` itself keeps, up to the first end that is in it, and what it returns."""
     model, processor = shipped
     ends = set(model.generation_config.eos_token_id)
+    mask = model.config.mask_token_id
     for example in [PhantomVQA(11, 1)[0], PhantomVQA(5, 1, ("description",))[0]]:  # of one block and of several
-        canvases = []
-        streamer = CanvasStreamer(24, options.get("block_length", 8), model.config.mask_token_id, canvases.append)
+        seen = []
+        streamer = CanvasStreamer(24, mask, lambda *canvas, seen=seen: seen.append(canvas))
         _, output = generate_answer(
             model, processor, example.messages(), streamer=streamer, output_history=True, **options
         )
-        expected = [[model.config.mask_token_id] * 24]
+        expected = [[mask] * 24]
         for canvas in output.history[:, 0].tolist():
             end = next((place for place, token in enumerate(canvas) if token in ends), len(canvas))
             expected.append(canvas[:end])
-        # A last pass that finds nothing but the end changes the answer only.
-        assert canvases in (expected, expected[:-1])
+        assert [canvas for canvas, _ in seen] == expected
+        final = output.commit_confidence[0].tolist()
+        for canvas, confidence in seen:
+            assert len(confidence) == len(canvas)
+            for place, token in enumerate(canvas):  # committed once, and never changed
+                assert math.isnan(confidence[place]) if token == mask else confidence[place] == final[place]
 
 
 def test_what_shows_a_canvas_can_end_it(shipped):
     class EnoughError(Exception):
         pass
 
-    def show(canvas):
+    def show(canvas, confidence):
         shown.append(canvas)
         if len(shown) == 3:
             raise EnoughError
 
     shown = []
-    streamer = CanvasStreamer(24, 8, shipped[0].config.mask_token_id, show)
+    streamer = CanvasStreamer(24, shipped[0].config.mask_token_id, show)
     with pytest.raises(EnoughError):
         generate_answer(*shipped, PhantomVQA(5, 1, ("description",))[0].messages(), streamer=streamer)
     assert [canvas.count(shipped[0].config.mask_token_id) for canvas in shown] == [24, 23, 22]

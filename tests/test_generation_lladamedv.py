@@ -264,11 +264,11 @@ def test_streamers_print_the_answer(model, streamer_class, capsys):
 
 @torch.no_grad()
 def test_streamer_protocol(model):
-    """The prompt first, then every block once, as 1-D tensors, and drafts that show the rest of the canvas."""
+    """The prompt first, then every block once, as 1-D tensors; drafts that show the rest of the canvas; all of it."""
 
     class Recorder:
         def __init__(self):
-            self.puts, self.drafts, self.ended = [], [], False
+            self.puts, self.drafts, self.canvases, self.ended = [], [], [], False
 
         def put(self, value):
             self.puts.append(value)
@@ -276,16 +276,24 @@ def test_streamer_protocol(model):
         def put_draft(self, value):
             self.drafts.append(value)
 
+        def put_canvas(self, *values):
+            self.canvases.append(values)
+
         def end(self):
             self.ended = True
 
     recorder = Recorder()
-    output = generate(model, max_new_tokens=8, block_length=4, streamer=recorder)
+    output = generate(model, max_new_tokens=8, block_length=4, streamer=recorder, output_history=True)
     prompt, *blocks = recorder.puts
     assert prompt.tolist() == image_prompt(PROMPT).tolist() and recorder.ended
     assert [tuple(block.shape) for block in blocks] == [(4,), (4,)]
     assert torch.cat(blocks).tolist() == output.sequences[0, -8:].tolist()
     assert [int((draft == 98).sum()) for draft in recorder.drafts] == [7, 6, 5, 4, 3, 2, 1]
+    assert len(recorder.canvases) == 8
+    for passes, (tokens, confidence) in enumerate(recorder.canvases):
+        assert torch.equal(tokens, output.history[passes])
+        known = output.commit_step <= passes
+        assert torch.equal(confidence.nan_to_num(-1), output.commit_confidence.where(known, -1.0))
 
 
 def test_not_a_transformers_generation_config(model):

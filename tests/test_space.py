@@ -130,5 +130,9 @@ def test_without_gradio(tmp_path, monkeypatch):
 def test_command_line(tmp_path):
     done = CliRunner().invoke(app, ["space", "Demo", str(tmp_path / "space")])
     assert done.exit_code == 0 and "hf upload" in done.output
+    words = ["space", "Demo", str(tmp_path / "json"), "--model", "me/model", "--revision", "v1", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert json.loads(done.stdout) == {"output": str(tmp_path / "json"), "model": "me/model", "revision": "v1"}
+    assert "hf upload" in done.stderr and (tmp_path / "json" / "app.py").is_file()
     failed = CliRunner().invoke(app, ["space", "Demo", str(tmp_path / "space")])
     assert failed.exit_code == 1 and failed.stderr.startswith("lladamedv: `out` is")

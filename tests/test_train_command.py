@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import accelerate.commands.launch
 import pytest
 import torch
 from peft import PeftModel
@@ -116,12 +118,42 @@ def environment():
     return os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
+TWO_PROCESSES = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
+
+
 @pytest.mark.slow
-def test_an_error_is_one_line_and_an_exit_code(tmp_path):
-    command = [sys.executable, "-m", "lladamedv.cli", "train", "demo_lora", "--train_data", "none.json"]
+@pytest.mark.parametrize(
+    ("words", "code", "line"),
+    [
+        (["--train_data", "none.json"], 1, "`train_data` holds 'none.json', which cannot be loaded: no such file"),
+        (["--model_name_or_path", "nobody/nothing"], 1, "`model_name_or_path` is 'nobody/nothing', which cannot"),
+        (["--learning_rate", "abc"], 2, "argument --learning_rate/--learning-rate: invalid float value: 'abc'"),
+        (["--accelerate", "two.yaml", "--learning_rate", "abc"], 2, "argument --learning_rate/--learning-rate: inv"),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(tmp_path, words, code, line):
+    (tmp_path / "two.yaml").write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "lladamedv.cli", "train", "demo_lora", *words]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment())
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "lladamedv: `train_data` holds 'none.json', which cannot be loaded: no such file" in result.stderr
+    assert result.returncode == code and "Traceback" not in result.stderr and "usage:" not in result.stderr
+    ours = result.stderr[result.stderr.index("lladamedv: ") :].splitlines()
+    assert ours[0].startswith(f"lladamedv: {line}")
+    assert len(ours) == 1 or "--accelerate" in words, "torchrun says itself which process failed"
+
+
+@pytest.mark.slow
+def test_ctrl_c(tmp_path):
+    """As a terminal does it: the signal goes to all processes at once, while they train."""
+    options = {"max_steps": 10_000, "train_data": "phantoms:1:64", "output_dir": tmp_path, "eval_strategy": "no"}
+    command = [sys.executable, "-m", "lladamedv.cli", "train", "demo_lora", *flags(**options, log_answers=0)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=environment() | {"PYTHONUNBUFFERED": "1"},
+    ) as running:  # fmt: skip
+        seen = next(line for line in running.stdout if "'loss'" in line)
+        os.killpg(running.pid, signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+    assert seen and running.returncode == 130 and "Traceback" not in errors
 
 
 def test_a_model_is_pushed(tmp_path):
@@ -170,20 +202,27 @@ def test_names_that_do_not_exist(words, message):
 
 
 def test_everything_else_is_passed_on(monkeypatch):
-    commands = []
+    """To accelerate's own launcher, and its exit code back."""
+    launched = []
 
-    def run(command):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 7)
+    def launch_command(arguments):
+        launched.append(arguments)
+        raise subprocess.CalledProcessError(7, "script")
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(accelerate.commands.launch, "launch_command", launch_command)
     others = ["--max_steps", "3", "--from_scratch", "--train_data", "a", "b"]
     assert CliRunner().invoke(app, ["train", "demo_lora", "--accelerate", "fsdp2", *others]).exit_code == 7
-    (command,) = commands
-    launcher, script = command[: command.index("lladamedv.trainers.sft")], command[command.index("--config") :]
-    assert launcher[1:3] == ["-m", "accelerate.commands.launch"]
-    assert launcher[launcher.index("--config_file") + 1] == str(recipes.ACCELERATE / "fsdp2.yaml")
-    assert script == ["--config", str(recipes.RECIPES / "demo_lora.yaml"), *others]
+    (arguments,) = launched
+    assert arguments.module and arguments.training_script == "lladamedv.trainers.sft"
+    assert arguments.config_file == str(recipes.ACCELERATE / "fsdp2.yaml")
+    assert arguments.training_script_args == ["--config", str(recipes.RECIPES / "demo_lora.yaml"), *others]
+
+
+def test_a_flag_that_does_not_exist(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train(Path("nowhere"), lerning_rate=3)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "lladamedv: unrecognized arguments: --lerning_rate 3\n"
 
 
 # What is trained and what is left

@@ -108,23 +108,44 @@ class SFTScriptArguments:
             raise ValueError(f"`shuffle_buffer` is {self.shuffle_buffer}; allowed are whole numbers of at least 1.")
 
 
+class _Parser(TrlParser):
+    """Ends wrong flags in one line and exit code 2: their usage alone would fill some screens."""
+
+    def error(self, message: str):
+        self.exit(2, f"lladamedv: {message}\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # Transformers would say so only after it has taken up the others
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+
 def make_parser() -> TrlParser:
     """The parser of recipes and flags."""
-    return TrlParser((SFTScriptArguments, MaskedDiffusionSFTConfig, ModelConfig))
+    return _Parser((SFTScriptArguments, MaskedDiffusionSFTConfig, ModelConfig))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as a recipe and flags say; by default those of the command line.
 
     Raises:
-        SystemExit: with one line of text, if an argument, the model or the data is not what it should be.
+        SystemExit: with one line of text, if an argument, the model or the data is not what it should be; with 130 for
+            Ctrl-C.
     """
+    try:
+        _run(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     try:
         script_args, training_args, model_args = make_parser().parse_args_and_config(arguments)
         checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
         trainer, reports = build_trainer(script_args, training_args, model_args)
     except (OSError, ValueError) as error:
-        sys.exit(f"lladamedv: {error}")
+        sys.exit(f"lladamedv: {' '.join(str(error).splitlines())}")
     for report in (*reports, *trainer.row_reports.values()):
         trainer.accelerator.print(report.summary())
     _write_reports(trainer, reports)

@@ -1,7 +1,9 @@
-"""The recipes and accelerate configurations that come with this package, by name."""
+"""The recipes and accelerate configurations that come with this package, by name, and how they are launched."""
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -49,6 +51,34 @@ def describe_recipes() -> dict[str, str]:
     return {file.stem: file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for file in files}
 
 
+def launch(configuration: Path | None, module: str, arguments: Sequence[str]) -> int:
+    """Run `accelerate launch -m module arguments` in this process, as TRL's own command line does.
+
+    Args:
+        configuration: of accelerate; `None` for its default.
+
+    Returns:
+        The exit code of the script, of the first process that failed where there are several.
+
+    Raises:
+        KeyboardInterrupt: for Ctrl-C.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    words = [] if configuration is None else ["--config_file", str(configuration)]
+    try:
+        launch_command(launch_command_parser().parse_args([*words, "-m", module, *arguments]))
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    except SignalException as error:
+        raise KeyboardInterrupt from error
+    return 0
+
+
 def _resolve(argument: str, name: str | None, folder: Path) -> Path:
     shipped = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
     if name in shipped:
@@ -58,4 +88,4 @@ def _resolve(argument: str, name: str | None, folder: Path) -> Path:
     return Path(name)
 
 
-__all__ = ["ACCELERATE", "RECIPES", "accelerate_file", "describe_recipes", "recipe_file"]
+__all__ = ["ACCELERATE", "RECIPES", "accelerate_file", "describe_recipes", "launch", "recipe_file"]
