@@ -73,6 +73,17 @@ _STYLE = (
     + "</style>"
 )
 
+# Gradio takes pasted pictures. Other files, copied where files are listed, go the way of those that are attached.
+_TAKE_PASTED_FILES = """() => document.addEventListener("paste", event => {
+    const file = [...event.clipboardData.files].find(file => !file.type.startsWith("image/"));
+    if (!file) return;
+    const input = document.querySelector("input[type=file]"), files = new DataTransfer();
+    files.items.add(file);
+    input.files = files.files;
+    input.dispatchEvent(new Event("change", {bubbles: true}));
+    event.preventDefault();
+})"""
+
 
 @dataclass(frozen=True)
 class _Turn:
@@ -531,8 +542,8 @@ def build_app(
                 box = gradio.MultimodalTextbox(
                     label="Image and question",
                     show_label=True,
-                    info="Attach a picture, DICOM or NIfTI file, or paste a picture; press Enter to see it, or ask at "
-                    "once. Then ask on.",
+                    info="Attach or paste a picture, DICOM or NIfTI file; press Enter to see it, or ask at once. Then "
+                    "ask on.",
                     placeholder="Question about the image",
                     sources=["upload"],
                     file_count="single",
@@ -576,6 +587,7 @@ def build_app(
             [sliders[0].input, sliders[0].release], fit, sliders[0], sliders[1:3],
             api_name="fit", show_progress="hidden", trigger_mode="always_last",
         )  # fmt: skip
+        app.load(js=_TAKE_PASTED_FILES, api_visibility="private")
         # Gradio's own button does not tell whether it is open.
         for event, expanded in ((app.load, "false"), (options.expand, "true"), (options.collapse, "false")):
             js = f"() => document.querySelector('#ldm-options button').setAttribute('aria-expanded', {expanded})"

@@ -15,6 +15,7 @@ from PIL import Image
 
 from lladamedv.app import build_app
 from lladamedv.demo import answer, load_model
+from lladamedv.processing.medical_images import read_medical_image
 from lladamedv.processing.phantoms import PhantomVQA
 from tests.dicom_files import SECRET, dataset, to_bytes
 from tests.test_app import Gate, luminance, question_about, shown_pixels
@@ -205,6 +206,7 @@ def test_sliders_are_options_of_generate(page, shipped, example, picture, monkey
         page.get_by_role("slider", name=f"({option})")
         for option in ("max_new_tokens", "block_length", "steps", "confidence_threshold")
     )
+    page.wait_for_timeout(1_000)  # Gradio sets sliders once more as soon as they are shown
     length.press("ArrowRight")
     expect(steps).to_have_value("25")
     assert 25 % int(block.input_value()) == 0, "the block length follows"
@@ -289,6 +291,23 @@ def test_a_picture_can_be_pasted(page, shipped, example, picture):
     expect(page.get_by_role("button", name="Remove file")).to_be_visible()
     ask(page, example.question)
     assert answers(page, 1) == answer(*shipped, [example.messages()])
+
+
+def test_other_files_can_be_pasted(page, shipped, frames):
+    """The event is made here: without a desktop there is nowhere to copy a file."""
+    path, _ = frames
+    script = """([name, data]) => {
+        const held = new DataTransfer();
+        held.items.add(new File([Uint8Array.from(atob(data), letter => letter.charCodeAt(0))], name));
+        const paste = {clipboardData: held, bubbles: true, cancelable: true};
+        document.activeElement.dispatchEvent(new ClipboardEvent("paste", paste));
+    }"""
+    page.get_by_role("textbox").focus()
+    page.evaluate(script, [path.name, base64.b64encode(path.read_bytes()).decode()])
+    expect(page.get_by_role("button", name="Remove file")).to_have_count(1)
+    ask(page, ASKED)
+    image = read_medical_image(path).image
+    assert answers(page, 1) == answer(*shipped, [question_about(image, ASKED)])
 
 
 def test_files_that_cannot_be_read(page, picture, tmp_path):
