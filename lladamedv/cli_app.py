@@ -7,24 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import quiet
-
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-def check_device(device: str) -> None:
-    """Try a device before a large model is loaded for it.
-
-    Raises:
-        ValueError: if it cannot be used.
-    """
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device` is {device!r}, which cannot be used: {error}") from error
+from .cli_common import LOOPBACK, check_device, quiet
 
 
 def app_command(
@@ -65,7 +48,7 @@ def app_command(
     app = build_app(loaded.to(device), processor)
     if share:
         typer.echo("Warning: everybody who has the link can use the app, and uploads pass through Gradio.", err=True)
-    if host not in _LOOPBACK:
+    if host not in LOOPBACK:
         typer.echo(f"Warning: everybody who reaches {host} can use the app, with no password.", err=True)
     # Both addresses are given, so that no environment variable can open the app. Gradio's own lines advise to share.
     _, local, _ = app.launch(

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 
 DEBUG = "LLADAMEDV_DEBUG"  # environment variable, so that processes that a command starts know of it, too
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; all else goes to standard error.")]
 
@@ -44,6 +45,20 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def check_device(device: str) -> None:
+    """Try a device before a large model is loaded for it.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`device` is {device!r}, which cannot be used: {error}") from error
 
 
 def progress(as_json: bool) -> Callable[[str], None]:

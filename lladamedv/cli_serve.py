@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_app import _LOOPBACK, check_device
-from .cli_common import quiet
+from .cli_common import LOOPBACK, check_device, quiet
 
 
 def serve(
@@ -49,7 +48,7 @@ def serve(
     loaded, processor = load_model(model or DEMO_MODEL, dtype, revision)
     name = "lladamedv-demo" if model is None else Path(model).resolve().name if Path(model).is_dir() else model
     options = {"name": name, "max_queue": max_queue, "max_upload_size": max_upload_size * 1_000_000}
-    if host not in _LOOPBACK:
+    if host not in LOOPBACK:
         options["hosts"] = None  # who can tell under which names it is known?
         typer.echo(f"Warning: everybody who reaches {host} can use the server, with no password.", err=True)
     server = make_server(build_api(loaded.to(device), processor, **options))
