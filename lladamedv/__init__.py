@@ -4,6 +4,7 @@ Importing this package registers the classes with Transformers' Auto classes.
 """
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -12,7 +13,9 @@ from pathlib import Path
 if (Path(__file__).parent.parent / "pyproject.toml").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
-if "_LLADAMEDV_COMPLETE" not in os.environ:  # a shell asks what to complete, and should not wait for torch
+# Who asks the command line for help, or a shell what to complete, should not wait for torch.
+_asks_for_help = Path(sys.argv[0]).stem == "lladamedv" and ({"--help", "--version"} & {*sys.argv} or len(sys.argv) == 1)
+if not _asks_for_help and "_LLADAMEDV_COMPLETE" not in os.environ:
     import lladamedv.auto_classes  # noqa: F401 - registers them
     from lladamedv.modeling_lladamedv import (
         LLaDAMedVConfig,

@@ -11,8 +11,8 @@ import typer
 import lladamedv
 
 from .cli_app import app_command
-from .cli_chat import Dtype, Frame, Model, Options, Page, SliceIndex, Window, chat, parse_window
-from .cli_common import DEBUG, AsJson, CommandLine, print_json, progress, quiet
+from .cli_chat import Frame, Options, Page, SliceIndex, Window, chat, parse_window
+from .cli_common import DEBUG, AsJson, CommandLine, Dtype, Model, print_json, progress, quiet
 from .cli_evaluation import analyze_app, eval_app, parse_options
 from .cli_hub import push, push_dataset, space
 from .cli_serve import serve

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import quiet
+from .cli_common import Dtype, Model, quiet
 from .cli_evaluation import parse_options
 
 
-Model = Annotated[str | None, typer.Option(help="Folder or Hub id of a model; by default the tiny demo model.")]
 Window = Annotated[
     str | None, typer.Option(help="Grey values to show: LEVEL/WIDTH, as 40/400, or lung, bone, brain, abdomen, …")
 ]
@@ -21,7 +20,6 @@ Page = Annotated[int | None, typer.Option(help="Page of a TIFF file, from 0.")]
 Options = Annotated[
     list[str] | None, typer.Option("--option", help="An option of generate, as NAME=VALUE; several times.")
 ]
-Dtype = Annotated[str, typer.Option(help="What to compute in: float32, bfloat16 or float16.")]
 
 
 def parse_window(text: str | None) -> str | tuple[float, float] | None:

@@ -16,6 +16,11 @@ from typer.core import TyperGroup
 DEBUG = "LLADAMEDV_DEBUG"  # environment variable, so that processes that a command starts know of it, too
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
+Model = Annotated[str | None, typer.Option(help="Folder or Hub id of a model; by default the tiny demo model.")]
+Dtype = Annotated[str, typer.Option(help="What to compute in: float32, bfloat16 or float16.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps…")]
+Host = Annotated[str, typer.Option(help="Address to listen on; others than 127.0.0.1 let others in.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; all else goes to standard error.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import AsJson, print_json, progress, quiet
+from .cli_common import AsJson, Revision, print_json, progress, quiet
 
 
 _Repo = Annotated[str, typer.Argument(help="Hub id, OWNER/NAME; created as a private one if there is none.")]
@@ -94,7 +94,7 @@ def space(
     name: Annotated[str, typer.Argument(help="The Space's title.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     model: Annotated[str, typer.Option(help="Hub id of a model, or `demo` for the one that comes with this.")] = "demo",
-    revision: Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")] = None,
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a Gradio Space: a folder to upload with `hf upload ME/SPACE FOLDER --repo-type space`.

@@ -8,17 +8,15 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import LOOPBACK, check_device, quiet
+from .cli_common import LOOPBACK, Device, Dtype, Host, Model, Revision, check_device, quiet
 
 
 def serve(
-    model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of a model; by default the tiny demo model.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps…")] = "cpu",
-    host: Annotated[str, typer.Option(help="Address to listen on; others than 127.0.0.1 let others in.")] = "127.0.0.1",
+    model: Model = None,
+    revision: Revision = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8000,
     max_queue: Annotated[int, typer.Option(min=0, help="How many requests may wait while one is answered.")] = 16,
     max_upload_size: Annotated[int, typer.Option(min=1, help="Largest request, in MB.")] = 20,

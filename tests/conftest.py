@@ -1,23 +1,22 @@
-"""What every test needs: no network, few threads, and a tiny random model."""
+"""What every test needs: no network, one thread, and models."""
 
 import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Threads of tensors this small would mostly wait for each other. Processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 
 import lladamedv
+from lladamedv.demo import load_model
 from tests.tiny import tiny_model, tiny_processor
 
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each process; those that tests start inherit it
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-else:
-    torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -36,3 +35,9 @@ def model() -> lladamedv.LLaDAMedVForConditionalGeneration:
 @pytest.fixture(scope="session")
 def processor() -> lladamedv.LLaDAMedVProcessor:
     return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[lladamedv.LLaDAMedVForConditionalGeneration, lladamedv.LLaDAMedVProcessor]:
+    """The demo model and its processor."""
+    return load_model()

@@ -16,7 +16,6 @@ from threading import Event, Lock, Semaphore, Thread
 import nibabel
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -24,7 +23,7 @@ from lladamedv import app as app_module
 from lladamedv import cli, cli_app, demo
 from lladamedv.app import build_app
 from lladamedv.conversation import LEVELS
-from lladamedv.demo import answer, load_model
+from lladamedv.demo import answer
 from lladamedv.processing.phantoms import PhantomVQA
 from tests.dicom_files import SECRET, dataset, item, sequence, to_bytes
 
@@ -32,20 +31,6 @@ from tests.dicom_files import SECRET, dataset, item, sequence, to_bytes
 SLIDERS = (24, 8, 24, 0)  # the demo model's own options
 ATTACK = "<img src=x onerror=alert(1)></span><script>alert(2)</script> ${alert(3)} {{value}} `\"'&amp;"
 LIMIT = 100_000  # bytes of an upload
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The demo model is too small to gain from more, and loses where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return load_model()
 
 
 @pytest.fixture(scope="module")

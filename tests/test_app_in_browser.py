@@ -10,11 +10,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from lladamedv.app import build_app
-from lladamedv.demo import answer, load_model
+from lladamedv.demo import answer
 from lladamedv.processing.medical_images import read_medical_image
 from lladamedv.processing.phantoms import PhantomVQA
 from tests.dicom_files import SECRET, dataset, to_bytes
@@ -44,20 +43,6 @@ COPY = """async picture => {
     const response = await fetch(`data:image/png;base64,${picture}`);
     await navigator.clipboard.write([new ClipboardItem({"image/png": await response.blob()})]);
 }"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The demo model is too small to gain from more, and loses where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return load_model()
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,18 @@ def test_json_of_a_push(tmp_path):
     assert "nothing was sent" in result.stderr
 
 
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["ask", "--help"], ["eval", "vqa", "--help"]])
+def test_help_does_not_wait_for_torch(words):
+    program = (
+        f"import sys, atexit; sys.argv = {['lladamedv', *words]}\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+        "from lladamedv.cli import app; app()"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout and result.returncode == (0 if words else 2)
+    assert result.stderr.strip() == "False"
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [("lladamedv pu", ["push", "push-dataset"]), ("lladamedv train demo_l", ["demo_lora"])],

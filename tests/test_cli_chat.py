@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from lladamedv.chat import say
 from lladamedv.cli import app
 from lladamedv.conversation import MASK
-from lladamedv.demo import load_model
 from lladamedv.evaluation.answering import answer_batch
 from lladamedv.processing.phantoms import PhantomVQA
 
@@ -23,11 +22,6 @@ from lladamedv.processing.phantoms import PhantomVQA
 DESCRIBE, CLOSED = "Describe the image.", "Is there a lesion?"
 HOSTILE = "\x1b[2J[bold]lesion[/bold]\r"  # what the model says instead of "lesion"
 SHOWN = r"\x1b[2J[bold]lesion[/bold]\r"
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return load_model()
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +197,7 @@ class Terminal:
         termios, fcntl = pytest.importorskip("termios"), pytest.importorskip("fcntl")
         self._master, terminal = os.openpty()
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, b"\x18\x00\x3c\x00\x00\x00\x00\x00")
-        environment = os.environ | {"TERM": "xterm", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+        environment = os.environ | {"TERM": "xterm", "NO_COLOR": "1", "PYTHONUTF8": "1"}
 
         def lead():  # so that Ctrl-C reaches the process
             os.setsid()

@@ -5,13 +5,7 @@ import math
 import pytest
 
 from lladamedv.conversation import CanvasStreamer, chat_about, generate_answer, pieces, printable
-from lladamedv.demo import load_model
 from lladamedv.processing.phantoms import PhantomVQA
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return load_model()
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,6 @@ from lladamedv.cli import app
 from lladamedv.processing.phantoms import PhantomVQA
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    return demo.load_model()
-
-
 def test_the_shipped_model_looks_at_the_picture(shipped):
     examples = list(PhantomVQA(demo.HELD_OUT_SEED + 1, 90))
     sighted = demo.evaluate_demo(*shipped, examples)

@@ -11,7 +11,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from typer.main import get_command
 
@@ -51,16 +50,6 @@ def commands(page: str) -> list[str]:
 COMMANDS = [command for page in PAGES for command in commands(page)]
 
 
-@pytest.fixture
-def one_thread():
-    """The demo model is too small to gain from more, and loses where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, PYTHON)])
 def test_examples_print_what_the_page_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from lladamedv.cli import app
 from lladamedv.conversation import LEVELS, MASK, generate_answer
-from lladamedv.demo import load_model
 from lladamedv.evaluation.answering import question_about
 from lladamedv.explanation import (
     Explanation,
@@ -38,11 +37,6 @@ OPTIONS = [
     {"stop_strings": [" on the"]},
     {"suppress_tokens": [], "min_new_tokens": 24},
 ]
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return load_model()
 
 
 @pytest.fixture(scope="module")

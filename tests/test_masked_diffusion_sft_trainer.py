@@ -250,7 +250,7 @@ def run_worker(folder, options, *flags, processes=1, kill_when=None):
     worker = [*launcher, "-m", "tests.training_worker", str(folder), json.dumps(options), *flags]
     process = subprocess.Popen(
         [sys.executable, *worker], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        text=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     if kill_when is not None:
         while not kill_when.exists():

@@ -102,15 +102,12 @@ QUANTIZED = [name for name in FORMATS if name != "bfloat16"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_and_quiet():
-    """On a busy machine, threads that wait for each other take longer than matrices of this size. And bitsandbytes
-    warns at every layer of every pass that its 8-bit product casts inputs to float16."""
+def _quiet():
+    """bitsandbytes warns at every layer of every pass that its 8-bit product casts inputs to float16."""
     logger = logging.getLogger("bitsandbytes.autograd._functions")
-    threads, level = torch.get_num_threads(), logger.level
-    torch.set_num_threads(1)
+    level = logger.level
     logger.setLevel(logging.ERROR)
     yield
-    torch.set_num_threads(threads)
     logger.setLevel(level)
 
 

@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 
 from lladamedv.cli_common import CommandLine
 from lladamedv.cli_serve import serve
-from lladamedv.demo import load_model
 from lladamedv.evaluation.answering import answer_batch, question_about
 from lladamedv.processing.medical_images import read_medical_image
 from lladamedv.processing.phantoms import PhantomVQA
@@ -44,14 +43,6 @@ LIMIT = 200_000  # bytes of a request
 QUESTION = "Describe the image."
 SECRET = "Doe^Jane"
 TEXT = {"messages": [{"role": "user", "content": "Hello?"}]}
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load_model()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

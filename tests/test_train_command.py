@@ -35,15 +35,6 @@ QUICK = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    """On a busy machine, threads that wait for each other take longer than matrices of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def flags(**options):
     """Options as the command line has them."""
     words = []
@@ -115,7 +106,7 @@ def test_a_recipe_trains_through_the_command(tmp_path):
 
 def environment():
     """For a process that finds this package wherever it runs."""
-    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
 
 
 TWO_PROCESSES = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"

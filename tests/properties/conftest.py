@@ -32,12 +32,3 @@ def softmax_in_float64():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "softmax", softmax)
         yield
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """Threads of tensors this small would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
