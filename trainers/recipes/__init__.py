@@ -58,10 +58,11 @@ def launch(configuration: Path | None, module: str, arguments: Sequence[str]) ->
         configuration: of accelerate; `None` for its default.
 
     Returns:
-        The exit code of the script, of the first process that failed where there are several.
+        The exit code of the script, of the first process that failed where there are several; 128 and the number of a
+        signal such as Ctrl-C that ended them.
 
     Raises:
-        KeyboardInterrupt: for Ctrl-C.
+        KeyboardInterrupt: for Ctrl-C where there is one process.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -75,7 +76,7 @@ def launch(configuration: Path | None, module: str, arguments: Sequence[str]) ->
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     except SignalException as error:
-        raise KeyboardInterrupt from error
+        return 128 + error.sigval
     return 0
 
 
