@@ -1,6 +1,7 @@
 """What every test needs: no network, one thread, and models."""
 
 import os
+import signal
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,8 @@ from tests.tiny import tiny_model, tiny_processor
 
 
 torch.set_num_threads(1)
+# A shell has what it runs in the background ignore Ctrl-C, which some tests press.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
