@@ -3,15 +3,20 @@
     python benchmarks/bench_training.py --size cpu --repeats 3 --json results.json
 
 Same random weights, batch and draws, all in one run; the modes take turns, and medians are given. A step is forward,
-backward and AdamW; memory is what it needs on top of the weights and the optimizer's states. Sizes: `tiny` (a smoke
-test) and `cpu` (hidden 512, 8 layers, the true vocabulary, 729 image tokens and 64 text tokens, four rows).
+backward and AdamW; memory is what it needs on top of the weights and the optimizer's states. It is measured twice: as
+resident in these steps, and as in use, in a process of its own whose allocator gives back at once what is freed, which
+is slower. Sizes: `tiny` (a smoke test) and `cpu` (hidden 512, 8 layers, the true vocabulary, 729 image tokens and 64
+text tokens, four rows).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -109,7 +114,9 @@ def gradient_difference(model, batch) -> float:
     )
 
 
-def benchmark(size_name: str, repeats: int, report=print) -> dict:
+def prepare(size_name: str) -> tuple:
+    """Model, optimizer, batch and modes: by name, how the loss is computed, from which batches, how many answers they
+    hold, and what turns on the checkpointing of activations."""
     size = SIZES[size_name]
     model = build_model(size, "cpu").train()
     for weight in model.model.vision_tower.parameters():  # as in all stages of LLaDA-MedV
@@ -119,8 +126,6 @@ def benchmark(size_name: str, repeats: int, report=print) -> dict:
     add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
     rows = 4
     batch = build_batch(model, rows)
-    difference = gradient_difference(model, batch)
-    report(f"gradients differ by at most {difference:.1e}, relative")
     full = model.gradient_checkpointing_enable  # as TRL does by default
     enable_selective_activation_checkpointing(model)
     selective = model.gradient_checkpointing_enable  # as with {"selective": True}: attention is kept
@@ -136,6 +141,31 @@ def benchmark(size_name: str, repeats: int, report=print) -> dict:
     }
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.0, fused=True)  # the weights stay, so that all modes do the same work
+    return model, optimizer, batch, modes
+
+
+def measure_memory(size_name: str) -> dict[str, int]:
+    """Bytes of a step of each mode."""
+    model, optimizer, batch, modes = prepare(size_name)
+    run_step(model, optimizer, [batch], our_loss, None)  # from now on the optimizer has its states
+    return {
+        name: run_step(model, optimizer, batches, compute, checkpoint)["bytes"]
+        for name, (compute, batches, _, checkpoint) in modes.items()
+    }
+
+
+def memory_in_use(size_name: str, threads: int) -> dict[str, int]:
+    """The same from a process in which glibc's allocator keeps nothing of a MiB or more when it is freed."""
+    command = [sys.executable, __file__, "--size", size_name, "--threads", str(threads), "--memory"]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def benchmark(size_name: str, repeats: int, report=print) -> dict:
+    in_use = memory_in_use(size_name, torch.get_num_threads())
+    model, optimizer, batch, modes = prepare(size_name)
+    difference = gradient_difference(model, batch)
+    report(f"gradients differ by at most {difference:.1e}, relative")
     runs = {name: [] for name in modes}
     for repeat in range(repeats + 1):
         for name, (compute, batches, _, checkpoint) in modes.items():
@@ -146,14 +176,15 @@ def benchmark(size_name: str, repeats: int, report=print) -> dict:
     for name, (_, batches, answers, _) in modes.items():
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         seconds = statistics.median(run["seconds"] for run in runs[name])
-        peak = max(run["bytes"] for run in runs[name])
+        resident = max(run["bytes"] for run in runs[name])
         results["modes"][name] = {
-            "seconds": seconds, "peak_bytes": peak, "answers_per_second": answers / seconds,
-            "tokens_per_second": tokens / seconds, "loss": runs[name][0]["loss"],
+            "seconds": seconds, "peak_bytes": in_use[name], "resident_bytes": resident,
+            "answers_per_second": answers / seconds, "tokens_per_second": tokens / seconds,
+            "loss": runs[name][0]["loss"],
         }  # fmt: skip
         report(
-            f"{name:22} {seconds:7.2f} s a step  {peak / 2**20:7.0f} MiB  {answers / seconds:6.2f} answers/s  "
-            f"{tokens / seconds:7.0f} tokens/s"
+            f"{name:22} {seconds:6.2f} s a step {in_use[name] / 2**20:6.0f} MiB in use {resident / 2**20:6.0f} resident"
+            f" {answers / seconds:6.2f} answers/s {tokens / seconds:6.0f} tokens/s"
         )
     plain, ours, *others, separate, packed, packed_rows = results["modes"].values()
     for label, mode in zip(list(modes)[1:], (ours, *others)):
@@ -175,8 +206,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--memory", action="store_true", help="print the bytes that each mode needs, and nothing else")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.memory:
+        print(json.dumps(measure_memory(options.size)))
+        return
     results = benchmark(options.size, options.repeats)
     if options.json is not None:
         options.json.write_text(json.dumps(results | {"torch": torch.__version__}, indent=2) + "\n")
