@@ -385,12 +385,13 @@ def check_folder(folder: str | Path) -> Path:
             )
         if not file.is_file() and not file.is_dir():  # reading a pipe may never end
             raise ValueError(f"{str(file)!r} is no regular file; no others are allowed.")
-        if file.name.endswith(("config.json", ".index.json")) and file.stat().st_size > _LARGEST_JSON:
+        is_read = file.name.endswith("config.json") or ".index." in file.name
+        if is_read and file.stat().st_size > _LARGEST_JSON:
             raise ValueError(f"{str(file)!r} has {file.stat().st_size} bytes; allowed are at most {_LARGEST_JSON}.")
     if (folder / "config.json").is_file():
         _read_json(folder / "config.json")
-    if (folder / _INDEX).is_file():
-        _read_index(folder)
+    for index in folder.glob("*.safetensors.index*.json"):  # also those of variants
+        _read_index(index)
     return folder
 
 
@@ -427,9 +428,8 @@ def _read_json(file: Path) -> dict:
     return content
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def _read_index(file: Path) -> dict[str, str]:
     """The file that holds each weight."""
-    file = folder / _INDEX
     promised = _read_json(file).get("weight_map")
     if not isinstance(promised, dict):
         raise ValueError(f"{str(file)!r} is not an index of weights: it has no object `weight_map`.")
@@ -456,7 +456,7 @@ def read_weights(folder: Path) -> dict[str, StoredWeight]:
         hint = f" It holds {pickled[:3]}, but pickled weights are not loaded." if pickled else ""
         raise ValueError(f"The folder {str(folder)!r} holds no weights: no model*.safetensors.{hint}")
     if indexed:
-        promised = _read_index(folder)
+        promised = _read_index(folder / _INDEX)
         if absent := sorted(set(promised.values()) - set(files)):
             raise ValueError(f"The folder {str(folder)!r} lacks files that its index names: {', '.join(absent)}.")
         if extra := sorted(set(files) - set(promised.values())):

@@ -19,7 +19,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector, unpad_image
-from transformers.utils import can_return_tuple, find_adapter_config_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, can_return_tuple, find_adapter_config_file
 
 from .checkpoint_layouts_lladamedv import (
     PRESETS,
@@ -95,7 +95,7 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
         released = None
         if pretrained_model_name_or_path is not None:
             hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
-            _check_source(pretrained_model_name_or_path, hub)
+            _check_source(pretrained_model_name_or_path, hub, kwargs.get("variant"))
             if kwargs.get("config") is None and "key_mapping" not in kwargs:
                 released = _find_released_checkpoint(pretrained_model_name_or_path, vision_tower, hub)
         if released is not None:
@@ -149,10 +149,12 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
             return {name: tuple(weight.shape) for name, weight in cls(config).state_dict().items()}
 
 
-def _check_source(name, hub) -> None:
-    """Refuse a folder whose files lead elsewhere, and adapters: the library would look for their model elsewhere."""
+def _check_source(name, hub, variant) -> None:
+    """Refuse files that lead elsewhere, and adapters: the library would look for their model elsewhere."""
     folder = os.path.join(name, hub.get("subfolder") or "")
-    if os.path.isdir(folder):
+    if not os.path.isdir(folder):
+        folder = _fetch_index(name, hub, variant)
+    if folder is not None:
         check_folder(folder)
     try:
         adapters = find_adapter_config_file(str(name), **hub)
@@ -163,6 +165,21 @@ def _check_source(name, hub) -> None:
             f"`pretrained_model_name_or_path` is {str(name)!r}, which holds adapters (adapter_config.json); allowed "
             "are models. Load the one that they belong to, and then the adapters with `peft.PeftModel`."
         )
+
+
+def _fetch_index(name, hub, variant) -> str | None:
+    """The folder in the Hub's cache that the index of a model's weights is in, if there is one.
+
+    It is to be looked at before the library follows it: with `huggingface_hub` before 2.4 to files anywhere.
+    """
+    index_name = SAFE_WEIGHTS_INDEX_NAME
+    if variant is not None:
+        index_name = f"{index_name.removesuffix('json')}{variant}.json"
+    try:
+        index = cached_file(name, index_name, **hub, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return None  # the library reports it better
+    return None if index is None else os.path.dirname(index)
 
 
 def _check_weights(name, model, info, ignore_mismatched_sizes) -> None:
