@@ -126,7 +126,7 @@ class Chat:
             raise ValueError("There is no image yet; /image FILE takes one.")
         canvases: list[list[int]] = []
 
-        def show(canvas, _=None):
+        def show(canvas, _):
             if self._live:
                 live.update(self._draft(canvas, canvases[-1] if canvases else canvas), refresh=True)
             elif canvases:  # the first is before the first step

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import quiet
+from .cli_common import Dtype, Revision, quiet
 
 
 analyze_app = typer.Typer(no_args_is_help=True, help=(
@@ -23,8 +23,6 @@ eval_app = typer.Typer(no_args_is_help=True, help=(
 INCOMPLETE = 3  # exit code: there is a report, but some questions have no answer
 
 _Model = Annotated[str, typer.Option(help="Folder or Hub id of a model, or `demo` for the one that comes with this.")]
-_ModelRevision = Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")]
-_Dtype = Annotated[str, typer.Option(help="What to compute in: float32, bfloat16 or float16.")]
 _Output = Annotated[Path, typer.Option(help="Folder of the run; called again, it goes on where it stopped.")]
 _BatchSize = Annotated[int, typer.Option(help="Questions at a time, in each process.")]
 _Options = Annotated[
@@ -105,8 +103,8 @@ def vqa(
         typer.Option("--train-candidates", help="Also LLaVA-Med's choice among the open answers of the train split."),
     ] = False,
     batch_size: _BatchSize = 8,
-    model_revision: _ModelRevision = None,
-    dtype: _Dtype = "float32",
+    model_revision: Revision = None,
+    dtype: Dtype = "float32",
     bootstrap_samples: _Bootstrap = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, and of sampling.")] = 0,
     as_json: _Json = False,
@@ -154,8 +152,8 @@ def chat(
     steps: Annotated[int, typer.Option(help="Number Z of denoising steps.")] = 256,
     option: _Options = None,
     batch_size: _BatchSize = 1,
-    model_revision: _ModelRevision = None,
-    dtype: _Dtype = "float32",
+    model_revision: Revision = None,
+    dtype: Dtype = "float32",
     judge_model: Annotated[
         str | None, typer.Option(help="What the server calls the judge; without it, no one judges.")
     ] = None,
@@ -262,8 +260,8 @@ def decoding(
     option: _Options = None,
     batch_size: _BatchSize = 1,
     example_id: Annotated[str | None, typer.Option(help="Question whose answers are shown.")] = None,
-    model_revision: _ModelRevision = None,
-    dtype: _Dtype = "float32",
+    model_revision: Revision = None,
+    dtype: Dtype = "float32",
     bootstrap_samples: _Bootstrap = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, and of sampling.")] = 0,
     as_json: _Json = False,

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import SiglipVisionConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .configuration_lladamedv import MAX_GRIDS, LLaDAMedVConfig
 
@@ -181,7 +182,6 @@ _VISION_FIELDS = (
     "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout",
 )  # fmt: skip
 _COMPUTED = r"(rotary_emb\.inv_freq|embeddings\.position_ids)$"
-_INDEX = "model.safetensors.index.json"
 # What is downloaded of a repository, and may be read of a folder.
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 _LARGEST_JSON = 2**24  # bytes of a configuration or an index: Python takes about twenty times that to read it
@@ -450,13 +450,13 @@ def read_weights(folder: Path) -> dict[str, StoredWeight]:
     """
     folder = check_folder(folder)
     files = sorted(path.name for path in folder.glob("model*.safetensors"))
-    indexed = (folder / _INDEX).is_file()
+    indexed = (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
     if not files and not indexed:
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         hint = f" It holds {pickled[:3]}, but pickled weights are not loaded." if pickled else ""
         raise ValueError(f"The folder {str(folder)!r} holds no weights: no model*.safetensors.{hint}")
     if indexed:
-        promised = _read_index(folder / _INDEX)
+        promised = _read_index(folder / SAFE_WEIGHTS_INDEX_NAME)
         if absent := sorted(set(promised.values()) - set(files)):
             raise ValueError(f"The folder {str(folder)!r} lacks files that its index names: {', '.join(absent)}.")
         if extra := sorted(set(files) - set(promised.values())):
@@ -465,7 +465,7 @@ def read_weights(folder: Path) -> dict[str, StoredWeight]:
         promised = None
     else:
         raise ValueError(
-            f"The folder {str(folder)!r} holds {', '.join(files[:3])} without {_INDEX}, which "
+            f"The folder {str(folder)!r} holds {', '.join(files[:3])} without {SAFE_WEIGHTS_INDEX_NAME}, which "
             "says whether they are complete."
         )
     stored = {}

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .checkpoint_layouts_lladamedv import (
     TEXT_LAYOUTS,
@@ -273,7 +274,7 @@ def write_weights(
     if split.is_sharded:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (Path(folder) / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        (Path(folder) / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
 
 
 def _read(weight: StoredWeight | torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
