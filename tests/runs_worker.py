@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from lladamedv.evaluation.runs import run_items
+from lladamedv.evaluation.runs import process_state, run_items
 
 
 def main(folder: str, items: str, batch_size: str, seconds: str = "0") -> None:
@@ -20,6 +20,7 @@ def main(folder: str, items: str, batch_size: str, seconds: str = "0") -> None:
 
     records = run_items([f"item-{place}" for place in range(int(items))], answer, folder, {"a": 1}, int(batch_size))
     assert [record["square"] for record in records] == [place**2 for place in range(int(items))]
+    process_state().destroy_process_group()
 
 
 if __name__ == "__main__":

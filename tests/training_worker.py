@@ -17,6 +17,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
         (folder / "losses.json").write_text(json.dumps(losses))
+    trainer.end()  # gloo's threads must not outlive the interpreter: they abort the process then
 
 
 if __name__ == "__main__":
