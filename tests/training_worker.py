@@ -2,6 +2,7 @@
 
 import json
 import sys
+import weakref
 from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
@@ -17,7 +18,9 @@ def main() -> None:
     if trainer.is_world_process_zero():
         losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
         (folder / "losses.json").write_text(json.dumps(losses))
-    trainer.end()  # gloo's threads must not outlive the interpreter: they abort the process then
+    wrapped = weakref.ref(trainer.model_wrapped)
+    trainer.end()
+    assert wrapped() in (trainer.model, None)  # DDP's wrapper would hold the process group
 
 
 if __name__ == "__main__":

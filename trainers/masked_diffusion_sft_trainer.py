@@ -400,6 +400,16 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             revision=revision or args.hub_revision, token=token or args.hub_token, report=logger.info,
         )  # fmt: skip
 
+    def end(self):
+        """As `Trainer.end`: the last line of a script that several processes run.
+
+        PyTorch's wrapper of the model goes first. It holds the process group, and what frees that one last must not
+        hold the interpreter: gloo's threads may still want it, and both would wait for ever.
+        """
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        super().end()
+
 
 def part_of(name: str) -> str:
     """The part of the model that a parameter belongs to, by its name, also within adapters."""
