@@ -342,8 +342,10 @@ class _Desk:
 
         asyncio.get_running_loop().run_in_executor(self._thread, generation.run).add_done_callback(leave)
 
-    def get_gen_models(self) -> list[dict]:
+    def list_models(self) -> list[dict]:
         return [{"id": self.name, "object": "model", "created": self._since, "owned_by": "lladamedv"}]
+
+    get_gen_models = list_models  # as Transformers before 5.24 calls it
 
     def shutdown(self) -> None:
         self._thread.shutdown(wait=False)

@@ -5,6 +5,7 @@ but queries, output projection and MLP are needed at those positions alone.
 """
 
 import torch
+from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb, eager_attention_forward
 
@@ -17,25 +18,28 @@ class LLaDAMedVLastDecoderLayer(LlamaDecoderLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        cache: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         query_positions: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """As `LlamaDecoderLayer.forward`.
 
         Args:
             query_positions (`(batch, queries)`, *optional*): positions whose output is wanted; `None` means all.
+            past_key_values (`Cache`, *optional*): what Transformers before 5.24 calls `cache`.
 
         Returns:
             `(batch, queries, hidden)`, or `(batch, sequence, hidden)` without `query_positions`.
         """
+        cache = past_key_values if cache is None else cache
         # Masks of other kinds (a flash kernel's padding, flex's blocks) cannot be cut.
         cuttable = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4)
         if query_positions is None or not cuttable:
             output = super().forward(
-                hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
+                hidden_states, attention_mask, position_ids, cache, use_cache, position_embeddings, **kwargs
             )
             if query_positions is None:
                 return output
@@ -54,8 +58,8 @@ class LLaDAMedVLastDecoderLayer(LlamaDecoderLayer):
         cos_wanted, sin_wanted = (each.gather(1, every.expand(-1, -1, each.shape[-1])) for each in (cos, sin))
         queries, _ = apply_rotary_pos_emb(queries, queries, cos_wanted, sin_wanted)
         _, keys = apply_rotary_pos_emb(keys, keys, cos, sin)
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, attention.layer_idx)
+        if cache is not None:
+            keys, values = cache.update(keys, values, attention.layer_idx)
         if attention_mask is not None and attention_mask.shape[2] > 1:  # (batch, heads or 1, sequence, keys)
             mask = attention_mask.expand(len(normed), -1, -1, -1)
             attention_mask = mask.gather(2, every[:, None].expand(-1, mask.shape[1], -1, mask.shape[3]))

@@ -323,7 +323,7 @@ class LLaDAMedVGenerationMixin:
             inputs_embeds=inputs_embeds,
             attention_mask=None if bool(attention_mask.all()) else attention_mask.long(),
             position_ids=position_ids,
-            past_key_values=cache,
+            cache=cache,
             logits_to_keep=keep,
         ).logits
         if logits.dtype in (torch.float16, torch.bfloat16):

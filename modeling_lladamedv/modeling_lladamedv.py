@@ -6,20 +6,26 @@ The denoising loop is in `generation_lladamedv.py`; nothing here knows about ste
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.image_processing_utils import select_best_resolution
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector, unpad_image
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, can_return_tuple, find_adapter_config_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    ModelOutput,
+    cached_file,
+    can_return_tuple,
+    find_adapter_config_file,
+)
 
 from .checkpoint_layouts_lladamedv import (
     PRESETS,
@@ -45,6 +51,39 @@ _BROKEN = (
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
+@dataclass
+class LLaDAMedVModelOutput(ModelOutput):
+    """Output of [`LLaDAMedVModel`].
+
+    Args:
+        last_hidden_state (`(batch, sequence, hidden)`, or `(positions wanted, hidden)` with `query_mask`): of the last
+            layer.
+        hidden_states, attentions (tuples of `torch.FloatTensor`, *optional*): of every layer, as of all models of
+            Transformers, where `output_hidden_states` and `output_attentions` ask for them.
+        image_hidden_states (`(image tokens of all rows, hidden)`, *optional*): the projected features of the images.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class LLaDAMedVOutput(ModelOutput):
+    """Output of [`LLaDAMedVForConditionalGeneration`].
+
+    Args:
+        logits (`(batch, positions, vocab_size)`, or `(positions wanted, vocab_size)` with a boolean `logits_to_keep`).
+        hidden_states, attentions, image_hidden_states: those of [`LLaDAMedVModelOutput`].
+    """
+
+    logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
 class LLaDAMedVPreTrainedModel(PreTrainedModel):
     """Weight initialisation, loading, and what the attention backends may do."""
 
@@ -52,7 +91,7 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     # Parts of a stand-alone SigLIP tower that come after the features.
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.(post_layernorm|head)\."]
     _no_split_modules = ["LlamaDecoderLayer", "LLaDAMedVLastDecoderLayer", "SiglipEncoderLayer"]
@@ -435,8 +474,9 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         vision_features: torch.FloatTensor | None = None,
         query_mask: torch.BoolTensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
-    ) -> LlavaModelOutputWithPast:
+    ) -> LLaDAMedVModelOutput:
         """One bidirectional pass.
 
         Args:
@@ -454,9 +494,10 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             inputs_embeds (`(batch, sequence, hidden)`, *optional*): merged embeddings.
             query_mask (`(batch, sequence)`, *optional*): True where output is wanted; by default everywhere. The last
                 layer is spared the positions that no row of the batch wants.
+            cache (`Cache`, *optional*): that of the denoising loop, which knows which positions this pass runs.
 
         Returns:
-            `LlavaModelOutputWithPast` with `last_hidden_state` `(batch, sequence, hidden)`, or with `query_mask`
+            [`LLaDAMedVModelOutput`] with `last_hidden_state` `(batch, sequence, hidden)`, or with `query_mask`
             `(number of True, hidden)`, row after row.
 
         Raises:
@@ -481,12 +522,15 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             if positions.shape[1] < query_mask.shape[1]:
                 kwargs["query_positions"] = positions  # for the last layer; the others pass it by
                 query_mask = query_mask.gather(1, positions)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        # By place: the cache is called `past_key_values` before Transformers 5.24 and `cache` from there on.
+        outputs = self.language_model(None, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
+        hidden = outputs.last_hidden_state
+        return LLaDAMedVModelOutput(
+            last_hidden_state=hidden if query_mask is None else hidden[query_mask],
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=features,
         )
-        if query_mask is not None:
-            outputs.last_hidden_state = outputs.last_hidden_state[query_mask]
-        return LlavaModelOutputWithPast(**outputs, image_hidden_states=features)
 
     def _structured_mask(self, inputs_embeds, attention_mask, turn_ids, segment_ids):
         """Attention mask, in the form that the current implementation wants, that hides later turns and other
@@ -562,7 +606,7 @@ class LLaDAMedVForConditionalGeneration(
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
-    ) -> LlavaCausalLMOutputWithPast:
+    ) -> LLaDAMedVOutput:
         """One bidirectional pass and the logits: `logits[:, i]` predicts the token AT position `i` (no shift).
 
         Args:
@@ -575,7 +619,7 @@ class LLaDAMedVForConditionalGeneration(
         The other arguments are those of [`LLaDAMedVModel.forward`].
 
         Returns:
-            `LlavaCausalLMOutputWithPast` with `logits` `(batch, positions, vocab_size)`.
+            [`LLaDAMedVOutput`] with `logits` `(batch, positions, vocab_size)`.
 
         Raises:
             ValueError: if `labels` is given, or for the reasons of [`LLaDAMedVModel.forward`].
@@ -603,9 +647,8 @@ class LLaDAMedVForConditionalGeneration(
         )
         hidden = outputs.last_hidden_state
         logits = self.lm_head(hidden if query_mask is not None else slice_logits_to_keep(hidden, logits_to_keep))
-        return LlavaCausalLMOutputWithPast(
+        return LLaDAMedVOutput(
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
@@ -627,4 +670,10 @@ class LLaDAMedVForConditionalGeneration(
 LLaDAMedVModel.register_for_auto_class("AutoModel")
 LLaDAMedVForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
-__all__ = ["LLaDAMedVForConditionalGeneration", "LLaDAMedVModel", "LLaDAMedVPreTrainedModel"]
+__all__ = [
+    "LLaDAMedVForConditionalGeneration",
+    "LLaDAMedVModel",
+    "LLaDAMedVModelOutput",
+    "LLaDAMedVOutput",
+    "LLaDAMedVPreTrainedModel",
+]

@@ -171,22 +171,17 @@ def test_no_mask_is_left(model, kind, rule, cfg_scale, suffix):
 
 
 @torch.no_grad()
-def test_only_the_block_is_run(model, monkeypatch):
+def test_only_the_block_is_run(model):
     lengths = []
-    forward = model.model.language_model.forward
-
-    def spy(*arguments, **options):
-        lengths.append(options["inputs_embeds"].shape[1])
-        return forward(*arguments, **options)
-
-    monkeypatch.setattr(model.model.language_model, "forward", spy)
     options = {"max_new_tokens": 12, "block_length": 4, "steps": 6, "use_cache": True}
     row = image_prompt(PROMPT).shape[1] + 12
-    generate(model, **options)
-    assert lengths == [row, 4] * 3
-    lengths.clear()
-    generate(model, **options, cache_implementation="prefix")
-    assert lengths == [row, 12, row, 8, row, 4]
+    first = model.model.language_model.layers[0]
+    with first.register_forward_pre_hook(lambda layer, inputs: lengths.append(inputs[0].shape[1])):
+        generate(model, **options)
+        assert lengths == [row, 4] * 3
+        lengths.clear()
+        generate(model, **options, cache_implementation="prefix")
+        assert lengths == [row, 12, row, 8, row, 4]
 
 
 @torch.no_grad()

@@ -429,23 +429,17 @@ def test_windows_against_brute_force(model, window, cfg_scale, suffix, stop):
 
 
 @torch.no_grad()
-def test_only_the_window_is_run(model, monkeypatch):
+def test_only_the_window_is_run(model):
     lengths = []
-    forward = model.model.language_model.forward
-    monkeypatch.setattr(
-        model.model.language_model,
-        "forward",
-        lambda *arguments, **options: (
-            lengths.append(options["inputs_embeds"].shape[1]) or forward(*arguments, **options)
-        ),
-    )
     prompt = image_prompt(PROMPT).shape[1]
     options = {"max_new_tokens": 16, "block_length": 4, "steps": 4}
-    generate(model, **options, initial_canvas_length=8)
-    assert [length - prompt for length in lengths] == [8, 8, 12, 16]
-    lengths.clear()
-    generate(model, **options, suffix_blocks=1)
-    assert [length - prompt for length in lengths] == [8, 12, 16, 16]
+    first = model.model.language_model.layers[0]
+    with first.register_forward_pre_hook(lambda layer, inputs: lengths.append(inputs[0].shape[1] - prompt)):
+        generate(model, **options, initial_canvas_length=8)
+        assert lengths == [8, 8, 12, 16]
+        lengths.clear()
+        generate(model, **options, suffix_blocks=1)
+        assert lengths == [8, 12, 16, 16]
 
 
 @torch.no_grad()
