@@ -45,9 +45,9 @@ lock: $(TOOLS)/installed-tools
 		--no-annotate --custom-compile-command "make lock" --constraint constraints.txt --override - \
 		--extra test --output-file requirements.lock pyproject.toml
 
-# The table of docs/dependencies.md. Two extras come on top of what tests need.
+# The table of docs/dependencies.md. One extra comes on top of what tests need.
 licences: $(VENV)/installed-test
-	$(BIN)/$(PIP) -c constraints.txt -e '.[medical-codecs,browser-tests]' || $(NOT_INSTALLED)
+	$(BIN)/$(PIP) -c constraints.txt -e '.[browser-tests]' || $(NOT_INSTALLED)
 	UPDATE_DEPENDENCIES=1 $(BIN)/python -m pytest -q tests/test_packaging.py -k table
 
 # Known weaknesses of what is locked and pinned. Fails where the database of weaknesses cannot be reached.

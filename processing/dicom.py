@@ -5,6 +5,9 @@ Only the elements that say how pixels are shown are read from a file; who the pa
 
 from __future__ import annotations
 
+import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,6 +44,19 @@ _ELEMENTS = [
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *_PALETTE_TABLES,
 ]
+# What gdcm itself prints must not come between.
+_DECODE_WITH_GDCM = """
+import io, os, sys
+import numpy
+from pydicom.pixels import pixel_array
+output = os.fdopen(os.dup(1), "wb")
+os.dup2(2, 1)
+pixels = pixel_array(io.BytesIO(sys.stdin.buffer.read()), index=int(sys.argv[1]), decoding_plugin="gdcm")
+whole = io.BytesIO()
+numpy.save(whole, pixels)
+output.write(whole.getvalue())
+"""
+_DECODING_SECONDS = 60
 
 
 def is_dicom(head: bytes) -> bool:
@@ -207,13 +223,33 @@ def _decode(file: BinaryIO, header, frame: int) -> np.ndarray:
         raise MedicalImageError(f"the pixels of the file are stored as {name}; allowed are those of images.") from None
     if not decoder.is_available:
         raise ImportError(f'The pixels are compressed as {name}: pip install "lladamedv[medical-codecs]"')
+    plugins = sorted(decoder.available_plugins, key="gdcm".__eq__)  # gdcm last
+    for plugin in plugins if syntax.is_encapsulated else [""]:
+        try:
+            if plugin == "gdcm":
+                return _decode_with_gdcm(file, frame)
+            return pixel_array(file, index=frame, decoding_plugin=plugin)
+        except RuntimeError:
+            continue
+    raise MedicalImageError(
+        f"the pixels of the file, stored as {name}, cannot be decoded: the file is broken, or a more able decoder "
+        'is needed (pip install "lladamedv[medical-codecs]").'
+    )
+
+
+def _decode_with_gdcm(file: BinaryIO, frame: int) -> np.ndarray:
+    """As `pydicom.pixels.pixel_array`, in a process of its own: some broken files abort the one that gdcm runs in.
+
+    Raises:
+        RuntimeError: if that process fails, or takes longer than a minute.
+    """
+    file.seek(0)
+    command = [sys.executable, "-P", "-c", _DECODE_WITH_GDCM, str(frame)]
     try:
-        return pixel_array(file, index=frame)
-    except RuntimeError:
-        raise MedicalImageError(
-            f"the pixels of the file, stored as {name}, cannot be decoded: the file is broken, or a more able decoder "
-            'is needed (pip install "lladamedv[medical-codecs]").'
-        ) from None
+        done = subprocess.run(command, input=file.read(), capture_output=True, check=True, timeout=_DECODING_SECONDS)
+    except subprocess.SubprocessError as error:
+        raise RuntimeError(str(error)) from error
+    return np.load(io.BytesIO(done.stdout))
 
 
 def _look_up(values: np.ndarray, first: int, table: np.ndarray) -> np.ndarray:

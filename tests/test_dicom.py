@@ -21,6 +21,7 @@ from pydicom.uid import (
 
 from lladamedv.processing.medical_images import MedicalImageError, read_dicom_series, read_medical_image
 from tests.dicom_files import dataset, item, look_up_table, sequence, to_bytes
+from tests.jpeg_lossless import encode
 
 
 # Hounsfield units −1024, −160, −60, 40, 239, 240 and 3071 at an intercept of −1024.
@@ -290,6 +291,22 @@ def test_jpeg_2000():
     window = {"WindowCenter": "2000", "WindowWidth": "4000", "VOILUTFunction": "LINEAR_EXACT"}
     data = encapsulated(stored, "MONOCHROME2", JPEG2000Lossless, [file.getvalue()], **window)
     assert np.abs(grey(data) - np.clip(stored / 4000 * 255, 0, 255)).max() <= 0.501
+
+
+def test_jpeg_lossless():
+    stored = np.random.default_rng(3).integers(0, 4096, (32, 32)).astype(np.uint16)
+    window = {"WindowCenter": "2000", "WindowWidth": "4000", "VOILUTFunction": "LINEAR_EXACT"}
+    data = encapsulated(stored, "MONOCHROME2", JPEGLosslessSV1, [encode(stored, 12)], bits=12, **window)
+    assert np.abs(grey(data) - np.clip(stored / 4000 * 255, 0, 255)).max() <= 0.501
+
+
+def test_a_frame_that_aborts_its_decoder():
+    """gdcm throws through its own C++ when what follows the frame's header is no marker."""
+    frame = bytearray(encode(STORED, 12))
+    frame[15] = 0
+    data = encapsulated(STORED, "MONOCHROME2", JPEGLosslessSV1, [bytes(frame)], bits=12)
+    with pytest.raises(MedicalImageError, match=r"JPEG Lossless.*cannot be decoded"):
+        read(data)
 
 
 def test_missing_decoder_names_syntax_and_extra(monkeypatch):
