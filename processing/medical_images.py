@@ -18,8 +18,7 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from .dicom import is_dicom, read_dicom, read_dicom_series
-from .image_processing_lladamedv import MAX_IMAGE_PIXELS
-from .medical_shared import WINDOW_PRESETS, MedicalImageError, check_size, check_window
+from .medical_shared import MAX_IMAGE_PIXELS, WINDOW_PRESETS, MedicalImageError, check_size, check_window
 from .nifti import is_nifti, read_nifti
 from .pictures import convert_array, convert_picture, read_picture
 

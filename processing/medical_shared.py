@@ -14,6 +14,7 @@ from os import SEEK_END
 from typing import BinaryIO
 
 import numpy as np
+from PIL import Image
 
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ WINDOW_PRESETS = {
     "subdural": (75, 215),
     "bone": (400, 1800),
 }
+# Pillow refuses larger files too; arrays and open images are held to the same limit.
+MAX_IMAGE_PIXELS = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else 178_956_970
 # How many times its size a file of Deflate or LZW can become: 1032 and 1365 (https://zlib.net/zlib_tech.html).
 MOST_EXPANSION = 1500
 WINDOW_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")

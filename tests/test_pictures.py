@@ -125,10 +125,56 @@ def test_eight_bits_stay_as_they_are():
 
 def test_deep_colour():
     deep = RNG.integers(0, 65536, (4, 5, 3)).astype(np.uint16)
-    assert np.abs(pixels(deep) - deep / 257).max() <= 0.501
-    result = read_medical_image(encode_tiff(deep, photometric="rgb"))
-    assert np.array_equal(np.asarray(result.image), deep >> 8)
-    assert result.steps == ["16 bits per channel: the upper 8 are used"]
+    upper = "16 bits per channel: the upper 8 are used"
+    planes = encode_tiff(np.moveaxis(deep, -1, 0), photometric="rgb", planarconfig="separate")
+    for source, steps in (
+        (deep, [upper]),
+        (np.moveaxis(deep, -1, 0), [upper]),
+        (encode_tiff(deep, photometric="rgb"), [upper]),
+        (planes, ["TIFF of uint16", upper]),
+    ):
+        result = read_medical_image(source)
+        assert np.array_equal(np.asarray(result.image), deep >> 8)
+        assert result.steps == steps
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "int32", "float32"])
+def test_tiff_files_show_what_their_array_shows(dtype, tile, compression, byteorder):
+    """Pillow alone swaps the bytes of big-endian signed and floating-point numbers again after libtiff has."""
+    values = (RNG.random((20, 24)) * 100).astype(dtype)
+    file = encode_tiff(values, file={"byteorder": byteorder}, compression=compression, tile=tile)
+    assert np.array_equal(pixels(file), pixels(values))
+
+
+@pytest.mark.parametrize("planes", ["contig", "separate"])
+@pytest.mark.parametrize("samples", [3, 4])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_colour_tiff_files_show_what_their_array_shows(compression, dtype, samples, planes):
+    values = RNG.integers(0, np.iinfo(dtype).max, (20, 24, samples)).astype(dtype)
+    shown = values if planes == "contig" else np.moveaxis(values, -1, 0)
+    extra = {"extrasamples": ["unspecified"]} if samples == 4 else {}  # neither colour nor transparency
+    file = encode_tiff(shown, photometric="rgb", planarconfig=planes, compression=compression, **extra)
+    assert np.array_equal(pixels(file), values[..., :3] >> (8 if dtype == "uint16" else 0))
+
+
+def test_broken_tiff_files_print_nothing(capfd):
+    picture = Image.fromarray(RNG.integers(0, 255, (64, 64, 3)).astype(np.uint8))
+    picture.save(file := io.BytesIO(), "TIFF", compression="tiff_lzw")
+    broken = bytearray(file.getvalue())
+    broken[200:5000:37] = bytes(255 ^ value for value in broken[200:5000:37])
+    for data in (bytes(broken), file.getvalue()[:6000]):
+        with pytest.raises(ValueError, match="broken"):
+            read_medical_image(data)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_avif():
+    Image.new("RGB", (8, 6), (10, 200, 30)).save(file := io.BytesIO(), "AVIF", quality=100)
+    assert np.abs(pixels(file.getvalue()).astype(int) - (10, 200, 30)).max() <= 2
 
 
 def test_transparency():
