@@ -79,9 +79,7 @@ def read_picture(
             f"`source` has more pixels than Pillow allows; allowed are 1 to {max_pixels} (`max_pixels`)."
         ) from None
     pages = getattr(image, "n_frames", 1)
-    if page is None and pages > 1:
-        raise MedicalImageError(f"`page` is None, but there are {pages} pages; allowed are 0 to {pages - 1}.")
-    image.seek(choose_index("page", page, pages, "page", steps))
+    image.seek(choose_index("page", page, pages, "page", steps, required=True))
     if image.format == "TIFF":
         samples = {(image.tag_v2.get(_SAMPLE_FORMAT, (1,))[0], bits) for bits in image.tag_v2.get(_BITS, (1,))}
         if not samples <= _PILLOW_SAMPLES:
@@ -238,9 +236,7 @@ def _read_tiff(file: BinaryIO, steps, page, window, full_range, max_pixels) -> t
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
         pages = len(tiff.pages)
-        if page is None and pages > 1:
-            raise MedicalImageError(f"`page` is None, but there are {pages} pages; allowed are 0 to {pages - 1}.")
-        chosen = tiff.pages[choose_index("page", page, pages, "page", steps)]
+        chosen = tiff.pages[choose_index("page", page, pages, "page", steps, required=True)]
         check_size(chosen.imagelength, chosen.imagewidth, max_pixels)
         check_bytes(file, chosen.nbytes, compressed=chosen.compression != tifffile.COMPRESSION.NONE)
         array = chosen.asarray()

@@ -219,7 +219,7 @@ def test_pages():
     for file in (small, double):
         result = read_medical_image(file, page=2, window=(20, 40))
         assert (np.asarray(result.image) == 128).all() and "page 2 of 3 (from 0)" in result.steps
-        with pytest.raises(ValueError, match="`page` is None, but there are 3 pages; allowed are 0 to 2"):
+        with pytest.raises(ValueError, match="`page` is not given, but there are 3 pages; allowed are 0 to 2"):
             read_medical_image(file)
         for page in (3, -1, "0"):
             with pytest.raises(ValueError, match=r"`page` is .*; allowed are whole numbers from 0 to 2"):
