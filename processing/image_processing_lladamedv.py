@@ -275,7 +275,7 @@ def _read(image) -> Image.Image:
     except (ImportError, MemoryError, TypeError):
         raise
     except MedicalImageError as error:
-        reason = str(error)
+        reason = error.told(lambda name: "it" if name == "source" else f"`{name}`")
     except Exception as error:  # of the network and of URLs
         reason = f"{' '.join(str(error).split()):.300}"
     raise ValueError(f"`images` holds an image {described} that cannot be read: {reason}")

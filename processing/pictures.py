@@ -24,6 +24,7 @@ from .medical_shared import (
     apply_percentiles,
     apply_range,
     apply_window,
+    arg,
     check_bytes,
     check_size,
     check_window,
@@ -103,16 +104,15 @@ def read_picture(
         if head.startswith(_TIFF):
             return _read_tiff(file, steps, page, window, full_range, max_pixels)
         raise MedicalImageError(
-            f"`source` is of no known format; allowed are DICOM (with the marker DICM), NIfTI, {', '.join(FORMATS)}."
+            f"{arg('source')} is of no known format; allowed are DICOM (with the marker DICM), NIfTI, "
+            f"{', '.join(FORMATS)}."
         ) from None
     except Image.DecompressionBombError:
         raise MedicalImageError(
-            f"`source` has more pixels than Pillow allows; allowed are 1 to {max_pixels} (`max_pixels`)."
+            f"{arg('source')} has more pixels than Pillow allows; allowed are 1 to {max_pixels}."
         ) from None
     pages = getattr(image, "n_frames", 1)
-    if page is None and pages > 1:
-        raise MedicalImageError(f"`page` is None, but there are {pages} pages; allowed are 0 to {pages - 1}.")
-    image.seek(choose_index("page", page, pages, "page", steps))
+    image.seek(choose_index("page", page, pages, "page", steps, required=True))
     if image.format == "TIFF":
         if not _pillow_reads(image):
             steps.clear()
@@ -153,7 +153,7 @@ def convert_picture(
     try:
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for truncated and broken files
-        raise MedicalImageError(f"`source` is a broken picture: {error}.") from None
+        raise MedicalImageError(f"{arg('source')} is a broken picture: {error}.") from None
     original = (image.height, image.width)
     if orientation in range(2, 9):
         steps.append(f"turned upright (EXIF orientation {orientation})")
@@ -172,7 +172,7 @@ def convert_picture(
         return image, original
     if window is not None or full_range:
         raise MedicalImageError(
-            f"`{'full_range' if window is None else 'window'}` is {window or full_range!r}, but `source` is a picture "
+            f"{arg('full_range' if window is None else 'window')} is given, but {arg('source')} is a picture "
             f"of mode {image.mode!r}; allowed are windows and full ranges for grey pictures without transparency."
         )
     if image.has_transparency_data:
@@ -200,9 +200,9 @@ def convert_array(
     colour = array.ndim == 3 and channels in (2, 3, 4) and array.dtype in (np.uint8, np.uint16)
     if not (array.ndim == 2 and real) and not colour:
         raise MedicalImageError(
-            f"`source` is an array of shape {array.shape} and type {array.dtype}; allowed are (height, width) of real "
-            "numbers, and (height, width, channels) or (channels, height, width) with 1 to 4 channels, in colour of "
-            "uint8 or uint16."
+            f"{arg('source')} is an array of shape {array.shape} and type {array.dtype}; allowed are (height, width) "
+            "of real numbers, and (height, width, channels) or (channels, height, width) with 1 to 4 channels, "
+            "in colour of uint8 or uint16."
         )
     check_size(*array.shape[:2], max_pixels)
     if array.dtype == bool:
@@ -225,8 +225,8 @@ def _convert_grey(values: np.ndarray, steps: list[str], window, full_range: bool
     if full_range:
         if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 65535:
             raise MedicalImageError(
-                "`full_range` is True, but `source` has values other than whole numbers from 0 to 65535; allowed for "
-                "it are None and windows (`window`)."
+                f"{arg('full_range')} is given, but {arg('source')} has values other than whole numbers from 0 to "
+                f"65535; leave it out, or choose a window ({arg('window')})."
             )
         steps.append("full range of 16 bits: divided by 257")
         return apply_range(values, 0, 65535)
@@ -288,17 +288,15 @@ def _read_tiff(file: BinaryIO, steps, page, window, full_range, max_pixels) -> t
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
         pages = len(tiff.pages)
-        if page is None and pages > 1:
-            raise MedicalImageError(f"`page` is None, but there are {pages} pages; allowed are 0 to {pages - 1}.")
-        chosen = tiff.pages[choose_index("page", page, pages, "page", steps)]
+        chosen = tiff.pages[choose_index("page", page, pages, "page", steps, required=True)]
         check_size(chosen.imagelength, chosen.imagewidth, max_pixels)
         check_bytes(file, chosen.nbytes, compressed=chosen.compression != tifffile.COMPRESSION.NONE)
         kind, extra = tifffile.PHOTOMETRIC(chosen.photometric), [int(sample) for sample in chosen.extrasamples]
         grey = kind in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE)
         if not (grey or kind == tifffile.PHOTOMETRIC.RGB) or _PREMULTIPLIED in extra:
             raise MedicalImageError(
-                f"`source` is a TIFF file of {kind.name} samples as {chosen.dtype}; allowed are grey and RGB ones, and "
-                "transparency that is not multiplied in."
+                f"{arg('source')} is a TIFF file of {kind.name} samples as {chosen.dtype}; allowed are grey and RGB "
+                "ones, and transparency that is not multiplied in."
             )
         array = chosen.asarray()
         if array.ndim == 3 and chosen.planarconfig == tifffile.PLANARCONFIG.SEPARATE:

@@ -76,7 +76,7 @@ def test_floating_point(kind):
         result = read_medical_image(source)
         assert "1 values are not finite" in result.steps
         assert np.asarray(result.image)[0, :, 0].tolist()[0::4] == [0, 0]
-        with pytest.raises(ValueError, match="`full_range` is True, but `source` has values other than"):
+        with pytest.raises(ValueError, match="`full_range` is given, but `source` has values other than"):
             read_medical_image(source, full_range=True)
 
 
@@ -119,7 +119,7 @@ def test_eight_bits_stay_as_they_are():
     rgb = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
     for source in (rgb, Image.fromarray(rgb), encode(rgb), encode_tiff(rgb, photometric="rgb")):
         assert np.array_equal(pixels(source), rgb)
-        with pytest.raises(ValueError, match=r"`window` is \(40, 80\), but `source` is a picture of mode 'RGB'"):
+        with pytest.raises(ValueError, match=r"`window` is given, but `source` is a picture of mode 'RGB'"):
             read_medical_image(source, window=(40, 80))
 
 
@@ -265,7 +265,7 @@ def test_pages():
     for file in (small, double):
         result = read_medical_image(file, page=2, window=(20, 40))
         assert (np.asarray(result.image) == 128).all() and "page 2 of 3 (from 0)" in result.steps
-        with pytest.raises(ValueError, match="`page` is None, but there are 3 pages; allowed are 0 to 2"):
+        with pytest.raises(ValueError, match="`page` is not given, but there are 3 pages; allowed are 0 to 2"):
             read_medical_image(file)
         for page in (3, -1, "0"):
             with pytest.raises(ValueError, match=r"`page` is .*; allowed are whole numbers from 0 to 2"):
