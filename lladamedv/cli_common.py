@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,14 +13,47 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from . import loading
+
 
 DEBUG = "LLADAMEDV_DEBUG"  # environment variable, so that processes that a command starts know of it, too
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-Model = Annotated[str | None, typer.Option(help="Folder or Hub id of a model; by default the tiny demo model.")]
-Dtype = Annotated[str, typer.Option(help="What to compute in: float32, bfloat16 or float16.")]
+
+def checked(check: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """A callback of an option or argument, so that it is checked with the command line, before anything is imported."""
+
+    def callback(value: Any) -> Any:
+        try:
+            if value is not None:
+                check(value)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        return value
+
+    return callback
+
+
+def _check_device_name(device: str) -> None:
+    if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", device):
+        raise ValueError(f"{device!r}; allowed are auto, cpu, cuda, mps and xpu, also with a number, as in cuda:1.")
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="Folder or Hub id of a model or of adapters, or `demo` for the tiny one that comes with this.",
+        callback=checked(loading.find_folder),
+    ),
+]
+Dtype = Annotated[
+    loading.Dtype, typer.Option(help="What to compute in; auto is the checkpoint's on a GPU and float32 on a CPU.")
+]
+Device = Annotated[
+    str,
+    typer.Option(help="cpu, cuda, cuda:1, mps…; auto is a GPU if there is one.", callback=checked(_check_device_name)),
+]
 Revision = Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps…")]
 Host = Annotated[str, typer.Option(help="Address to listen on; others than 127.0.0.1 let others in.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; all else goes to standard error.")]
 
@@ -50,20 +84,6 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def check_device(device: str) -> None:
-    """Try a device before a large model is loaded for it.
-
-    Raises:
-        ValueError: if it cannot be used.
-    """
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device` is {device!r}, which cannot be used: {error}") from error
 
 
 def progress(as_json: bool) -> Callable[[str], None]:

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import Dtype, Revision, quiet
+from .cli_common import Dtype, Model, Revision, quiet
+from .loading import load_model
 
 
 analyze_app = typer.Typer(no_args_is_help=True, help=(
@@ -22,7 +23,6 @@ eval_app = typer.Typer(no_args_is_help=True, help=(
 ))
 INCOMPLETE = 3  # exit code: there is a report, but some questions have no answer
 
-_Model = Annotated[str, typer.Option(help="Folder or Hub id of a model, or `demo` for the one that comes with this.")]
 _Output = Annotated[Path, typer.Option(help="Folder of the run; called again, it goes on where it stopped.")]
 _BatchSize = Annotated[int, typer.Option(help="Questions at a time, in each process.")]
 _Options = Annotated[
@@ -60,12 +60,10 @@ def parse_options(given: list[str] | None, **named) -> dict:
 
 def _load(model: str, revision: str | None, dtype: str):
     """Model and processor on this process's device; the model's name in reports."""
-    from lladamedv.demo import DEMO_MODEL, load_model
     from lladamedv.evaluation.runs import process_state
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    loaded, processor = load_model(DEMO_MODEL if model == "demo" else model, dtype, revision)
-    return loaded.to(process_state().device), processor
+    return load_model(model, dtype, process_state().device, revision)
 
 
 def _finish(summary: dict, text: str, as_json: bool, output: Path) -> None:
@@ -83,7 +81,7 @@ def _finish(summary: dict, text: str, as_json: bool, output: Path) -> None:
 @eval_app.command()
 def vqa(
     benchmark: Annotated[str, typer.Option(help="vqa-rad, slake, path-vqa, or phantoms, which come with this.")],
-    model: _Model,
+    model: Model,
     output: _Output,
     split: _Split = "test",
     source: _Source = None,
@@ -104,7 +102,7 @@ def vqa(
     ] = False,
     batch_size: _BatchSize = 8,
     model_revision: Revision = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     bootstrap_samples: _Bootstrap = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, and of sampling.")] = 0,
     as_json: _Json = False,
@@ -153,7 +151,7 @@ def chat(
     option: _Options = None,
     batch_size: _BatchSize = 1,
     model_revision: Revision = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     judge_model: Annotated[
         str | None, typer.Option(help="What the server calls the judge; without it, no one judges.")
     ] = None,
@@ -240,7 +238,7 @@ def chat(
 
 @analyze_app.command()
 def decoding(
-    model: _Model,
+    model: Model,
     output: _Output,
     benchmark: Annotated[str, typer.Option(help="Whose questions: vqa-rad, slake, path-vqa or phantoms.")] = "phantoms",
     split: _Split = "test",
@@ -261,7 +259,7 @@ def decoding(
     batch_size: _BatchSize = 1,
     example_id: Annotated[str | None, typer.Option(help="Question whose answers are shown.")] = None,
     model_revision: Revision = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     bootstrap_samples: _Bootstrap = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, and of sampling.")] = 0,
     as_json: _Json = False,
