@@ -83,11 +83,11 @@ def demo(
       lladamedv demo --questions 1000 --output sheet.png
       lladamedv demo --train --output my_model
     """
+    quiet()
     # Imported here, so that `lladamedv --help` does not wait for what only some commands need.
     from lladamedv.demo import run_demo
     from lladamedv.demo_training import train_demo
 
-    quiet()
     if train:
         output = output or Path("lladamedv_demo_model")
         train_demo(output, seed, report=progress(as_json))
@@ -128,11 +128,11 @@ def ask(
       lladamedv ask picture.png "Describe the image." --option steps=8 --json
       lladamedv ask picture.png "Describe the image." --explain denoising.html
     """
+    quiet()
     from lladamedv.evaluation.answering import answer_batch, question_about
     from lladamedv.explanation import check_explanation_file, explain_answer
     from lladamedv.processing.medical_images import read_medical_image
 
-    quiet()
     if explain is not None:
         check_explanation_file(explain)
     chosen = {"frame": frame, "slice_index": slice_index, "page": page, "window": parse_window(window)}

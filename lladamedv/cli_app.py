@@ -29,9 +29,9 @@ def app_command(
       lladamedv app
       lladamedv app --model path/or/hub-id
     """
+    quiet()
     from lladamedv.app import build_app, import_gradio
 
-    quiet()
     # All that can be wrong is tried before a large model is loaded.
     import_gradio()
     find_device(device)

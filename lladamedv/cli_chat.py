@@ -63,11 +63,11 @@ def chat(
       lladamedv chat scan.dcm --window bone --model path/or/hub-id
       lladamedv chat picture.png --json < questions.txt > answers.jsonl
     """
+    quiet()
     from lladamedv.chat import Chat, say
     from lladamedv.conversation import NOTICE
     from lladamedv.processing.medical_images import read_medical_image
 
-    quiet()
     options = parse_options(option)
     read_image = partial(
         read_medical_image, window=parse_window(window), frame=frame, slice_index=slice_index, page=page

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +20,11 @@ from . import loading
 
 
 DEBUG = "LLADAMEDV_DEBUG"  # environment variable, so that processes that a command starts know of it, too
+# How libraries that are imported later are told to be quiet.
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -79,11 +87,37 @@ class CommandLine(TyperGroup):
 
 
 def quiet() -> None:
-    """Keep Transformers' progress bars and notes away from the answers."""
-    from transformers.utils import logging
+    """Import PyTorch, Transformers and the model's classes without a line of theirs, now or later, among the answers.
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    To be called when the arguments have been checked, and before other modules are imported. Errors of the libraries
+    and what this package reports are shown; `--debug`, Python's `-W` and the libraries' own variables show more.
+    """
+    if not os.environ.get(DEBUG):
+        for variable, value in _QUIET.items():
+            os.environ.setdefault(variable, value)
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        logging.getLogger().setLevel(logging.ERROR)
+    ours = logging.getLogger("lladamedv")
+    ours.setLevel(logging.WARNING)
+    if not ours.handlers:
+        ours.addHandler(_ToStandardError())
+
+    import torch  # noqa: F401  sets the level of its loggers
+
+    if not os.environ.get(DEBUG):
+        logging.getLogger("torch").setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    import lladamedv.auto_classes  # noqa: F401
+
+
+class _ToStandardError(logging.Handler):
+    """The message alone, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(" ".join(record.getMessage().split()), err=True)
 
 
 def progress(as_json: bool) -> Callable[[str], None]:

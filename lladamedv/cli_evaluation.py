@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -62,7 +61,6 @@ def _load(model: str, revision: str | None, dtype: str):
     """Model and processor on this process's device; the model's name in reports."""
     from lladamedv.evaluation.runs import process_state
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     return load_model(model, dtype, process_state().device, revision)
 
 
@@ -117,10 +115,10 @@ def vqa(
       lladamedv eval vqa --benchmark phantoms --model demo --output runs/phantoms --max-new-tokens 24 \\
           --block-length 8 --steps 24
     """
+    quiet()
     from lladamedv.evaluation.vqa import evaluate_vqa, render_summary
     from lladamedv.processing.datasets import load_vqa, training_open_answers
 
-    quiet()
     options = parse_options(option, max_new_tokens=max_new_tokens, block_length=block_length, steps=steps)
     data = {"source": source, "path": path, "image_folder": image_folder, "revision": revision}
     dataset, report = load_vqa(benchmark, split, **data)
@@ -186,6 +184,7 @@ def chat(
       lladamedv eval chat --questions qa50.jsonl --answers answers.jsonl --output runs/chat --judge-model NAME \\
           --judge-url http://localhost:8000/v1
     """
+    quiet()
     from lladamedv.evaluation.chat_answers import answer_chat_benchmark
     from lladamedv.evaluation.chat_benchmark import read_answers, summarize, to_markdown, write_summary
     from lladamedv.evaluation.judge import OpenAIJudge
@@ -193,7 +192,6 @@ def chat(
     from lladamedv.evaluation.runs import process_state
     from lladamedv.processing.datasets import load_chat_benchmark
 
-    quiet()
     if (model is None) == (answers is None):
         raise ValueError(f"`--model` is {model!r} and `--answers` {answers!r}; exactly one of the two is needed.")
     if model is not None and image_folder is None:
@@ -271,10 +269,10 @@ def decoding(
       lladamedv analyze decoding --model demo --output runs/decoding --path 9000:60:description \\
           --max-new-tokens 24 --block-length 24 --steps 24 --steps 6 --steps 1
     """
+    quiet()
     from lladamedv.evaluation.decoding_analysis import analyze_decoding, noise_pictures, to_markdown
     from lladamedv.processing.datasets import load_vqa
 
-    quiet()
     data = {"source": source, "path": path, "image_folder": image_folder}
     dataset, _ = load_vqa(benchmark, split, **data)
     if limit is not None:

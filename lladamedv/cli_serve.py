@@ -31,9 +31,9 @@ def serve(
       lladamedv serve
       lladamedv serve --model path/or/hub-id
     """
+    quiet()
     from lladamedv.serving import build_api, make_server
 
-    quiet()
     # All that can be wrong is tried before a large model is loaded.
     find_device(device)
     try:

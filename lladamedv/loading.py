@@ -50,8 +50,6 @@ def load_model(
 
     from safetensors import SafetensorError
 
-    import lladamedv.auto_classes  # noqa: F401  the processor's parts are found through it
-
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` is {dtype!r}; allowed are {', '.join(DTYPES)}.")
     device = find_device(device)
