@@ -81,24 +81,20 @@ def read_nifti(
         )
     version = nibabel.Nifti2Image if head[4:8] == b"n+2\0" else nibabel.Nifti1Image
     stream.seek(0)
-    volume = version.from_stream(stream)
+    header = version.header_class.from_fileobj(stream)
+    volume = version.ImageArrayProxy(stream, header.copy())  # an image would need an orientation to be there
     shape = volume.shape
-    if (
-        len(shape) < 3
-        or math.prod(shape[4:]) > 1
-        or not np.issubdtype(volume.get_data_dtype(), np.number)
-        or 0 in shape
-    ):
+    if len(shape) < 3 or math.prod(shape[4:]) > 1 or not np.issubdtype(volume.dtype, np.number) or 0 in shape:
         raise MedicalImageError(
-            f"{arg('source')} is a NIfTI array of shape {shape} and type {volume.get_data_dtype()}; allowed are "
+            f"{arg('source')} is a NIfTI array of shape {shape} and type {volume.dtype}; allowed are "
             "volumes of real numbers with 3 dimensions, or 4 with time."
         )
-    if np.issubdtype(volume.get_data_dtype(), np.complexfloating):
+    if np.issubdtype(volume.dtype, np.complexfloating):
         raise MedicalImageError(f"{arg('source')} is a NIfTI volume of complex numbers; allowed are real ones.")
     times = shape[3] if len(shape) > 3 else 1
     time = choose_index("time_index", time_index, times, "volume", steps, required=True)
 
-    affine = _affine(volume.header, steps)
+    affine = _affine(header, steps)
     orientation = nibabel.io_orientation(affine)  # (array axes, [canonical axis, direction])
     array_axis = int(np.flatnonzero(orientation[:, 0] == AXES[axis])[0])
     chosen = choose_index("slice_index", slice_index, shape[array_axis], f"{axis} slice", steps)
@@ -106,7 +102,7 @@ def read_nifti(
     stored = chosen if orientation[array_axis, 1] > 0 else shape[array_axis] - 1 - chosen
     across, up = (int(np.flatnonzero(orientation[:, 0] == other)[0]) for other in range(3) if other != AXES[axis])
     check_size(shape[up], shape[across], max_pixels)
-    needed = volume.dataobj.offset + math.prod(shape) * volume.get_data_dtype().itemsize
+    needed = volume.offset + math.prod(shape) * volume.dtype.itemsize
     check_bytes(file, needed, compressed=stream is not file)
     values = _read_slice(volume, array_axis, stored, time, max_pixels)
     values = nibabel.apply_orientation(values, orientation)
@@ -132,16 +128,16 @@ def read_nifti(
 
 def _affine(header, steps: list[str]) -> np.ndarray:
     """From indices to millimetres, right-anterior-superior: by sform or qform, the first that the file has in order."""
-    from nibabel.spatialimages import HeaderDataError
+    import nibabel
 
     for name in ("sform", "qform"):
         if not header[f"{name}_code"]:
             continue
         try:
             affine = getattr(header, f"get_{name}")()
-        except HeaderDataError:
+        except (nibabel.spatialimages.HeaderDataError, ValueError):
             affine = np.zeros((4, 4))
-        if np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3:
+        if np.isfinite(affine).all() and np.isfinite(nibabel.io_orientation(affine)).all():
             return affine
         steps.append(f"{name} of the file left out: it is no orientation")
     steps.append("no orientation in the file (sform and qform): axes taken as left, anterior, superior")
@@ -163,11 +159,11 @@ def _read_slice(volume, axis: int, place: int, time: int, max_pixels: int) -> np
     """
     behind = (time, *[0] * (len(volume.shape) - 4))[: len(volume.shape) - 3]
     if axis == 2:
-        return np.asarray(volume.dataobj[(slice(None), slice(None), slice(place, place + 1), *behind)])
+        return np.asarray(volume[(slice(None), slice(None), slice(place, place + 1), *behind)])
     check_size(*volume.shape[:2], max_pixels)
     part = [slice(None)] * 2
     part[axis] = slice(place, place + 1)
-    planes = (volume.dataobj[(slice(None), slice(None), place, *behind)] for place in range(volume.shape[2]))
+    planes = (volume[(slice(None), slice(None), place, *behind)] for place in range(volume.shape[2]))
     return np.stack([plane[tuple(part)].copy() for plane in planes], axis=2)
 
 
