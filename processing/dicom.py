@@ -44,16 +44,16 @@ _PALETTE_TABLES = [
 # Distances of rows and of columns, or their ratio, in the order in which they count.
 _SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
 _OVERLAYS = [(group, 0x0010) for group in range(0x6000, 0x6020, 2)]  # the rows of each
+_NEEDED = ("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated")
 _ELEMENTS = [
     *("SOPClassUID", "Modality", "BurnedInAnnotation", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PlanarConfiguration"),
     *("PhotometricInterpretation", "PresentationLUTShape", "PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType"),
-    *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
+    *("ICCProfile", "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "TotalPixelMatrixRows"),
     *_SPACINGS,
     *_PALETTE_TABLES,
-    *_OVERLAYS,
 ]
 # What gdcm itself prints must not come between.
 _DECODE_WITH_GDCM = """
@@ -143,6 +143,10 @@ def _to_8_bits(pixels: np.ndarray, header, window, full_range: bool, steps: list
     if overlays:
         steps.append(f"overlays of the file not shown: {overlays}")
     photometric = header.PhotometricInterpretation
+    if photometric in _GREY and "RedPaletteColorLookupTableDescriptor" in header:
+        steps.append("supplemental colours of the file not shown")
+    if "ICCProfile" in header:
+        steps.append("colour profile of the file not applied")
     if photometric == _PALETTE:
         steps.append("palette colour to RGB")
         return _apply_palette(pixels, header)
@@ -250,12 +254,17 @@ def _read_header(file: BinaryIO):
     if syntax.is_deflated:
         raise MedicalImageError(f"{arg('source')} is deflated as a whole; allowed are the transfer syntaxes of images.")
     file.seek(0)
-    header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_ELEMENTS)
+    header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_ELEMENTS, *_OVERLAYS])
     if "Rows" not in header or "Columns" not in header or not file.read(1):  # it stopped at the pixels, or at the end
         kind = header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")
         name = kind.name if kind and kind.type else "an unknown class"
         raise MedicalImageError(
             f"{arg('source')} is a DICOM file without pixels ({name}); allowed are files that hold a picture."
+        )
+    missing = [name for name in _NEEDED if header.get(name) in (None, "")]
+    if missing:
+        raise MedicalImageError(
+            f"{arg('source')} is a DICOM file without {', '.join(missing)}; allowed are whole files."
         )
     file.seek(0)
     return header
@@ -483,7 +492,7 @@ def _apply_voi(values: np.ndarray, used: np.ndarray, header, window, steps: list
 def _apply_voi_table(values: np.ndarray, header, steps: list[str]) -> np.ndarray:
     items = header.VOILUTSequence
     slopes, intercepts = _rescaling(header)
-    signed = header.PixelRepresentation == 1 or any(number < 0 for number in (*slopes[:1], *intercepts[:1]))
+    signed = header.get("PixelRepresentation") == 1 or any(number < 0 for number in (*slopes[:1], *intercepts[:1]))
     signed = signed and not header.get("ModalityLUTSequence")  # whose output is unsigned
     first, table, bits = _table(items[0], values, signed, header)
     greatest, most = 2**bits - 1, int(table.max())

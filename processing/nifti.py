@@ -130,6 +130,7 @@ def _affine(header, steps: list[str]) -> np.ndarray:
     """From indices to millimetres, right-anterior-superior: by sform or qform, the first that the file has in order."""
     import nibabel
 
+    found = []
     for name in ("sform", "qform"):
         if not header[f"{name}_code"]:
             continue
@@ -138,8 +139,14 @@ def _affine(header, steps: list[str]) -> np.ndarray:
         except (nibabel.spatialimages.HeaderDataError, ValueError):
             affine = np.zeros((4, 4))
         if np.isfinite(affine).all() and np.isfinite(nibabel.io_orientation(affine)).all():
-            return affine
-        steps.append(f"{name} of the file left out: it is no orientation")
+            found.append(affine)
+        else:
+            steps.append(f"{name} of the file left out: it is no orientation")
+    if len({nibabel.aff2axcodes(affine) for affine in found}) > 1:
+        steps.append("sform and qform of the file disagree about its axes: sform used")
+        logger.warning("sform and qform of the NIfTI file disagree about its axes: left and right may be exchanged")
+    if found:
+        return found[0]
     steps.append("no orientation in the file (sform and qform): axes taken as left, anterior, superior")
     logger.warning("the NIfTI file has no orientation (sform and qform): left and right may be exchanged")
     sizes = np.abs(header["pixdim"][1:4].astype(float))

@@ -453,6 +453,11 @@ def test_what_is_not_shown_is_said(caplog):
     data.add_new((0x6002, 0x0011), "US", 16)
     data.add_new((0x6002, 0x3000), "OW", bytes(32))
     assert read(data).steps[0] == "overlays of the file not shown: 1"
+    data.ICCProfile, data.RedPaletteColorLookupTableDescriptor = b"profile ", [1, 0, 16]
+    data["RedPaletteColorLookupTableDescriptor"].VR = "US"
+    assert {"supplemental colours of the file not shown", "colour profile of the file not applied"} < {
+        *read(data).steps
+    }
     tiles = read(dataset(np.stack([GRADIENT] * 4), TotalPixelMatrixRows=32, TotalPixelMatrixColumns=32), frame=1)
     assert "the frame is one tile of a larger picture" in tiles.steps
     assert "only one of them is shown" in caplog.text
@@ -486,6 +491,9 @@ def test_files_without_pixels():
             other = get_testdata_file("meta_missing_tsyntax.dcm", download=False)
         with pytest.raises(MedicalImageError, match="TransferSyntaxUID is missing or unknown"):
             read_medical_image(other)
+    del unnamed.PhotometricInterpretation
+    with pytest.raises(MedicalImageError, match="DICOM file without PhotometricInterpretation; allowed are whole"):
+        read(unnamed)
     samples = dataset(np.zeros((4, 4, 3), np.uint8), "RGB", PhotometricInterpretation="MONOCHROME2")
     with pytest.raises(MedicalImageError, match="`source` is MONOCHROME2, but has 3 samples per pixel"):
         read(samples)

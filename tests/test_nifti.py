@@ -195,6 +195,16 @@ def test_missing_orientation_is_told(caplog):
     assert not any("orientation" in step for step in whole.steps[:1]) and not caplog.records
 
 
+def test_orientations_that_disagree(caplog):
+    image = nibabel.Nifti1Image(volume(), np.eye(4))
+    image.header.set_qform(np.diag([-1, 1, 1, 1]), 1)
+    image.header.set_sform(np.eye(4), 1)
+    result = read_medical_image(image.to_bytes(), slice_index=SUPERIOR, window=WINDOW)
+    assert result.steps[0] == "sform and qform of the file disagree about its axes: sform used"
+    assert "left and right may be exchanged" in caplog.text
+    assert np.argwhere(np.asarray(result.image)[..., 0] == 255).tolist() == [[6 - ANTERIOR, 5 - RIGHT]]
+
+
 def test_orientations_that_are_none(caplog):
     """An sform of zeros falls back to the qform, and both to the documented default; a voxel has a size nonetheless."""
     file = bytearray(nifti(volume()))
