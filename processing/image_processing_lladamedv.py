@@ -93,8 +93,8 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         """Open whatever stands for an image, as an 8-bit RGB `PIL.Image`; lists keep their structure.
 
         Training, evaluation, the server and every command see a picture through this or through
-        [`read_medical_image`], which it calls: grey values of more than 8 bits are spread between percentiles, what is
-        transparent lies on black (grey) or white (colour), and 8-bit pictures stay as they are.
+        [`read_medical_image`], which it calls: grey values of more than 8 bits are spread between percentiles; 8-bit
+        pictures stay as they are, without their transparency, as in the training of the released models.
 
         Args:
             images: a path, the bytes of a file, a URL (`http`, `https`, `data`), a `PIL.Image`, an array, a tensor, or
