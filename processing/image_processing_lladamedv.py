@@ -29,10 +29,12 @@ class LLaDAMedVImageProcessorKwargs(LlavaOnevisionImageProcessorKwargs, total=Fa
     """
     vision_aspect_ratio (`str`): `"square"`, `"pad"` or `"anyres_max_N"`; see [`LLaDAMedVImageProcessor`].
     patch_size (`int`): side of the vision tower's patches in pixels, to count image tokens.
+    return_pixel_values (`bool`): `False` returns sizes alone, which is all that counting image tokens needs.
     """
 
     vision_aspect_ratio: str
     patch_size: int
+    return_pixel_values: bool
 
 
 class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
@@ -119,6 +121,9 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         flat = [image for row in images for image in (row if isinstance(row, list) else [row])]
         if not flat:
             raise ValueError("`images` is empty; allowed are an image, or a list with at least one.")
+        if not kwargs.pop("return_pixel_values", True):
+            data = {"image_sizes": [(image.height, image.width) for image in flat], "batch_num_images": counts}
+            return BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
         return super(LlavaOnevisionImageProcessorPil, self).preprocess(flat, counts, **kwargs)
 
     def _preprocess(
