@@ -53,6 +53,7 @@ class RowReport:
         rows: for each reason, the names of these rows: their numbers, from 0, and their ids.
         without_images: how many of the rows to train on have no image.
         packed_into: number of rows after packing, if questions were packed.
+        held_out: how these rows were held out of the training data, if they were.
     """
 
     kept: int | None = 0
@@ -60,6 +61,7 @@ class RowReport:
     rows: dict[str, list[str]] = field(default_factory=dict)
     without_images: int = 0
     packed_into: int | None = None
+    held_out: dict | None = None
 
     def add(self, reason: str, row_name: str) -> None:
         self.left_out[reason] += 1
@@ -76,6 +78,8 @@ class RowReport:
             lines.append(f"{count} left out, {reason}: {', '.join(self.rows[reason][:_SHOWN])}{more}")
         if self.packed_into is not None:
             lines.append(f"packed into {self.packed_into} rows")
+        if self.held_out is not None:
+            lines.append("held out by image, {share} of the rows, seed {seed}, {images} images".format(**self.held_out))
         return "; ".join(lines)
 
 
