@@ -189,8 +189,8 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             held = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
             if not any(each.requires_grad and id(each) in held for each in self.model.parameters()):
                 raise ValueError(
-                    "`optimizers` holds an optimizer of none of the weights that are trained; make it of these, or leave it "
-                    "to `args`."
+                    "`optimizers` holds an optimizer of none of the weights that are trained; make it of these, or "
+                    "leave it to `args`."
                 )
         if args.log_answers:
             self.add_callback(AnswerTableCallback(self, self._first_rows(eval_dataset, args.log_answers)))
