@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +42,16 @@ def checked(check: Callable[[Any], object]) -> Callable[[Any], Any]:
     return callback
 
 
+def one_of(allowed: Sequence[str]) -> Callable[[str], None]:
+    """What [`checked`] takes for an option with a few allowed values."""
+
+    def check(value: str) -> None:
+        if value not in allowed:
+            raise ValueError(f"{value!r}; allowed are {', '.join(allowed)}.")
+
+    return check
+
+
 def _check_device_name(device: str) -> None:
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", device):
         raise ValueError(f"{device!r}; allowed are auto, cpu, cuda, mps and xpu, also with a number, as in cuda:1.")
@@ -55,7 +65,11 @@ Model = Annotated[
     ),
 ]
 Dtype = Annotated[
-    loading.Dtype, typer.Option(help="What to compute in; auto is the checkpoint's on a GPU and float32 on a CPU.")
+    str,
+    typer.Option(
+        help=f"{', '.join(loading.DTYPES)}; auto is the checkpoint's on a GPU and float32 on a CPU.",
+        callback=checked(one_of(loading.DTYPES)),
+    ),
 ]
 Device = Annotated[
     str,
@@ -66,15 +80,23 @@ Host = Annotated[str, typer.Option(help="Address to listen on; others than 127.0
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; all else goes to standard error.")]
 
 
-class CommandLine(TyperGroup):
-    """Ends errors in one line and exit code 1; `--debug` shows where they come from.
+_UsageError = typer.BadParameter.__base__  # click's, of which newer versions of Typer have a copy of their own
 
-    Wrong usage is exit code 2 and Ctrl-C 130, as typer has it.
+
+class CommandLine(TyperGroup):
+    """Ends errors in one line: exit code 2 for wrong usage, 1 for others; `--debug` shows where these come from.
+
+    Ctrl-C is exit code 130, as typer has it.
     """
 
     def main(self, *args, **options) -> Any:
         try:
-            return super().main(*args, **options)
+            raise SystemExit(super().main(*args, **options | {"standalone_mode": False}))
+        except _UsageError as error:
+            if text := error.format_message():  # else help was asked for, and given
+                see = f" See {error.ctx.command_path} --help." if error.ctx else ""
+                typer.echo(f"lladamedv: {' '.join(text.split())}{see}", err=True)
+            raise SystemExit(error.exit_code) from error
         except Exception as error:
             if os.environ.get(DEBUG):
                 raise

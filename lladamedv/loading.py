@@ -6,7 +6,7 @@ Nothing heavy is imported before a model is loaded: the command line reads what 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 DEMO = "demo"  # as a name: the tiny model that comes with this package
 DEMO_MODEL = Path(__file__).parent / "demo_model"
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DTYPES = get_args(Dtype)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CONFIG, _ADAPTERS = "config.json", "adapter_config.json"
 
 
@@ -165,4 +164,4 @@ def _released_processor(name: str, config, revision: str | None) -> LLaDAMedVPro
     return build_processor(config, tokenizer, preset.chat_template)
 
 
-__all__ = ["DEMO", "DEMO_MODEL", "DTYPES", "Dtype", "find_device", "find_folder", "load_model"]
+__all__ = ["DEMO", "DEMO_MODEL", "DTYPES", "find_device", "find_folder", "load_model"]
