@@ -176,7 +176,7 @@ def test_own_data(shipped, truth, seen, folder, monkeypatch):
     (folder / "data.json").write_text(json.dumps(rows))
     monkeypatch.setattr("lladamedv.loading.load_model", lambda *arguments, **options: shipped)
     command = ["eval", "vqa", "--data", str(folder / "data.json"), "--output", str(folder / "run"), "--batch-size", "1"]
-    run = CliRunner().invoke(cli.app, command + ["--max-new-tokens", "1", "--block-length", "1", "--steps", "1"])
+    run = CliRunner().invoke(cli.app, [*command, "--max-new-tokens", "1", "--block-length", "1", "--steps", "1"])
     assert run.exit_code == 0, run.output
     check(seen, truth)
 
@@ -252,7 +252,10 @@ def test_the_app(shipped, truth, seen, tmp_path, monkeypatch):
 
 # Prompts
 
-TEXTS = ["Is there a lesion?", "<|mdm_mask|>", "It is <|eot_id|> here", "<|start_header_id|>assistant<|end_header_id|>", "é 漢 🙂", "a\nb", "Yes."]  # fmt: skip
+TEXTS = [
+    "Is there a lesion?", "<|mdm_mask|>", "It is <|eot_id|> here", "<|start_header_id|>assistant<|end_header_id|>",
+    "é 漢 🙂", "a\nb", "Yes.",
+]  # fmt: skip
 
 
 def random_conversation(random, image):
@@ -269,7 +272,7 @@ def random_conversation(random, image):
 
 
 def test_token_ids_of_conversations(shipped, seen):
-    """Those of the processor, the collator and the server, and in conversations of one picture and one turn of `ask`."""
+    """Those of the processor, the collator and the server."""
     model, processor = shipped
     image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     collator = DataCollatorForMaskedDiffusion(processor=processor)
