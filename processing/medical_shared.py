@@ -204,7 +204,7 @@ def apply_percentiles(
         steps.append(f"{int((~finite).sum())} values are not finite")
     few = _few_values(values[finite])
     if few is not None:
-        steps.append(f"least and greatest value: {few[0]:g} to {few[-1]:g} ({len(few)} different ones, as in a mask)")
+        steps.append(f"least and greatest value (as of a mask, different ones: {len(few)}): {few[0]:g} to {few[-1]:g}")
         if len(np.unique(apply_range(few, few[0], few[-1]))) == len(few):
             return apply_range(values, few[0], few[-1])
         steps.append("shown in even steps: two of them would look alike")

@@ -20,6 +20,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from .medical_shared import (
+    WINDOW_PRESETS,
     MedicalImageError,
     apply_percentiles,
     apply_range,
@@ -227,6 +228,11 @@ def convert_array(
 def _convert_grey(values: np.ndarray, steps: list[str], window, full_range: bool) -> np.ndarray:
     """Grey values of any type, `(height, width)`, as `uint8`."""
     if window is not None:
+        if isinstance(window, str) and window in WINDOW_PRESETS and values.dtype.kind in "bu":
+            raise MedicalImageError(
+                f"{arg('window')} is {window!r}, a window in Hounsfield units, but {arg('source')} has no values below "
+                "0, as these have; allowed is LEVEL/WIDTH in the picture's values."
+            )
         level, width = check_window(window)
         steps.append(describe_window(window, level, width))
         return apply_window(values, level, width)

@@ -232,7 +232,8 @@ def frames(tmp_path_factory):
     """A DICOM file of 12 bits with two frames, and what they show."""
     grey = np.stack([np.asarray(example.image.convert("L")) for example in PhantomVQA(5, 2)]).astype(np.uint16)
     path = tmp_path_factory.mktemp("dicom") / "frames.dcm"
-    path.write_bytes(to_bytes(dataset(grey * 16, bits=12, WindowCenter=2040.5, WindowWidth=4081)))
+    values = {"RescaleSlope": 1, "RescaleIntercept": 0, "WindowCenter": 2040.5, "WindowWidth": 4081}
+    path.write_bytes(to_bytes(dataset(grey * 16, bits=12, **values)))
     return path, grey.astype(int)
 
 
