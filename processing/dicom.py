@@ -48,7 +48,8 @@ _NEEDED = ("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated")
 _ELEMENTS = [
     *("SOPClassUID", "Modality", "BurnedInAnnotation", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PlanarConfiguration"),
-    *("PhotometricInterpretation", "PresentationLUTShape", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("PhotometricInterpretation", "PresentationLUTShape"),
+    *(f"{kind}PixelPadding{end}" for kind in ("", "Float", "DoubleFloat") for end in ("Value", "RangeLimit")),
     *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType"),
     *("ICCProfile", "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "TotalPixelMatrixRows"),
@@ -447,12 +448,12 @@ def _rescaling(header) -> tuple[list[float], list[float]]:
 
 def _padding(pixels: np.ndarray, header) -> np.ndarray:
     """Which pixels are padding (PS3.3, C.7.5.1.1.2)."""
-    if header.get("PixelPaddingValue") is None:
+    kind = {"float32": "Float", "float64": "DoubleFloat"}.get(pixels.dtype.name, "")
+    first, last = (header.get(f"{kind}PixelPadding{end}") for end in ("Value", "RangeLimit"))
+    if first is None:
         return np.zeros(pixels.shape, bool)
-    # As a value of the pixels' type: files write that of signed pixels unsigned, too.
-    limit = header.get("PixelPaddingRangeLimit")
-    ends = [header.PixelPaddingValue, header.PixelPaddingValue if limit is None else limit]
-    low, high = sorted(np.asarray(ends).astype(pixels.dtype).tolist())
+    # As values of the pixels' type: files write those of signed pixels unsigned, too.
+    low, high = sorted(np.asarray([first, first if last is None else last]).astype(pixels.dtype).tolist())
     return (pixels >= low) & (pixels <= high)
 
 
