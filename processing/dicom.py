@@ -386,12 +386,8 @@ def _table(item, values: np.ndarray, signed: bool, header, name: str = "LUT") ->
     order = "<" if header.file_meta.TransferSyntaxUID.is_little_endian else ">"
     if not isinstance(data, bytes):
         data = (np.atleast_1d(data).astype(np.int64) % 2**16).astype(f"{order}u2").tobytes()
-    packed = bits <= 8 and len(data) < 2 * count
-    return (
-        first,
-        np.frombuffer(data, np.uint8 if packed else f"{order}u2", len(data) // (1 if packed else 2))[:count],
-        bits,
-    )
+    kind = np.dtype(np.uint8 if bits <= 8 and len(data) < 2 * count else f"{order}u2")
+    return first, np.frombuffer(data, kind, len(data) // kind.itemsize)[:count], bits
 
 
 def _apply_palette(pixels: np.ndarray, header) -> np.ndarray:
