@@ -20,6 +20,7 @@ import datasets
 import fsspec
 import numpy as np
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class RowReport:
     def summary(self) -> str:
         if self.kept is None:
             return "rows are streamed to dataloader workers and not counted; what these leave out is logged"
-        lines = [f"{self.kept} rows to train on"]
+        lines = [f"{self.kept} rows"]
         if 0 < self.without_images < self.kept:
             lines.append(f"{self.without_images} of them without an image")
         for reason, count in self.left_out.items():
@@ -231,6 +232,8 @@ def check_row(row: dict) -> None:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not any(part["text"].strip() for answer in answers for part in answer["content"]):
         raise RowError("no assistant turn")
+    if answers[-1] is messages[0]:
+        raise RowError("no turn before the answer")
     shown = count_placeholders(messages)
     if shown != len(images):
         raise RowError(f"{shown} {IMAGE_PLACEHOLDER} for {len(images)} images")
@@ -241,7 +244,9 @@ def row_id(row: dict, number: int) -> str:
 
 
 def _row_name(row: dict, number: int) -> str:
-    return f"row {number}" + (f" ({row['id']})" if row.get("id") is not None else "")
+    worker = get_worker_info()
+    reader = "" if worker is None or worker.num_workers == 1 else f" of dataloader worker {worker.id}"
+    return f"row {number}{reader}" + (f" ({row['id']})" if row.get("id") is not None else "")
 
 
 def image_key(image) -> str:
@@ -380,7 +385,10 @@ def prepare_rows(
         return problem is None
 
     if streamed:
-        return dataset.filter(lambda row, number: good(row, number, look_at(row)), with_indices=True), report
+        dataset = dataset.filter(lambda row, number: good(row, number, look_at(row)), with_indices=True)
+        if next(iter(dataset), None) is None:
+            raise ValueError(f"`{name}` is a stream of which no row can be trained on: {report.summary()}.")
+        return dataset, report
     looked_at = _in_parallel(look_at, dataset, f"Checking {name}", disable_tqdm)
     keep = [number for number, row, pixels in looked_at if good(row, number, pixels)]
     if not keep:
