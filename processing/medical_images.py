@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import stat
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 _URL_HEADERS = {"User-Agent": "lladamedv"}  # hosts refuse Python's own
 _URL_TIMEOUT = 60  # seconds; without one, a server that says nothing is waited for for ever
 _DICOM, _NIFTI, _PICTURE, _DECODED = "DICOM file", "NIfTI volume", "picture file", "decoded picture"
+_MOST_STRETCHED = 100  # what is stated beyond is hardly meant
 
 
 class ReadingOption(NamedTuple):
@@ -76,7 +78,7 @@ READING_OPTIONS = (
         "background",
         str,
         (_PICTURE, _DECODED),
-        "Colour behind transparent pictures: a name such as black, or #rrggbb.",
+        "Colour behind transparent pictures: a name such as white, or #rrggbb; by default transparency is left out.",
     ),
     ReadingOption(
         "allow_burned_in",
@@ -94,7 +96,7 @@ class MedicalImage:
 
     Attributes:
         image: RGB `PIL.Image`, upright, without metadata.
-        size: original (height, width) in pixels, upright, before any reduction.
+        size: original (height, width) in pixels, upright, before any reduction or stretching.
         steps: what was done, in order; never anything that identifies a patient.
     """
 
@@ -135,8 +137,8 @@ def read_medical_image(
         window: name of a preset in [`WINDOW_PRESETS`] (Hounsfield units), or level and width in the image's units: a
             pair, or a text such as `"40/400"`.
         page: which page of a TIFF or frame of an animation, from 0. There is no default where there are several.
-        background: colour, a name, `"#rrggbb"` or RGB, to lay transparent pictures on. By default black for grey ones,
-            as in radiology, and white for colour, as in figures.
+        background: colour, a name, `"#rrggbb"` or RGB, to lay transparent pictures on. By default transparency is left
+            out, as in the training of the released models, and the colours that it hid are shown.
         max_pixels: larger pictures are reduced while they are decoded if the format allows that (JPEG, JPEG 2000), and
             refused otherwise. At most the default, which is Pillow's own limit.
         full_range: map the whole range of 16-bit pictures, or of a DICOM file's stored bits, to 0…255.
@@ -177,10 +179,10 @@ def read_medical_image(
                     f"{arg(option.argument)} is given, but {arg('source')} is a {kind}; allowed for it are {allowed}."
                 )
         if kind == _DICOM:
-            pixels = read_dicom(file, steps, frame=frame, allow_burned_in=allow_burned_in, **shown)
-            image, size = Image.fromarray(pixels), pixels.shape[:2]
+            pixels, spacing = read_dicom(file, steps, frame=frame, allow_burned_in=allow_burned_in, **shown)
+            image, size = _to_scale(pixels, spacing, max_pixels, steps), pixels.shape[:2]
         elif kind == _NIFTI:
-            pixels = read_nifti(
+            pixels, spacing = read_nifti(
                 file,
                 steps,
                 slice_index=slice_index,
@@ -189,7 +191,7 @@ def read_medical_image(
                 window=window,
                 max_pixels=max_pixels,
             )
-            image, size = Image.fromarray(pixels), pixels.shape[:2]
+            image, size = _to_scale(pixels, spacing, max_pixels, steps), pixels.shape[:2]
         else:
             shown["background"] = background
             if kind == _PICTURE:
@@ -278,6 +280,33 @@ def _kind(file: BinaryIO) -> str:
     if is_dicom(head):
         return _DICOM
     return _NIFTI if is_nifti(file) else _PICTURE
+
+
+def _to_scale(
+    pixels: np.ndarray, spacing: tuple[float, float] | None, max_pixels: int, steps: list[str]
+) -> Image.Image:
+    """A picture with square pixels, stretched along the side of which there are too few of them.
+
+    Args:
+        pixels: `uint8` `(height, width)` or `(height, width, 3)`.
+        spacing: how high and how wide a pixel is.
+    """
+    levels = pixels.min(), pixels.max()
+    if levels[0] == levels[1]:
+        steps.append(f"the picture has one grey value only: {levels[0]}")
+        logger.warning("the picture has one grey value only, %d: nothing can be seen in it", levels[0])
+    image = Image.fromarray(pixels)
+    if spacing is None or not spacing[0] > 0 < spacing[1] or math.isclose(*spacing, rel_tol=0.01):
+        return image
+    ratio = spacing[0] / spacing[1]
+    width, height = round(image.width * max(1 / ratio, 1)), round(image.height * max(ratio, 1))
+    described = "pixels are {:g} high and {:g} wide".format(*spacing)
+    if not 1 / _MOST_STRETCHED <= ratio <= _MOST_STRETCHED or width * height > max_pixels:
+        steps.append(f"{described}, and stay so: the picture is not to scale")
+        logger.warning("the picture is not to scale: its %s", described)
+        return image
+    steps.append(f"{described}: stretched to {height} by {width} (height by width)")
+    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _check_background(background) -> tuple[int, int, int] | None:

@@ -97,12 +97,6 @@ class VQAReport(LoadReport):
         super().__post_init__()
         self._image_ids: set[str] = set()
 
-    def restart(self) -> None:
-        super().restart()
-        self._image_ids.clear()
-        self.empty_answers.clear()
-        self.images = self.open = self.closed = self.derived_answer_types = self.other_languages = 0
-
     def add(self, row: dict, derived: bool) -> None:
         """Count a row."""
         self.rows += 1
@@ -374,13 +368,13 @@ class _Reader:
     def numbered_rows(self) -> Iterator[tuple[int, dict]]:
         """Rows, each with the number of its record."""
         report, ids = self.report, set()
-        report.restart()
         for number, (where, record) in enumerate(self.records()):
+            is_new = report.begin(number)
             if isinstance(record.get("meta"), dict):
                 record = {**record["meta"], **record}
             language = _value(record, "language") or "en"
             if language != "en":
-                report.other_languages += 1
+                report.other_languages += is_new
                 continue
             name = str(_value(record, "id", f"{report.benchmark}/{report.split}/{number}"))
             try:
@@ -394,7 +388,8 @@ class _Reader:
                         f"{report.source!r} has two questions of the id {row['id']!r:.200}; ids must differ."
                     )
                 ids.add(row["id"])
-                report.add(row, derived)
+                if is_new:
+                    report.add(row, derived)
                 yield number, row
 
     def _row(self, record: dict, language: str) -> tuple[dict, bool]:
