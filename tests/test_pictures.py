@@ -76,7 +76,7 @@ def test_floating_point(kind):
         result = read_medical_image(source)
         assert "1 values are not finite" in result.steps
         assert np.asarray(result.image)[0, :, 0].tolist()[0::4] == [0, 0]
-        with pytest.raises(ValueError, match="`full_range` is True, but `source` has values other than"):
+        with pytest.raises(ValueError, match="`full_range` is given, but `source` has values other than"):
             read_medical_image(source, full_range=True)
 
 
@@ -119,36 +119,88 @@ def test_eight_bits_stay_as_they_are():
     rgb = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
     for source in (rgb, Image.fromarray(rgb), encode(rgb), encode_tiff(rgb, photometric="rgb")):
         assert np.array_equal(pixels(source), rgb)
-        with pytest.raises(ValueError, match=r"`window` is \(40, 80\), but `source` is a picture of mode 'RGB'"):
+        with pytest.raises(ValueError, match=r"`window` is given, but `source` is a picture of mode 'RGB'"):
             read_medical_image(source, window=(40, 80))
 
 
 def test_deep_colour():
     deep = RNG.integers(0, 65536, (4, 5, 3)).astype(np.uint16)
-    assert np.abs(pixels(deep) - deep / 257).max() <= 0.501
-    result = read_medical_image(encode_tiff(deep, photometric="rgb"))
-    assert np.array_equal(np.asarray(result.image), deep >> 8)
-    assert result.steps == ["16 bits per channel: the upper 8 are used"]
+    upper = "16 bits per channel: the upper 8 are used"
+    planes = encode_tiff(np.moveaxis(deep, -1, 0), photometric="rgb", planarconfig="separate")
+    for source, steps in (
+        (deep, [upper]),
+        (np.moveaxis(deep, -1, 0), [upper]),
+        (encode_tiff(deep, photometric="rgb"), [upper]),
+        (planes, ["TIFF of uint16", upper]),
+    ):
+        result = read_medical_image(source)
+        assert np.array_equal(np.asarray(result.image), deep >> 8)
+        assert result.steps == steps
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "int32", "float32"])
+def test_tiff_files_show_what_their_array_shows(dtype, tile, compression, byteorder):
+    """Pillow alone swaps the bytes of big-endian signed and floating-point numbers again after libtiff has."""
+    values = (RNG.random((20, 24)) * 100).astype(dtype)
+    file = encode_tiff(values, file={"byteorder": byteorder}, compression=compression, tile=tile)
+    assert np.array_equal(pixels(file), pixels(values))
+
+
+@pytest.mark.parametrize("planes", ["contig", "separate"])
+@pytest.mark.parametrize("samples", [3, 4])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_colour_tiff_files_show_what_their_array_shows(compression, dtype, samples, planes):
+    values = RNG.integers(0, np.iinfo(dtype).max, (20, 24, samples)).astype(dtype)
+    shown = values if planes == "contig" else np.moveaxis(values, -1, 0)
+    extra = {"extrasamples": ["unspecified"]} if samples == 4 else {}  # neither colour nor transparency
+    file = encode_tiff(shown, photometric="rgb", planarconfig=planes, compression=compression, **extra)
+    assert np.array_equal(pixels(file), values[..., :3] >> (8 if dtype == "uint16" else 0))
+
+
+def test_broken_tiff_files_print_nothing(capfd):
+    picture = Image.fromarray(RNG.integers(0, 255, (64, 64, 3)).astype(np.uint8))
+    picture.save(file := io.BytesIO(), "TIFF", compression="tiff_lzw")
+    broken = bytearray(file.getvalue())
+    broken[200:5000:37] = bytes(255 ^ value for value in broken[200:5000:37])
+    for data in (bytes(broken), file.getvalue()[:6000]):
+        with pytest.raises(ValueError, match="broken"):
+            read_medical_image(data)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_avif():
+    Image.new("RGB", (8, 6), (10, 200, 30)).save(file := io.BytesIO(), "AVIF", quality=100)
+    assert np.abs(pixels(file.getvalue()).astype(int) - (10, 200, 30)).max() <= 2
 
 
 def test_transparency():
     rgba = np.array([[[10, 20, 30, 0], [10, 20, 30, 255], [200, 100, 0, 51]]], np.uint8)
     white = [[255, 255, 255], [10, 20, 30], [244, 224, 204]]  # a fifth of the colour, four fifths of white
+    left_out = "transparency left out, as in the released models' training: the colours that it hid are shown"
     for source in (rgba, Image.fromarray(rgba), encode(rgba), encode_tiff(rgba, photometric="rgb", extrasamples=[2])):
-        assert pixels(source)[0].tolist() == white
+        assert pixels(source)[0].tolist() == rgba[0, :, :3].tolist()  # as in tests/parity
+        assert left_out in read_medical_image(source).steps
+        assert pixels(source, background="white")[0].tolist() == white
         assert pixels(source, background="black")[0].tolist() == [[0, 0, 0], [10, 20, 30], [40, 20, 0]]
         assert pixels(source, background=(255, 0, 0))[0, 0].tolist() == [255, 0, 0]
-        assert "`background` is not given" in read_medical_image(source).steps[-1]
     grey_alpha = np.array([[[100, 0], [100, 255], [100, 51]]], np.uint8)
     for source in (grey_alpha, encode(grey_alpha)):
-        assert grey(source).tolist() == [[0, 100, 20]]
+        assert grey(source).tolist() == [[100, 100, 100]]
+        assert grey(source, background="black").tolist() == [[0, 100, 20]]
         assert grey(source, background="white").tolist() == [[255, 100, 224]]
     palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     assert pixels(encode(palette))[0].tolist() == [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
-    assert pixels(encode(palette, transparency=1))[0].tolist() == [[10, 20, 30], [255, 255, 255], [70, 80, 90]]
+    transparent = encode(palette, transparency=1)
+    assert pixels(transparent)[0].tolist() == [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
+    assert pixels(transparent, background="white")[0].tolist() == [[10, 20, 30], [255, 255, 255], [70, 80, 90]]
     keyed = encode(np.array([[7, 8]], np.uint8), transparency=7)
-    assert grey(keyed).tolist() == [[0, 8]]
+    assert grey(keyed).tolist() == [[7, 8]]
+    assert grey(keyed, background="black").tolist() == [[0, 8]]
     opaque = read_medical_image(np.full((2, 2, 4), 255, np.uint8))
     assert opaque.steps == ["transparency left out: everything is opaque"]
     for background in ("transparent thing", (0, 0), (0, 0, 256), 0):
@@ -219,7 +271,7 @@ def test_pages():
     for file in (small, double):
         result = read_medical_image(file, page=2, window=(20, 40))
         assert (np.asarray(result.image) == 128).all() and "page 2 of 3 (from 0)" in result.steps
-        with pytest.raises(ValueError, match="`page` is None, but there are 3 pages; allowed are 0 to 2"):
+        with pytest.raises(ValueError, match="`page` is not given, but there are 3 pages; allowed are 0 to 2"):
             read_medical_image(file)
         for page in (3, -1, "0"):
             with pytest.raises(ValueError, match=r"`page` is .*; allowed are whole numbers from 0 to 2"):
