@@ -104,8 +104,7 @@ def normalize_answer(text: str, normalizer: str = "vqa_v2_fixed") -> str:
         text = _INITIALISM.sub(lambda found: found[0].replace(".", ""), _THOUSANDS.sub("", text))
         kept = {found.start() for found in _INSIDE_WORDS.finditer(text)}
         stripped = "".join(
-            " " if _is_mark(character) and place not in kept else character
-            for place, character in enumerate(text)
+            " " if _is_mark(character) and place not in kept else character for place, character in enumerate(text)
         )
     else:
         raise ValueError(f'normalizer must be "vqa_v2" or "vqa_v2_fixed", not {normalizer!r}')
