@@ -3,7 +3,6 @@
 Importing this package registers the classes with Transformers' Auto classes.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,9 +12,10 @@ from pathlib import Path
 if (Path(__file__).parent.parent / "pyproject.toml").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
-# Who asks the command line for help, or a shell what to complete, should not wait for torch.
-_asks_for_help = Path(sys.argv[0]).stem == "lladamedv" and ({"--help", "--version"} & {*sys.argv} or len(sys.argv) == 1)
-if not _asks_for_help and "_LLADAMEDV_COMPLETE" not in os.environ:
+# The command line checks its arguments before it waits for torch, and imports the rest in `cli_common.quiet`. While
+# Python looks for the module of `python -m lladamedv.cli`, sys.argv begins with "-m".
+_is_command_line = Path(sys.argv[0]).stem == "lladamedv" or (sys.argv[0] == "-m" and "lladamedv.cli" in sys.orig_argv)
+if not _is_command_line:
     import lladamedv.auto_classes  # noqa: F401 - registers them
     from lladamedv.modeling_lladamedv import (
         LLaDAMedVConfig,

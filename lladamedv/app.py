@@ -187,10 +187,9 @@ def _begin(source: bytes, **chosen) -> _Conversation:
     try:
         picture = read()
     except MedicalImageError as error:
-        needed = re.match(r"`(page|time_index)` is None", str(error))
-        if not needed:
+        if error.missing is None:
             raise
-        picture = read(**{needed[1]: 0})
+        picture = read(**{error.missing: 0})
     can_be_chosen: dict = {argument: index for argument, (_, index, _) in _counts(picture).items()}
     if is_nifti(io.BytesIO(source)):
         can_be_chosen["axis"] = chosen.get("axis", "axial")

@@ -12,10 +12,11 @@ import lladamedv
 
 from .cli_app import app_command
 from .cli_chat import Frame, Options, Page, SliceIndex, Window, chat, parse_window
-from .cli_common import DEBUG, AsJson, CommandLine, Dtype, Model, print_json, progress, quiet
+from .cli_common import DEBUG, AsJson, CommandLine, Device, Dtype, Model, Revision, print_json, progress, quiet
 from .cli_evaluation import analyze_app, eval_app, parse_options
 from .cli_hub import push, push_dataset, space
 from .cli_serve import serve
+from .loading import DEMO, load_model
 
 
 # Headings of `lladamedv --help`.
@@ -82,11 +83,11 @@ def demo(
       lladamedv demo --questions 1000 --output sheet.png
       lladamedv demo --train --output my_model
     """
+    quiet()
     # Imported here, so that `lladamedv --help` does not wait for what only some commands need.
     from lladamedv.demo import run_demo
     from lladamedv.demo_training import train_demo
 
-    quiet()
     if train:
         output = output or Path("lladamedv_demo_model")
         train_demo(output, seed, report=progress(as_json))
@@ -102,13 +103,15 @@ def demo(
 def ask(
     image: Annotated[str, typer.Argument(help="File (also DICOM, NIfTI and 16-bit pictures) or URL of an image.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
-    model: Model = None,
+    model: Model = DEMO,
+    revision: Revision = None,
     window: Window = None,
     frame: Frame = None,
     slice_index: SliceIndex = None,
     page: Page = None,
     option: Options = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     explain: Annotated[
         Path | None, typer.Option(help="Also write how the answer was denoised, as an .html or .png file.")
     ] = None,
@@ -125,12 +128,11 @@ def ask(
       lladamedv ask picture.png "Describe the image." --option steps=8 --json
       lladamedv ask picture.png "Describe the image." --explain denoising.html
     """
-    from lladamedv.demo import DEMO_MODEL, load_model
+    quiet()
     from lladamedv.evaluation.answering import answer_batch, question_about
     from lladamedv.explanation import check_explanation_file, explain_answer
     from lladamedv.processing.medical_images import read_medical_image
 
-    quiet()
     if explain is not None:
         check_explanation_file(explain)
     chosen = {"frame": frame, "slice_index": slice_index, "page": page, "window": parse_window(window)}
@@ -145,7 +147,7 @@ def ask(
     else:
         read = read_medical_image(image, **chosen)
         steps = read.steps
-    loaded, processor = load_model(model or DEMO_MODEL, dtype)
+    loaded, processor = load_model(model, dtype, device, revision)
     picture = processor.image_processor.fetch_images(image) if "://" in image else read.image
     if explain is None:
         given = answer_batch(loaded, processor, [question_about(picture, question)], **options)[0]

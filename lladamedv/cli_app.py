@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import LOOPBACK, Device, Dtype, Host, Model, Revision, check_device, quiet
+from .cli_common import LOOPBACK, Device, Dtype, Host, Model, Revision, quiet
+from .loading import DEMO, find_device, load_model
 
 
 def app_command(
-    model: Model = None,
+    model: Model = DEMO,
     revision: Revision = None,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     share: Annotated[bool, typer.Option("--share", help="Make a public link, through Gradio's servers.")] = False,
@@ -26,15 +27,14 @@ def app_command(
     \b
     Examples:
       lladamedv app
-      lladamedv app --model path/or/hub-id --dtype bfloat16 --device cuda
+      lladamedv app --model path/or/hub-id
     """
-    from lladamedv.app import build_app, import_gradio
-    from lladamedv.demo import DEMO_MODEL, load_model
-
     quiet()
+    from lladamedv.app import build_app, import_gradio
+
     # All that can be wrong is tried before a large model is loaded.
     import_gradio()
-    check_device(device)
+    find_device(device)
     if ":" in host:
         raise ValueError(f"`host` is {host!r}; allowed are names and IPv4 addresses, because Gradio serves no others.")
     try:
@@ -42,8 +42,8 @@ def app_command(
     except OSError as error:
         reason = error.strerror.partition(" (")[0]
         raise ValueError(f"`port` is {port}, which cannot be listened on at {host}: {reason}.") from error
-    loaded, processor = load_model(model or DEMO_MODEL, dtype, revision)
-    app = build_app(loaded.to(device), processor)
+    loaded, processor = load_model(model, dtype, device, revision)
+    app = build_app(loaded, processor)
     if share:
         typer.echo("Warning: everybody who has the link can use the app, and uploads pass through Gradio.", err=True)
     if host not in LOOPBACK:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import Dtype, Model, quiet
+from .cli_common import Device, Dtype, Model, Revision, quiet
 from .cli_evaluation import parse_options
+from .loading import DEMO, load_model
 
 
 Window = Annotated[
@@ -35,13 +36,15 @@ def chat(
     image: Annotated[
         str | None, typer.Argument(help="File (also DICOM, NIfTI and 16-bit pictures); or later, by /image FILE.")
     ] = None,
-    model: Model = None,
+    model: Model = DEMO,
+    revision: Revision = None,
     window: Window = None,
     frame: Frame = None,
     slice_index: SliceIndex = None,
     page: Page = None,
     option: Options = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     show_steps: Annotated[
         bool, typer.Option("--show-steps", help="Print the canvas after every step, one line each.")
     ] = False,
@@ -60,18 +63,17 @@ def chat(
       lladamedv chat scan.dcm --window bone --model path/or/hub-id
       lladamedv chat picture.png --json < questions.txt > answers.jsonl
     """
+    quiet()
     from lladamedv.chat import Chat, say
     from lladamedv.conversation import NOTICE
-    from lladamedv.demo import DEMO_MODEL, load_model
     from lladamedv.processing.medical_images import read_medical_image
 
-    quiet()
     options = parse_options(option)
     read_image = partial(
         read_medical_image, window=parse_window(window), frame=frame, slice_index=slice_index, page=page
     )
     picture = None if image is None else read_image(image)
-    session = Chat(*load_model(model or DEMO_MODEL, dtype), options, read_image, show_steps, as_json)
+    session = Chat(*load_model(model, dtype, device, revision), options, read_image, show_steps, as_json)
     say(NOTICE)
     if picture is not None:
         session.look_at(picture)

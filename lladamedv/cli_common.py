@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
+import re
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,14 +16,52 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from . import loading
+
 
 DEBUG = "LLADAMEDV_DEBUG"  # environment variable, so that processes that a command starts know of it, too
+# How libraries that are imported later are told to be quiet.
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-Model = Annotated[str | None, typer.Option(help="Folder or Hub id of a model; by default the tiny demo model.")]
-Dtype = Annotated[str, typer.Option(help="What to compute in: float32, bfloat16 or float16.")]
+
+def checked(check: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """A callback of an option or argument, so that it is checked with the command line, before anything is imported."""
+
+    def callback(value: Any) -> Any:
+        try:
+            if value is not None:
+                check(value)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        return value
+
+    return callback
+
+
+def _check_device_name(device: str) -> None:
+    if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", device):
+        raise ValueError(f"{device!r}; allowed are auto, cpu, cuda, mps and xpu, also with a number, as in cuda:1.")
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="Folder or Hub id of a model or of adapters, or `demo` for the tiny one that comes with this.",
+        callback=checked(loading.find_folder),
+    ),
+]
+Dtype = Annotated[
+    loading.Dtype, typer.Option(help="What to compute in; auto is the checkpoint's on a GPU and float32 on a CPU.")
+]
+Device = Annotated[
+    str,
+    typer.Option(help="cpu, cuda, cuda:1, mps…; auto is a GPU if there is one.", callback=checked(_check_device_name)),
+]
 Revision = Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps…")]
 Host = Annotated[str, typer.Option(help="Address to listen on; others than 127.0.0.1 let others in.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; all else goes to standard error.")]
 
@@ -45,25 +87,37 @@ class CommandLine(TyperGroup):
 
 
 def quiet() -> None:
-    """Keep Transformers' progress bars and notes away from the answers."""
-    from transformers.utils import logging
+    """Import PyTorch, Transformers and the model's classes without a line of theirs, now or later, among the answers.
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-def check_device(device: str) -> None:
-    """Try a device before a large model is loaded for it.
-
-    Raises:
-        ValueError: if it cannot be used.
+    To be called when the arguments have been checked, and before other modules are imported. Errors of the libraries
+    and what this package reports are shown; `--debug`, Python's `-W` and the libraries' own variables show more.
     """
-    import torch
+    if not os.environ.get(DEBUG):
+        for variable, value in _QUIET.items():
+            os.environ.setdefault(variable, value)
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        logging.getLogger().setLevel(logging.ERROR)
+    ours = logging.getLogger("lladamedv")
+    ours.setLevel(logging.WARNING)
+    if not ours.handlers:
+        ours.addHandler(_ToStandardError())
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device` is {device!r}, which cannot be used: {error}") from error
+    import torch  # noqa: F401  sets the level of its loggers
+
+    if not os.environ.get(DEBUG):
+        logging.getLogger("torch").setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    import lladamedv.auto_classes  # noqa: F401
+
+
+class _ToStandardError(logging.Handler):
+    """The message alone, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(" ".join(record.getMessage().split()), err=True)
 
 
 def progress(as_json: bool) -> Callable[[str], None]:

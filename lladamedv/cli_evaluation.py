@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .cli_common import Dtype, Revision, quiet
+from .cli_common import Dtype, Model, Revision, quiet
+from .loading import load_model
 
 
 analyze_app = typer.Typer(no_args_is_help=True, help=(
@@ -22,7 +22,6 @@ eval_app = typer.Typer(no_args_is_help=True, help=(
 ))
 INCOMPLETE = 3  # exit code: there is a report, but some questions have no answer
 
-_Model = Annotated[str, typer.Option(help="Folder or Hub id of a model, or `demo` for the one that comes with this.")]
 _Output = Annotated[Path, typer.Option(help="Folder of the run; called again, it goes on where it stopped.")]
 _BatchSize = Annotated[int, typer.Option(help="Questions at a time, in each process.")]
 _Options = Annotated[
@@ -60,12 +59,9 @@ def parse_options(given: list[str] | None, **named) -> dict:
 
 def _load(model: str, revision: str | None, dtype: str):
     """Model and processor on this process's device; the model's name in reports."""
-    from lladamedv.demo import DEMO_MODEL, load_model
     from lladamedv.evaluation.runs import process_state
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    loaded, processor = load_model(DEMO_MODEL if model == "demo" else model, dtype, revision)
-    return loaded.to(process_state().device), processor
+    return load_model(model, dtype, process_state().device, revision)
 
 
 def _finish(summary: dict, text: str, as_json: bool, output: Path) -> None:
@@ -83,7 +79,7 @@ def _finish(summary: dict, text: str, as_json: bool, output: Path) -> None:
 @eval_app.command()
 def vqa(
     benchmark: Annotated[str, typer.Option(help="vqa-rad, slake, path-vqa, or phantoms, which come with this.")],
-    model: _Model,
+    model: Model,
     output: _Output,
     split: _Split = "test",
     source: _Source = None,
@@ -104,7 +100,7 @@ def vqa(
     ] = False,
     batch_size: _BatchSize = 8,
     model_revision: Revision = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     bootstrap_samples: _Bootstrap = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, and of sampling.")] = 0,
     as_json: _Json = False,
@@ -119,10 +115,10 @@ def vqa(
       lladamedv eval vqa --benchmark phantoms --model demo --output runs/phantoms --max-new-tokens 24 \\
           --block-length 8 --steps 24
     """
+    quiet()
     from lladamedv.evaluation.vqa import evaluate_vqa, render_summary
     from lladamedv.processing.datasets import load_vqa, training_open_answers
 
-    quiet()
     options = parse_options(option, max_new_tokens=max_new_tokens, block_length=block_length, steps=steps)
     data = {"source": source, "path": path, "image_folder": image_folder, "revision": revision}
     dataset, report = load_vqa(benchmark, split, **data)
@@ -153,7 +149,7 @@ def chat(
     option: _Options = None,
     batch_size: _BatchSize = 1,
     model_revision: Revision = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     judge_model: Annotated[
         str | None, typer.Option(help="What the server calls the judge; without it, no one judges.")
     ] = None,
@@ -188,6 +184,7 @@ def chat(
       lladamedv eval chat --questions qa50.jsonl --answers answers.jsonl --output runs/chat --judge-model NAME \\
           --judge-url http://localhost:8000/v1
     """
+    quiet()
     from lladamedv.evaluation.chat_answers import answer_chat_benchmark
     from lladamedv.evaluation.chat_benchmark import read_answers, summarize, to_markdown, write_summary
     from lladamedv.evaluation.judge import OpenAIJudge
@@ -195,7 +192,6 @@ def chat(
     from lladamedv.evaluation.runs import process_state
     from lladamedv.processing.datasets import load_chat_benchmark
 
-    quiet()
     if (model is None) == (answers is None):
         raise ValueError(f"`--model` is {model!r} and `--answers` {answers!r}; exactly one of the two is needed.")
     if model is not None and image_folder is None:
@@ -240,7 +236,7 @@ def chat(
 
 @analyze_app.command()
 def decoding(
-    model: _Model,
+    model: Model,
     output: _Output,
     benchmark: Annotated[str, typer.Option(help="Whose questions: vqa-rad, slake, path-vqa or phantoms.")] = "phantoms",
     split: _Split = "test",
@@ -261,7 +257,7 @@ def decoding(
     batch_size: _BatchSize = 1,
     example_id: Annotated[str | None, typer.Option(help="Question whose answers are shown.")] = None,
     model_revision: Revision = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     bootstrap_samples: _Bootstrap = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, and of sampling.")] = 0,
     as_json: _Json = False,
@@ -273,10 +269,10 @@ def decoding(
       lladamedv analyze decoding --model demo --output runs/decoding --path 9000:60:description \\
           --max-new-tokens 24 --block-length 24 --steps 24 --steps 6 --steps 1
     """
+    quiet()
     from lladamedv.evaluation.decoding_analysis import analyze_decoding, noise_pictures, to_markdown
     from lladamedv.processing.datasets import load_vqa
 
-    quiet()
     data = {"source": source, "path": path, "image_folder": image_folder}
     dataset, _ = load_vqa(benchmark, split, **data)
     if limit is not None:

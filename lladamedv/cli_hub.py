@@ -43,9 +43,9 @@ def push(
       lladamedv push converted ME/llada-medv
       lladamedv push adapters ME/llada-medv-lora --base-model ME/llada-medv
     """
+    quiet()
     from lladamedv.hub_cards.push import push_folder
 
-    quiet()
     plan = push_folder(
         folder, repo, private=not public, adapter_merge=merge, base_model=base_model, leave_out=leave_out or (),
         replace=replace, dry_run=dry_run, revision=branch, report=progress(as_json),
@@ -78,9 +78,9 @@ def push_dataset(
       lladamedv push-dataset phantoms ME/phantoms --path 1:500 --dry-run
       lladamedv push-dataset slake ME/slake --recipe-only
     """
+    quiet()
     from lladamedv.hub_cards import push as hub
 
-    quiet()
     plan = hub.push_dataset(
         benchmark, repo, splits=split, source=source, path=path, image_folder=image_folder, data_revision=revision,
         private=not public, recipe_only=recipe_only, replace=replace, dry_run=dry_run, revision=branch,

@@ -8,14 +8,15 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import LOOPBACK, Device, Dtype, Host, Model, Revision, check_device, quiet
+from .cli_common import LOOPBACK, Device, Dtype, Host, Model, Revision, quiet
+from .loading import DEMO, find_device, load_model
 
 
 def serve(
-    model: Model = None,
+    model: Model = DEMO,
     revision: Revision = None,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8000,
     max_queue: Annotated[int, typer.Option(min=0, help="How many requests may wait while one is answered.")] = 16,
@@ -28,14 +29,13 @@ def serve(
     \b
     Examples:
       lladamedv serve
-      lladamedv serve --model path/or/hub-id --dtype bfloat16 --device cuda
+      lladamedv serve --model path/or/hub-id
     """
-    from lladamedv.demo import DEMO_MODEL, load_model
+    quiet()
     from lladamedv.serving import build_api, make_server
 
-    quiet()
     # All that can be wrong is tried before a large model is loaded.
-    check_device(device)
+    find_device(device)
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -43,13 +43,13 @@ def serve(
         raise ValueError(f"`port` is {port}, which cannot be listened on at {host}: {reason}.") from error
     # Inherited by connections; without it each part of a stream would wait for the one before to be acknowledged.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    loaded, processor = load_model(model or DEMO_MODEL, dtype, revision)
-    name = "lladamedv-demo" if model is None else Path(model).resolve().name if Path(model).is_dir() else model
+    loaded, processor = load_model(model, dtype, device, revision)
+    name = "lladamedv-demo" if model == DEMO else Path(model).resolve().name if Path(model).is_dir() else model
     options = {"name": name, "max_queue": max_queue, "max_upload_size": max_upload_size * 1_000_000}
     if host not in LOOPBACK:
         options["hosts"] = None  # who can tell under which names it is known?
         typer.echo(f"Warning: everybody who reaches {host} can use the server, with no password.", err=True)
-    server = make_server(build_api(loaded.to(device), processor, **options))
+    server = make_server(build_api(loaded, processor, **options))
     address = f"[{host}]" if ":" in host else host
     typer.echo(f"{name} is served at http://{address}:{listening.getsockname()[1]}/v1")
     server.run(sockets=[listening])

@@ -97,9 +97,9 @@ def convert_checkpoint(
     _check_push(push, public)
     folder = resolve_source(source, revision)
     tower = None if vision_tower is None else resolve_source(vision_tower)
-    loaded, ids = _load_tokenizer(folder, tokenizer)
+    loaded, ids = load_tokenizer(folder, tokenizer)
     plan = plan_conversion(folder, tower, **ids)
-    _check_ids(loaded, plan.config)
+    check_ids(loaded, plan.config)
     preset = preset or choose_preset(source, plan.layout)
     if (PRESETS[preset].chat_template == "llada") != plan.config.text_only:
         kind = "text-only" if plan.config.text_only else "vision-language"
@@ -148,9 +148,9 @@ def initialize_checkpoint(
     _check_choice("dtype", dtype, DTYPES)
     _check_shard_size(max_shard_size)
     text, tower = resolve_source(language_model), resolve_source(vision_tower)
-    loaded, ids = _load_tokenizer(text, tokenizer)
+    loaded, ids = load_tokenizer(text, tokenizer)
     plan = plan_initialization(text, tower, projector, aspect_ratio, seed, **ids)
-    _check_ids(loaded, plan.config)
+    check_ids(loaded, plan.config)
     sources = {
         "language model": language_model,
         "vision tower": vision_tower,
@@ -185,7 +185,7 @@ def _check_push(repo: str | None, public: bool) -> None:
         check_target(repo, private=not public, argument="push")
 
 
-def _load_tokenizer(weights: Path, source: str | Path | None) -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
+def load_tokenizer(weights: Path, source: str | Path | None) -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
     """The tokenizer with `<image>`, from `source` or else from beside the weights, and the ids that the configuration
     needs."""
     # What is no checkpoint is told so before its tokenizer is missed.
@@ -217,7 +217,7 @@ def _load_tokenizer(weights: Path, source: str | Path | None) -> tuple[PreTraine
     }
 
 
-def _check_ids(tokenizer: PreTrainedTokenizerFast, config) -> None:
+def check_ids(tokenizer: PreTrainedTokenizerFast, config) -> None:
     """LLaDA's weights mean something with LLaDA's ids only."""
     if config.text_config.vocab_size == LLaDAMedVConfig().text_config.vocab_size:
         found = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
@@ -245,7 +245,7 @@ def _write_folder(
     with _whole_or_not_at_all(out) as folder:
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Converting weights") as bar:
             write_weights(plan, folder, dtype, max_shard_size, progress=bar.update)
-        _build_processor(plan.config, tokenizer, settings.chat_template).save_pretrained(folder)
+        build_processor(plan.config, tokenizer, settings.chat_template).save_pretrained(folder)
         LLaDAMedVGenerationConfig(**generation).save_pretrained(folder)
         names = {"source": sources, "version": lladamedv.__version__, "preset": preset}
         keys = {"layout": plan.report.layout, "mapped": plan.report.mapped, "ignored": plan.report.ignored}
@@ -292,7 +292,7 @@ def _public_name(name: str | Path) -> str:
     return Path(name).name if Path(name).exists() else str(name)
 
 
-def _build_processor(config, tokenizer, template: str) -> LLaDAMedVProcessor:
+def build_processor(config, tokenizer, template: str) -> LLaDAMedVProcessor:
     images = LLaDAMedVImageProcessor()
     if not config.text_only:
         side = config.vision_config.image_size

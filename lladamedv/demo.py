@@ -7,12 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 from PIL import Image
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers.utils import find_adapter_config_file
 
 from lladamedv.evaluation.answering import answer_batch
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
@@ -20,10 +17,9 @@ from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.phantoms import KINDS, PhantomExample, PhantomVQA
 
 from .explanation import draw_explanation, explain_answer
+from .loading import DEMO_MODEL, load_model
 
 
-DEMO_MODEL = Path(__file__).parent / "demo_model"
-DTYPES = ("float32", "bfloat16", "float16")
 HELD_OUT_SEED = 9_000  # far from every seed that `demo --train` draws from
 _SHEET_EXAMPLES = ("chest_xray", "mri", "ct", "histology", "gross")
 
@@ -36,33 +32,6 @@ class DemoScores:
     open: float
     description: float
     questions: int
-
-
-def load_model(
-    folder: str | Path = DEMO_MODEL, dtype: str = "float32", revision: str | None = None
-) -> tuple[LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor]:
-    """Load a model and its processor; adapters (PEFT) are merged into the model that they name.
-
-    Raises:
-        ValueError: if `dtype` is not allowed, or the folder or Hub id is no checkpoint of this model.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` is {dtype!r}; allowed are {DTYPES}.")
-    try:
-        processor = LLaDAMedVProcessor.from_pretrained(folder, revision=revision)
-        if find_adapter_config_file(str(folder), revision=revision) is None:
-            model = LLaDAMedVForConditionalGeneration.from_pretrained(folder, dtype=dtype, revision=revision)
-        else:
-            from peft import PeftConfig, PeftModel  # takes a second
-
-            base = PeftConfig.from_pretrained(folder, revision=revision).base_model_name_or_path or ""
-            model = LLaDAMedVForConditionalGeneration.from_pretrained(base, dtype=dtype)
-            # Without memory for what the adapters' configuration says before their weights are seen.
-            model = PeftModel.from_pretrained(model, folder, revision=revision, low_cpu_mem_usage=True)
-            model = model.merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError) as error:
-        raise ValueError(f"`model` is {str(folder)!r}, which cannot be loaded as a checkpoint: {error}") from error
-    return model.eval(), processor
 
 
 def answer(

@@ -15,10 +15,12 @@ import numpy as np
 
 from .medical_shared import (
     WINDOW_FUNCTIONS,
+    WINDOW_PRESETS,
     MedicalImageError,
     apply_percentiles,
     apply_range,
     apply_window,
+    arg,
     check_bytes,
     check_size,
     check_window,
@@ -90,8 +92,8 @@ def read_dicom(
     header = _read_header(file)
     if header.get("BurnedInAnnotation") == "YES" and not allow_burned_in:
         raise MedicalImageError(
-            "`allow_burned_in` is False, and the file says that text is burned into its pixels (BurnedInAnnotation is "
-            "YES), which may tell who the patient is; allowed are files that do not say so, or allow_burned_in=True."
+            f"{arg('source')} says that text is burned into its pixels (BurnedInAnnotation is YES), which may tell who "
+            f"the patient is; allowed are files that do not say so, or {arg('allow_burned_in')}."
         )
     check_size(header.Rows, header.Columns, max_pixels)
     photometric = header.PhotometricInterpretation
@@ -102,13 +104,13 @@ def read_dicom(
         )
     if photometric not in _GREY and (window is not None or full_range):
         raise MedicalImageError(
-            f"`{'full_range' if window is None else 'window'}` is {window or full_range!r}, but the file is in colour; "
-            "allowed are windows and full ranges for grey images."
+            f"{arg('full_range' if window is None else 'window')} is given, but {arg('source')} is in colour; it is "
+            "allowed for grey images."
         )
-    if isinstance(window, str) and header.get("Modality", "CT") != "CT":
+    if isinstance(window, str) and window in WINDOW_PRESETS and header.get("Modality", "CT") != "CT":
         raise MedicalImageError(
-            f"`window` is {window!r}, a window in Hounsfield units, but the file is not a CT; allowed are None and "
-            "(level, width)."
+            f"{arg('window')} is {window!r}, a window in Hounsfield units, but {arg('source')} is not a CT; allowed is "
+            "LEVEL/WIDTH in the image's units."
         )
     if not header.file_meta.TransferSyntaxUID.is_compressed:
         check_bytes(file, header.Rows * header.Columns * header.BitsAllocated // 8, compressed=False)
@@ -194,7 +196,7 @@ def _read_header(file: BinaryIO):
         file, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, vr, length: tag.group != 2
     )
     if meta.TransferSyntaxUID.is_deflated:
-        raise MedicalImageError("the DICOM file is deflated as a whole; allowed are the transfer syntaxes of images.")
+        raise MedicalImageError(f"{arg('source')} is deflated as a whole; allowed are the transfer syntaxes of images.")
     file.seek(0)
     header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_ELEMENTS)
     file.seek(0)

@@ -1,27 +1,27 @@
 """From a picture to tiles: the three ways in which LLaVA-style models cut an image, on the PIL backend."""
 
-import io
 import math
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_utils import BatchFeature, select_best_resolution
-from transformers.image_utils import ImageInput, load_image
+from transformers.image_utils import ImageInput
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorKwargs,
     LlavaOnevisionImageProcessorPil,
 )
 from transformers.processing_utils import Unpack
 
+from .medical_images import read_medical_image
+from .medical_shared import MAX_IMAGE_PIXELS, MedicalImageError
 
-# Pillow refuses larger files too; arrays and open images are held to the same limit.
-MAX_IMAGE_PIXELS = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else 178_956_970
-# Of Pillow's formats those in use for medical pictures; others run programs (EPS) or are hardly tested.
-FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM")
+
 _MAX_GRIDS, _MAX_TILES = 4096, 1024  # of a list, and of a grid
 _MAX_IMAGE_TOKENS = 2**20
+_URL_HEADERS = {"User-Agent": "lladamedv"}  # hosts refuse Python's own
 _URL_TIMEOUT = 60  # seconds; without one, a server that says nothing is waited for for ever
 
 
@@ -90,10 +90,24 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         self.image_grid_pinpoints = parse_grid_pinpoints(self.image_grid_pinpoints, side)
 
     def fetch_images(self, images):
-        """Open whatever stands for an image, as a fully loaded 8-bit RGB `PIL.Image`; lists keep their structure."""
+        """Open whatever stands for an image, as an 8-bit RGB `PIL.Image`; lists keep their structure.
+
+        Training, evaluation, the server and every command see a picture through this or through
+        [`read_medical_image`], which it calls: grey values of more than 8 bits are spread between percentiles, what is
+        transparent lies on black (grey) or white (colour), and 8-bit pictures stay as they are.
+
+        Args:
+            images: a path, the bytes of a file, a URL (`http`, `https`, `data`), a `PIL.Image`, an array, a tensor, or
+                `{"bytes": …, "path": …}` as `datasets` stores pictures. Files may be DICOM or NIfTI, too.
+
+        Raises:
+            ValueError: for an image that cannot be read, or has no pixels or too many.
+            TypeError: for something that is no image.
+            ImportError: if a library is missing that the file needs.
+        """
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
-        return _load_rgb(images)
+        return _read(images)
 
     def preprocess(self, images: ImageInput, **kwargs: Unpack[LLaDAMedVImageProcessorKwargs]) -> BatchFeature:
         """Tiles of one image, a list of images (one per prompt) or a list of lists (several per prompt)."""
@@ -235,60 +249,36 @@ def parse_grid_pinpoints(pinpoints, tile_size: int) -> list[list[int]]:
     return [list(pinpoint) for pinpoint in pinpoints]
 
 
-def _load_rgb(image) -> Image.Image:
-    """One image of any accepted kind as a loaded RGB `PIL.Image`, upright."""
+def _read(image) -> Image.Image:
+    """One image of any accepted kind as 8-bit RGB, by the one way that there is for it."""
     # Cut, because a text may be a whole picture in base64.
     described = f"{str(image)!r:.200}" if isinstance(image, (str, Path)) else f"of type {type(image).__name__}"
-    if isinstance(image, torch.Tensor):
-        if image.dtype != torch.uint8 or image.is_meta or image.layout != torch.strided:
-            raise ValueError(
-                f"`images` holds a tensor of {image.dtype} on {image.device}, {image.layout}; allowed are dense ones "
-                "of uint8 (0 to 255)."
-            )
-        image = image.detach().cpu().numpy()
-    if isinstance(image, np.ndarray):
-        return _from_array(image)
     try:
-        if isinstance(image, bytes):
-            image = Image.open(io.BytesIO(image), formats=FORMATS)
-        elif isinstance(image, str) and image.startswith(("http://", "https://", "data:image/")):
-            image = load_image(image, timeout=_URL_TIMEOUT)
-        elif isinstance(image, (str, Path)):
-            if Path(image).exists() and not Path(image).is_file():
-                raise OSError("it is no regular file")  # reading a pipe or a device may never end
-            image = Image.open(image, formats=FORMATS)
-        elif not isinstance(image, Image.Image):
+        if isinstance(image, dict) and {"bytes", "path"} & set(image):  # as `datasets` stores a picture
+            image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+        if isinstance(image, str) and image.partition(":")[0].lower() in ("http", "https", "data"):
+            with urlopen(Request(image, headers=_URL_HEADERS), timeout=_URL_TIMEOUT) as answer:
+                image = answer.read()
+        elif isinstance(image, (str, Path)) and not Path(image).exists():
+            raise FileNotFoundError("there is no such file")
+        if isinstance(image, torch.Tensor):
+            if image.is_meta or image.layout != torch.strided:
+                raise ValueError(f"it is a tensor on {image.device}, {image.layout}; allowed are dense ones")
+            image = image.detach().cpu()
+            image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+        if not isinstance(image, (bytes, str, Path, np.ndarray, Image.Image)):
             raise TypeError(
-                f"`images` holds something {described}; allowed are PIL images, 8-bit arrays and tensors, paths, "
-                "URLs and the bytes of an image file."
+                f"`images` holds something {described}; allowed are PIL images, arrays and tensors, paths, URLs and "
+                "the bytes of an image file."
             )
-        _check_size(image.width, image.height)
-        # `convert("RGB")` drops transparency, as the released model's training did.
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except TypeError:
+        return read_medical_image(image).image
+    except (ImportError, MemoryError, TypeError):
         raise
-    except FileNotFoundError as error:
-        raise ValueError(f"`images` holds {described}, but there is no such file.") from error
-    except Exception as error:  # Pillow raises many kinds of exceptions for broken files
+    except MedicalImageError as error:
+        reason = error.told(lambda name: "it" if name == "source" else f"`{name}`")
+    except Exception as error:  # of the network and of URLs
         reason = f"{' '.join(str(error).split()):.300}"
-        raise ValueError(f"`images` holds an image {described} that cannot be read: {reason}") from error
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    """A grey or colour array, channels first or last, as RGB."""
-    if array.dtype != np.uint8:
-        raise ValueError(f"`images` holds an array of {array.dtype}; allowed is uint8 (0 to 255).")
-    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
-        array = np.moveaxis(array, 0, -1)
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim != 2 and (array.ndim != 3 or array.shape[-1] not in (3, 4)):
-        raise ValueError(
-            f"`images` holds an array of shape {array.shape}; allowed are (height, width), "
-            "(height, width, channels) and (channels, height, width) with 1, 3 or 4 channels."
-        )
-    _check_size(array.shape[1], array.shape[0])
-    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+    raise ValueError(f"`images` holds an image {described} that cannot be read: {reason}")
 
 
 def _check_padded_size(height: int, width: int) -> None:
@@ -296,14 +286,6 @@ def _check_padded_size(height: int, width: int) -> None:
         raise ValueError(
             f"`images` holds an image of {width} by {height} pixels, which is to be padded to a square; allowed are at "
             f"most {MAX_IMAGE_PIXELS} pixels with the padding."
-        )
-
-
-def _check_size(width: int, height: int) -> None:
-    if not 0 < width * height <= MAX_IMAGE_PIXELS:
-        raise ValueError(
-            f"the image is {width} by {height} pixels; allowed are at least 1 by 1 and at most {MAX_IMAGE_PIXELS} "
-            "pixels"
         )
 
 

@@ -12,25 +12,77 @@ import os
 import stat
 from dataclasses import dataclass
 from os import PathLike
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor
 
 from .dicom import is_dicom, read_dicom, read_dicom_series
-from .image_processing_lladamedv import MAX_IMAGE_PIXELS
-from .medical_shared import WINDOW_PRESETS, MedicalImageError, check_size, check_window
+from .medical_shared import MAX_IMAGE_PIXELS, WINDOW_PRESETS, MedicalImageError, arg, check_size, check_window
 from .nifti import is_nifti, read_nifti
 from .pictures import convert_array, convert_picture, read_picture
 
 
 logger = logging.getLogger(__name__)
-_ARGUMENTS = {
-    "DICOM file": ("frame", "window", "full_range"),
-    "NIfTI volume": ("slice_index", "time_index", "axis", "window"),
-    "picture file": ("page", "window", "full_range"),
-    "decoded picture": ("window", "full_range"),
-}
+_DICOM, _NIFTI, _PICTURE, _DECODED = "DICOM file", "NIfTI volume", "picture file", "decoded picture"
+
+
+class ReadingOption(NamedTuple):
+    """An option of [`read_medical_image`].
+
+    Attributes:
+        argument: its name in Python.
+        name: its name elsewhere: in the server's requests, and behind `--`, with dashes, in commands.
+        type: `int`, `str` or, for what is either said or not, `bool`.
+        kinds: the kinds of sources that it applies to.
+        help: one line about it.
+    """
+
+    argument: str
+    name: str
+    type: type
+    kinds: tuple[str, ...]
+    help: str
+
+
+# Not given is `None`, or `False`.
+READING_OPTIONS = (
+    ReadingOption("frame", "frame", int, (_DICOM,), "Frame of a DICOM file, from 0; by default the middle one."),
+    ReadingOption(
+        "slice_index", "slice", int, (_NIFTI,), "Slice of a NIfTI volume, from 0; by default the middle one."
+    ),
+    ReadingOption("axis", "axis", str, (_NIFTI,), "How to cut a NIfTI volume: axial (the default), coronal, sagittal."),
+    ReadingOption("time_index", "time", int, (_NIFTI,), "Which volume of a NIfTI file with several, from 0."),
+    ReadingOption("page", "page", int, (_PICTURE,), "Page of a TIFF file or frame of an animation, from 0."),
+    ReadingOption(
+        "window",
+        "window",
+        str,
+        (_DICOM, _NIFTI, _PICTURE, _DECODED),
+        f"Grey values to show: LEVEL/WIDTH such as 40/400, or a window of CT: {', '.join(WINDOW_PRESETS)}.",
+    ),
+    ReadingOption(
+        "full_range",
+        "full_range",
+        bool,
+        (_DICOM, _PICTURE, _DECODED),
+        "Show the whole range of the stored bits, from black to white.",
+    ),
+    ReadingOption(
+        "background",
+        "background",
+        str,
+        (_PICTURE, _DECODED),
+        "Colour behind transparent pictures: a name such as black, or #rrggbb.",
+    ),
+    ReadingOption(
+        "allow_burned_in",
+        "allow_burned_in",
+        bool,
+        (_DICOM,),
+        "Read DICOM files that say that text is burned into their pixels, too.",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +106,7 @@ def read_medical_image(
     frame: int | None = None,
     slice_index: int | None = None,
     time_index: int | None = None,
-    axis: str = "axial",
+    axis: str | None = None,
     window: str | tuple[float, float] | None = None,
     page: int | None = None,
     background: str | tuple[int, int, int] | None = None,
@@ -75,12 +127,13 @@ def read_medical_image(
         frame: which frame of a DICOM file, from 0. The middle one if not given, which is logged as a warning.
         slice_index: which slice of a NIfTI volume, from 0 at the patient's left, back or feet; or the middle one.
         time_index: which volume of a NIfTI file with several, from 0.
-        axis: how to cut a NIfTI volume: `"axial"`, `"coronal"` or `"sagittal"`, all as radiologists look at them (the
-            patient's right on the left side; in sagittal slices the front).
-        window: name of a preset in [`WINDOW_PRESETS`] (Hounsfield units), or (level, width) in the image's units.
+        axis: how to cut a NIfTI volume: `"axial"` (the default), `"coronal"` or `"sagittal"`, all as radiologists look
+            at them (the patient's right on the left side; in sagittal slices the front).
+        window: name of a preset in [`WINDOW_PRESETS`] (Hounsfield units), or level and width in the image's units: a
+            pair, or a text such as `"40/400"`.
         page: which page of a TIFF or frame of an animation, from 0. There is no default where there are several.
-        background: colour, a name or RGB, to lay transparent pictures on. By default black for grey ones, as in
-            radiology, and white for colour, as in figures.
+        background: colour, a name, `"#rrggbb"` or RGB, to lay transparent pictures on. By default black for grey ones,
+            as in radiology, and white for colour, as in figures.
         max_pixels: larger pictures are reduced while they are decoded if the format allows that (JPEG, JPEG 2000), and
             refused otherwise. At most the default, which is Pillow's own limit.
         full_range: map the whole range of 16-bit pictures, or of a DICOM file's stored bits, to 0…255.
@@ -97,11 +150,12 @@ def read_medical_image(
     Sources: DICOM PS3.3, C.7.6.3, C.11.1 and C.11.2, and PS3.4, N.2; NIfTI-1 (https://nifti.nimh.nih.gov/nifti-1).
     """
     check_window(window)
+    background = _check_background(background)
     if window is not None and full_range:
-        raise MedicalImageError(f"`full_range` is True, but `window` is {window!r}; allowed is one of the two.")
+        raise MedicalImageError(f"{arg('window')} and {arg('full_range')} are both given; allowed is one of the two.")
     if not isinstance(max_pixels, int) or not 1 <= max_pixels <= MAX_IMAGE_PIXELS:
         raise MedicalImageError(
-            f"`max_pixels` is {max_pixels!r}; allowed are whole numbers from 1 to {MAX_IMAGE_PIXELS}."
+            f"{arg('max_pixels')} is {max_pixels!r}; allowed are whole numbers from 1 to {MAX_IMAGE_PIXELS}."
         )
     decoded = isinstance(source, (Image.Image, np.ndarray))
     file = None if decoded else _open(source)
@@ -109,33 +163,35 @@ def read_medical_image(
     steps: list[str] = []
     kind = "file"
     try:
-        kind = "decoded picture" if decoded else _kind(file)
-        chosen = {"frame": frame, "slice_index": slice_index, "time_index": time_index, "page": page}
-        chosen["axis"] = None if axis == "axial" else axis
-        chosen["full_range"] = full_range or None
-        for name, value in chosen.items():
-            if value is not None and name not in _ARGUMENTS[kind]:
+        kind = _DECODED if decoded else _kind(file)
+        given = {
+            **{"frame": frame, "slice_index": slice_index, "axis": axis, "time_index": time_index, "page": page},
+            **{"window": window, "full_range": full_range or None, "background": background},
+            "allow_burned_in": allow_burned_in or None,
+        }
+        for option in READING_OPTIONS:
+            if given[option.argument] is not None and kind not in option.kinds:
+                allowed = ", ".join(arg(other.argument) for other in READING_OPTIONS if kind in other.kinds)
                 raise MedicalImageError(
-                    f"`{name}` is {value!r}, but `source` is a {kind}; allowed for it are "
-                    f"{', '.join(f'`{argument}`' for argument in _ARGUMENTS[kind])}."
+                    f"{arg(option.argument)} is given, but {arg('source')} is a {kind}; allowed for it are {allowed}."
                 )
-        if kind == "DICOM file":
+        if kind == _DICOM:
             pixels = read_dicom(file, steps, frame=frame, allow_burned_in=allow_burned_in, **shown)
             image, size = Image.fromarray(pixels), pixels.shape[:2]
-        elif kind == "NIfTI volume":
+        elif kind == _NIFTI:
             pixels = read_nifti(
                 file,
                 steps,
                 slice_index=slice_index,
                 time_index=time_index,
-                axis=axis,
+                axis="axial" if axis is None else axis,
                 window=window,
                 max_pixels=max_pixels,
             )
             image, size = Image.fromarray(pixels), pixels.shape[:2]
         else:
-            shown["background"] = _check_background(background)
-            if kind == "picture file":
+            shown["background"] = background
+            if kind == _PICTURE:
                 image, size = read_picture(file, steps, page=page, **shown)
             elif isinstance(source, np.ndarray):
                 image, size = convert_array(source, steps, **shown)
@@ -148,8 +204,8 @@ def read_medical_image(
         raise
     except Exception as error:  # the libraries raise many kinds; their messages may quote what is in the file
         raise MedicalImageError(
-            f"`source` is a {kind} that cannot be read ({type(error).__name__}): it is broken, or of a variant that is "
-            "not supported."
+            f"{arg('source')} is a {kind} that cannot be read ({type(error).__name__}): it is broken, or of a variant "
+            "that is not supported."
         ) from None
     finally:
         if isinstance(source, (str, PathLike)):
@@ -166,17 +222,16 @@ def _open(source) -> BinaryIO:
         try:
             if stat.S_ISREG(os.stat(source).st_mode):
                 return open(source, "rb")
-            reason = "not a regular file"  # reading a pipe or a device may never end
-        except (OSError, ValueError) as error:  # not chained: paths often hold names of patients
+            reason = "it is a folder, a pipe or a device"  # reading one of the last two may never end
+        except FileNotFoundError:  # not chained: paths often hold names of patients
+            reason = "there is no such file"
+        except (OSError, ValueError) as error:
             reason = type(error).__name__
-        raise MedicalImageError(
-            f"`source` is a path that cannot be opened ({reason}); allowed are paths of files. The files of a DICOM "
-            "series in a folder are listed by `read_dicom_series`."
-        )
+        raise MedicalImageError(f"{arg('source')} is a path that cannot be opened ({reason}); allowed are files.")
     if not isinstance(source, io.IOBase) or isinstance(source, io.TextIOBase):
         raise MedicalImageError(
-            f"`source` is of type {type(source).__name__}; allowed are paths, bytes, binary files, PIL images and "
-            "numpy arrays."
+            f"{arg('source')} is of type {type(source).__name__}; allowed are paths, bytes, binary files, PIL images "
+            "and numpy arrays."
         )
     if not source.seekable():
         return io.BytesIO(source.read())
@@ -189,25 +244,34 @@ def _kind(file: BinaryIO) -> str:
     head = file.read(132)
     file.seek(0)
     if is_dicom(head):
-        return "DICOM file"
-    return "NIfTI volume" if is_nifti(file) else "picture file"
+        return _DICOM
+    return _NIFTI if is_nifti(file) else _PICTURE
 
 
 def _check_background(background) -> tuple[int, int, int] | None:
     if background is None:
         return None
+    colour = background
     if isinstance(background, str):
         try:
-            return ImageColor.getrgb(background)[:3]
+            colour = ImageColor.getrgb(background)
         except ValueError:
-            pass
-    elif isinstance(background, (tuple, list)) and len(background) == 3:
-        if all(isinstance(level, int) and 0 <= level <= 255 for level in background):
-            return tuple(background)
+            colour = ()
+    if isinstance(colour, (tuple, list)) and len(colour) == 3:
+        if all(isinstance(level, int) and 0 <= level <= 255 for level in colour):
+            return tuple(colour)
     raise MedicalImageError(
-        f"`background` is {background!r}; allowed are None, names of colours such as 'black', and (red, green, blue) "
-        "from 0 to 255."
+        f"{arg('background')} is {background!r}; allowed are names of colours such as black, #rrggbb, and red, green "
+        "and blue from 0 to 255."
     )
 
 
-__all__ = ["WINDOW_PRESETS", "MedicalImage", "MedicalImageError", "read_dicom_series", "read_medical_image"]
+__all__ = [
+    "READING_OPTIONS",
+    "WINDOW_PRESETS",
+    "MedicalImage",
+    "MedicalImageError",
+    "ReadingOption",
+    "read_dicom_series",
+    "read_medical_image",
+]

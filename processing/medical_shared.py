@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import re
+from collections.abc import Callable
 from numbers import Integral, Real
 from os import SEEK_END
 from typing import BinaryIO
 
 import numpy as np
+from PIL import Image
 
 
 logger = logging.getLogger(__name__)
@@ -29,13 +32,42 @@ WINDOW_PRESETS = {
     "subdural": (75, 215),
     "bone": (400, 1800),
 }
+# Pillow refuses larger files too; arrays and open images are held to the same limit.
+MAX_IMAGE_PIXELS = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else 178_956_970
 # How many times its size a file of Deflate or LZW can become: 1032 and 1365 (https://zlib.net/zlib_tech.html).
 MOST_EXPANSION = 1500
+_MARKED = re.compile("\ue000(.*?)\ue001")  # characters for private use, which no other text has
 WINDOW_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
 
 class MedicalImageError(ValueError):
-    """A medical image, or an option for it, that cannot be used. The message never says who the patient is."""
+    """A medical image, or an option for it, that cannot be used. The message never says who the patient is.
+
+    Args:
+        message: names arguments by [`arg`].
+        missing: the argument that must be given because there is no default.
+
+    Attributes:
+        missing: see above; `None` for all other errors.
+    """
+
+    def __init__(self, message: str, missing: str | None = None):
+        self.message, self.missing = message, missing
+        super().__init__(self.told(lambda argument: f"`{argument}`"))
+
+    def told(self, name_of: Callable[[str], str]) -> str:
+        """The message in the names of an interface.
+
+        Args:
+            name_of: gives the interface's name of an argument of [`read_medical_image`]: `source`, or one of
+                `READING_OPTIONS`.
+        """
+        return _MARKED.sub(lambda match: name_of(match[1]), self.message)
+
+
+def arg(name: str) -> str:
+    """An argument of [`read_medical_image`] in the message of a [`MedicalImageError`]."""
+    return f"\ue000{name}\ue001"
 
 
 def require(library: str):
@@ -50,7 +82,7 @@ def require(library: str):
         raise ImportError(f'This image file needs {library}: pip install "lladamedv[medical]"') from error
 
 
-def choose_index(name: str, value: int | None, count: int, unit: str, steps: list[str]) -> int:
+def choose_index(name: str, value: int | None, count: int, unit: str, steps: list[str], required: bool = False) -> int:
     """The index of a frame or slice: the one asked for, else the middle one, which is told and logged as a warning.
 
     Args:
@@ -58,41 +90,50 @@ def choose_index(name: str, value: int | None, count: int, unit: str, steps: lis
         value: index from 0, or `None`.
         count: how many there are.
         unit: what is counted, for the steps.
+        required: whether it is an error if `value` is `None` where there are several.
     """
+    if value is None and required and count > 1:
+        raise MedicalImageError(
+            f"{arg(name)} is not given, but there are {count} {unit}s; allowed are 0 to {count - 1}.", missing=name
+        )
     if value is None:
         value = count // 2
         if count > 1:
-            steps.append(f"{unit} {value} of {count} (from 0): the middle one, `{name}` is not given")
-            logger.warning("`%s` is not given: the middle %s of %d is shown", name, unit, count)
+            steps.append(f"{unit} {value} of {count} (from 0): the middle one, none was chosen")
+            logger.warning("no %s is chosen: the middle one of %d is shown", unit, count)
         return value
     if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value < count:
-        raise MedicalImageError(f"`{name}` is {value!r}; allowed are whole numbers from 0 to {count - 1}.")
+        raise MedicalImageError(f"{arg(name)} is {value!r}; allowed are whole numbers from 0 to {count - 1}.")
     steps.append(f"{unit} {value} of {count} (from 0)")
     return int(value)
 
 
 def check_window(window) -> tuple[float, float] | None:
-    """`(level, width)` of a window that may be given as `None`, the name of a preset, or such a pair."""
+    """`(level, width)` of a window: `None`, the name of a preset, such a pair, or one as text, `"40/400"`."""
     if window is None:
         return None
-    if isinstance(window, str) and window in WINDOW_PRESETS:
-        return WINDOW_PRESETS[window]
-    if isinstance(window, (tuple, list)) and len(window) == 2 and all(isinstance(number, Real) for number in window):
-        level, width = map(float, window)
+    pair = window
+    if isinstance(window, str):
+        if window in WINDOW_PRESETS:
+            return WINDOW_PRESETS[window]
+        try:
+            pair = [float(number) for number in window.split("/")]
+        except ValueError:
+            pair = ()
+    if isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(number, Real) for number in pair):
+        level, width = map(float, pair)
         if math.isfinite(level) and math.isfinite(width) and width > 0:
             return level, width
     raise MedicalImageError(
-        f"`window` is {window!r}; allowed are None, {', '.join(map(repr, WINDOW_PRESETS))} and (level, width) with a "
-        "width above 0."
+        f"{arg('window')} is {window!r}; allowed are {', '.join(WINDOW_PRESETS)}, and LEVEL/WIDTH such as 40/400 with "
+        "a width above 0."
     )
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
     """Refuse a picture that has no pixels or too many, before they are decoded."""
     if not 0 < height * width <= max_pixels:
-        raise MedicalImageError(
-            f"`source` is {width} by {height} pixels; allowed are 1 to {max_pixels} pixels (`max_pixels`)."
-        )
+        raise MedicalImageError(f"{arg('source')} is {width} by {height} pixels; allowed are 1 to {max_pixels} pixels.")
 
 
 def check_bytes(file: BinaryIO, needed: int, compressed: bool) -> None:
@@ -102,14 +143,14 @@ def check_bytes(file: BinaryIO, needed: int, compressed: bool) -> None:
     file.seek(position)  # gzip may be reading it, and reads on from where it is
     if needed > size * (MOST_EXPANSION if compressed else 1):
         raise MedicalImageError(
-            f"`source` has {size} bytes, too few for the {needed} bytes of pixels that its header states; allowed are "
-            "whole files."
+            f"{arg('source')} has {size} bytes, too few for the {needed} bytes of pixels that its header states; "
+            "allowed are whole files."
         )
 
 
 def describe_window(window, level: float, width: float, function: str = "LINEAR_EXACT") -> str:
     """The step that tells of a window that the caller asked for."""
-    preset = f", preset {window}" if isinstance(window, str) else ""
+    preset = f", preset {window}" if isinstance(window, str) and window in WINDOW_PRESETS else ""
     return f"window {level:g}/{width:g} (level/width{preset}), {function}"
 
 

@@ -15,6 +15,7 @@ from .medical_shared import (
     MedicalImageError,
     apply_percentiles,
     apply_window,
+    arg,
     check_bytes,
     check_size,
     check_window,
@@ -64,7 +65,7 @@ def read_nifti(
     """
     nibabel = require("nibabel")
     if axis not in AXES:
-        raise MedicalImageError(f"`axis` is {axis!r}; allowed are {', '.join(map(repr, AXES))}.")
+        raise MedicalImageError(f"{arg('axis')} is {axis!r}; allowed are {', '.join(AXES)}.")
     stream = _uncompressed(file)
     version = nibabel.Nifti2Image if stream.read(_HEADER_BYTES)[4:8] == b"n+2\0" else nibabel.Nifti1Image
     stream.seek(0)
@@ -72,15 +73,13 @@ def read_nifti(
     shape = volume.shape
     if len(shape) not in (3, 4) or not np.issubdtype(volume.get_data_dtype(), np.number) or 0 in shape:
         raise MedicalImageError(
-            f"`source` is a NIfTI array of shape {shape} and type {volume.get_data_dtype()}; allowed are volumes of "
-            "real numbers with 3 dimensions, or 4 with time."
+            f"{arg('source')} is a NIfTI array of shape {shape} and type {volume.get_data_dtype()}; allowed are "
+            "volumes of real numbers with 3 dimensions, or 4 with time."
         )
     if np.issubdtype(volume.get_data_dtype(), np.complexfloating):
-        raise MedicalImageError("`source` is a NIfTI volume of complex numbers; allowed are real ones.")
+        raise MedicalImageError(f"{arg('source')} is a NIfTI volume of complex numbers; allowed are real ones.")
     times = shape[3] if len(shape) == 4 else 1
-    if time_index is None and times > 1:
-        raise MedicalImageError(f"`time_index` is None, but there are {times} volumes; allowed are 0 to {times - 1}.")
-    time = choose_index("time_index", time_index, times, "volume", steps)
+    time = choose_index("time_index", time_index, times, "volume", steps, required=True)
 
     if not volume.header["sform_code"] and not volume.header["qform_code"]:
         steps.append("no orientation in the file (sform and qform): axes taken as left, anterior, superior")

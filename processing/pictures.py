@@ -5,20 +5,26 @@ Pillow's own `convert("RGB")` clips 16 bits at 255 and shows the colours that tr
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, _imaging
 from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
-from .image_processing_lladamedv import FORMATS
 from .medical_shared import (
     MedicalImageError,
     apply_percentiles,
     apply_range,
     apply_window,
+    arg,
     check_bytes,
     check_size,
     check_window,
@@ -28,17 +34,43 @@ from .medical_shared import (
 )
 
 
+# Of Pillow's formats those in use for medical pictures; others run programs (EPS) or are hardly tested.
+FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "AVIF", "PPM")
 PERCENTILES = (0.5, 99.5)
 _GREY_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 # These can leave out detail before it takes memory, so they are opened without Pillow's own limit.
 _JPEG, _JPEG_2000 = (b"\xff\xd8\xff",), (b"\x00\x00\x00\x0cjP  ", b"\xff\x4f\xff\x51")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PREMULTIPLIED, _ALPHA = 1, 2  # ExtraSamples of TIFF
+_UPPER_BITS = "16 bits per channel: the upper 8 are used"
 _TURNED = range(5, 9)  # EXIF orientations that exchange height and width
-_ORIENTATION, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0112, 258, 262, 339  # tags of EXIF and TIFF
+# Tags of EXIF and TIFF.
+_ORIENTATION, _BITS, _COMPRESSION, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 0x0112, 258, 259, 262, 284, 339
 # (SampleFormat, bits) of TIFF that Pillow reads as they are meant; 1 is unsigned, 2 signed, 3 floating point.
 _PILLOW_SAMPLES = {*((1, bits) for bits in range(1, 17)), (2, 16), (2, 32), (3, 32)}
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Pillow, libtiff and tifffile print about a broken file: it is refused in one sentence, or read."""
+    libtiff, tifffile = ctypes.CDLL(_imaging.__file__), logging.getLogger("tifffile")
+    # Where Pillow was built without it, or with one whose functions cannot be found, its lines stay.
+    setters = [getattr(libtiff, f"TIFFSet{kind}Handler", None) for kind in ("Error", "Warning")]
+    level, handlers = tifffile.level, []
+    for setter in filter(None, setters):
+        setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+        handlers.append(setter(None))
+    tifffile.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        tifffile.setLevel(level)
+        for setter, handler in zip(filter(None, setters), handlers):
+            setter(handler)
+
+
+@_quiet()
 def read_picture(
     file: BinaryIO,
     steps: list[str],
@@ -72,19 +104,17 @@ def read_picture(
         if head.startswith(_TIFF):
             return _read_tiff(file, steps, page, window, full_range, max_pixels)
         raise MedicalImageError(
-            f"`source` is of no known format; allowed are DICOM (with the marker DICM), NIfTI, {', '.join(FORMATS)}."
+            f"{arg('source')} is of no known format; allowed are DICOM (with the marker DICM), NIfTI, "
+            f"{', '.join(FORMATS)}."
         ) from None
     except Image.DecompressionBombError:
         raise MedicalImageError(
-            f"`source` has more pixels than Pillow allows; allowed are 1 to {max_pixels} (`max_pixels`)."
+            f"{arg('source')} has more pixels than Pillow allows; allowed are 1 to {max_pixels}."
         ) from None
     pages = getattr(image, "n_frames", 1)
-    if page is None and pages > 1:
-        raise MedicalImageError(f"`page` is None, but there are {pages} pages; allowed are 0 to {pages - 1}.")
-    image.seek(choose_index("page", page, pages, "page", steps))
+    image.seek(choose_index("page", page, pages, "page", steps, required=True))
     if image.format == "TIFF":
-        samples = {(image.tag_v2.get(_SAMPLE_FORMAT, (1,))[0], bits) for bits in image.tag_v2.get(_BITS, (1,))}
-        if not samples <= _PILLOW_SAMPLES:
+        if not _pillow_reads(image):
             steps.clear()
             return _read_tiff(file, steps, page, window, full_range, max_pixels)
     width, height = image.size
@@ -98,6 +128,19 @@ def read_picture(
     return converted, size
 
 
+def _pillow_reads(image: TiffImageFile) -> bool:
+    """Whether Pillow reads the samples of a TIFF file as they are meant; others it may misread without a word."""
+    tags = image.tag_v2
+    bits, form = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (1,))[0]
+    if not {(form, depth) for depth in bits} <= _PILLOW_SAMPLES:
+        return False
+    if tags.get(_PLANES) == 2 and len(bits) > 1:  # one plane a channel: of 16 bits it takes every other byte for one
+        return len(bits) == 3 and {*bits} == {8}
+    # libtiff has put these in order already, and Pillow does it again.
+    return form == 1 or tags.prefix == b"II" or tags.get(_COMPRESSION, 1) == 1
+
+
+@_quiet()
 def convert_picture(
     image: Image.Image, steps: list[str], *, window, full_range: bool, background
 ) -> tuple[Image.Image, tuple[int, int]]:
@@ -110,12 +153,12 @@ def convert_picture(
     try:
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for truncated and broken files
-        raise MedicalImageError(f"`source` is a broken picture: {error}.") from None
+        raise MedicalImageError(f"{arg('source')} is a broken picture: {error}.") from None
     original = (image.height, image.width)
     if orientation in range(2, 9):
         steps.append(f"turned upright (EXIF orientation {orientation})")
     if deep_colour and image.mode not in _GREY_MODES:
-        steps.append("16 bits per channel: the upper 8 are used")
+        steps.append(_UPPER_BITS)
 
     if image.mode in _GREY_MODES:
         grey = _convert_grey(np.asarray(image), steps, window, full_range)
@@ -129,7 +172,7 @@ def convert_picture(
         return image, original
     if window is not None or full_range:
         raise MedicalImageError(
-            f"`{'full_range' if window is None else 'window'}` is {window or full_range!r}, but `source` is a picture "
+            f"{arg('full_range' if window is None else 'window')} is given, but {arg('source')} is a picture "
             f"of mode {image.mode!r}; allowed are windows and full ranges for grey pictures without transparency."
         )
     if image.has_transparency_data:
@@ -148,20 +191,25 @@ def convert_array(
     array: np.ndarray, steps: list[str], *, window, full_range: bool, background, max_pixels: int
 ) -> tuple[Image.Image, tuple[int, int]]:
     """The same for an array."""
+    if array.ndim == 3 and array.shape[-1] not in (1, 2, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
     channels = array.shape[2] if array.ndim == 3 else 1
-    number = array.dtype == bool or np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)
-    allowed = {"uint8": (2, 3, 4), "uint16": (3,)}.get(array.dtype.name, ())
-    if not (array.ndim == 2 and number) and not (array.ndim == 3 and channels in allowed):
+    real = array.dtype == bool or np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)
+    colour = array.ndim == 3 and channels in (2, 3, 4) and array.dtype in (np.uint8, np.uint16)
+    if not (array.ndim == 2 and real) and not colour:
         raise MedicalImageError(
-            f"`source` is an array of shape {array.shape} and type {array.dtype}; allowed are (height, width) of real "
-            "numbers, and (height, width, channels) with 2 to 4 channels of uint8 or 3 of uint16."
+            f"{arg('source')} is an array of shape {array.shape} and type {array.dtype}; allowed are (height, width) "
+            "of real numbers, and (height, width, channels) or (channels, height, width) with 1 to 4 channels, "
+            "in colour of uint8 or uint16."
         )
     check_size(*array.shape[:2], max_pixels)
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
-    if channels > 1 and array.dtype == np.uint16:
-        steps.append("16 bits per channel, divided by 257")
-        array = apply_range(array, 0, 65535)
+    if colour and array.dtype == np.uint16:
+        steps.append(_UPPER_BITS)
+        array = (array >> 8).astype(np.uint8)  # as Pillow reads files of such pictures
     if array.dtype == np.uint8:
         picture = Image.fromarray(np.ascontiguousarray(array))
         return convert_picture(picture, steps, window=window, full_range=full_range, background=background)
@@ -177,8 +225,8 @@ def _convert_grey(values: np.ndarray, steps: list[str], window, full_range: bool
     if full_range:
         if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 65535:
             raise MedicalImageError(
-                "`full_range` is True, but `source` has values other than whole numbers from 0 to 65535; allowed for "
-                "it are None and windows (`window`)."
+                f"{arg('full_range')} is given, but {arg('source')} has values other than whole numbers from 0 to "
+                f"65535; leave it out, or choose a window ({arg('window')})."
             )
         steps.append("full range of 16 bits: divided by 257")
         return apply_range(values, 0, 65535)
@@ -210,6 +258,8 @@ def _reduce(image: Image.Image, max_pixels: int, steps: list[str]) -> bool:
 
 def _lay_on_background(image: Image.Image, background, steps: list[str]) -> Image.Image:
     grey = image.mode in ("1", "L", "LA", "La")
+    if image.mode == "La":  # which Pillow converts to nothing but LA
+        image = image.convert("LA")
     image = image.convert("RGBA")
     if image.getchannel("A").getextrema() == (255, 255):
         steps.append("transparency left out: everything is opaque")
@@ -238,12 +288,21 @@ def _read_tiff(file: BinaryIO, steps, page, window, full_range, max_pixels) -> t
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
         pages = len(tiff.pages)
-        if page is None and pages > 1:
-            raise MedicalImageError(f"`page` is None, but there are {pages} pages; allowed are 0 to {pages - 1}.")
-        chosen = tiff.pages[choose_index("page", page, pages, "page", steps)]
+        chosen = tiff.pages[choose_index("page", page, pages, "page", steps, required=True)]
         check_size(chosen.imagelength, chosen.imagewidth, max_pixels)
         check_bytes(file, chosen.nbytes, compressed=chosen.compression != tifffile.COMPRESSION.NONE)
+        kind, extra = tifffile.PHOTOMETRIC(chosen.photometric), [int(sample) for sample in chosen.extrasamples]
+        grey = kind in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE)
+        if not (grey or kind == tifffile.PHOTOMETRIC.RGB) or _PREMULTIPLIED in extra:
+            raise MedicalImageError(
+                f"{arg('source')} is a TIFF file of {kind.name} samples as {chosen.dtype}; allowed are grey and RGB "
+                "ones, and transparency that is not multiplied in."
+            )
         array = chosen.asarray()
+        if array.ndim == 3 and chosen.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
+            array = np.moveaxis(array, 0, -1)
+        if array.ndim == 3:  # without samples that are neither colour nor transparency
+            array = array[..., : (1 if grey else 3) + (extra[:1] == [_ALPHA])]
         steps.append(f"TIFF of {array.dtype}")
         image, size = convert_array(
             array, steps, window=window, full_range=full_range, background=None, max_pixels=max_pixels

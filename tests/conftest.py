@@ -43,4 +43,4 @@ def processor() -> lladamedv.LLaDAMedVProcessor:
 @pytest.fixture(scope="module")
 def shipped() -> tuple[lladamedv.LLaDAMedVForConditionalGeneration, lladamedv.LLaDAMedVProcessor]:
     """The demo model and its processor."""
-    return load_model()
+    return load_model(device="cpu")

@@ -264,8 +264,8 @@ def test_window(browser, frames):
     for wrong, message in (
         ("bones", "The window is 'bones'; allowed are default, lung, mediastinum"),
         ("1/2/3", "The window is '1/2/3'"),
-        ("40/-1", "(level, width) with a width above 0"),
-        ("40/nan", "(level, width) with a width above 0"),
+        ("40/-1", "with a width above 0"),
+        ("40/nan", "with a width above 0"),
     ):
         picture, conversation, shown = browser.choose(place=1, window=wrong)
         assert message in Page(shown, "ldm-alert").texts[0] and (picture, conversation) == (None, None)

@@ -1,7 +1,9 @@
 """What all kinds of medical image files have in common: told by content, arguments checked, nobody identified."""
 
 import gzip
+import inspect
 import io
+import pickle
 import sys
 import traceback
 
@@ -12,6 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from lladamedv.processing import LLaDAMedVImageProcessor
 from lladamedv.processing.medical_images import (
+    READING_OPTIONS,
     WINDOW_PRESETS,
     MedicalImageError,
     read_dicom_series,
@@ -143,17 +146,37 @@ def test_file_objects_that_cannot_seek():
         ("PNG", {"frame": 0}),
         ("PNG", {"time_index": 0}),
         ("array", {"page": 0}),
+        ("DICOM", {"axis": "axial"}),
+        ("DICOM", {"background": "black"}),
+        ("NIfTI", {"background": "black"}),
+        ("PNG", {"allow_burned_in": True}),
     ],
 )
 def test_arguments_that_do_not_apply(kind, argument):
-    ((name, value),) = argument.items()
-    with pytest.raises(ValueError, match=rf"`{name}` is {value!r}, but `source` is a .*; allowed for it are `"):
+    (name,) = argument
+    with pytest.raises(ValueError, match=rf"`{name}` is given, but `source` is a .*; allowed for it are `"):
         read_medical_image(PIXELS if kind == "array" else FILES[kind], **argument)
 
 
-@pytest.mark.parametrize("window", ["lungs", (40,), (40, 0), (40, -1), (40, float("nan")), ("40", 400), 40, [1, 2, 3]])
+@pytest.mark.parametrize(
+    "window",
+    [
+        "lungs",
+        (40,),
+        (40, 0),
+        (40, -1),
+        (40, float("nan")),
+        ("40", 400),
+        40,
+        [1, 2, 3],
+        "40/0",
+        "40,400",
+        "40/400/4",
+        "",
+    ],
+)
 def test_windows_are_checked_first(window, tmp_path):
-    with pytest.raises(ValueError, match=r"`window` is .*; allowed are None, 'lung', 'mediastinum'.* and \(level"):
+    with pytest.raises(ValueError, match=r"`window` is .*; allowed are lung, mediastinum.* and LEVEL/WIDTH"):
         read_medical_image(tmp_path / "no file", window=window)
 
 
@@ -166,8 +189,43 @@ def test_windows_in_hounsfield_units():
     level, width = published["subdural"]
     values = np.array([[level - width / 2, level, level + width / 2 - 1e-3]])
     assert np.asarray(read_medical_image(values, window="subdural").image)[0, :, 0].tolist() == [0, 128, 255]
-    with pytest.raises(ValueError, match="`full_range` is True, but `window` is 'lung'; allowed is one of the two"):
+    with pytest.raises(ValueError, match="`window` and `full_range` are both given; allowed is one of the two"):
         read_medical_image(PIXELS, window="lung", full_range=True)
+
+
+def test_windows_and_backgrounds_as_they_are_typed():
+    values = np.array([[-160, 42, 240]])
+    for window in ("40/400", " 40 / 400", "4e1/400", "abdomen", (40, 400), [40.0, 400]):
+        assert np.asarray(read_medical_image(values, window=window).image)[0, :, 0].tolist() == [0, 129, 255]
+    assert read_medical_image(values, window="40/400").steps == ["window 40/400 (level/width), LINEAR_EXACT"]
+    clear = Image.new("RGBA", (1, 1), (0, 0, 0, 0))
+    for background in ("yellow", "#FFFF00", "#ff0", (255, 255, 0), [255, 255, 0]):
+        assert read_medical_image(clear, background=background).image.getpixel((0, 0)) == (255, 255, 0)
+    for background in ("yello", "#ffff0080", (255, 255), (256, 0, 0), 3):
+        with pytest.raises(MedicalImageError, match=r"`background` is .*; allowed are names of colours such as black"):
+            read_medical_image(clear, background=background)
+
+
+def test_options_are_those_of_the_reader_and_errors_use_the_names_of_an_interface():
+    arguments = inspect.signature(read_medical_image).parameters
+    assert {option.argument for option in READING_OPTIONS} == {*arguments} - {"source", "max_pixels"}
+    flags = {option.argument: f"--{option.name.replace('_', '-')}" for option in READING_OPTIONS} | {"source": "IMAGE"}
+    with pytest.raises(MedicalImageError) as failure:
+        read_medical_image(FILES["NIfTI"], time_index=3)
+    assert failure.value.told(flags.get) == "--time is 3; allowed are whole numbers from 0 to 0."
+    assert str(failure.value) == "`time_index` is 3; allowed are whole numbers from 0 to 0."
+    with pytest.raises(MedicalImageError) as failure:
+        read_medical_image(FILES["DICOM"], slice_index=3)
+    for error in (failure.value, pickle.loads(pickle.dumps(failure.value))):
+        assert error.told(flags.get) == (
+            "--slice is given, but IMAGE is a DICOM file; allowed for it are --frame, --window, --full-range, "
+            "--allow-burned-in."
+        )
+        assert str(error).startswith("`slice_index` is given, but `source` is")
+    volumes = nibabel.Nifti1Image(np.zeros((2, 2, 2, 3), np.int16), np.eye(4)).to_bytes()
+    with pytest.raises(MedicalImageError, match="`time_index` is not given") as failure:
+        read_medical_image(volumes)
+    assert failure.value.missing == "time_index" and error.missing is None
 
 
 @pytest.mark.parametrize(("kind", "library"), [("DICOM", "pydicom"), ("NIfTI", "nibabel"), ("float64", "tifffile")])

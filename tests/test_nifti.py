@@ -121,20 +121,20 @@ def test_times_and_slices(caplog):
     result = read_medical_image(file, slice_index=0, time_index=2, window=WINDOW)
     assert (np.asarray(result.image) == round(10 * 2.55)).all()
     assert {"volume 2 of 3 (from 0)", "axial slice 0 of 8 (from 0)"} <= set(result.steps)
-    with pytest.raises(ValueError, match="`time_index` is None, but there are 3 volumes; allowed are 0 to 2"):
+    with pytest.raises(ValueError, match="`time_index` is not given, but there are 3 volumes; allowed are 0 to 2"):
         read_medical_image(file, slice_index=0)
     with pytest.raises(ValueError, match="`time_index` is 3; allowed are whole numbers from 0 to 2"):
         read_medical_image(file, slice_index=0, time_index=3)
     with pytest.raises(ValueError, match="`slice_index` is 8; allowed are whole numbers from 0 to 7"):
         read_medical_image(nifti(volume()), slice_index=8)
-    with pytest.raises(ValueError, match="`axis` is 'up'; allowed are 'sagittal', 'coronal', 'axial'"):
+    with pytest.raises(ValueError, match="`axis` is 'up'; allowed are sagittal, coronal, axial"):
         read_medical_image(nifti(volume()), axis="up")
     caplog.clear()
     marked = np.full(SHAPE, 40, np.int16)
     marked[..., 4] = 100
     result = read_medical_image(nifti(marked), window=WINDOW)
     assert (np.asarray(result.image) == 255).all()
-    assert "axial slice 4 of 8 (from 0): the middle one, `slice_index` is not given" in result.steps
+    assert "axial slice 4 of 8 (from 0): the middle one, none was chosen" in result.steps
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 

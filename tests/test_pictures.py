@@ -76,7 +76,7 @@ def test_floating_point(kind):
         result = read_medical_image(source)
         assert "1 values are not finite" in result.steps
         assert np.asarray(result.image)[0, :, 0].tolist()[0::4] == [0, 0]
-        with pytest.raises(ValueError, match="`full_range` is True, but `source` has values other than"):
+        with pytest.raises(ValueError, match="`full_range` is given, but `source` has values other than"):
             read_medical_image(source, full_range=True)
 
 
@@ -119,16 +119,62 @@ def test_eight_bits_stay_as_they_are():
     rgb = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
     for source in (rgb, Image.fromarray(rgb), encode(rgb), encode_tiff(rgb, photometric="rgb")):
         assert np.array_equal(pixels(source), rgb)
-        with pytest.raises(ValueError, match=r"`window` is \(40, 80\), but `source` is a picture of mode 'RGB'"):
+        with pytest.raises(ValueError, match=r"`window` is given, but `source` is a picture of mode 'RGB'"):
             read_medical_image(source, window=(40, 80))
 
 
 def test_deep_colour():
     deep = RNG.integers(0, 65536, (4, 5, 3)).astype(np.uint16)
-    assert np.abs(pixels(deep) - deep / 257).max() <= 0.501
-    result = read_medical_image(encode_tiff(deep, photometric="rgb"))
-    assert np.array_equal(np.asarray(result.image), deep >> 8)
-    assert result.steps == ["16 bits per channel: the upper 8 are used"]
+    upper = "16 bits per channel: the upper 8 are used"
+    planes = encode_tiff(np.moveaxis(deep, -1, 0), photometric="rgb", planarconfig="separate")
+    for source, steps in (
+        (deep, [upper]),
+        (np.moveaxis(deep, -1, 0), [upper]),
+        (encode_tiff(deep, photometric="rgb"), [upper]),
+        (planes, ["TIFF of uint16", upper]),
+    ):
+        result = read_medical_image(source)
+        assert np.array_equal(np.asarray(result.image), deep >> 8)
+        assert result.steps == steps
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "int32", "float32"])
+def test_tiff_files_show_what_their_array_shows(dtype, tile, compression, byteorder):
+    """Pillow alone swaps the bytes of big-endian signed and floating-point numbers again after libtiff has."""
+    values = (RNG.random((20, 24)) * 100).astype(dtype)
+    file = encode_tiff(values, file={"byteorder": byteorder}, compression=compression, tile=tile)
+    assert np.array_equal(pixels(file), pixels(values))
+
+
+@pytest.mark.parametrize("planes", ["contig", "separate"])
+@pytest.mark.parametrize("samples", [3, 4])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_colour_tiff_files_show_what_their_array_shows(compression, dtype, samples, planes):
+    values = RNG.integers(0, np.iinfo(dtype).max, (20, 24, samples)).astype(dtype)
+    shown = values if planes == "contig" else np.moveaxis(values, -1, 0)
+    extra = {"extrasamples": ["unspecified"]} if samples == 4 else {}  # neither colour nor transparency
+    file = encode_tiff(shown, photometric="rgb", planarconfig=planes, compression=compression, **extra)
+    assert np.array_equal(pixels(file), values[..., :3] >> (8 if dtype == "uint16" else 0))
+
+
+def test_broken_tiff_files_print_nothing(capfd):
+    picture = Image.fromarray(RNG.integers(0, 255, (64, 64, 3)).astype(np.uint8))
+    picture.save(file := io.BytesIO(), "TIFF", compression="tiff_lzw")
+    broken = bytearray(file.getvalue())
+    broken[200:5000:37] = bytes(255 ^ value for value in broken[200:5000:37])
+    for data in (bytes(broken), file.getvalue()[:6000]):
+        with pytest.raises(ValueError, match="broken"):
+            read_medical_image(data)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_avif():
+    Image.new("RGB", (8, 6), (10, 200, 30)).save(file := io.BytesIO(), "AVIF", quality=100)
+    assert np.abs(pixels(file.getvalue()).astype(int) - (10, 200, 30)).max() <= 2
 
 
 def test_transparency():
@@ -219,7 +265,7 @@ def test_pages():
     for file in (small, double):
         result = read_medical_image(file, page=2, window=(20, 40))
         assert (np.asarray(result.image) == 128).all() and "page 2 of 3 (from 0)" in result.steps
-        with pytest.raises(ValueError, match="`page` is None, but there are 3 pages; allowed are 0 to 2"):
+        with pytest.raises(ValueError, match="`page` is not given, but there are 3 pages; allowed are 0 to 2"):
             read_medical_image(file)
         for page in (3, -1, "0"):
             with pytest.raises(ValueError, match=r"`page` is .*; allowed are whole numbers from 0 to 2"):

@@ -1,0 +1,168 @@
+"""`load_model`: the one way from a name to a model and its processor, for all commands and for Python.
+
+Nothing heavy is imported before a model is loaded: the command line reads what is allowed here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
+    from lladamedv.processing import LLaDAMedVProcessor
+
+
+DEMO = "demo"  # as a name: the tiny model that comes with this package
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES = get_args(Dtype)
+_CONFIG, _ADAPTERS = "config.json", "adapter_config.json"
+
+
+def load_model(
+    name: str | Path = DEMO,
+    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    revision: str | None = None,
+) -> tuple[LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor]:
+    """Load a model and its processor, ready to answer.
+
+    Args:
+        name: "demo" for the tiny model that comes with this package; or a folder or Hub id of a model of this package,
+            of LLaDA, LLaDA-V or LLaDA-MedV weights as they were released (with their tokenizer beside them), or of
+            adapters (PEFT), which are merged into the model that they name.
+        dtype: "auto", "float32", "bfloat16" or "float16". "auto" is the checkpoint's on a GPU and float32 on a CPU.
+        device: "auto" or a device of PyTorch. "auto" is a GPU (CUDA, then MPS) if there is one, or else the CPU.
+        revision: of `name` on the Hub.
+
+    Returns:
+        The model, in evaluation mode and on the device, and its processor.
+
+    Raises:
+        ValueError: if `dtype` or `device` is not allowed or cannot be used, which is known before anything is loaded;
+            if there is nothing of that name, or what is there is no such model.
+    """
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` is {dtype!r}; allowed are {', '.join(DTYPES)}.")
+    device = find_device(device)
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    folder = find_folder(name)
+    try:
+        model, processor = _load(str(folder or name), dtype, revision)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError) as error:
+        where = "cannot be loaded" if folder else "is no folder, and cannot be loaded from the Hub"
+        raise ValueError(f"The model {str(name)!r} {where}: {' '.join(str(error).split())}") from error
+    return model.eval().to(device), processor
+
+
+def find_folder(name: str | Path) -> Path | None:
+    """The folder that a model's name means; `None` for a Hub id. Files are looked for and not read.
+
+    Raises:
+        ValueError: if there is no such folder and it is no Hub id, or the folder holds no model.
+    """
+    folder = DEMO_MODEL if str(name) == DEMO else Path(name).expanduser()
+    if not folder.is_dir():
+        parts = str(name).split("/")
+        if folder.exists() or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+            raise ValueError(
+                f"The model {str(name)!r} is no folder; allowed are a folder, a Hub id (OWNER/NAME) and {DEMO!r}."
+            )
+        return None
+    if not any((folder / file).is_file() for file in (_CONFIG, _ADAPTERS)):
+        inside = sorted(file.parent.name for config in (_CONFIG, _ADAPTERS) for file in folder.glob(f"*/{config}"))
+        raise ValueError(
+            f"The model {str(name)!r} is a folder with neither {_CONFIG} (a model) nor {_ADAPTERS} (adapters)."
+            + (f" Such are in it: {', '.join(inside)}." if inside else "")
+        )
+    return folder
+
+
+def find_device(device: str | torch.device = "auto") -> torch.device:
+    """The device that is meant, tried before a large model is loaded for it.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
+    import torch
+
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"The device {str(device)!r} cannot be used: {reason}") from error
+    if found.type == "meta":
+        raise ValueError("The device 'meta' cannot be used: it holds no numbers.")
+    return found
+
+
+def _load(name: str, dtype: str, revision: str | None):
+    from transformers.utils import PROCESSOR_NAME, cached_file, find_adapter_config_file
+
+    from lladamedv.processing import LLaDAMedVProcessor
+
+    if find_adapter_config_file(name, revision=revision) is None:
+        return _load_whole(name, dtype, revision)
+    from peft import PeftConfig, PeftModel  # takes a second
+
+    config = PeftConfig.from_pretrained(name, revision=revision)
+    if config.is_prompt_learning:
+        raise ValueError(f"these are adapters of type {config.peft_type.value}, which cannot be merged into a model.")
+    base = config.base_model_name_or_path or ""
+    if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
+        raise ValueError(f"`base_model_name_or_path` in {_ADAPTERS} is {base!r}; there is no such model here.")
+    own = cached_file(name, PROCESSOR_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    model, processor = _load_whole(str(find_folder(base) or base), dtype, config.revision, with_processor=own is None)
+    # Without memory for what the adapters' configuration says before their weights are seen.
+    model = PeftModel.from_pretrained(model, name, revision=revision, low_cpu_mem_usage=True).merge_and_unload()
+    return model, processor or LLaDAMedVProcessor.from_pretrained(name, revision=revision)
+
+
+def _load_whole(name: str, dtype: str, revision: str | None, with_processor: bool = True):
+    """A model that is no adapters, and its processor, unless another will be taken."""
+    from transformers import PreTrainedConfig
+
+    from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
+    from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import RELEASED_MODEL_TYPES, check_folder
+    from lladamedv.processing import LLaDAMedVProcessor
+
+    if Path(name).is_dir():
+        check_folder(name)
+    model_type = PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("model_type")
+    if model_type not in (LLaDAMedVConfig.model_type, *RELEASED_MODEL_TYPES):
+        raise ValueError(
+            f"its {_CONFIG} is of a model of type {model_type!r}; allowed are {LLaDAMedVConfig.model_type!r}, and "
+            f"as released {', '.join(map(repr, RELEASED_MODEL_TYPES))}."
+        )
+    processor = None
+    if with_processor and model_type == LLaDAMedVConfig.model_type:  # before minutes of loading
+        processor = LLaDAMedVProcessor.from_pretrained(name, revision=revision)
+    model = LLaDAMedVForConditionalGeneration.from_pretrained(name, dtype=dtype, revision=revision)
+    if with_processor and processor is None:
+        processor = _released_processor(name, model.config, revision)
+    return model, processor
+
+
+def _released_processor(name: str, config, revision: str | None) -> LLaDAMedVProcessor:
+    """The processor of a released checkpoint, which has only a tokenizer; as `lladamedv convert` makes it."""
+    from lladamedv.conversion import build_processor, check_ids, load_tokenizer
+    from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import PRESETS, choose_preset, resolve_source
+
+    tokenizer, _ = load_tokenizer(resolve_source(name, revision), None)
+    check_ids(tokenizer, config)
+    preset = PRESETS[choose_preset(name, "llada" if config.text_only else "llava_llada")]
+    return build_processor(config, tokenizer, preset.chat_template)
+
+
+__all__ = ["DEMO", "DEMO_MODEL", "DTYPES", "Dtype", "find_device", "find_folder", "load_model"]
