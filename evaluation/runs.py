@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -159,10 +159,20 @@ def _check_settings(folder: Path, settings: dict) -> None:
         earlier = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{str(file)!r} cannot be read: {error}") from None
-    differing = [name for name in sorted({*earlier, *settings}) if earlier.get(name) != settings.get(name)]
+    differing = list(_differences(earlier, settings))
     if differing:
-        shown = "; ".join(f"{name}: {earlier.get(name)!r} there, {settings.get(name)!r} here" for name in differing)
+        shown = "; ".join(f"{name}: {there!r} there, {here!r} here" for name, there, here in differing)
         raise ValueError(f"`folder` is {str(folder)!r}, which holds a run with other settings ({shown}); give another.")
+
+
+def _differences(there: dict, here: dict, within: str = "") -> Iterator[tuple[str, object, object]]:
+    """Names and both values of what differs, for dicts in dicts as `name.name`."""
+    for name in sorted({*there, *here}):
+        values = there.get(name), here.get(name)
+        if all(isinstance(value, dict) for value in values):
+            yield from _differences(*values, within=f"{within}{name}.")
+        elif values[0] != values[1]:
+            yield f"{within}{name}", *values
 
 
 def cut_torn_line(part: Path) -> None:

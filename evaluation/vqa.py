@@ -18,13 +18,12 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset
-from PIL import Image
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, fit_confidence_temperature
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import VQAReport
 
-from .answering import Answer, answer_batch, model_settings, question_about
+from .answering import Answer, answer_batch, open_image, question_about, run_settings, undecoded
 from .calibration import area_under_risk_coverage, calibration_bins, expected_calibration_error, risk_coverage
 from .medical_vqa.medical_vqa import ANSWER_TYPES, POLARITY, MedicalVQA
 from .medical_vqa.vqa_normalization import normalize_answer
@@ -89,15 +88,14 @@ def evaluate_vqa(
     if not len(dataset):
         raise ValueError("`dataset` is empty; at least one question is needed.")
     options = PAPER_DECODING if options is None else options
+    dataset = undecoded(dataset)
+    in_force = run_settings(model, processor, options, dataset)
     provenance = {
-        "model": model_name, "model_revision": getattr(model.config, "_commit_hash", None),
-        "dataset": report.source, "dataset_revision": report.revision, "split": report.split,
-        "decoding": options, "scoring": scoring,
+        "model": model_name, "model_revision": in_force["model_revision"], "dataset": report.source,
+        "dataset_revision": report.revision, "split": report.split, "decoding": in_force["decoding"],
+        "scoring": scoring,
     }  # fmt: skip
-    settings = {
-        **provenance, **model_settings(model), "benchmark": report.benchmark, "seed": seed,
-        "chat_template": processor.chat_template,
-    }  # fmt: skip
+    settings = {**provenance, **in_force, "benchmark": report.benchmark, "seed": seed}
 
     def answer(places: list[int]) -> list[dict]:
         return _answer_places(model, processor, dataset, places, options, scoring, seed, provenance)
@@ -107,7 +105,7 @@ def evaluate_vqa(
     summary = _summarize(records, candidates, bootstrap_samples, seed)
     summary = {
         **{name: settings[name] for name in ("benchmark", "split", "model", "model_revision", "model_sha256")},
-        **summary, "decoding": options, "scoring": scoring, "data": report.as_dict(),
+        **summary, "decoding": settings["decoding"], "scoring": scoring, "data": report.as_dict(),
         "data_summary": report.summary().splitlines(),
         "environment": {
             "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
@@ -121,13 +119,12 @@ def evaluate_vqa(
 
 
 def _answer_places(model, processor, dataset, places, options, scoring, seed, provenance) -> list[dict]:
-    rows, errors = [], {}
-    for place in places:
+    rows, errors = [dataset[place] for place in places], {}
+    for row in rows:
         try:
-            rows.append(dataset[place])
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
-            rows.append(dataset.select_columns([name for name in dataset.column_names if name != "image"])[place])
-            errors[rows[-1]["id"]] = f"the image cannot be read: {error}"
+            row["image"] = open_image(processor, row["image"])
+        except (OSError, ValueError, TypeError) as error:
+            errors[row["id"]] = f"the image cannot be read: {error}"
     digest = hashlib.sha256("\n".join([str(seed), *(row["id"] for row in rows)]).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     given: dict[str, tuple[Answer, str]] = {}
