@@ -177,7 +177,7 @@ def test_malformed_records_stop_or_are_counted(folder, tmp_path, streaming):
     datasets.Dataset.from_list(content).to_parquet(tmp_path / "a.parquet")
     for file, where in ((write(tmp_path / "a.jsonl", content), "a/1 at line 2"), ("a.parquet", "a/train/1")):
         source = DataSource(str(tmp_path / file), image_folder=str(folder))
-        with pytest.raises(ValueError, match=f"invalid record, {where}: its messages cannot be read"):
+        with pytest.raises(ValueError, match=f"invalid record, {where}: `answer` is None; allowed are"):
             list(load(source, streaming=streaming))
         dataset, (report,) = load_dataset_mixture([source], streaming=streaming, invalid_records="skip")
         assert len(list(dataset)) == report.rows == 2 and len(report.invalid) == 1
@@ -349,7 +349,7 @@ def test_sources_that_are_none(sources, message, streaming):
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 def test_files_that_are_no_data(tmp_path, streaming):
     cases = [
-        ("a.csv", "x", "a file whose name ends on none of"),
+        ("a.txt", "x", "a file whose name ends on none of"),
         ("a.json", "", "'.*a.json', which has no records"),
         ("b.json", "[]", "which has no records"),
         ("c.jsonl", '{"messages": []}\n{"mess', "is no JSON at line 2"),
