@@ -7,7 +7,6 @@ for any model and questions, with repetition in numbers. Fewer steps are faster 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import platform
