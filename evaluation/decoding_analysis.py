@@ -24,7 +24,7 @@ from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaD
 from lladamedv.processing import LLaDAMedVProcessor
 
 from . import plots
-from .answering import answer_batch, open_image, question_about, run_settings, undecoded
+from .answering import answer_batch, decoding_in_force, open_image, question_about, run_settings, undecoded
 from .medical_vqa.medical_vqa import MedicalVQA, bootstrap_intervals, complete_reference
 from .runs import process_state, replace_file, run_items
 from .tables import markdown_table
@@ -136,13 +136,14 @@ def analyze_decoding(
     for combination in not_allowed:
         say(f"left out {_folder_name(combination)}: {combination['reason']}")
 
+    common = {"seed": seed, **run_settings(model, processor, allowed[0][1], asked)}
     results, texts = [], {}
     for combination, options in allowed:
         predictions = run_items(
             [item["id"] for item in items],
             _Answers(model, processor, records, items, options, batch_size, seed),
             folder / _folder_name(combination),
-            {"seed": seed, **run_settings(model, processor, options, asked)},
+            {**common, "decoding": decoding_in_force(model, options)},
             batch_size,
         )
         numbers = _measure(predictions, items, processor.tokenizer, bootstrap_samples, seed)

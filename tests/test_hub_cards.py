@@ -70,11 +70,12 @@ def vqa_summary(**changes):
     }  # fmt: skip
     data = {
         "source": f"flaviagiammarino/vqa-rad@{REVISION}", "reference": "flaviagiammarino/vqa-rad",
-        "revision": REVISION, "leakage": "202 of 203", "questions": 451,
+        "revision": REVISION, "leakage": "202 of 203", "questions": 451, "local": False,
+        "is_published": True,
     }  # fmt: skip
     summary = {
         "benchmark": "vqa-rad", "split": "test", "model": "/home/alice/model", "model_sha256": "ab" * 32,
-        "complete": True, "num_questions": 451, "num_scored": 451, "failed": [], "scores": scores,
+        "complete": True, "num_questions": 451, "num_scored": 451, "failed": [], "left_out": [], "scores": scores,
         "decoding": {"max_new_tokens": 64, "block_length": 32, "steps": 16, "temperature": 0.5},
         "scoring": "generate", "data": data,
         "environment": {"device": "NVIDIA A100", "dtype": "bfloat16", "batch_size": 8},
@@ -84,6 +85,7 @@ def vqa_summary(**changes):
 
 def phantom_summary():
     data = {"source": "phantoms:9000:300", "reference": "phantoms", "revision": None, "leakage": "none"}
+    data |= {"local": True, "is_published": True}
     scores = vqa_summary()["scores"] | {"num_open": 203, "num_closed": 97}
     return vqa_summary(benchmark="phantoms", num_questions=300, data=data | {"questions": 300}, scores=scores)
 

@@ -281,7 +281,13 @@ def _read_lines(file: TextIO, path) -> Iterator[tuple[int, dict]]:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 form = "; allowed are a list of objects, or one object a line" if number == 1 else ""
-                raise _no_json(path, number, _reason(error) + form) from None
+                problem = _no_json(path, number, _reason(error) + form)
+                try:  # one object over several lines
+                    record = json.loads(line + file.read(_LONGEST)) if number == 1 else None
+                except (ValueError, RecursionError):
+                    record = None
+                if record is None:
+                    raise problem from None
             yield number, _as_object(record, line, path, number)
 
 

@@ -117,11 +117,16 @@ class VQAReport(LoadReport):
 
     def add_columns(self, fields: Fields) -> None:
         """Note what the columns of a record are read as."""
-        used = {name: column for column in (*COLUMNS, *META) if (name := fields.name(column)) is not None}
-        for name in fields.record:
-            names = self.columns.setdefault(used[name], []) if name in used else self.unused_columns
-            if str(name) not in names:
-                names.append(str(name))
+        for column in (*COLUMNS, *META):
+            if (name := fields.name(column)) is not None and name not in self.columns.setdefault(column, []):
+                self.columns[column].append(name)
+        for spelling in SPELLINGS:
+            if fields.record.get(spelling):
+                self.columns.setdefault("conversation", []).append(spelling)
+        self.columns = {column: list(dict.fromkeys(names)) for column, names in self.columns.items() if names}
+        used = {name for names in self.columns.values() for name in names}
+        names = dict.fromkeys((*self.unused_columns, *map(str, fields.record)))
+        self.unused_columns = [name for name in names if name not in used]
 
     def add(self, row: dict, derived: bool) -> None:
         """Count a row."""
@@ -172,7 +177,8 @@ class VQAReport(LoadReport):
         if self.other_splits:
             lines.append(f"{self.other_splits} records of other splits left out")
         if self.empty_answers:
-            lines.append(f"{len(self.empty_answers)} questions with an empty answer: {', '.join(self.empty_answers)}")
+            shown = ", ".join(self.empty_answers[:5]) + (", …" if len(self.empty_answers) > 5 else "")
+            lines.append(f"{len(self.empty_answers)} questions with an empty answer: {shown}")
         if self.is_published:
             lines.append(f"images shared with train: {self.leakage}")
             if not self.local:
@@ -554,7 +560,8 @@ class _Reader:
             if report.benchmark != OWN_DATA and squash(language)[:2] != "en":
                 report.other_languages += 1
                 continue
-            name = str(fields.get("id", f"{report.benchmark}/{report.split}/{number}"))
+            given = fields.get("id", f"{report.benchmark}/{report.split}/{number}")
+            name = text_of(given) or str(given)
             try:
                 rows = [self._row(fields, *each, language) for each in _questions(fields, name)]
             except InvalidRecordError as error:
@@ -564,7 +571,7 @@ class _Reader:
                 if row["id"] in ids:
                     raise ValueError(
                         f"{report.source!r} has two questions of the id {row['id']!r:.200}; ids must differ. "
-                        f"(The column {fields.name('id')!r} is read as the id.)"
+                        f"{fields.name('id')!r} is read as the id: if it is none, give the column another name."
                     )
                 ids.add(row["id"])
                 report.add(row, derived)

@@ -17,8 +17,8 @@ from .records import InvalidRecordError, text_of
 COLUMNS = {
     "id": ("id", "qid", "question_id"),
     "image": (
-        "image", "images", "img_name", "image_name", "img", "image_path", "img_path", "image_file", "file_name", "picture",
-        "path",
+        "image", "images", "img_name", "image_name", "img", "image_path", "img_path", "image_file", "file_name",
+        "picture", "path",
     ),
     "image_id": ("image_id", "image_name", "img_name", "img_id"),
     "question": ("question", "query", "prompt", "instruction", "q"),
