@@ -263,7 +263,8 @@ def _read_chat(summary: dict, run: dict, hashes: dict) -> dict:
     return {
         "benchmark": _CHAT, "title": _CHAT_TITLE, "split": "test", "dataset_id": None, "dataset_revision": None,
         "complete": summary["complete"], "num_scored": summary["n_judged"], "num_asked": summary["data_size"],
-        "num_questions": _CHAT_QUESTIONS, "is_benchmark": True, "scores": tuple(found), "protocol": protocol, "arguments": arguments,
+        "num_questions": _CHAT_QUESTIONS, "is_benchmark": True, "scores": tuple(found), "protocol": protocol,
+        "arguments": arguments,
     }  # fmt: skip
 
 

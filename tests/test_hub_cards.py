@@ -198,6 +198,7 @@ def slake_report():
         source="BoKelvin/SLAKE@a9083ce", benchmark="slake", reference="BoKelvin/SLAKE", revision="a9083ce", rows=1060,
         images=96, open=644, closed=416, published={"images": 96, "questions": 1061, "open": 645, "closed": 416},
         missing_images=[("3", "/home/alice/imgs/xmlab3/source.jpg")], leakage="none", other_languages=1033,
+        local=False,
     )  # fmt: skip
 
 
@@ -368,7 +369,7 @@ def test_numbers_are_those_of_a_real_run(tmp_path):
     assert shown == expected and len(expected) > 10
     protocol = dict(table_rows(card.text.split("| protocol |")[1], 2)[1:])
     assert protocol["length of the canvas, L"] == "8" and protocol["denoising steps, Z"] == "1"
-    assert protocol["remasking"] == "the model's default" and protocol["prompt"] == "`llava_llada_med`"
+    assert protocol["remasking"] == "low_confidence" and protocol["prompt"] == "`llava_llada_med`"
     assert protocol["questions"].startswith(f"{given['num_open']} open, {given['num_closed']} closed; 6 asked of 6")
     assert str(tmp_path) not in str(card)
     listed = {(each.dataset_config, each.metric_name): each.metric_value for each in card.data.eval_results}
