@@ -29,10 +29,12 @@ class LLaDAMedVImageProcessorKwargs(LlavaOnevisionImageProcessorKwargs, total=Fa
     """
     vision_aspect_ratio (`str`): `"square"`, `"pad"` or `"anyres_max_N"`; see [`LLaDAMedVImageProcessor`].
     patch_size (`int`): side of the vision tower's patches in pixels, to count image tokens.
+    return_pixel_values (`bool`): `False` returns sizes alone, which is all that counting image tokens needs.
     """
 
     vision_aspect_ratio: str
     patch_size: int
+    return_pixel_values: bool
 
 
 class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
@@ -93,8 +95,8 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         """Open whatever stands for an image, as an 8-bit RGB `PIL.Image`; lists keep their structure.
 
         Training, evaluation, the server and every command see a picture through this or through
-        [`read_medical_image`], which it calls: grey values of more than 8 bits are spread between percentiles, what is
-        transparent lies on black (grey) or white (colour), and 8-bit pictures stay as they are.
+        [`read_medical_image`], which it calls: grey values of more than 8 bits are spread between percentiles; 8-bit
+        pictures stay as they are, without their transparency, as in the training of the released models.
 
         Args:
             images: a path, the bytes of a file, a URL (`http`, `https`, `data`), a `PIL.Image`, an array, a tensor, or
@@ -119,6 +121,9 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         flat = [image for row in images for image in (row if isinstance(row, list) else [row])]
         if not flat:
             raise ValueError("`images` is empty; allowed are an image, or a list with at least one.")
+        if not kwargs.pop("return_pixel_values", True):
+            data = {"image_sizes": [(image.height, image.width) for image in flat], "batch_num_images": counts}
+            return BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
         return super(LlavaOnevisionImageProcessorPil, self).preprocess(flat, counts, **kwargs)
 
     def _preprocess(

@@ -73,7 +73,7 @@ READING_OPTIONS = (
         "background",
         str,
         (_PICTURE, _DECODED),
-        "Colour behind transparent pictures: a name such as black, or #rrggbb.",
+        "Colour behind transparent pictures: a name such as white, or #rrggbb; by default transparency is left out.",
     ),
     ReadingOption(
         "allow_burned_in",
@@ -132,8 +132,8 @@ def read_medical_image(
         window: name of a preset in [`WINDOW_PRESETS`] (Hounsfield units), or level and width in the image's units: a
             pair, or a text such as `"40/400"`.
         page: which page of a TIFF or frame of an animation, from 0. There is no default where there are several.
-        background: colour, a name, `"#rrggbb"` or RGB, to lay transparent pictures on. By default black for grey ones,
-            as in radiology, and white for colour, as in figures.
+        background: colour, a name, `"#rrggbb"` or RGB, to lay transparent pictures on. By default transparency is left
+            out, as in the training of the released models, and the colours that it hid are shown.
         max_pixels: larger pictures are reduced while they are decoded if the format allows that (JPEG, JPEG 2000), and
             refused otherwise. At most the default, which is Pillow's own limit.
         full_range: map the whole range of 16-bit pictures, or of a DICOM file's stored bits, to 0…255.

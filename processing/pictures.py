@@ -257,17 +257,19 @@ def _reduce(image: Image.Image, max_pixels: int, steps: list[str]) -> bool:
 
 
 def _lay_on_background(image: Image.Image, background, steps: list[str]) -> Image.Image:
-    grey = image.mode in ("1", "L", "LA", "La")
+    """A picture with transparency on a colour, or without one as the released models were trained: by its colours
+    alone, also where it is transparent."""
     if image.mode == "La":  # which Pillow converts to nothing but LA
         image = image.convert("LA")
     image = image.convert("RGBA")
     if image.getchannel("A").getextrema() == (255, 255):
         steps.append("transparency left out: everything is opaque")
-        return image
-    colour = background or ((0, 0, 0) if grey else (255, 255, 255))
-    default = "" if background else f" (`background` is not given, the picture is {'grey' if grey else 'in colour'})"
-    steps.append(f"transparent pixels laid on RGB {colour}{default}")
-    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
+    elif background is None:
+        steps.append("transparency left out, as in the released models' training: the colours that it hid are shown")
+    else:
+        steps.append(f"transparent pixels laid on RGB {background}")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image
 
 
 def _to_srgb(image: Image.Image, profile: bytes, steps: list[str]) -> Image.Image:
