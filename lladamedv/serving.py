@@ -88,6 +88,7 @@ _NOT_OPTIONS = {
 _OPTIONS = sorted(
     name for name in vars(LLaDAMedVGenerationConfig()) if name not in _NOT_OPTIONS and not name.startswith("_")
 )
+_PLAIN, _MEDIUM = {"format": {"type": "text"}}, {"verbosity": "medium"}
 # Known fields that this model has no use for, with the values that ask for nothing: `...` is any value, because the
 # field changes no answer, and null, [] and {} are such values of every field. All other values are refused.
 _NEUTRAL = {
@@ -98,7 +99,7 @@ _NEUTRAL = {
     "modalities": (["text"],), "n": (1,), "parallel_tool_calls": ..., "presence_penalty": (0,),
     "prompt_cache_key": ..., "prompt_cache_retention": ..., "reasoning": (), "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},), "safety_identifier": ..., "service_tier": ..., "skip_special_tokens":
-    (True,), "stop_token_ids": (), "store": ..., "text": ({"format": {"type": "text"}},), "tool_choice": ("none",
+    (True,), "stop_token_ids": (), "store": ..., "text": (_PLAIN, _MEDIUM, _PLAIN | _MEDIUM), "tool_choice": ("none",
     "auto"), "tools": (), "top_k": (-1, 0), "top_logprobs": (0,), "top_p": (1,), "truncation": ("disabled",),
     "use_beam_search": (False,), "user": ..., "verbosity": ("medium",),
 }  # fmt: skip
@@ -246,6 +247,8 @@ def _read_message(message: object, place: str) -> dict:
     fields = _check_fields(message, ("role", "content"), _MESSAGE_NEUTRAL, place)
     if role is None:
         raise _wrong(f"{place}.role", role, ", ".join(map(repr, _ROLES)))
+    if role == "assistant" and fields.get("content") == "":  # what this model said itself may be empty
+        return {"role": role, "content": [{"type": "text", "text": ""}]}
     content = _read_content(fields.get("content"), f"{place}.content")
     for part in content:
         if part["type"] == "image" and role != "user":
@@ -359,8 +362,8 @@ def _read_image(part: dict, max_pixels: int, until: float) -> Image.Image:
     if time.thread_time() > until:
         reason = f"reading the images of this request takes more than {_READING_SECONDS} seconds"
     elif isinstance(reason, MedicalImageError):
-        message = reason.told(name_of)
-        raise _RefusedError(message, named[0] if named else part["place"])
+        message = reason.told(name_of)  # an option in it is what can be changed
+        raise _RefusedError(message, next((place for place in named if place != part["place"]), part["place"]))
     raise _RefusedError(f"`{part['place']}` cannot be read: {reason}", part["place"])
 
 

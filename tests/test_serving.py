@@ -56,7 +56,7 @@ def served(shipped, **options):
     """URL of a server in a thread of its own."""
     listening = socket.create_server(("127.0.0.1", 0))
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    server = serving.make_server(serving.build_api(*shipped, name="demo", **options))
+    server = serving.make_server(serving.build_api(*shipped, **{"name": "demo"} | options))
     thread = Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
