@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import stat
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from .pictures import convert_array, convert_picture, read_picture
 
 logger = logging.getLogger(__name__)
 _DICOM, _NIFTI, _PICTURE, _DECODED = "DICOM file", "NIfTI volume", "picture file", "decoded picture"
+_MOST_STRETCHED = 100  # what is stated beyond is hardly meant
 
 
 class ReadingOption(NamedTuple):
@@ -91,7 +93,7 @@ class MedicalImage:
 
     Attributes:
         image: RGB `PIL.Image`, upright, without metadata.
-        size: original (height, width) in pixels, upright, before any reduction.
+        size: original (height, width) in pixels, upright, before any reduction or stretching.
         steps: what was done, in order; never anything that identifies a patient.
     """
 
@@ -176,10 +178,10 @@ def read_medical_image(
                     f"{arg(option.argument)} is given, but {arg('source')} is a {kind}; allowed for it are {allowed}."
                 )
         if kind == _DICOM:
-            pixels = read_dicom(file, steps, frame=frame, allow_burned_in=allow_burned_in, **shown)
-            image, size = Image.fromarray(pixels), pixels.shape[:2]
+            pixels, spacing = read_dicom(file, steps, frame=frame, allow_burned_in=allow_burned_in, **shown)
+            image, size = _to_scale(pixels, spacing, max_pixels, steps), pixels.shape[:2]
         elif kind == _NIFTI:
-            pixels = read_nifti(
+            pixels, spacing = read_nifti(
                 file,
                 steps,
                 slice_index=slice_index,
@@ -188,7 +190,7 @@ def read_medical_image(
                 window=window,
                 max_pixels=max_pixels,
             )
-            image, size = Image.fromarray(pixels), pixels.shape[:2]
+            image, size = _to_scale(pixels, spacing, max_pixels, steps), pixels.shape[:2]
         else:
             shown["background"] = background
             if kind == _PICTURE:
@@ -246,6 +248,33 @@ def _kind(file: BinaryIO) -> str:
     if is_dicom(head):
         return _DICOM
     return _NIFTI if is_nifti(file) else _PICTURE
+
+
+def _to_scale(
+    pixels: np.ndarray, spacing: tuple[float, float] | None, max_pixels: int, steps: list[str]
+) -> Image.Image:
+    """A picture with square pixels, stretched along the side of which there are too few of them.
+
+    Args:
+        pixels: `uint8` `(height, width)` or `(height, width, 3)`.
+        spacing: how high and how wide a pixel is.
+    """
+    levels = pixels.min(), pixels.max()
+    if levels[0] == levels[1]:
+        steps.append(f"the picture has one grey value only: {levels[0]}")
+        logger.warning("the picture has one grey value only, %d: nothing can be seen in it", levels[0])
+    image = Image.fromarray(pixels)
+    if spacing is None or not spacing[0] > 0 < spacing[1] or math.isclose(*spacing, rel_tol=0.01):
+        return image
+    ratio = spacing[0] / spacing[1]
+    width, height = round(image.width * max(1 / ratio, 1)), round(image.height * max(ratio, 1))
+    described = "pixels are {:g} high and {:g} wide".format(*spacing)
+    if not 1 / _MOST_STRETCHED <= ratio <= _MOST_STRETCHED or width * height > max_pixels:
+        steps.append(f"{described}, and stay so: the picture is not to scale")
+        logger.warning("the picture is not to scale: its %s", described)
+        return image
+    steps.append(f"{described}: stretched to {height} by {width} (height by width)")
+    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _check_background(background) -> tuple[int, int, int] | None:
