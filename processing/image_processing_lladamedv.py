@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -15,14 +14,12 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 from transformers.processing_utils import Unpack
 
-from .medical_images import read_medical_image
+from .medical_images import fetch_url, is_url, read_medical_image
 from .medical_shared import MAX_IMAGE_PIXELS, MedicalImageError
 
 
 _MAX_GRIDS, _MAX_TILES = 4096, 1024  # of a list, and of a grid
 _MAX_IMAGE_TOKENS = 2**20
-_URL_HEADERS = {"User-Agent": "lladamedv"}  # hosts refuse Python's own
-_URL_TIMEOUT = 60  # seconds; without one, a server that says nothing is waited for for ever
 
 
 class LLaDAMedVImageProcessorKwargs(LlavaOnevisionImageProcessorKwargs, total=False):
@@ -265,9 +262,8 @@ def _read(image) -> Image.Image:
     try:
         if isinstance(image, dict) and {"bytes", "path"} & set(image):  # as `datasets` stores a picture
             image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
-        if isinstance(image, str) and image.partition(":")[0].lower() in ("http", "https", "data"):
-            with urlopen(Request(image, headers=_URL_HEADERS), timeout=_URL_TIMEOUT) as answer:
-                image = answer.read()
+        if is_url(image):
+            image = fetch_url(image)
         elif isinstance(image, (str, Path)) and not Path(image).exists():
             raise FileNotFoundError("there is no such file")
         if isinstance(image, torch.Tensor):

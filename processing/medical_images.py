@@ -14,6 +14,7 @@ import stat
 from dataclasses import dataclass
 from os import PathLike
 from typing import BinaryIO, NamedTuple
+from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image, ImageColor
@@ -25,6 +26,8 @@ from .pictures import convert_array, convert_picture, read_picture
 
 
 logger = logging.getLogger(__name__)
+_URL_HEADERS = {"User-Agent": "lladamedv"}  # hosts refuse Python's own
+_URL_TIMEOUT = 60  # seconds; without one, a server that says nothing is waited for for ever
 _DICOM, _NIFTI, _PICTURE, _DECODED = "DICOM file", "NIfTI volume", "picture file", "decoded picture"
 _MOST_STRETCHED = 100  # what is stated beyond is hardly meant
 
@@ -154,10 +157,8 @@ def read_medical_image(
 
     Sources: DICOM PS3.3, C.7.6.3, C.11.1 and C.11.2, and PS3.4, N.2; NIfTI-1 (https://nifti.nimh.nih.gov/nifti-1).
     """
-    check_window(window)
+    check_options(window=window, background=background, full_range=full_range)
     background = _check_background(background)
-    if window is not None and full_range:
-        raise MedicalImageError(f"{arg('window')} and {arg('full_range')} are both given; allowed is one of the two.")
     if not isinstance(max_pixels, int) or not 1 <= max_pixels <= MAX_IMAGE_PIXELS:
         raise MedicalImageError(
             f"{arg('max_pixels')} is {max_pixels!r}; allowed are whole numbers from 1 to {MAX_IMAGE_PIXELS}."
@@ -217,6 +218,37 @@ def read_medical_image(
             file.close()
     logger.info("medical image, %d by %d pixels (height by width): %s", *size, "; ".join(steps) or "as it is")
     return MedicalImage(image, size, list(steps), steps.choices)
+
+
+def check_options(*, window=None, background=None, full_range: bool = False, **others) -> None:
+    """Check what can be known of the options of [`read_medical_image`] without the image.
+
+    Raises:
+        MedicalImageError: for a value that is not allowed, or two that exclude each other.
+    """
+    check_window(window)
+    _check_background(background)
+    if window is not None and full_range:
+        raise MedicalImageError(f"{arg('window')} and {arg('full_range')} are both given; allowed is one of the two.")
+
+
+def is_url(source: object) -> bool:
+    """Whether a text is a URL from which [`fetch_url`] may get an image."""
+    return isinstance(source, str) and source.partition(":")[0].lower() in ("http", "https", "data")
+
+
+def fetch_url(url: str) -> bytes:
+    """The content of a URL: `http`, `https` or `data`.
+
+    Raises:
+        MedicalImageError: if it cannot be had.
+    """
+    try:
+        with urlopen(Request(url, headers=_URL_HEADERS), timeout=_URL_TIMEOUT) as answer:
+            return answer.read()
+    except Exception as error:  # of many kinds
+        reason = f"{' '.join(str(error).split()):.300}" or type(error).__name__
+        raise MedicalImageError(f"{arg('source')} is a URL that cannot be fetched ({reason}).") from None
 
 
 def _open(source) -> BinaryIO:
@@ -304,6 +336,9 @@ __all__ = [
     "MedicalImage",
     "MedicalImageError",
     "ReadingOption",
+    "check_options",
+    "fetch_url",
+    "is_url",
     "read_dicom_series",
     "read_medical_image",
 ]

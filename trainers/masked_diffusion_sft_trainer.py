@@ -54,11 +54,6 @@ _TRAINED_PARTS = {
     "all": ("projector", "language_model", "vision"),
 }
 logger = logging.getLogger(__name__)
-# What a run leaves in `output_dir` for itself.
-_NOT_PUSHED = (
-    "checkpoint-*", "training_args.bin", "trainer_state.json", "data_report.json", "answers.jsonl", "not_finite*.json",
-    "runs",
-)  # fmt: skip
 
 
 class MaskedDiffusionSFTTrainer(SFTTrainer):
@@ -396,7 +391,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         self.create_model_card(kwargs.pop("model_name", repo.rpartition("/")[2]), **kwargs)
         return push_folder(
             args.output_dir, repo, private=(args.hub_private_repo if private is None else private) is not False,
-            base_model=base_model, leave_out=_NOT_PUSHED, commit_message=commit_message,
+            base_model=base_model, commit_message=commit_message,
             revision=revision or args.hub_revision, token=token or args.hub_token, report=logger.info,
         )  # fmt: skip
 
