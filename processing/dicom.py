@@ -105,7 +105,8 @@ def read_dicom(
     if header.get("BurnedInAnnotation") == "YES" and not allow_burned_in:
         raise MedicalImageError(
             f"{arg('source')} says that text is burned into its pixels (BurnedInAnnotation is YES), which may tell who "
-            f"the patient is; allowed are files that do not say so, or {arg('allow_burned_in')}."
+            f"the patient is; allowed are files that do not say so, or {arg('allow_burned_in')}.",
+            missing="allow_burned_in",
         )
     check_size(header.Rows, header.Columns, max_pixels)
     photometric = header.PhotometricInterpretation
@@ -155,6 +156,7 @@ def _to_8_bits(pixels: np.ndarray, header, window, full_range: bool, steps: list
         if photometric != "RGB":
             steps.append(f"{photometric} to RGB")
         return pixels if header.BitsStored == 8 else apply_range(pixels, 0, 2**header.BitsStored - 1)
+    steps.choices |= dict.fromkeys(("window",) if pixels.dtype.kind == "f" else ("window", "full_range"))
     padding = _padding(pixels, header)
     if full_range:
         if pixels.dtype.kind == "f":
