@@ -86,12 +86,10 @@ class RowReport:
 
 
 def normalize_messages(messages: list, num_images: int) -> list[dict]:
-    """The messages with content parts, a turn's images in front of its texts.
+    """The messages with content parts, for the processor's `apply_chat_template`, which puts a turn's images first.
 
     `<image>` in a user's text is a placeholder, as in LLaVA's records, and is taken out of the text; anywhere else it
-    is text. Wherever a user's turn names its images, they come first, in the same order, as LLaVA prepares its data; a
-    text between two images keeps its place behind them. A conversation that names no image shows all it has at the
-    beginning of its first user turn, as in TRL.
+    is text. A conversation that names no image shows all it has at the beginning of its first user turn, as in TRL.
 
     Args:
         messages: dicts, or objects that Transformers takes for messages (dataclasses, pydantic's), with a `role` and a
@@ -116,17 +114,17 @@ def normalize_messages(messages: list, num_images: int) -> list[dict]:
             content = [{"type": "text", "text": content}]
         elif not isinstance(content, (list, tuple)):
             raise _unreadable(f"the content of message {number} is {content!r:.50}; allowed are texts and lists")
-        shown, texts = 0, []
+        parts = []
         for part in content:
             part = _as_dict(part, f"a part of message {number}")
             kind, text = part.get("type"), part.get("text")
             if kind == "text" and isinstance(text, str):
                 if role == "user" and IMAGE_PLACEHOLDER in text:
-                    shown += text.count(IMAGE_PLACEHOLDER)
+                    parts += [{"type": "image"} for _ in range(text.count(IMAGE_PLACEHOLDER))]
                     text = text.replace(IMAGE_PLACEHOLDER, "").strip()
-                texts += [{"type": "text", "text": text}] * bool(text)
+                parts += [{"type": "text", "text": text}] * bool(text)
             elif kind == "image" and role == "user" and all(part.get(key) is None for key in _IMAGE_KEYS):
-                shown += 1
+                parts.append({"type": "image"})
             else:
                 held = [key for key in _IMAGE_KEYS if part.get(key) is not None]
                 raise _unreadable(
@@ -134,7 +132,7 @@ def normalize_messages(messages: list, num_images: int) -> list[dict]:
                     + (f" with `{held[0]}`" if held else "")
                     + "; allowed are texts, and in a user's turn images, which themselves are in the column `images`"
                 )
-        normalized.append({"role": role, "content": [{"type": "image"} for _ in range(shown)] + texts})
+        normalized.append({"role": role, "content": parts})
     if not count_placeholders(normalized):
         for message in normalized:
             if message["role"] == "user":

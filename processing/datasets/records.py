@@ -239,17 +239,24 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
     if not os.path.isfile(path):  # reading a pipe or a device may never end
         raise ValueError(f"{str(path)!r} cannot be read as {form}: there is no such file, or it is no regular one.")
     try:
+        with open(path, "rb") as file:
+            encoding = json.detect_encoding(file.read(4)).replace("utf-8", "utf-8-sig").replace("-sig-sig", "-sig")
         if form == "CSV":
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                yield from _read_table(csv.reader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True), path)
+            with open(path, encoding=encoding, newline="") as file:
+                # Excel writes semicolons where the comma is the decimal mark, and tabs into "Unicode text".
+                separator = max("\t,;" if suffix == ".tsv" else ",;\t", key=file.readline().count)
+                file.seek(0)
+                yield from _read_table(csv.reader(file, delimiter=separator, strict=True), path)
             return
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding=encoding) as file:
             first = file.read(1)
             while first.isspace():
                 first = file.read(1)
             file.seek(0)
             yield from _read_list(file, path) if first == "[" else _read_lines(file, path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not in UTF-8 ({error}); save it anew in that encoding.") from error
+    except (OSError, csv.Error) as error:
         raise ValueError(f"{str(path)!r} cannot be read as {form}: {error}") from error
 
 
@@ -277,7 +284,13 @@ def _read_lines(file: TextIO, path) -> Iterator[tuple[int, dict]]:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 form = "; allowed are a list of objects, or one object a line" if number == 1 else ""
-                raise _no_json(path, number, _reason(error) + form) from None
+                problem = _no_json(path, number, _reason(error) + form)
+                try:  # one object over several lines
+                    record = json.loads(line + file.read(_LONGEST)) if number == 1 else None
+                except (ValueError, RecursionError):
+                    record = None
+                if record is None:
+                    raise problem from None
             yield number, _as_object(record, line, path, number)
 
 
