@@ -97,6 +97,15 @@ def test_names_of_the_reference_exist(page):
         assert value.__doc__
 
 
+@pytest.mark.parametrize(
+    "file", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("hub_cards/**/*.md")], ids=lambda file: file.name
+)
+def test_what_is_to_be_pasted_can_be_pasted(file):
+    """No placeholder for an address that readers would have to know, and no package that an index may not have."""
+    text = file.read_text(encoding="utf-8")
+    assert "<this repository>" not in text and not re.search(r"pip install [\"']?lladamedv", text)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_pages(page):
     text = BLOCK.sub("", (DOCS / page).read_text(encoding="utf-8"))

@@ -122,7 +122,7 @@ def test_without_gradio(tmp_path, monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(hub, "version", version)
-    with pytest.raises(ValueError, match=r"is not installed, .* `pip install lladamedv\[app\]`"):
+    with pytest.raises(ValueError, match=r'is not installed, .* `pip install "lladamedv\[app\]"`'):
         write_space("x", tmp_path / "space", "demo", report=quiet)
     assert not (tmp_path / "space").exists()
 
