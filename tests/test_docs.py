@@ -69,6 +69,8 @@ def test_commands_and_their_options_exist(command):
     while hasattr(called, "commands"):
         assert words and words[0] in called.commands, command
         called = called.commands[words.pop(0)]
+    for parameter in called.params:  # the files and folders that pages name are not there
+        parameter.callback = None
     context = called.make_context(called.name, list(words))  # parses, and runs nothing
     if called.name == "train" and not context.params["list_recipes"]:
         assert recipe_file(context.params["recipe"]).is_file()

@@ -135,4 +135,4 @@ def test_command_line(tmp_path):
     assert json.loads(done.stdout) == {"output": str(tmp_path / "json"), "model": "me/model", "revision": "v1"}
     assert "hf upload" in done.stderr and (tmp_path / "json" / "app.py").is_file()
     failed = CliRunner().invoke(app, ["space", "Demo", str(tmp_path / "space")])
-    assert failed.exit_code == 1 and failed.stderr.startswith("lladamedv: `out` is")
+    assert failed.exit_code == 2 and f"'OUT': '{tmp_path / 'space'}' exists already" in failed.stderr
