@@ -8,6 +8,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,6 +24,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     ModelOutput,
+    TransformersKwargs,
     cached_file,
     can_return_tuple,
     find_adapter_config_file,
@@ -52,8 +54,13 @@ _BROKEN = (
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
+class _NestedOutput(ModelOutput):
+    def to_tuple(self):
+        return tuple(each.to_tuple() if isinstance(each, ModelOutput) else each for each in super().to_tuple())
+
+
 @dataclass
-class LLaDAMedVModelOutput(ModelOutput):
+class LLaDAMedVModelOutput(_NestedOutput):
     """Output of [`LLaDAMedVModel`].
 
     Args:
@@ -61,28 +68,29 @@ class LLaDAMedVModelOutput(ModelOutput):
             layer.
         hidden_states, attentions (tuples of `torch.FloatTensor`, *optional*): of every layer, as of all models of
             Transformers, where `output_hidden_states` and `output_attentions` ask for them.
-        image_hidden_states (`(image tokens of all rows, hidden)`, *optional*): the projected features of the images.
+        image_outputs (`BaseModelOutputWithPooling`, *optional*): what [`LLaDAMedVModel.get_image_features`] returns,
+            with the projected features of the images in its `pooler_output`.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
-class LLaDAMedVOutput(ModelOutput):
+class LLaDAMedVOutput(_NestedOutput):
     """Output of [`LLaDAMedVForConditionalGeneration`].
 
     Args:
         logits (`(batch, positions, vocab_size)`, or `(positions wanted, vocab_size)` with a boolean `logits_to_keep`).
-        hidden_states, attentions, image_hidden_states: those of [`LLaDAMedVModelOutput`].
+        hidden_states, attentions, image_outputs: those of [`LLaDAMedVModelOutput`].
     """
 
     logits: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class LLaDAMedVPreTrainedModel(PreTrainedModel):
@@ -439,11 +447,12 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         batch_num_images: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
         vision_features: torch.FloatTensor | None = None,
-    ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
+        **kwargs,
+    ) -> tuple[torch.FloatTensor, BaseModelOutputWithPooling | None]:
         """Token embeddings `(batch, sequence, hidden)` with the image features at the image tokens.
 
         Returns:
-            The embeddings, and the features of all placeholders one after the other (`None` without images).
+            The embeddings, and what [`~LLaDAMedVModel.get_image_features`] returns (`None` without images).
 
         Raises:
             ValueError: if the number of image tokens differs from the number of features.
@@ -459,15 +468,15 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
                 )
             return embeddings, None
         images = self.get_image_features(
-            pixel_values, image_sizes, batch_num_images, image_index, vision_features, return_dict=True
-        ).pooler_output
-        features = torch.cat(images).to(embeddings)
+            pixel_values, image_sizes, batch_num_images, image_index, vision_features, return_dict=True, **kwargs
+        )
+        features = torch.cat(images.pooler_output).to(embeddings)
         if num_tokens != len(features):
             raise ValueError(
                 f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}), but the images make "
                 f"{len(features)} features; the two must be equal."
             )
-        return embeddings.masked_scatter(is_image[..., None], features), features
+        return embeddings.masked_scatter(is_image[..., None], features), images
 
     @can_return_tuple
     def forward(
@@ -486,7 +495,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         query_mask: torch.BoolTensor | None = None,
         cache: Cache | None = None,
         embeddings_only: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LLaDAMedVModelOutput:
         """One bidirectional pass.
 
@@ -507,7 +516,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
                 layer is spared the positions that no row of the batch wants.
             cache (`Cache`, *optional*): that of the denoising loop, which knows which positions this pass runs.
             embeddings_only: return what [`~LLaDAMedVModel.get_multimodal_embeddings`] makes, as `last_hidden_state`
-                and `image_hidden_states`, and run no layer. Weights that accelerate has offloaded come back for a
+                and `image_outputs`, and run no layer. Weights that accelerate has offloaded come back for a
                 forward pass only.
 
         Returns:
@@ -520,15 +529,16 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        features = None
+        images = None
         if inputs_embeds is None:
-            inputs_embeds, features = self.get_multimodal_embeddings(
-                input_ids, pixel_values, image_sizes, batch_num_images, image_index, vision_features
+            recorded = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
+            inputs_embeds, images = self.get_multimodal_embeddings(
+                input_ids, pixel_values, image_sizes, batch_num_images, image_index, vision_features, **recorded
             )
         elif pixel_values is not None or vision_features is not None:
             raise ValueError("Images need `input_ids`: `inputs_embeds` must already hold the image features.")
         if embeddings_only:
-            return LLaDAMedVModelOutput(last_hidden_state=inputs_embeds, image_hidden_states=features)
+            return LLaDAMedVModelOutput(last_hidden_state=inputs_embeds, image_outputs=images)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         if turn_ids is not None or segment_ids is not None:
@@ -547,7 +557,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             last_hidden_state=hidden if query_mask is None else hidden[query_mask],
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=features,
+            image_outputs=images,
         )
 
     def _structured_mask(self, inputs_embeds, attention_mask, turn_ids, segment_ids):
@@ -632,7 +642,7 @@ class LLaDAMedVForConditionalGeneration(
         vision_features: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LLaDAMedVOutput:
         """One bidirectional pass and the logits: `logits[:, i]` predicts the token AT position `i` (no shift).
 
@@ -685,7 +695,7 @@ class LLaDAMedVForConditionalGeneration(
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
     def _query_mask(self, logits_to_keep, output_attentions=None, output_hidden_states=None, **kwargs):
