@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector, unpad_image
 from transformers.utils import (
+    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     ModelOutput,
     TransformersKwargs,
@@ -126,7 +127,8 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
         **kwargs,
     ):
         """As `PreTrainedModel.from_pretrained`, but a checkpoint with missing weights is an error, not a warning, and
-        checkpoints in the layouts that LLaDA, LLaDA-V and LLaDA-MedV were released in load as they are.
+        checkpoints in the layouts that LLaDA, LLaDA-V and LLaDA-MedV were released in load as they are. A folder of
+        adapters (PEFT) gives the model that they name, with the adapters in it, as the Auto classes do.
 
         Args:
             vision_tower (`str` or `Path`, *optional*): for a released checkpoint with another tower than SigLIP2
@@ -136,13 +138,26 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
             ValueError: if there is no `config.json`; if weights of the model are missing from the checkpoint, or have
                 other shapes and `ignore_mismatched_sizes` is not set (a model with random parts would still answer,
                 wrongly); if a checkpoint in a released layout holds keys that this layout does not have; if adapters
-                lie beside the model, or files of a local folder are not what [`check_folder`] allows.
+                lie beside a model, name no model, or are pickled; if files of a local folder are not what
+                [`check_folder`] allows.
         """
         vision_tower = kwargs.pop("vision_tower", None)
         kwargs.setdefault("use_safetensors", True)
         released = None
         if pretrained_model_name_or_path is not None:
             hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+            base = _find_adapted_model(pretrained_model_name_or_path, hub)
+            if base is not None:
+                try:
+                    from peft import PeftModel  # takes a second
+                except ImportError as error:
+                    raise ImportError("Adapters need PEFT: pip install peft") from error
+                own = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+                model, info = cls.from_pretrained(base, *args, output_loading_info=True, **own)
+                # Without memory for what the adapters' configuration says before their weights are seen.
+                PeftModel.from_pretrained(model, pretrained_model_name_or_path, low_cpu_mem_usage=True, **hub)
+                model._hf_peft_config_loaded = True  # the library saves adapters alone then
+                return (model.eval(), info) if output_loading_info else model.eval()
             _check_source(pretrained_model_name_or_path, hub, kwargs.get("variant"))
             if kwargs.get("config") is None and "key_mapping" not in kwargs:
                 released = _find_released_checkpoint(pretrained_model_name_or_path, vision_tower, hub)
@@ -197,22 +212,45 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
             return {name: tuple(weight.shape) for name, weight in cls(config).state_dict().items()}
 
 
+def _find_adapted_model(name, hub) -> str | None:
+    """The model that the adapters `name` belong to; `None` if these are no adapters."""
+    try:
+        adapters = find_adapter_config_file(str(name), **hub)
+    except (OSError, ValueError):
+        return None  # the library reports it better
+    if adapters is None:
+        return None
+    if os.path.isdir(name):
+        check_folder(os.path.dirname(adapters))
+    others = (CONFIG_NAME, "adapter_model.safetensors")
+    model, weights = (cached_file(name, each, **hub, _raise_exceptions_for_missing_entries=False) for each in others)
+    try:
+        base = json.loads(Path(adapters).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except _BROKEN:
+        base = None
+    reason = None
+    if model is not None:
+        reason = "beside a model (config.json); load one of them from a folder of its own"
+    elif weights is None:
+        reason = "without adapter_model.safetensors; pickled weights are not loaded"
+    elif not isinstance(base, str) or not base:
+        reason = "without the model that they belong to (`base_model_name_or_path`)"
+    elif find_adapter_config_file(base) is not None:
+        reason = f"for {base!r} (`base_model_name_or_path`), which are adapters, too"
+    if reason is not None:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` is {str(name)!r}, which holds adapters (adapter_config.json) {reason}."
+        )
+    return base
+
+
 def _check_source(name, hub, variant) -> None:
-    """Refuse files that lead elsewhere, and adapters: the library would look for their model elsewhere."""
+    """Refuse files that lead elsewhere."""
     folder = os.path.join(name, hub.get("subfolder") or "")
     if not os.path.isdir(folder):
         folder = _fetch_index(name, hub, variant)
     if folder is not None:
         check_folder(folder)
-    try:
-        adapters = find_adapter_config_file(str(name), **hub)
-    except (OSError, ValueError):
-        return  # the library reports it better
-    if adapters is not None:
-        raise ValueError(
-            f"`pretrained_model_name_or_path` is {str(name)!r}, which holds adapters (adapter_config.json); allowed "
-            "are models. Load the one that they belong to, and then the adapters with `peft.PeftModel`."
-        )
 
 
 def _fetch_index(name, hub, variant) -> str | None:
