@@ -30,6 +30,7 @@ from lladamedv.modeling_lladamedv import (
 from lladamedv.processing import LLaDAMedVProcessor
 
 from .conversation import LEVELS, MASK, NOTICE, generate_answer, level_of, pieces, printable
+from .paths import EXPLANATION_SUFFIXES, check_new_file
 
 
 _PREVIEW = (640, 640)
@@ -81,23 +82,13 @@ class Explanation:
         """Write the explanation as `file` says by its suffix; a file that exists is overwritten.
 
         Raises:
-            ValueError: as `check_explanation_file`.
+            ValueError: if `file` has another suffix than `.html` or `.png`, or cannot be written there.
         """
-        check_explanation_file(file)
+        check_new_file(file, EXPLANATION_SUFFIXES)
         if file.suffix.lower() == ".html":
             file.write_text(to_html(self), encoding="utf-8")
         else:
             draw_explanation(self).save(file, optimize=True)
-
-
-def check_explanation_file(file: Path) -> None:
-    """Find out whether an explanation can be written there, before any work is done.
-
-    Raises:
-        ValueError: if `file` has another suffix than `.html` or `.png`, or its folder does not exist.
-    """
-    if file.suffix.lower() not in (".html", ".png") or file.is_dir() or not file.resolve().parent.is_dir():
-        raise ValueError(f"`explain` is {str(file)!r}; it must be an .html or .png file in a folder that exists.")
 
 
 def explain_answer(
@@ -418,6 +409,6 @@ def _word(token: Token) -> str:
 
 
 __all__ = [
-    "Explanation", "Token", "answer_length", "answer_tokens", "check_explanation_file", "draw_explanation",
-    "explain_answer", "image_as_html", "summarize", "to_html",
+    "Explanation", "Token", "answer_length", "answer_tokens", "draw_explanation", "explain_answer", "image_as_html",
+    "summarize", "to_html",
 ]  # fmt: skip

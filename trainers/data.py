@@ -316,12 +316,13 @@ def _convert_batch(batch: dict[str, list], numbers: list[int], kind, images, nam
     """A batch of a stream as rows, without the records that cannot become one."""
     rows = []
     for number, *values in zip(numbers, *batch.values()):
-        record_id = f"{names}/{number}"
+        record_id, is_new = f"{names}/{number}", report.begin(number)
         try:
             rows.append(_to_row(dict(zip(batch, values)), record_id, kind, images))
         except InvalidRecordError as error:
             report.leave_out(record_id, error)
-    report.rows += len(rows)
+        else:
+            report.rows += is_new
     return {column: [row[column] for row in rows] for column in ROW_FEATURES}
 
 
@@ -388,13 +389,12 @@ def _parse_phantoms(path: str, argument: str) -> dict:
 
 
 def _phantom_rows(phantoms: dict, report: LoadReport) -> Iterator[dict]:
-    report.restart()
     for number, example in enumerate(PhantomVQA(**phantoms)):
         turns = {"user": example.question, "assistant": example.answer}
         messages = normalize_messages([{"role": role, "content": text} for role, text in turns.items()], 1)
         for message in messages:
             message["content"] = [{"type": part["type"], "text": part.get("text")} for part in message["content"]]
-        report.rows += 1
+        report.rows += report.begin(number)
         yield {"id": f"phantoms/{phantoms['seed']}/{number}", "messages": messages, "images": [example.image]}
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
@@ -44,8 +45,8 @@ class RowError(ValueError):
 class RowReport:
     """What became of the rows of a data set.
 
-    Of a streamed data set it tells what was read so far: every row that differs from the others counts once, however
-    often it is read. It counts nothing where dataloader workers read the stream: that happens in other processes.
+    Of a streamed data set it tells what was read so far, in the longest of its passes. It counts nothing where
+    dataloader workers read the stream: that happens in other processes.
 
     Attributes:
         kept: number of rows to train on; `None` if nothing is counted.
@@ -53,6 +54,7 @@ class RowReport:
         rows: for each reason, the names of these rows: their numbers, from 0, and their ids.
         without_images: how many of the rows to train on have no image.
         packed_into: number of rows after packing, if questions were packed.
+        held_out: how these rows were held out of the training data, if they were.
     """
 
     kept: int | None = 0
@@ -60,6 +62,7 @@ class RowReport:
     rows: dict[str, list[str]] = field(default_factory=dict)
     without_images: int = 0
     packed_into: int | None = None
+    held_out: dict | None = None
 
     def add(self, reason: str, row_name: str) -> None:
         self.left_out[reason] += 1
@@ -76,6 +79,8 @@ class RowReport:
             lines.append(f"{count} left out, {reason}: {', '.join(self.rows[reason][:_SHOWN])}{more}")
         if self.packed_into is not None:
             lines.append(f"packed into {self.packed_into} rows")
+        if self.held_out is not None:
+            lines.append("held out by image, {share} of the rows, seed {seed}, {images} images".format(**self.held_out))
         return "; ".join(lines)
 
 
@@ -267,8 +272,8 @@ def undecoded(dataset):
     return dataset
 
 
-def pixels_of(row: dict, open_image: Callable, seen: dict[str, str | Exception]) -> list[str]:
-    """A digest of the pixels of each image of a row, all of which are decoded in full.
+def pixels_of(row: dict, open_image: Callable, seen: dict[str, tuple | Exception]) -> list[tuple[str, tuple[int, int]]]:
+    """A digest of the pixels, and the size, of each image of a row, all of which are decoded in full.
 
     Args:
         open_image: makes an RGB `PIL.Image` of an image, as the image processor's `fetch_images` does.
@@ -277,19 +282,26 @@ def pixels_of(row: dict, open_image: Callable, seen: dict[str, str | Exception])
     Raises:
         RowError: for an image that cannot be read.
     """
-    digests = []
+    pixels = []
     for image in images_of(row):
         key = image_key(image)
         if key not in seen:
             try:
                 picture = open_image(image)
-                seen[key] = hashlib.sha256(picture.tobytes() + repr(picture.size).encode()).hexdigest()
+                digest = hashlib.sha256(picture.tobytes() + repr(picture.size).encode()).hexdigest()
+                seen[key] = digest, picture.size
             except Exception as error:  # libraries raise many kinds for broken files
                 seen[key] = error
         if isinstance(seen[key], Exception):
             raise RowError("an image cannot be read", " ".join(str(seen[key]).split()))
-        digests.append(seen[key])
-    return digests
+        pixels.append(seen[key])
+    return pixels
+
+
+@lru_cache(maxsize=16)
+def _blank(size: tuple[int, int]) -> Image.Image:
+    """Stands for an image of which nothing but the size matters."""
+    return Image.new("RGB", size)
 
 
 def _in_parallel(function, dataset: datasets.Dataset, title: str, disable_tqdm: bool) -> Iterator[tuple]:
@@ -299,7 +311,7 @@ def _in_parallel(function, dataset: datasets.Dataset, title: str, disable_tqdm: 
     with bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(dataset), _CHUNK):
             columns = dataset[start : start + _CHUNK]
-            rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+            rows = [dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]
             for number, (row, result) in enumerate(zip(rows, pool.map(function, rows)), start):
                 yield number, row, result
                 bar.update()
@@ -329,34 +341,37 @@ def prepare_rows(
     """
     dataset = undecoded(dataset)
     streamed = isinstance(dataset, datasets.IterableDataset)
-    report, read, seen = RowReport(None if streamed and not counted else 0), set(), {}
+    report, read, seen = RowReport(None if streamed and not counted else 0), 0, {}
 
-    def problem_of_images(row) -> RowError | None:
+    def look_at(row) -> list | Exception:
         try:
-            pixels_of(row, open_image, {} if streamed else seen)
-        except RowError as error:
+            return pixels_of(row, open_image, {} if streamed else seen)
+        except Exception as error:  # a stream's rows may hold anything
             return error
-        return None
 
-    def good(row, number, problem) -> bool:
-        option, value = "invalid_rows", "skip"
+    def good(row, number, pixels) -> bool:
+        nonlocal read
+        option, value, problem = "invalid_rows", "skip", None
         try:
             check_row(row)
-            length = length_of(row) if problem is None else 0
+            if isinstance(pixels, Exception):
+                raise pixels
+            length = length_of({**row, "image": None, "images": [_blank(size) for _, size in pixels]})
         except RowError as error:
             problem = error
         except Exception as error:  # whatever it is, training would end with it
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             problem = RowError("it cannot be read", kind + " ".join(str(error).split()))
         else:
-            if problem is None and length > max_length:
+            if length > max_length:
                 option, value, problem = "long_rows", "drop", RowError(f"more than {max_length} tokens", str(length))
         if problem is not None and (long_rows if option == "long_rows" else invalid_rows) != value:
             raise ValueError(
                 f"`{name}` cannot be trained on: {_row_name(row, number)} has a problem: {problem}. Mend it, or leave "
                 f"such rows out with {option}={value!r}."
             ) from problem
-        if report.kept is not None and (not streamed or _is_new(row, read)):
+        if report.kept is not None and number >= read:  # not read before, by a look at the first rows or an epoch
+            read = number + 1
             if problem is None:
                 report.kept += 1
                 report.without_images += not images_of(row)
@@ -367,24 +382,12 @@ def prepare_rows(
         return problem is None
 
     if streamed:
-        return dataset.filter(lambda row, number: good(row, number, problem_of_images(row)), with_indices=True), report
-    looked_at = _in_parallel(problem_of_images, dataset, f"Checking {name}", disable_tqdm)
-    keep = [number for number, row, problem in looked_at if good(row, number, problem)]
+        return dataset.filter(lambda row, number: good(row, number, look_at(row)), with_indices=True), report
+    looked_at = _in_parallel(look_at, dataset, f"Checking {name}", disable_tqdm)
+    keep = [number for number, row, pixels in looked_at if good(row, number, pixels)]
     if not keep:
         raise ValueError(f"`{name}` has {len(dataset)} rows, of which none can be trained on: {report.summary()}.")
     return (dataset if len(keep) == len(dataset) else dataset.select(keep)), report
-
-
-def _is_new(row: dict, read: set[int]) -> bool:
-    """Whether a row of a stream was not read before, which epochs and looks at its first row do."""
-    try:
-        images = tuple(map(image_key, images_of(row)))
-    except Exception:
-        images = ()
-    key = hash((str(row.get("id")), repr(row.get("messages")), images))
-    known = key in read
-    read.add(key)
-    return not known
 
 
 def split_by_image(
@@ -413,7 +416,7 @@ def split_by_image(
 
     def content_of(row) -> list[str]:
         try:
-            pixels = pixels_of(row, open_image, seen)
+            pixels = [digest for digest, _ in pixels_of(row, open_image, seen)]
         except Exception:  # such rows are left to the check of all rows
             return []
         if not pixels:

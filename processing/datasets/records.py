@@ -46,7 +46,7 @@ class MissingImageError(InvalidRecordError):
 @dataclass
 class LoadReport:
     """What becomes of the records of one source. With streaming it fills while rows are read, in the process that reads
-    them.
+    them; a record that is read again, in a later epoch, counts once.
 
     Args:
         source: the file, folder or Hub id.
@@ -71,15 +71,16 @@ class LoadReport:
     def __post_init__(self):
         if self.invalid_records not in ("error", "skip"):
             raise ValueError(f"`invalid_records` is {self.invalid_records!r}; allowed are 'error' and 'skip'.")
+        self._read, self._is_new = 0, True
 
     def __deepcopy__(self, memo) -> LoadReport:
         return self  # `datasets` copies what it streams from; the copy still reports here
 
-    def restart(self) -> None:
-        """Forget an earlier pass over the source."""
-        self.rows = 0
-        self.missing_images.clear()
-        self.invalid.clear()
+    def begin(self, number: int) -> bool:
+        """Begin with a record of the source, by its number: whether it is new, and so is to be counted."""
+        self._is_new = number >= self._read
+        self._read = max(self._read, number + 1)
+        return self._is_new
 
     def leave_out(self, record_id: str, error: InvalidRecordError, where: str = "") -> None:
         """Note a record that becomes no row; `where` it is in the file.
@@ -94,6 +95,8 @@ class LoadReport:
                 f"{self.source!r} has an invalid record, {_one_line(record_id)}{where}: {reason}. Mend it, or leave "
                 "such records out with 'skip'."
             ) from None
+        if not self._is_new:
+            return
         (self.missing_images if missing else self.invalid).append((record_id, str(error)))
         if len(self.missing_images) + len(self.invalid) <= _SHOWN:
             logger.warning("%s: record %s left out, %s", self.source, _one_line(record_id), reason)
@@ -388,15 +391,15 @@ def rows_of(path: str | Path, convert: Callable[[dict, str], dict], report: Load
     Raises:
         ValueError: for a file that is no JSON, or a malformed record if that is what the report says.
     """
-    report.restart()
     for number, (line, record) in enumerate(read_records(path)):
+        is_new = report.begin(number)
         record_id = str(record.get("id", f"{Path(path).stem}/{number}"))
         try:
             row = convert(record, record_id)
         except InvalidRecordError as error:
             report.leave_out(record_id, error, f" at line {line}")
             continue
-        report.rows += 1
+        report.rows += is_new
         yield row
 
 

@@ -108,13 +108,6 @@ class VQAReport(LoadReport):
         super().__post_init__()
         self._image_ids: set[str] = set()
 
-    def restart(self) -> None:
-        super().restart()
-        self._image_ids.clear()
-        self.empty_answers.clear()
-        self.images = self.open = self.closed = self.derived_answer_types = self.other_languages = 0
-        self.truth_values = self.other_splits = 0
-
     def add_columns(self, fields: Fields) -> None:
         """Note what the columns of a record are read as."""
         for column in (*COLUMNS, *META):
@@ -128,12 +121,13 @@ class VQAReport(LoadReport):
         names = dict.fromkeys((*self.unused_columns, *map(str, fields.record)))
         self.unused_columns = [name for name in names if name not in used]
 
-    def add(self, row: dict, derived: bool) -> None:
+    def add(self, row: dict, derived: bool, was_truth_value: bool) -> None:
         """Count a row."""
         self.rows += 1
         self.open += row["answer_type"] == "open"
         self.closed += row["answer_type"] == "closed"
         self.derived_answer_types += derived
+        self.truth_values += was_truth_value
         if not row["answer"]:
             self.empty_answers.append(row["id"])
         self._image_ids.add(row["image_id"])
@@ -546,19 +540,19 @@ class _Reader:
     def numbered_rows(self) -> Iterator[tuple[int, dict]]:
         """Rows, each with the number of its record."""
         report, ids = self.report, set()
-        report.restart()
         for number, (where, record) in enumerate(self.records()):
+            is_new = report.begin(number)
             if isinstance(record.get("meta"), dict):
                 record = {**record["meta"], **record}
             fields = Fields(record)
             if report.benchmark == OWN_DATA:
                 report.add_columns(fields)
             if self.split is not None and not self._is_of_the_split(fields):
-                report.other_splits += 1
+                report.other_splits += is_new
                 continue
             language = str(fields.get("language", "en")).strip()
             if report.benchmark != OWN_DATA and squash(language)[:2] != "en":
-                report.other_languages += 1
+                report.other_languages += is_new
                 continue
             given = fields.get("id", f"{report.benchmark}/{report.split}/{number}")
             name = text_of(given) or str(given)
@@ -567,14 +561,15 @@ class _Reader:
             except InvalidRecordError as error:
                 report.leave_out(name, error, where)
                 continue
-            for row, derived in rows:
+            for row, *counted in rows:
                 if row["id"] in ids:
                     raise ValueError(
                         f"{report.source!r} has two questions of the id {row['id']!r:.200}; ids must differ. "
                         f"{fields.name('id')!r} is read as the id: if it is none, give the column another name."
                     )
                 ids.add(row["id"])
-                report.add(row, derived)
+                if is_new:
+                    report.add(row, *counted)
                 yield number, row
 
     def _is_of_the_split(self, fields: Fields) -> bool:
@@ -584,16 +579,16 @@ class _Reader:
             )
         return squash(there) == squash(self.split)
 
-    def _row(self, fields: Fields, name: str, question, answer, language: str) -> tuple[dict, bool]:
-        """A question of a record as a row, and whether its answer type had to be derived."""
+    def _row(self, fields: Fields, name: str, question, answer, language: str) -> tuple[dict, bool, bool]:
+        """A question of a record as a row; whether its answer type was derived, and its answer a truth value."""
         text = text_of(question) or ""
         if text.count(IMAGE_PLACEHOLDER) > 1:
             raise InvalidRecordError(f"its question is about {text.count(IMAGE_PLACEHOLDER)} images; allowed is one")
         text = text.replace(IMAGE_PLACEHOLDER, "").strip()
         if not text:
             raise InvalidRecordError(f"`question` is {question!r:.200}")
-        self.report.truth_values += isinstance(answer, bool)
-        answer, answer_type = answer_text(answer), fields.get("answer_type")
+        was_truth_value, answer_type = isinstance(answer, bool), fields.get("answer_type")
+        answer = answer_text(answer)
         derived = answer_type is None or not str(answer_type).strip()
         if derived:
             answer_type = derived_answer_type(answer)
@@ -615,7 +610,7 @@ class _Reader:
             "language": language,
             "meta": {column: None if value is None else str(value).strip() for column, value in meta.items()},
         }
-        return row, derived
+        return row, derived, was_truth_value
 
     def _image(self, fields: Fields) -> tuple[dict, str | None]:
         """The image as `datasets.Image` holds it, and the name of its file unless its bytes are there."""
