@@ -306,7 +306,7 @@ def load_own_vqa(
     """
     path = Path(os.path.expanduser(data))
     if not os.path.exists(path):
-        raise ValueError(f"`data` is {str(data)!r}; there is no such file or folder.")
+        raise ValueError(f"There is no file or folder {str(data)!r}.")
     report = VQAReport(str(data), invalid_records, benchmark=OWN_DATA, local=True)
     images = _image_files(path if path.is_dir() else path.parent, image_folder)
     file = _own_file(path, split)
@@ -316,7 +316,7 @@ def load_own_vqa(
     else:
         records = _FileRecords(file)
     report.split = split or _ALL
-    _first_record(records, f"`data` is {str(data)!r}")
+    _first_record(records, f"This is {str(data)!r}")
     chosen = split if file is not None and split != file.stem else None
     return _read(_Reader(records, images, report, chosen), streaming), report
 
@@ -363,10 +363,10 @@ def _own_split(folder: Path) -> str:
         else:
             splits = datasets.get_dataset_split_names(str(folder))
     except Exception as error:  # `datasets` raises many kinds
-        raise ValueError(f"`data` is {str(folder)!r}, a folder that cannot be loaded: {error}") from error
+        raise ValueError(f"The folder {str(folder)!r} cannot be loaded: {error}") from error
     if len(splits) == 1 or TEST in splits:
         return TEST if TEST in splits else splits[0]
-    raise ValueError(f"`split` is missing; {str(folder)!r} has {splits}.")
+    raise ValueError(f"The split has to be chosen: {str(folder)!r} has {splits}.")
 
 
 def _newest_revision(hub_id: str) -> str | None:
@@ -575,7 +575,8 @@ class _Reader:
     def _is_of_the_split(self, fields: Fields) -> bool:
         if (there := fields.get("split")) is None:
             raise ValueError(
-                f"`split` is {self.split!r}, but {self.report.source!r} has no column `split`: {list(fields.record)}."
+                f"The split {self.split!r} is asked for, but {self.report.source!r} has no column of that name: "
+                f"{list(fields.record)}."
             )
         return squash(there) == squash(self.split)
 
