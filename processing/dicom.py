@@ -104,7 +104,8 @@ def read_dicom(
     if header.get("BurnedInAnnotation") == "YES" and not allow_burned_in:
         raise MedicalImageError(
             f"{arg('source')} says that text is burned into its pixels (BurnedInAnnotation is YES), which may tell who "
-            f"the patient is; allowed are files that do not say so, or {arg('allow_burned_in')}."
+            f"the patient is; allowed are files that do not say so, or {arg('allow_burned_in')}.",
+            missing="allow_burned_in",
         )
     check_size(header.Rows, header.Columns, max_pixels)
     photometric = header.PhotometricInterpretation
@@ -154,6 +155,7 @@ def _to_8_bits(pixels: np.ndarray, header, window, full_range: bool, steps: list
         if photometric != "RGB":
             steps.append(f"{photometric} to RGB")
         return pixels if header.BitsStored == 8 else apply_range(pixels, 0, 2**header.BitsStored - 1)
+    steps.choices |= dict.fromkeys(("window",) if pixels.dtype.kind == "f" else ("window", "full_range"))
     padding = _padding(pixels, header)
     if full_range:
         if pixels.dtype.kind == "f":
@@ -182,7 +184,7 @@ def _check_preset(window, header) -> None:
     if not isinstance(window, str) or window not in WINDOW_PRESETS:
         return
     unit = header.get("RescaleType") or ("HU" if header.get("Modality") == "CT" else None)
-    rescaled = any(header.get(name) for name in ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"))
+    rescaled = header.get("ModalityLUTSequence") or any(_rescaling(header))
     if unit not in ("HU", "HU_MOD") or not rescaled:
         raise MedicalImageError(
             f"{arg('window')} is {window!r}, a window in Hounsfield units, but {arg('source')} is not a CT image "
@@ -319,6 +321,10 @@ def _decode(source, header, frame: int) -> np.ndarray:
     if not decoder.is_available:
         raise ImportError(f'The pixels are compressed as {syntax.name}: pip install "lladamedv[medical-codecs]"')
     if not syntax.is_encapsulated:
+        if header.BitsAllocated == 1 and header.Rows * header.Columns % 8:
+            # Frames that begin within a byte, of which pydicom alone reads the last bits only with all the others.
+            pixels = pixel_array(source)
+            return pixels[frame] if pixels.ndim == 3 else pixels
         stored, high = header.get("BitsStored"), header.get("HighBit")
         if header.SamplesPerPixel > 1 or high is None or not stored <= high < header.BitsAllocated:
             return pixel_array(source, index=frame)

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from .dicom import is_dicom, read_dicom, read_dicom_series
-from .medical_shared import MAX_IMAGE_PIXELS, WINDOW_PRESETS, MedicalImageError, arg, check_size, check_window
+from .medical_shared import MAX_IMAGE_PIXELS, WINDOW_PRESETS, MedicalImageError, Steps, arg, check_size, check_window
 from .nifti import is_nifti, read_nifti
 from .pictures import convert_array, convert_picture, read_picture
 
@@ -98,11 +98,14 @@ class MedicalImage:
         image: RGB `PIL.Image`, upright, without metadata.
         size: original (height, width) in pixels, upright, before any reduction or stretching.
         steps: what was done, in order; never anything that identifies a patient.
+        choices: the arguments of [`read_medical_image`] by which another picture can be read from the same source. Those
+            of an index have what is counted, the index from 0, and how many there are; the others have `None`.
     """
 
     image: Image.Image
     size: tuple[int, int]
     steps: list[str]
+    choices: dict[str, tuple[str, int, int] | None]
 
 
 def read_medical_image(
@@ -163,7 +166,7 @@ def read_medical_image(
     decoded = isinstance(source, (Image.Image, np.ndarray))
     file = None if decoded else _open(source)
     shown = {"window": window, "full_range": full_range, "max_pixels": max_pixels}
-    steps: list[str] = []
+    steps = Steps()
     kind = "file"
     try:
         kind = _DECODED if decoded else _kind(file)
@@ -214,7 +217,7 @@ def read_medical_image(
         if isinstance(source, (str, PathLike)):
             file.close()
     logger.info("medical image, %d by %d pixels (height by width): %s", *size, "; ".join(steps) or "as it is")
-    return MedicalImage(image, size, steps)
+    return MedicalImage(image, size, list(steps), steps.choices)
 
 
 def check_options(*, window=None, background=None, full_range: bool = False, **others) -> None:

@@ -66,6 +66,19 @@ class MedicalImageError(ValueError):
         return _MARKED.sub(lambda match: name_of(match[1]), self.message)
 
 
+class Steps(list):
+    """What was done to the pixels, in order.
+
+    Attributes:
+        choices: the arguments by which another picture can be read from the same source. Those of an index have what is
+            counted, the index from 0 and how many there are; the others have `None`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.choices: dict[str, tuple[str, int, int] | None] = {}
+
+
 def arg(name: str) -> str:
     """An argument of [`read_medical_image`] in the message of a [`MedicalImageError`]."""
     return f"\ue000{name}\ue001"
@@ -83,7 +96,7 @@ def require(library: str):
         raise ImportError(f'This image file needs {library}: pip install "lladamedv[medical]"') from error
 
 
-def choose_index(name: str, value: int | None, count: int, unit: str, steps: list[str], required: bool = False) -> int:
+def choose_index(name: str, value: int | None, count: int, unit: str, steps: Steps, required: bool = False) -> int:
     """The index of a frame or slice: the one asked for, else the middle one, which is told and logged as a warning.
 
     Args:
@@ -100,11 +113,14 @@ def choose_index(name: str, value: int | None, count: int, unit: str, steps: lis
     if value is None:
         value = count // 2
         if count > 1:
+            steps.choices[name] = (unit, value, count)
             steps.append(f"{unit} {value} of {count} (from 0): the middle one, none was chosen")
             logger.warning("no %s is chosen: the middle one of %d is shown", unit, count)
         return value
     if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value < count:
         raise MedicalImageError(f"{arg(name)} is {value!r}; allowed are whole numbers from 0 to {count - 1}.")
+    if count > 1:
+        steps.choices[name] = (unit, int(value), count)
     steps.append(f"{unit} {value} of {count} (from 0)")
     return int(value)
 

@@ -92,6 +92,7 @@ def read_nifti(
     if np.issubdtype(volume.dtype, np.complexfloating):
         raise MedicalImageError(f"{arg('source')} is a NIfTI volume of complex numbers; allowed are real ones.")
     times = shape[3] if len(shape) > 3 else 1
+    steps.choices |= {"axis": None, "window": None}
     time = choose_index("time_index", time_index, times, "volume", steps, required=True)
 
     affine = _affine(header, steps)

@@ -226,6 +226,7 @@ def convert_array(
 
 def _convert_grey(values: np.ndarray, steps: list[str], window, full_range: bool) -> np.ndarray:
     """Grey values of any type, `(height, width)`, as `uint8`."""
+    steps.choices |= {"window": None, "full_range": None}
     if window is not None:
         level, width = check_window(window)
         steps.append(describe_window(window, level, width))
@@ -272,7 +273,9 @@ def _lay_on_background(image: Image.Image, background, steps: list[str]) -> Imag
     image = image.convert("RGBA")
     if image.getchannel("A").getextrema() == (255, 255):
         steps.append("transparency left out: everything is opaque")
-    elif background is None:
+        return image
+    steps.choices["background"] = None
+    if background is None:
         steps.append("transparency left out, as in the released models' training: the colours that it hid are shown")
     else:
         steps.append(f"transparent pixels laid on RGB {background}")

@@ -20,6 +20,7 @@ import datasets
 import fsspec
 import numpy as np
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class RowReport:
     def summary(self) -> str:
         if self.kept is None:
             return "rows are streamed to dataloader workers and not counted; what these leave out is logged"
-        lines = [f"{self.kept} rows to train on"]
+        lines = [f"{self.kept} rows"]
         if 0 < self.without_images < self.kept:
             lines.append(f"{self.without_images} of them without an image")
         for reason, count in self.left_out.items():
@@ -85,12 +86,10 @@ class RowReport:
 
 
 def normalize_messages(messages: list, num_images: int) -> list[dict]:
-    """The messages with content parts, a turn's images in front of its texts.
+    """The messages with content parts, for the processor's `apply_chat_template`, which puts a turn's images first.
 
     `<image>` in a user's text is a placeholder, as in LLaVA's records, and is taken out of the text; anywhere else it
-    is text. Wherever a user's turn names its images, they come first, in the same order, as LLaVA prepares its data; a
-    text between two images keeps its place behind them. A conversation that names no image shows all it has at the
-    beginning of its first user turn, as in TRL.
+    is text. A conversation that names no image shows all it has at the beginning of its first user turn, as in TRL.
 
     Args:
         messages: dicts, or objects that Transformers takes for messages (dataclasses, pydantic's), with a `role` and a
@@ -115,17 +114,17 @@ def normalize_messages(messages: list, num_images: int) -> list[dict]:
             content = [{"type": "text", "text": content}]
         elif not isinstance(content, (list, tuple)):
             raise _unreadable(f"the content of message {number} is {content!r:.50}; allowed are texts and lists")
-        shown, texts = 0, []
+        parts = []
         for part in content:
             part = _as_dict(part, f"a part of message {number}")
             kind, text = part.get("type"), part.get("text")
             if kind == "text" and isinstance(text, str):
                 if role == "user" and IMAGE_PLACEHOLDER in text:
-                    shown += text.count(IMAGE_PLACEHOLDER)
+                    parts += [{"type": "image"} for _ in range(text.count(IMAGE_PLACEHOLDER))]
                     text = text.replace(IMAGE_PLACEHOLDER, "").strip()
-                texts += [{"type": "text", "text": text}] * bool(text)
+                parts += [{"type": "text", "text": text}] * bool(text)
             elif kind == "image" and role == "user" and all(part.get(key) is None for key in _IMAGE_KEYS):
-                shown += 1
+                parts.append({"type": "image"})
             else:
                 held = [key for key in _IMAGE_KEYS if part.get(key) is not None]
                 raise _unreadable(
@@ -133,7 +132,7 @@ def normalize_messages(messages: list, num_images: int) -> list[dict]:
                     + (f" with `{held[0]}`" if held else "")
                     + "; allowed are texts, and in a user's turn images, which themselves are in the column `images`"
                 )
-        normalized.append({"role": role, "content": [{"type": "image"} for _ in range(shown)] + texts})
+        normalized.append({"role": role, "content": parts})
     if not count_placeholders(normalized):
         for message in normalized:
             if message["role"] == "user":
@@ -233,6 +232,8 @@ def check_row(row: dict) -> None:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not any(part["text"].strip() for answer in answers for part in answer["content"]):
         raise RowError("no assistant turn")
+    if answers[-1] is messages[0]:
+        raise RowError("no turn before the answer")
     shown = count_placeholders(messages)
     if shown != len(images):
         raise RowError(f"{shown} {IMAGE_PLACEHOLDER} for {len(images)} images")
@@ -243,7 +244,9 @@ def row_id(row: dict, number: int) -> str:
 
 
 def _row_name(row: dict, number: int) -> str:
-    return f"row {number}" + (f" ({row['id']})" if row.get("id") is not None else "")
+    worker = get_worker_info()
+    reader = "" if worker is None or worker.num_workers == 1 else f" of dataloader worker {worker.id}"
+    return f"row {number}{reader}" + (f" ({row['id']})" if row.get("id") is not None else "")
 
 
 def image_key(image) -> str:
@@ -382,7 +385,10 @@ def prepare_rows(
         return problem is None
 
     if streamed:
-        return dataset.filter(lambda row, number: good(row, number, look_at(row)), with_indices=True), report
+        dataset = dataset.filter(lambda row, number: good(row, number, look_at(row)), with_indices=True)
+        if next(iter(dataset), None) is None:
+            raise ValueError(f"`{name}` is a stream of which no row can be trained on: {report.summary()}.")
+        return dataset, report
     looked_at = _in_parallel(look_at, dataset, f"Checking {name}", disable_tqdm)
     keep = [number for number, row, pixels in looked_at if good(row, number, pixels)]
     if not keep:

@@ -124,7 +124,8 @@ def plain(given) -> None:
 def table(rng: random.Random) -> bytes:
     """A table with a cell too many, a quotation mark or anything else somewhere in it."""
     lines = ["id,image,question,answer", *(f'{number},a.png,"Is it, {number}?",5' for number in range(3))]
-    text = "\n".join(lines).replace(rng.choice(",5\"?"), rng.choice((",", '"', "\n", "\r", "\0", "\t", "x" * 200_000, "")), 1)
+    other = rng.choice((",", '"', "\n", "\r", "\0", "\t", "x" * 200_000, ""))
+    text = "\n".join(lines).replace(rng.choice(",5\"?"), other, 1)
     return rng.choice((text.encode(), mutate_bytes(text.encode(), rng), text.encode("utf-16")))
 
 
@@ -132,7 +133,7 @@ def cells(content: bytes) -> None:
     path = folder() / "records.csv"
     path.write_bytes(content)
     for line, record in read_records(path):
-        assert line > 1 and len(record) > 0 and all(value is None or isinstance(value, str) for value in record.values())
+        assert line > 1 and all(value is None or isinstance(value, str) for value in record.values())
 
 
 def for_kind(kind: str):
