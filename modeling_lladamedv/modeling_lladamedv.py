@@ -401,9 +401,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
 
     def _tile_counts(self, images, name, dimensions, image_sizes, batch_num_images, image_index) -> list[int]:
         """How many tiles of each image count."""
-        return _count_tiles(
-            self._checked_grids(images, name, dimensions, image_sizes, batch_num_images, image_index)
-        )
+        return _count_tiles(self._checked_grids(images, name, dimensions, image_sizes, batch_num_images, image_index))
 
     def _checked_grids(self, images, name, dimensions, image_sizes, batch_num_images, image_index):
         """[`_tile_grids`] of images, or of features of theirs, of the right shape."""
