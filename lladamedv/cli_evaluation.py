@@ -13,13 +13,21 @@ from .cli_common import CommandLine, Dtype, Model, Options, Revision, parse_opti
 from .loading import load_model
 
 
-analyze_app = typer.Typer(cls=CommandLine, no_args_is_help=True, help=(
-    "Look into how a model answers.\n\n\b\nExample:\n  lladamedv analyze decoding --model demo --output decoding"
-))
-eval_app = typer.Typer(cls=CommandLine, no_args_is_help=True, help=(
-    "Measure a model on a benchmark.\n\n\b\nExample:\n"
-    "  lladamedv eval vqa --benchmark phantoms --model demo --output runs/phantoms"
-))
+analyze_app = typer.Typer(
+    cls=CommandLine,
+    no_args_is_help=True,
+    help=(
+        "Look into how a model answers.\n\n\b\nExample:\n  lladamedv analyze decoding --model demo --output decoding"
+    ),
+)
+eval_app = typer.Typer(
+    cls=CommandLine,
+    no_args_is_help=True,
+    help=(
+        "Measure a model on a benchmark.\n\n\b\nExample:\n"
+        "  lladamedv eval vqa --benchmark phantoms --model demo --output runs/phantoms"
+    ),
+)
 INCOMPLETE = 3  # exit code: there is a report, but some questions have no answer
 
 _Output = Annotated[Path, typer.Option(help="Folder of the run; called again, it goes on where it stopped.")]
@@ -27,9 +35,7 @@ _BatchSize = Annotated[int, typer.Option(help="Questions at a time, in each proc
 _Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")]
 _Split = Annotated[str, typer.Option(help="train, validation or test.")]
 _Source = Annotated[str | None, typer.Option(help="Which publication of the benchmark, by its Hub id.")]
-_Path = Annotated[
-    str | None, typer.Option(help="Local data instead of the Hub's; for phantoms SEED:COUNT[:KINDS].")
-]
+_Path = Annotated[str | None, typer.Option(help="Local data instead of the Hub's; for phantoms SEED:COUNT[:KINDS].")]
 _ImageFolder = Annotated[Path | None, typer.Option(help="Where image files named in --path are.")]
 _Bootstrap = Annotated[int, typer.Option(min=0, help="Of the 95 % intervals; 0 for none.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of Markdown.")]
