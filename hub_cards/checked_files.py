@@ -34,8 +34,8 @@ _ALLOWED = (
     CARD, "LICENSE*", "NOTICE*", "*.json", "*.safetensors", "*.py", "*.jinja", "*.txt", "*.png", "*.jpg", "*.svg",
     ".gitattributes", ".eval_results/*.yaml",
 )  # fmt: skip
-# What a run leaves in its folder for itself, and `lladamedv demo --train` in `progress`: left out, by these names of files
-# and folders. Pickles and states of the optimiser are nobody else's business, nor are reports that quote the data.
+# What a training leaves in its folder for itself (`lladamedv demo --train` in `progress`), by names of files and
+# folders: pickles, states of the optimiser, and reports that quote the data. Left out.
 OF_TRAINING = (
     "checkpoint-*", "checkpoints*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", "latest",
     "zero_to_fp32.py", "trainer_state.json", "training_args.bin", "data_report.json", "answers.jsonl",

@@ -219,7 +219,7 @@ def train(
       lladamedv train lora_one_gpu --model_name_or_path FOLDER --train_data DATA.json --output_dir OUT
       lladamedv train stage2_instruct --accelerate fsdp2
     """
-    from lladamedv.trainers.recipes import accelerate_file, describe_recipes, launch, recipe_file
+    from lladamedv.trainers.recipes import accelerate_file, check_flags, describe_recipes, launch, recipe_file
 
     if list_recipes:
         recipes = describe_recipes()
@@ -230,9 +230,13 @@ def train(
             for name, description in recipes.items():
                 typer.echo(f"{name:{width}}  {description}")
         return
+    words = list(context.args)
+    if recipe is not None and recipe.startswith("-"):
+        words, recipe = [recipe, *words], None
+    check_flags(words)
     file = recipe_file(recipe)
     configuration = accelerate_file(accelerate)
-    raise typer.Exit(launch(configuration, "lladamedv.trainers.sft", ["--config", str(file), *context.args]))
+    raise typer.Exit(launch(configuration, "lladamedv.trainers.sft", ["--config", str(file), *words]))
 
 
 app.add_typer(eval_app, name="eval", rich_help_panel=MEASURE)

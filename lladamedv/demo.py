@@ -19,7 +19,7 @@ from lladamedv.processing.phantoms import KINDS, PhantomExample, PhantomVQA
 from .conversation import DEMO_NOTICE
 from .explanation import draw_explanation, explain_answer
 from .loading import DEMO_MODEL, load_model
-from .paths import check_new_file
+from .paths import check_new_file, whole_file
 
 
 HELD_OUT_SEED = 9_000  # far from every seed that `demo --train` draws from
@@ -106,7 +106,9 @@ def run_demo(questions: int = 300, output: Path = Path("lladamedv_demo.png"), re
     for name, shuffled in (("looking at the picture", False), ("blind (shuffled)", True)):
         result = scores[name] = evaluate_demo(model, processor, examples, shuffled)
         report(f"{name:24}{result.closed:18.1%}{result.open:14.1%}{result.description:21.1%}")
-    draw_sheet(model, processor, examples).save(output)
+    sheet = draw_sheet(model, processor, examples)
+    with whole_file(output) as partial:
+        sheet.save(partial, "PNG")
     report(f"Pictures, answers and denoising steps: {output}")
     report(DEMO_NOTICE)
     return scores

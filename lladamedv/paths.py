@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -26,6 +27,23 @@ def check_new_file(file: Path, suffixes: Sequence[str]) -> None:
     else:
         return
     raise ValueError(f"The file {str(file)!r} cannot be written: {reason}.")
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A file to write that becomes `file` when it is whole; until then what was there stays, also on a full disk.
+
+    Raises:
+        ValueError: if writing fails.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        yield partial
+        partial.replace(file)
+    except OSError as error:
+        raise ValueError(f"The file {str(file)!r} cannot be written: {error.strerror or error}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_new_folder(folder: str | Path) -> Path:
@@ -57,4 +75,4 @@ def check_folder_to_fill(folder: Path) -> None:
         raise ValueError(f"The folder {str(folder)!r} cannot be used: {str(there)!r} {what}.")
 
 
-__all__ = ["EXPLANATION_SUFFIXES", "check_folder_to_fill", "check_new_file", "check_new_folder"]
+__all__ = ["EXPLANATION_SUFFIXES", "check_folder_to_fill", "check_new_file", "check_new_folder", "whole_file"]

@@ -184,7 +184,7 @@ def _check_preset(window, header) -> None:
     if not isinstance(window, str) or window not in WINDOW_PRESETS:
         return
     unit = header.get("RescaleType") or ("HU" if header.get("Modality") == "CT" else None)
-    rescaled = any(header.get(name) for name in ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"))
+    rescaled = header.get("ModalityLUTSequence") or any(_rescaling(header))
     if unit not in ("HU", "HU_MOD") or not rescaled:
         raise MedicalImageError(
             f"{arg('window')} is {window!r}, a window in Hounsfield units, but {arg('source')} is not a CT image "
@@ -321,6 +321,10 @@ def _decode(source, header, frame: int) -> np.ndarray:
     if not decoder.is_available:
         raise ImportError(f'The pixels are compressed as {syntax.name}: pip install "lladamedv[medical-codecs]"')
     if not syntax.is_encapsulated:
+        if header.BitsAllocated == 1 and header.Rows * header.Columns % 8:
+            # Frames that begin within a byte, of which pydicom alone reads the last bits only with all the others.
+            pixels = pixel_array(source)
+            return pixels[frame] if pixels.ndim == 3 else pixels
         stored, high = header.get("BitsStored"), header.get("HighBit")
         if header.SamplesPerPixel > 1 or high is None or not stored <= high < header.BitsAllocated:
             return pixel_array(source, index=frame)

@@ -403,6 +403,15 @@ def test_bits_stored_above_the_lowest_ones(kind):
         assert np.array_equal(grey(data, window="1000/3000"), grey(dataset(values, bits=12), window="1000/3000"))
 
 
+def test_frames_of_single_bits():
+    """As in segmentations, where frames begin anywhere in a byte."""
+    masks = np.random.default_rng(0).integers(0, 2, (3, 5, 7)).astype(np.uint8)
+    data = dataset(masks, BitsAllocated=1, HighBit=0, BitsStored=1)
+    data.PixelData = np.packbits(masks.ravel(), bitorder="little").tobytes()
+    for frame in range(3):
+        assert np.array_equal(grey(data, frame=frame), 255 * masks[frame])
+
+
 def test_floating_point_pixels():
     values = np.linspace(-0.5, 1.5, 900, dtype=np.float32).reshape(30, 30)
     data = dataset(values)

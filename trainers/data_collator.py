@@ -100,8 +100,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
     def _encode_row(self, row: dict, images: list[Image.Image]) -> dict:
         """Token ids of a row and what goes with them, as lists."""
         encoded = self._encode_packed(row, images) if self.packed else self._encode_single(row, images)
-        first = row["messages"][0]["content"]
-        encoded["id"] = str(row["id"] if row.get("id") is not None else first)
+        first = normalize_messages(row["messages"], len(images))[0]["content"]
+        begins = next((part["text"] for part in first if part["type"] == "text"), "")
+        encoded["id"] = str(row["id"] if row.get("id") is not None else begins)
         encoded["attention_mask"] = [1] * len(encoded["input_ids"])
         return encoded
 

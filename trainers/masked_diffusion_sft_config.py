@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, fields
 
+from accelerate.utils import get_int_from_env
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from .masked_diffusion_loss import LOSS_NORMALIZATIONS, LOSS_WEIGHTINGS, TIME_SAMPLINGS
@@ -12,6 +15,36 @@ from .masked_diffusion_loss import LOSS_NORMALIZATIONS, LOSS_WEIGHTINGS, TIME_SA
 TRAINABLE = ("projector", "projector+language_model", "all")
 LONG_ROWS = ("error", "drop")
 INVALID_ROWS = ("error", "skip")
+_PACKING = "use `pack_questions`"
+_HUB = "only at the end is everything checked that is pushed; allowed is `hub_strategy='end'`"
+_METRICS = "evaluation computes `eval_loss` and no logits; `log_answers` shows answers, `lladamedv eval` scores them"
+# Arguments of SFTConfig and TrainingArguments that would be accepted and do nothing, or something else than they say.
+NOT_APPLICABLE = {
+    "packing": _PACKING,
+    "packing_strategy": _PACKING,
+    "padding_free": _PACKING,
+    "eval_packing": f"{_PACKING}, which packs evaluation rows, too",
+    "completion_only_loss": "answers alone are learned anyway, see `train_on_template_tokens`",
+    "loss_type": "use `loss_weighting`",
+    "label_smoothing_factor": "the loss has no smoothed form",
+    "router_aux_loss_coef": "the model has no experts",
+    "dataset_text_field": "rows hold `messages`",
+    "truncation_mode": "nothing is ever cut, see `long_rows`",
+    "eos_token": "the chat template ends a turn, and `eos_padding_token` is what follows the last",
+    "pad_token": "set `pad_token` of the processor's tokenizer",
+    "use_cache": "training has no cache",
+    "use_liger_kernel": "Liger has no kernels for this model",
+    "liger_kernel_config": "Liger has no kernels for this model",
+    "average_tokens_across_devices": "`loss_normalization` always goes over all processes",
+    "include_num_input_tokens_seen": "padding is not counted; allowed are 'no' and 'non_padding'",
+    "label_names": _METRICS,
+    "include_for_metrics": _METRICS,
+    "batch_eval_metrics": _METRICS,
+    "hub_strategy": _HUB,
+    "hub_always_push": _HUB,
+}
+# Values besides the default that ask for nothing else than what happens.
+_NEUTRAL = {"eval_packing": (False,), "router_aux_loss_coef": (0.0,), "include_num_input_tokens_seen": ("non_padding",)}
 
 
 @dataclass
@@ -171,6 +204,7 @@ class MaskedDiffusionSFTConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        _check_processes(self.world_size)
         choices = {
             "loss_weighting": LOSS_WEIGHTINGS, "loss_normalization": LOSS_NORMALIZATIONS,
             "time_sampling": TIME_SAMPLINGS, "long_rows": LONG_ROWS, "invalid_rows": INVALID_ROWS,
@@ -191,26 +225,67 @@ class MaskedDiffusionSFTConfig(SFTConfig):
                 raise ValueError(f"`{name}` is {value!r}; allowed are numbers above 0.")
         if self.max_loss_weight < 1:
             raise ValueError(f"`max_loss_weight` is {self.max_loss_weight}; below 1 it would weigh all tokens alike.")
-        # Options of SFTConfig that would be accepted and do nothing, or something else than they say.
-        for name, value, instead in (
-            ("packing", False, "`pack_questions`"),
-            ("padding_free", False, "`pack_questions`"),
-            ("completion_only_loss", None, "answers alone are learned anyway, see `train_on_template_tokens`"),
-            ("loss_type", "nll", "`loss_weighting`"),
-            ("label_smoothing_factor", 0.0, "nothing"),
-        ):
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r}, which does not apply to masked diffusion; it must be "
-                    f"{value!r}. Instead there is: {instead}."
-                )
-        if self.hub_strategy != "end":
-            raise ValueError(f"`hub_strategy` is {self.hub_strategy!r}; allowed is 'end': only then is all checked.")
+        for each in fields(SFTConfig):
+            reason, value = NOT_APPLICABLE.get(each.name), getattr(self, each.name)
+            harmless = (getattr(type(self), each.name, []), *_NEUTRAL.get(each.name, ()))
+            if reason is not None and value not in harmless:
+                raise ValueError(f"`{each.name}` is {value!r}, which does not apply to masked diffusion: {reason}.")
+        if set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}:
+            raise ValueError(
+                f"`dataset_kwargs` is {self.dataset_kwargs!r}; allowed is 'skip_prepare_dataset', which changes "
+                "nothing: rows become tensors in the collator."
+            )
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`accelerator_config` has dispatch_batches=True, which would part images from the rows that show "
+                "them; allowed are False and None."
+            )
+        self.accelerator_config.dispatch_batches = False
+        if self.activation_offloading and self.device.type == "cpu":
+            raise ValueError("`activation_offloading` is True, but there is no GPU whose activations could be moved.")
+        # Answers alone are learned anyway. TRL would look for a training template among its own.
+        self.assistant_only_loss = False
         if self.pack_questions is not None and self.turn_mask:
             raise ValueError(
                 f"`pack_questions` is {self.pack_questions} and `turn_mask` is True; a packed row holds questions of "
                 "one turn: only one of the two is allowed."
             )
+
+    @classmethod
+    def from_arguments(cls, args: TrainingArguments) -> MaskedDiffusionSFTConfig:
+        """Take over `TrainingArguments` or an `SFTConfig`, as `SFTTrainer` does.
+
+        Three defaults are not taken over: a `max_length` of 1024, at which TRL cuts rows, `hub_strategy` and
+        `hub_private_repo`.
+
+        Raises:
+            TypeError: for anything else.
+            ValueError: as for new arguments.
+        """
+        if not isinstance(args, TrainingArguments):
+            raise TypeError(
+                f"`args` is of type {type(args).__name__}; allowed are {cls.__name__}, SFTConfig and TrainingArguments."
+            )
+        values = args.to_dict()
+        values |= {name: getattr(args, name) for name in values if name.endswith("_token")}  # `to_dict` hides them
+        for name in ("max_length", "hub_strategy", "hub_private_repo"):
+            if name in values and getattr(args, name) == getattr(type(args), name):
+                del values[name]
+        return cls(**values)
+
+
+def _check_processes(num_processes: int) -> None:
+    """Processes that do not know of each other would train apart, and write into one folder."""
+    asked = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 0)
+    # `accelerate launch` with a configuration of several processes on CPUs starts one, and says nothing but this.
+    alone = not asked and "MASTER_ADDR" in os.environ
+    if alone or asked not in (0, num_processes):
+        raise ValueError(
+            f"This process was started as one of {asked or 'several'}, but trains as one of {num_processes}: each "
+            "would train apart and write into the same folder. On CPUs, set `use_cpu=True` (--use_cpu true) and start "
+            "them with torchrun or a configuration of accelerate of type MULTI_GPU or FSDP, for MULTI_CPU starts one. "
+            "For a single process, unset WORLD_SIZE and MASTER_ADDR."
+        )
 
 
 __all__ = ["MaskedDiffusionSFTConfig"]

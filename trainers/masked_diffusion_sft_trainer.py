@@ -6,11 +6,14 @@ import json
 import logging
 import platform
 from dataclasses import fields
+from os import PathLike, fspath
 from pathlib import Path
 
 import datasets
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from lladamedv.hub_cards import (
@@ -39,7 +42,7 @@ from .masked_diffusion_loss import (
     run_masked_loss,
 )
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
-from .rows import pack_rows, prepare_rows
+from .rows import pack_rows, prepare_rows, undecoded
 
 
 # How the names of the parameters of each part begin, within the model that is trained.
@@ -53,6 +56,7 @@ _TRAINED_PARTS = {
     "projector+language_model": ("projector", "language_model"),
     "all": ("projector", "language_model", "vision"),
 }
+_NO_LOGITS = "no logits are kept; `log_answers` shows answers, `lladamedv eval` scores them"
 logger = logging.getLogger(__name__)
 
 
@@ -67,20 +71,26 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
     several rows show are encoded once, and a frozen vision tower keeps no activations.
 
     Args:
-        model ([`LLaDAMedVForConditionalGeneration`] or `str`): the model, or the folder or Hub id of one.
-        args ([`MaskedDiffusionSFTConfig`]): the arguments.
+        model ([`LLaDAMedVForConditionalGeneration`], `PeftModel`, `str` or `os.PathLike`):
+            The model; the folder or Hub id of one, loaded with `args.model_init_kwargs`, by default in float32; or a
+            model with adapters, of which those that are trainable stay the only weights that are trained.
+        args ([`MaskedDiffusionSFTConfig`], `SFTConfig` or `TrainingArguments`, *optional*): the arguments.
+        data_collator ([`DataCollatorForMaskedDiffusion`], *optional*): by default the one that `args` describe.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
             Rows with `messages` (chat messages, contents as text or parts) and `images` (or `image`); an `id` is named
-            in messages where there is one.
+            in messages where there is one. A stream that ends before `max_steps` begins anew.
         eval_dataset (the same, or a `dict` of them, *optional*): rows for `eval_loss`.
         processing_class ([`LLaDAMedVProcessor`], *optional*): by default the one beside the model.
+        callbacks, optimizers, optimizer_cls_and_kwargs, quantization_config: as for `SFTTrainer`.
         peft_config (`peft.PeftConfig`, *optional*): adapters to train instead of the model's own weights.
-        kwargs: as for `SFTTrainer`.
+        compute_loss_func, compute_metrics, preprocess_logits_for_metrics, formatting_func: only `None` is allowed.
 
     Attributes:
         row_reports (`dict[str, RowReport]`): what became of the rows of each data set.
+        trained_parts (`list[str]`): the parts of the model with weights that are trained.
 
     Raises:
+        TypeError: for arguments of another type.
         ValueError: before training, for rows or options that cannot be trained on; during training, when the loss is
             not finite: the ids of the batch are then in `output_dir/not_finite.json`.
     """
@@ -93,52 +103,90 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
     def __init__(
         self,
         model,
-        args: MaskedDiffusionSFTConfig,
+        args=None,
+        data_collator=None,
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
+        compute_loss_func=None,
+        compute_metrics=None,
+        callbacks=None,
+        optimizers=(None, None),
+        optimizer_cls_and_kwargs=None,
+        preprocess_logits_for_metrics=None,
+        quantization_config=None,
         peft_config=None,
-        data_collator=None,
-        **kwargs,
+        formatting_func=None,
     ):
+        for name, value, instead in (
+            ("compute_loss_func", compute_loss_func, "`loss_weighting` and `loss_normalization` shape the loss"),
+            ("compute_metrics", compute_metrics, _NO_LOGITS),
+            ("preprocess_logits_for_metrics", preprocess_logits_for_metrics, _NO_LOGITS),
+            ("formatting_func", formatting_func, "rows hold `messages`; `map` the data set to them beforehand"),
+        ):
+            if value is not None:
+                raise ValueError(f"`{name}` does not apply to masked diffusion: {instead}.")
+        if isinstance(model, PathLike):
+            model = fspath(model)
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            name = f"{Path(name).name or 'LLaDA-MedV'}-SFT"
+            args = MaskedDiffusionSFTConfig(name, use_cpu=not torch.accelerator.is_available())
+        elif not isinstance(args, MaskedDiffusionSFTConfig):
+            args = MaskedDiffusionSFTConfig.from_arguments(args)
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required.")
         if isinstance(model, str):
-            model = LLaDAMedVForConditionalGeneration.from_pretrained(model, **(args.model_init_kwargs or {}))
-            args.model_init_kwargs = None
-        if train_dataset is None or (isinstance(train_dataset, datasets.Dataset) and not len(train_dataset)):
-            raise ValueError("`train_dataset` is empty; at least one row is needed.")
+            options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
+            if quantization_config is not None:
+                options["quantization_config"] = quantization_config
+            model = LLaDAMedVForConditionalGeneration.from_pretrained(model, **options)
+            args.model_init_kwargs = quantization_config = None  # TRL would say that they are ignored
+        if getattr(model.config, "model_type", None) != LLaDAMedVForConditionalGeneration.config_class.model_type:
+            raise ValueError(f"`model` is a {type(model).__name__}; needed is a LLaDAMedVForConditionalGeneration.")
         if processing_class is None:
             processing_class = LLaDAMedVProcessor.from_pretrained(model.config._name_or_path)
-        context = model.config.get_text_config().max_position_embeddings
-        if args.max_length is not None and args.max_length > context:
-            raise ValueError(f"`max_length` is {args.max_length}; the model's context allows {context}.")
-        if data_collator is None:
-            data_collator = DataCollatorForMaskedDiffusion(
-                processor=processing_class, max_length=args.max_length or context, eos_padding=args.eos_padding,
-                eos_padding_to_multiple_of=args.eos_padding_to_multiple_of, eos_padding_token=args.eos_padding_token,
-                train_on_template_tokens=args.train_on_template_tokens,
-                turn_mask=args.turn_mask, packed=args.pack_questions is not None,
-                pad_to_multiple_of=args.pad_to_multiple_of,
-            )  # fmt: skip
-        self.row_reports = {}
-
-        def prepare(dataset, name):
-            return self._prepare_rows(dataset, name, args, data_collator)
-
-        train_dataset = prepare(train_dataset, "train_dataset")
+        elif type(processing_class).__name__ != LLaDAMedVProcessor.__name__:  # remote code has a class of its own
+            raise TypeError(
+                f"`processing_class` is a {type(processing_class).__name__}; needed is the processor with tokenizer "
+                "and image processor, which `AutoProcessor.from_pretrained` loads."
+            )
+        if args.chat_template_path is not None:  # TRL sets it, too, but only when the rows are already looked at
+            processing_class.chat_template = _read_template(args.chat_template_path)
+        _freeze(model, args.trainable, peft_config)
+        data_collator = _collator(data_collator, processing_class, args, model.config)
+        self.args, self.data_collator, self.row_reports = args, data_collator, {}
+        train_dataset = self._prepare_rows(train_dataset, "train_dataset")
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: prepare(each, f"eval_dataset[{name!r}]") for name, each in eval_dataset.items()}
+            eval_dataset = {
+                name: self._prepare_rows(each, f"eval_dataset[{name!r}]") for name, each in eval_dataset.items()
+            }
         elif eval_dataset is not None:
-            eval_dataset = prepare(eval_dataset, "eval_dataset")
-
-        if peft_config is None:
-            for name, parameter in model.named_parameters():
-                trained = part_of(name) in _TRAINED_PARTS[args.trainable]
-                parameter.requires_grad_(trained and parameter.is_floating_point())
+            eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
         self.noise = AnswerNoise(args.seed if args.noise_seed is None else args.noise_seed, args.time_sampling)
-        super().__init__(
-            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            processing_class=processing_class, peft_config=peft_config, data_collator=data_collator, **kwargs,
-        )  # fmt: skip
+        try:
+            super().__init__(
+                model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
+                eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
+                optimizers=optimizers, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                quantization_config=quantization_config, peft_config=peft_config,
+            )  # fmt: skip
+        except StopIteration:  # TRL takes the first row of a stream
+            raise ValueError("`train_dataset` is a stream without any row that can be trained on.") from None
+        parallel = self.accelerator.parallelism_config
+        if parallel is not None and max(parallel.tp_size, parallel.cp_size, parallel.sp_size) > 1:
+            raise ValueError(f"`parallelism_config` is {parallel}; rows and layers cannot be split, dp_* may be > 1.")
+        self.trained_parts = [
+            part for part in _PARTS
+            if any(each.requires_grad and part_of(name) == part for name, each in self.model.named_parameters())
+        ]  # fmt: skip
+        if self.optimizer is not None:
+            held = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
+            if not any(each.requires_grad and id(each) in held for each in self.model.parameters()):
+                raise ValueError(
+                    "`optimizers` holds an optimizer of none of the weights that are trained; make it of these, or "
+                    "leave it to `args`."
+                )
         if args.log_answers:
             self.add_callback(AnswerTableCallback(self, self._first_rows(eval_dataset, args.log_answers)))
         self.feature_cache = None
@@ -157,11 +205,19 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
     def _base_model(self) -> LLaDAMedVForConditionalGeneration:
         """The model without adapters or wrappers."""
         model = self.accelerator.unwrap_model(self.model)
-        return model if isinstance(model, LLaDAMedVForConditionalGeneration) else model.get_base_model()
+        return model.get_base_model() if isinstance(model, PeftModel) else model
 
-    def _prepare_rows(self, dataset, name, args, data_collator):
+    def _prepare_rows(self, dataset, name):
         """The rows to train on, packed if asked for."""
-        columns = dataset.column_names or next(iter(dataset)).keys()
+        args, data_collator = self.args, self.data_collator
+        if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+            raise TypeError(
+                f"`{name}` is of type {type(dataset).__name__}; allowed are `datasets.Dataset`, which "
+                "`Dataset.from_list(rows)` makes of a list, and `datasets.IterableDataset`."
+            )
+        columns = dataset.column_names or list(next(iter(dataset), {}))
+        if not columns:
+            raise ValueError(f"`{name}` is empty; at least one row is needed.")
         if "messages" not in columns:
             raise ValueError(f"`{name}` has the columns {sorted(columns)}; needed are `messages` and `images`.")
         length_of = data_collator.row_length
@@ -172,18 +228,72 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             )  # fmt: skip
             length_of = alone.row_length
         dataset, report = prepare_rows(
-            dataset, length_of, data_collator.max_length, args.invalid_rows, args.long_rows, name
-        )
+            dataset, length_of, data_collator.processor.image_processor.fetch_images, data_collator.max_length,
+            args.invalid_rows, args.long_rows, name, not args.dataloader_num_workers, args.disable_tqdm,
+        )  # fmt: skip
         if args.pack_questions is not None:
             dataset = pack_rows(dataset, args.pack_questions)
             report.packed_into = len(dataset)
         self.row_reports[name] = report
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            if isinstance(dataset, datasets.IterableDataset):
+                raise ValueError(
+                    f"`train_sampling_strategy` is {args.train_sampling_strategy!r}, but `{name}` is a stream, whose "
+                    "rows come in their own order."
+                )
+            if args.length_column_name not in columns:
+                lengths = [data_collator.row_length(row) for row in undecoded(dataset)]
+                dataset = dataset.add_column(args.length_column_name, lengths)
         if "images" not in columns and "image" not in columns:  # TRL knows by this column that rows may hold images
             dataset = dataset.map(lambda row: {"images": []})
         return dataset
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["messages", "image", "images", "id"]
+        self._signature_columns = ["messages", "image", "images", "id", self.args.length_column_name]
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As in `Trainer`; rows that are not yet looked at are, as those given to the trainer were."""
+        if isinstance(eval_dataset, (datasets.Dataset, datasets.IterableDataset)):
+            eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """As in `Trainer`, of rows that are looked at first."""
+        return super().get_test_dataloader(self._prepare_rows(test_dataset, "test_dataset"))
+
+    # How a run begins, goes on and ends
+
+    def train(self, *args, **kwargs):
+        """As in `Trainer`, but the special tokens of the model's configurations stay what they are.
+
+        Transformers would put the tokenizer's end token among, and before, those that end an answer. Without a
+        tokenizer it does not; `_inner_training_loop` comes next.
+        """
+        processing_class, self.processing_class = self.processing_class, None
+        self._with_processor = lambda: setattr(self, "processing_class", processing_class)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.processing_class = processing_class
+
+    def _inner_training_loop(self, *args, **kwargs):
+        self._with_processor()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _init_training_state(self, max_steps, steps_per_epoch, num_epochs, resume_from_checkpoint, trial):
+        epoch, batches = super()._init_training_state(
+            max_steps, steps_per_epoch, num_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None and isinstance(self.train_dataset, datasets.IterableDataset):
+            # Of a stream, Transformers takes `max_steps` for an epoch and counts epochs in it: see `state.epoch`.
+            state = TrainerState.load_from_json(Path(resume_from_checkpoint, TRAINER_STATE_NAME))
+            epoch, part = divmod(state.epoch, 1)
+            epoch, part = (int(epoch), part) if part else (int(epoch) - 1, 1)
+            batches = round(part * state.max_steps) * self.args.gradient_accumulation_steps
+            batches *= not self.args.ignore_data_skip
+        return epoch, batches
 
     def _run_epoch(self, *args, **kwargs):
         # Resumed from its last checkpoint, Transformers' trainer takes a step too many if that is not an epoch's end.
@@ -192,11 +302,24 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
+    def _save(self, output_dir=None, state_dict=None):
+        weights = self.model.named_parameters() if state_dict is None else state_dict.items()
+        if self.args.should_save:
+            for name, weight in weights:
+                if not bool(torch.isfinite(weight).all()):
+                    raise ValueError(
+                        f"After step {self.state.global_step}, {name} holds values that are not finite; nothing is "
+                        "saved. Try a lower learning rate."
+                    )
+        super()._save(output_dir, state_dict)
+
     # Noise and loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in `Trainer`; every batch learns its place in, and the size of, the whole batch of this optimizer step."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:  # the end of a stream
+            return batches, num_items_in_batch
         counts = torch.tensor(
             [
                 [len(batch["labels"]), int(batch["answer_ids"].max()) + 1, int((batch["labels"] != IGNORE_INDEX).sum())]
@@ -212,7 +335,9 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             batch["whole"] = {
                 "first_row": first_row, "num_rows": num_rows, "num_answers": num_answers, "num_tokens": num_tokens,
             }  # fmt: skip
-        return batches, num_items_in_batch
+        # A stream may end within a step, which Transformers takes only with the last of its batches.
+        nothing = batches[-1] | {"labels": torch.full_like(batches[-1]["labels"], IGNORE_INDEX)}
+        return batches + [nothing] * (num_batches - len(batches)), num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
@@ -243,10 +368,14 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             # Processes average their gradients; the sum is wanted.
             loss = self._masked_loss(model, inputs, labels, answer_ids, noised, **totals)
             loss = loss * self.accelerator.num_processes
-            self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-            self._stop_if_not_finite(loss, row_ids, inputs)
+            # In the state, so that a resumed run goes on counting.
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
+            self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
+        self._stop_if_not_finite(loss, row_ids, inputs)
         return loss
+
+    def _track_num_input_tokens(self, inputs):
+        """`compute_loss` counts them."""
 
     def _fixed_noise(self, inputs, labels, answer_ids, number) -> NoisedBatch:
         t, uniform = self.noise.fixed(labels, answer_ids, number, self.args.eval_time_steps)
@@ -329,7 +458,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         changed = {each.name for each in fields(args) if getattr(args, each.name) not in (each.default, None, [], {})}
         report = folder / "data_report.json"
         model, base = self.accelerator.unwrap_model(self.model), self._base_model
-        adapter = model.peft_config[model.active_adapter].to_dict() if isinstance(model, PeftModel) else None
+        adapter = model.peft_config[model.active_adapters[0]].to_dict() if isinstance(model, PeftModel) else None
         device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine()
         precision = self.accelerator.mixed_precision
         named = [dataset_name] if isinstance(dataset_name, str) else dataset_name or ()
@@ -339,7 +468,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             log_history=self.state.log_history,
             hardware=f"{self.accelerator.num_processes} × {device}, "
             + (str(base.dtype).removeprefix("torch.") if precision == "no" else f"{precision}, mixed"),
-            trained_parts=_TRAINED_PARTS[args.trainable],
+            trained_parts=self.trained_parts,
             data_reports=json.loads(report.read_text(encoding="utf-8")) if report.is_file() else (),
             adapter=adapter,
             software=software,
@@ -359,7 +488,6 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             training=training,
         )
         save_model_card(facts, folder)
-
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
@@ -413,6 +541,102 @@ def part_of(name: str) -> str:
         if name.startswith(beginnings):
             return part
     raise ValueError(f"{name!r} is no parameter of a LLaDA-MedV model.")
+
+
+def _freeze(model, trainable: str, peft_config) -> None:
+    """Freeze what is not trained, and see that something is.
+
+    Raises:
+        ValueError: for adapters that cannot be trained or would not be saved, and for a part that is frozen already.
+    """
+    adapters = [*(model.peft_config.values() if isinstance(model, PeftModel) else ()), peft_config]
+    for config in adapters:
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"{config.peft_type.value} puts learned tokens before the prompt, which generation does not; allowed "
+                "are adapters of the weights, such as LoraConfig."
+            )
+    if not isinstance(model, PeftModel) and getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "`model` holds adapters of its own; to train them, load them into the plain model by "
+            "`PeftModel.from_pretrained(model, folder, is_trainable=True)`."
+        )
+    if any(adapters):
+        if trainable != MaskedDiffusionSFTConfig.trainable:
+            raise ValueError(
+                f"`trainable` is {trainable!r}, but adapters are trained instead of the model's own weights; to train "
+                "parts in full beside them, name these in `modules_to_save` of the adapters' configuration."
+            )
+        if isinstance(model, PeftModel):
+            _check_adapters(model)
+        return
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and part_of(name) in _TRAINED_PARTS[trainable])
+    for part in _TRAINED_PARTS[trainable]:
+        weights = [each for name, each in model.named_parameters() if part_of(name) == part]
+        if weights and not any(each.requires_grad for each in weights):
+            raise ValueError(
+                f"`trainable` is {trainable!r}, but `model` comes with a {part} that is frozen; call "
+                "`model.requires_grad_(True)` first, or choose another `trainable`."
+            )
+
+
+def _check_adapters(model: PeftModel) -> None:
+    weights = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    if not weights:
+        raise ValueError(
+            "`model` has adapters, all of them frozen; load them by `PeftModel.from_pretrained(model, folder, "
+            "is_trainable=True)`."
+        )
+    names = set(model.peft_config)
+    saved = {
+        weight.data_ptr()
+        for name in names
+        for weight in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).values()
+    }
+    for name, weight in weights.items():
+        if names.isdisjoint(name.split(".")) and weight.data_ptr() not in saved:
+            raise ValueError(
+                f"{name} is trainable, but not saved with the adapters; freeze it, or name its module in "
+                "`modules_to_save` of their configuration."
+            )
+
+
+def _collator(collator, processor, args: MaskedDiffusionSFTConfig, config) -> DataCollatorForMaskedDiffusion:
+    """The collator that the arguments describe, or the given one if it does not contradict them."""
+    context = config.get_text_config().max_position_embeddings
+    if args.max_length is not None and args.max_length > context:
+        raise ValueError(f"`max_length` is {args.max_length}; the model's context allows {context}.")
+    names = (
+        "eos_padding", "eos_padding_to_multiple_of", "eos_padding_token", "train_on_template_tokens", "turn_mask",
+        "pad_to_multiple_of",
+    )  # fmt: skip
+    options = {name: getattr(args, name) for name in names} | {"packed": args.pack_questions is not None}
+    if collator is None:
+        return DataCollatorForMaskedDiffusion(processor=processor, max_length=args.max_length or context, **options)
+    if not isinstance(collator, DataCollatorForMaskedDiffusion):
+        raise TypeError(
+            f"`data_collator` is a {type(collator).__name__}; needed is a {DataCollatorForMaskedDiffusion.__name__}."
+        )
+    if args.max_length is not None:
+        options["max_length"] = args.max_length
+    for name, value in options.items():
+        if value != getattr(collator, name) and (value or name == "packed"):
+            raise ValueError(
+                f"`args` ask for {name}={value!r}, but `data_collator` has {getattr(collator, name)!r}; set it there."
+            )
+    if collator.max_length is None or collator.max_length > context:
+        raise ValueError(f"`data_collator.max_length` is {collator.max_length}; the model's context allows {context}.")
+    return collator
+
+
+def _read_template(path: str) -> str:
+    if not path.endswith((".jinja", ".j2")) or not Path(path).is_file():
+        raise ValueError(
+            f"`chat_template_path` is {path!r}; allowed is a Jinja file, .jinja or .j2. The template of another "
+            "tokenizer would need tokens that the model does not have."
+        )
+    return Path(path).read_text(encoding="utf-8")
 
 
 __all__ = ["MaskedDiffusionSFTTrainer"]
