@@ -553,7 +553,7 @@ def build_app(
                     label="Image and question",
                     show_label=True,
                     info="Attach or paste a picture, DICOM or NIfTI file; press Enter to see it, or ask at once. Then "
-                    "ask on.",
+                    "ask follow-up questions.",
                     placeholder="Question about the image",
                     sources=["upload"],
                     file_count="single",
