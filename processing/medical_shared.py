@@ -198,7 +198,9 @@ def apply_range(values: np.ndarray, low: float, high: float) -> np.ndarray:
     values = _as_float(values)
     if low == high:
         return np.where(values > low, 255, 0).astype(np.uint8)
-    return _round((values - low) * (255 / (high - low)))
+    values = values - low
+    values *= 255 / (high - low)
+    return _round(values)
 
 
 def apply_percentiles(
@@ -254,4 +256,7 @@ def _as_float(values: np.ndarray) -> np.ndarray:
 
 
 def _round(values: np.ndarray) -> np.ndarray:
-    return np.rint(np.clip(np.nan_to_num(values, nan=0, posinf=255, neginf=0), 0, 255)).astype(np.uint8)
+    """As `uint8`; in place until then, because pictures may be large."""
+    np.nan_to_num(values, copy=False, nan=0, posinf=255, neginf=0)
+    np.clip(values, 0, 255, out=values)
+    return np.rint(values, out=values).astype(np.uint8)
