@@ -6,18 +6,31 @@ Everything here that asks a model (the benchmarks, the analysis of decoding, the
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
 
+import datasets
+import numpy as np
 import torch
+from datasets import Dataset
 
-from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
+from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
 from lladamedv.processing import LLaDAMedVProcessor
+from lladamedv.processing.datasets import image_source
 
 
 _VALUES_PER_TENSOR = 256
+_ALWAYS_TOLD = {"max_new_tokens", "block_length", "steps", "remasking"}
+# These change what else is returned, or say where the options are from.
+_NO_MATTER = {
+    "return_dict_in_generate", "output_history", "output_cache_drift", "transformers_version", "_from_model_config",
+    "_commit_hash",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,7 @@ def answer_batch(
     Raises:
         ValueError: as `generate` does.
     """
+    model.eval()  # with dropout, an answer would be a matter of chance
     started = time.perf_counter()
     inputs = processor.apply_chat_template(
         list(chats), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
@@ -82,6 +96,22 @@ def question_about(image, question: str) -> list[dict]:
     return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
 
 
+def open_image(processor: LLaDAMedVProcessor, image):
+    """A row's image as an 8-bit RGB `PIL.Image`, read as everywhere (`fetch_images`), also out of an archive.
+
+    Raises:
+        ValueError, TypeError, OSError: if it cannot be read.
+    """
+    return processor.image_processor.fetch_images(image_source(image))
+
+
+def undecoded(records: Sequence[dict] | Dataset) -> Sequence[dict] | Dataset:
+    """The same records, of which `datasets` does not decode the images: it would read some otherwise, and not DICOM."""
+    if isinstance(records, Dataset) and isinstance(records.features.get("image"), datasets.Image):
+        return records.cast_column("image", datasets.Image(decode=False))
+    return records
+
+
 def model_fingerprint(model: torch.nn.Module) -> str:
     """sha256 of the names, shapes and some values of all weights: tells checkpoints apart in seconds."""
     digest = hashlib.sha256()
@@ -94,9 +124,79 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def model_settings(model: LLaDAMedVForConditionalGeneration) -> dict:
-    """What answers depend on in a model, for the settings of a run: its weights and what it computes in."""
-    return {"model_sha256": model_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
+def decoding_in_force(model: LLaDAMedVForConditionalGeneration, options: dict) -> dict:
+    """The options that `generate(**options)` follows: the caller's, and where there are none the checkpoint's.
+
+    Options that have their default in this package are left out, except for the length, the block, the steps and
+    `remasking`.
+
+    Raises:
+        ValueError: as `generate` does.
+    """
+    in_force = model._prepare_generation_config(None, **options).to_dict()
+    defaults = LLaDAMedVGenerationConfig().to_dict()
+    return {
+        name: value
+        for name, value in in_force.items()
+        if name not in _NO_MATTER and (name in _ALWAYS_TOLD or value != defaults.get(name))
+    }
 
 
-__all__ = ["Answer", "answer_batch", "model_fingerprint", "model_settings", "question_about"]
+def run_settings(
+    model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, options: dict, rows: Iterable[dict]
+) -> dict:
+    """All that answers depend on, for the settings of a run, as it is in force and not as somebody asked for it.
+
+    Args:
+        model, processor: as loaded.
+        options: of `generate`, as the caller gives them.
+        rows: what is asked, not decoded: a run does not go on with other texts or pictures under the same ids.
+
+    Raises:
+        ValueError: as `generate` does for its options.
+    """
+    image_processor = processor.image_processor.to_dict()
+    image_processor.pop("auto_map", None)  # of a checkpoint's code, whatever it computes
+    tokenizer = processor.tokenizer.backend_tokenizer.to_str().encode()
+    return {
+        "model_revision": getattr(model.config, "_commit_hash", None),
+        "model_sha256": model_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "decoding": decoding_in_force(model, options),
+        "chat_template": processor.chat_template,
+        "image_processor": image_processor,
+        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+        "data_sha256": _fingerprint(rows),
+    }
+
+
+def _fingerprint(rows: Iterable[dict]) -> str:
+    digest, files = hashlib.sha256(), {}
+    for row in rows:
+        image = row.get("image")
+        path = image.get("path") if isinstance(image, dict) else image
+        if isinstance(path, (str, PathLike)):
+            if path not in files:
+                files[path] = _image_fingerprint(image)
+            image = files[path]
+        else:
+            image = _image_fingerprint(image)
+        digest.update(json.dumps({**row, "image": image}, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _image_fingerprint(image) -> str:
+    source = image_source(image)
+    if isinstance(source, (str, PathLike)):
+        source = Path(source).read_bytes() if Path(source).is_file() else str(source).encode()  # a URL
+    elif not isinstance(source, bytes):  # a PIL image or an array
+        array = np.asarray(source)
+        source = f"{array.shape} {array.dtype} ".encode() + array.tobytes()
+    return hashlib.sha256(source).hexdigest()
+
+
+__all__ = [
+    "Answer", "answer_batch", "decoding_in_force", "model_fingerprint", "open_image", "question_about", "run_settings",
+    "undecoded",
+]  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 
-from .answering import answer_batch, model_settings, question_about
+from .answering import answer_batch, open_image, question_about, run_settings
 from .runs import PREDICTIONS_FILE, run_items
 
 
@@ -43,14 +43,13 @@ def answer_chat_benchmark(
             that cannot be read (when it is reached; what is answered stays).
     """
     options = PAPER_DECODING if options is None else options
-    provenance = {
-        "model": model_name, "model_revision": getattr(model.config, "_commit_hash", None), "decoding": options,
-    }  # fmt: skip
-    settings = {**provenance, **model_settings(model), "chat_template": processor.chat_template}
+    asked = [{name: record[name] for name in ("id", "image", "question")} for record in records]
+    settings = {"model": model_name, **run_settings(model, processor, options, asked)}
+    provenance = {name: settings[name] for name in ("model", "model_revision", "decoding")}
 
     def answer(places: list[int]) -> list[dict]:
         rows = [records[place] for place in places]
-        images = [processor.image_processor.fetch_images(row["image"]) for row in rows]
+        images = [open_image(processor, row["image"]) for row in rows]
         chats = [question_about(image, row["question"]) for image, row in zip(images, rows)]
         return [
             {
@@ -60,7 +59,6 @@ def answer_chat_benchmark(
             for row, given in zip(rows, answer_batch(model, processor, chats, **options))
         ]  # fmt: skip
 
-    model.eval()
     run_items([record["id"] for record in records], answer, folder, settings, batch_size)
     return Path(folder) / PREDICTIONS_FILE
 

@@ -7,7 +7,6 @@ for any model and questions, with repetition in numbers. Fewer steps are faster 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import platform
@@ -25,7 +24,7 @@ from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaD
 from lladamedv.processing import LLaDAMedVProcessor
 
 from . import plots
-from .answering import answer_batch, model_settings, question_about
+from .answering import answer_batch, decoding_in_force, open_image, question_about, run_settings, undecoded
 from .medical_vqa.medical_vqa import MedicalVQA, bootstrap_intervals, complete_reference
 from .runs import process_state, replace_file, run_items
 from .tables import markdown_table
@@ -123,7 +122,12 @@ def analyze_decoding(
     """
     extra_options = dict(extra_options or {})
     swept = {"max_new_tokens": max_new_tokens, "block_length": block_length, "steps": steps}
+    records = undecoded(records)
     items = _read_items(records, bootstrap_samples)
+    asked = [
+        {"id": item["id"], "question": item["question"], "image": record["image"]}
+        for item, record in zip(items, records)
+    ]
     allowed, not_allowed = _combinations(model, swept, extra_options, full_canvas)
     if example_id is not None and example_id not in {item["id"] for item in items}:
         raise ValueError(f"`example_id` is {example_id!r}; allowed are the ids of the records.")
@@ -132,20 +136,14 @@ def analyze_decoding(
     for combination in not_allowed:
         say(f"left out {_folder_name(combination)}: {combination['reason']}")
 
-    common = {
-        **model_settings(model),
-        "seed": seed,
-        "questions_sha256": hashlib.sha256(
-            json.dumps([[item["id"], item["image_id"], item["question"]] for item in items]).encode()
-        ).hexdigest(),
-    }
+    common = {"seed": seed, **run_settings(model, processor, allowed[0][1], asked)}
     results, texts = [], {}
     for combination, options in allowed:
         predictions = run_items(
             [item["id"] for item in items],
             _Answers(model, processor, records, items, options, batch_size, seed),
             folder / _folder_name(combination),
-            {**common, "options": _effective(model, options)},
+            {**common, "decoding": decoding_in_force(model, options)},
             batch_size,
         )
         numbers = _measure(predictions, items, processor.tokenizer, bootstrap_samples, seed)
@@ -193,7 +191,7 @@ def noise_pictures(records: Sequence[dict] | Dataset, seed: int = 0) -> list[dic
         records: as for [`analyze_decoding`].
         seed: of the noise, uniform in each of 3 x 64 x 64 values.
     """
-    random = np.random.default_rng(seed)
+    random, records = np.random.default_rng(seed), undecoded(records)
     return [
         {**record, "image": Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))} for record in records
     ]
@@ -267,12 +265,6 @@ def _endless(model, canvas: int) -> dict:
     return {**held_back, "stop_strings": None}
 
 
-def _effective(model, options: dict) -> dict:
-    """All options in force, for the settings of the run."""
-    config = model._prepare_generation_config(None, **options).to_dict()
-    return {key: value for key, value in config.items() if value is not None and key != "transformers_version"}
-
-
 def _folder_name(combination: dict) -> str:
     return "L{max_new_tokens}-B{block_length}-Z{steps}".format(**combination)
 
@@ -291,7 +283,10 @@ class _Answers:
         }
 
     def __call__(self, places: list[int]) -> list[dict]:
-        chats = [question_about(self.records[place]["image"], self.items[place]["question"]) for place in places]
+        chats = [
+            question_about(open_image(self.processor, self.records[place]["image"]), self.items[place]["question"])
+            for place in places
+        ]
         if not self.warm:
             answer_batch(self.model, self.processor, chats, **self.options)
             self.warm = True
@@ -401,7 +396,7 @@ def _draw(folder: Path, summary: dict, processor, record: dict, place: int, text
             folder / name, {label: _lines(results, column) for label, column in counted.items()}, x_label, title
         )
         names.append(name)
-    groups, image = {}, processor.image_processor.fetch_images(record["image"])
+    groups, image = {}, open_image(processor, record["image"])
     for one in sorted(results, key=lambda one: -one["steps"]):
         answer = _pieces(processor.tokenizer, texts[_folder_name(one)][place])
         groups.setdefault((one["max_new_tokens"], one["block_length"]), {})[f"Z {one['steps']}"] = answer

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Event, Lock
@@ -41,10 +42,26 @@ _REMINDER = """\
 The scores could not be read. Answer again, and begin with a line that has nothing but two numbers from 1 to 10, the \
 score of Assistant 1 and then that of Assistant 2, separated by a space."""
 
-_NUMBER = r"(?<![\w.-])(\d+(?:\.\d+)?)(?:\s*/\s*10\b)?"
-_TWO_SCORES = re.compile(rf"{_NUMBER}(?:[^\w/]|_|\band\b)*?{_NUMBER}", re.IGNORECASE)
-_LABEL = re.compile(r"assistant\s*[12]", re.IGNORECASE)
-_LABELLED = re.compile(r"assistant\s*([12])\W{1,6}(\d+(?:\.\d+)?)", re.IGNORECASE)
+# What may stand behind a score is named, so that "2 errors", "4/5", "7-8" and "8,5" are none.
+_SCORE = r"(\d+(?:\.\d+)?)(?:\s*/\s*10\b|\s+out\s+of\s+10\b)?(?:\s+points?\b)?"
+_END = (
+    r"(?=\s*(?:$|[;()\[\]|!\u2013\u2014]|[,.-](?!\d)"
+    r"|(?:and|but|while|whereas|because|since|as|vs|assistant|score\s+of\s+assistant)\b))"
+)
+_PREFIX = r"(?:(?:(?:final|overall|my|the)\s+)*(?:scores?|ratings?)\s*(?:are\b)?\s*[:=]?\s*)?[\[(|]?\s*"
+_BETWEEN = r"(?:\s*(?:[;|&\u2013\u2014]|\band\b|\bvs\b\.?|\bversus\b)\s*|,\s+|\s+-\s+|\s+)"
+_PAIR = re.compile(_PREFIX + _SCORE + _BETWEEN + _SCORE + _END)
+_ITEM = r"(?:\s*[):=]\s*|\s*\.\s+|\s+-\s+)"
+_NUMBERED = re.compile(rf"1{_ITEM}{_SCORE}(?:,|;|\s)\s*2{_ITEM}{_SCORE}{_END}")
+_NUMBERED_LINES = re.compile(rf"1{_ITEM}{_SCORE}{_END}.*\n2{_ITEM}{_SCORE}{_END}")
+_ALONE = re.compile(rf"{_SCORE}\.?")
+_LABELLED = re.compile(
+    r"\bassistant\s*#?([12])\b(?:'s\b|[\s:=()|\u2013\u2014-]|\b(?:score|rating)s?(?:\s+of)?\b"
+    rf"|\b(?:answer|overall|gets?|receives?|earns?|is|an?)\b)*(?<![\d.,-]){_SCORE}{_END}"
+)
+_LABEL_WORDS = {"assistant", "answer", "final", "for", "of", "overall", "rating", "score", "the"}
+_THOUGHTS = re.compile(r"<(think(?:ing)?)>.*?(?:</\1>|$)|^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_MARKDOWN = re.compile(r"```[\w-]*|[*_`]|^\s*[#>]+", re.MULTILINE)
 
 
 def render_messages(record: dict, answer: str, swapped: bool = False, reference_repr: bool = False) -> list[dict]:
@@ -76,21 +93,71 @@ def render_messages(record: dict, answer: str, swapped: bool = False, reference_
 def parse_scores(text: str) -> tuple[float, float] | None:
     """The scores of Assistant 1 and 2 in a reply, or `None` if they cannot be told or are not between 1 and 10.
 
-    Either the first line that is not blank has exactly two numbers and between them no word but "and", or both
-    assistants are named with a number behind each.
+    Thoughts in `<think>` and Markdown's marks are left out. What remains must be one of these; a number that only might
+    be a score, or two different scores of one assistant, are none:
+
+    - a first line with the two scores and no other number: "8 9", "8, 9", "8 vs 9", "8/10 and 9/10", "Scores: 8 9",
+      perhaps with a reason behind a mark or "because";
+    - numbered scores, "1. 8" and "2. 9", or two lines with a score each;
+    - both assistants named with a score behind each: "Assistant 1: 8/10, Assistant 2: 9/10";
+    - JSON: `[8, 9]`, `{"scores": [8, 9]}`, or an object with one number for each assistant.
     """
-    line = next((line for line in text.splitlines() if line.strip()), "")
-    scores = None
-    if not _LABEL.search(line):
-        found = _TWO_SCORES.search(line)
-        scores = found.groups() if found and len(re.findall(_NUMBER, line)) == 2 else None
-    if scores is None:
-        labelled = dict(reversed(_LABELLED.findall(text)))  # the first of each label
-        scores = (labelled["1"], labelled["2"]) if len(labelled) == 2 else None
-    if scores is None:
+    text = unicodedata.normalize("NFKC", _THOUGHTS.sub("", text))
+    lines = [line.strip() for line in _MARKDOWN.sub("", text).lower().splitlines() if line.strip()]
+    found = _scores_in_json(re.sub(r"```[\w-]*", "", text).strip()) or _scores_in_lines(lines)
+    if found is None:
+        found = _labelled(label_and_score.groups() for line in lines for label_and_score in _LABELLED.finditer(line))
+    if found is None:
         return None
-    first, second = map(float, scores)
+    first, second = map(float, found)
     return (first, second) if LOWEST <= first <= HIGHEST and LOWEST <= second <= HIGHEST else None
+
+
+def _scores_in_lines(lines: list[str]) -> tuple[str, str] | None:
+    """Two scores that begin a reply, without the names of the assistants."""
+    head = "\n".join(lines[:2])
+    if numbered := _NUMBERED_LINES.match(head) or _NUMBERED.match(head):
+        return numbered.groups()
+    alone = [_ALONE.fullmatch(line) for line in lines[:3]]
+    if (all(alone) and len(alone) == 2) or (len(alone) == 3 and alone[0] and alone[1] and not alone[2]):
+        return alone[0][1], alone[1][1]
+    pairs = [pair.groups() for line in lines if (pair := _PAIR.match(line)) and _count_numbers(line) == 2]
+    begins = bool(lines) and _PAIR.match(lines[0]) and _count_numbers(lines[0]) == 2
+    return pairs[0] if begins and len(set(pairs)) == 1 else None
+
+
+def _count_numbers(line: str) -> int:
+    return len(re.findall(r"\d+(?:\.\d+)?", re.sub(r"(?:/|out of)\s*10\b", "", line)))
+
+
+def _scores_in_json(text: str) -> tuple[float, float] | None:
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, dict):
+        value = {str(name).lower(): each for name, each in value.items()}
+        value = value.get("scores", value)
+    if isinstance(value, list):
+        value = dict(zip("12", value)) if len(value) == 2 else {}
+    found = []
+    for name, score in value.items() if isinstance(value, dict) else ():
+        score = score.get("score") if isinstance(score, dict) else score
+        words = re.findall(r"[a-z]+", str(name).lower())
+        number = _ALONE.fullmatch(str(score))
+        if len(digits := re.findall(r"\d+", str(name))) == 1 and number and {*words} <= _LABEL_WORDS:
+            found.append((digits[0], number[1]))
+    return _labelled(found)
+
+
+def _labelled(found: Iterable[tuple[str, str]]) -> tuple[float, float] | None:
+    """The scores of the labels "1" and "2", if each has one, however often."""
+    scores = {}
+    for label, score in found:
+        scores.setdefault(label, set()).add(float(score))
+    if sorted(scores) != ["1", "2"] or any(len(each) > 1 for each in scores.values()):
+        return None
+    return min(scores["1"]), min(scores["2"])
 
 
 def match_answers(records: Sequence[dict], answers: dict[str, str], allow_partial: bool = False) -> dict[str, str]:
@@ -270,9 +337,9 @@ def _read_finished(file: Path) -> dict[str, dict]:
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             outcome = json.loads(line)
-            if outcome["status"] == "ok":
-                first, second = map(float, outcome["scores"])
-                finished[outcome["key"]] = {**outcome, "scores": [first, second], "reason": outcome["reason"]}
+            # Read anew, because an earlier version may have read it otherwise.
+            if outcome["status"] == "ok" and (scores := parse_scores(outcome["replies"][-1])):
+                finished[outcome["key"]] = {**outcome, "scores": list(scores), "reason": outcome["reason"]}
         except (ValueError, LookupError, TypeError, RecursionError):
             raise ValueError(f"{str(file)!r} has no judgment at line {number}.") from None
     return finished

@@ -10,18 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 
 SETTINGS_FILE, PREDICTIONS_FILE = "run.json", "predictions.jsonl"
 _PARTS = "part-*.jsonl"
+_T = TypeVar("_T")
 
 
 def process_state() -> PartialState:
@@ -56,6 +58,7 @@ def run_items(
     Raises:
         ValueError: before anything is done, if ids are not unique, `batch_size` is below 1, `folder` holds a run with
             other settings or items or records that cannot be read, or another run is using it.
+        Exception: what `answer` raises, and in the other processes a RuntimeError that tells it. What is done is kept.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; allowed are whole numbers of at least 1.")
@@ -68,41 +71,65 @@ def run_items(
     settings = {**settings, "num_items": len(ids), "items_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest()}
     settings = json.loads(json.dumps(settings))  # as it will be read again
     lock = FileLock(folder / ".lock")
-    problem = [None]
-    if state.is_main_process:
-        try:
+
+    def prepare() -> None:
+        if state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise ValueError(
+                    f"`folder` is {str(folder)!r}, in which another run is at work; wait for it or give another."
+                ) from None
             _check_settings(folder, settings)
             for part in folder.glob(_PARTS):
                 cut_torn_line(part)
-        except Timeout:
-            problem = [f"`folder` is {str(folder)!r}, in which another run is at work; wait for it or give another."]
-        except ValueError as error:
-            problem = [str(error)]
-    if state.num_processes > 1:
-        broadcast_object_list(problem)
-    if problem[0] is not None:
-        lock.release()
-        raise ValueError(problem[0])
-    try:
-        done = _read_done(folder, set(ids))
+
+    def answer_own(done: dict[str, dict]) -> None:
         pending = [place for place, item in enumerate(ids) if item not in done]
-        state.wait_for_everyone()  # nobody may write before all have read
         own = pending[state.process_index :: state.num_processes]
         _run_own(own, answer, folder / f"part-{state.process_index:05}.jsonl", batch_size, unit, state)
-        state.wait_for_everyone()
+
+    def put_together() -> None:
         if state.is_main_process:
             done = _read_done(folder, set(ids))
             lines = [json.dumps(done[item]) + "\n" for item in ids]
             replace_file(folder / PREDICTIONS_FILE, "".join(lines))
             for part in folder.glob(_PARTS):
                 part.unlink()
-        state.wait_for_everyone()
+
+    try:
+        _all_do(prepare, state)
+        done = _all_do(lambda: _read_done(folder, set(ids)), state)  # no process writes before all have read
+        _all_do(lambda: answer_own(done), state)
+        _all_do(put_together, state)
         done = _read_done(folder, set(ids))
         return [done[item] for item in ids]
     finally:
         lock.release()
+
+
+def _all_do(work: Callable[[], _T], state: PartialState) -> _T:
+    """What `work()` returns. If it raises in one process all processes raise, so that none waits for that one.
+
+    No process returns before all have done it.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as raised:
+        if state.num_processes == 1:
+            raise
+        error = raised
+    errors = [None if error is None else f"{type(error).__name__}: {error}"]
+    if state.num_processes > 1:
+        errors = gather_object(errors)
+    if error is not None:
+        raise error
+    for number, told in enumerate(errors):
+        if told is not None:
+            raise RuntimeError(f"process {number + 1} of {state.num_processes} failed: {told}")
+    return result
 
 
 def _run_own(places: list[int], answer, part: Path, batch_size: int, unit: str, state: PartialState) -> None:
@@ -132,10 +159,20 @@ def _check_settings(folder: Path, settings: dict) -> None:
         earlier = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{str(file)!r} cannot be read: {error}") from None
-    differing = [name for name in sorted({*earlier, *settings}) if earlier.get(name) != settings.get(name)]
+    differing = list(_differences(earlier, settings))
     if differing:
-        shown = "; ".join(f"{name}: {earlier.get(name)!r} there, {settings.get(name)!r} here" for name in differing)
+        shown = "; ".join(f"{name}: {there!r} there, {here!r} here" for name, there, here in differing)
         raise ValueError(f"`folder` is {str(folder)!r}, which holds a run with other settings ({shown}); give another.")
+
+
+def _differences(there: dict, here: dict, within: str = "") -> Iterator[tuple[str, object, object]]:
+    """Names and both values of what differs, for dicts in dicts as `name.name`."""
+    for name in sorted({*there, *here}):
+        values = there.get(name), here.get(name)
+        if all(isinstance(value, dict) for value in values):
+            yield from _differences(*values, within=f"{within}{name}.")
+        elif values[0] != values[1]:
+            yield f"{within}{name}", *values
 
 
 def cut_torn_line(part: Path) -> None:

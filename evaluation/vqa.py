@@ -18,16 +18,14 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset
-from PIL import Image
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, fit_confidence_temperature
 from lladamedv.processing import LLaDAMedVProcessor
-from lladamedv.processing.datasets import VQAReport
+from lladamedv.processing.datasets import LoadReport, VQAReport
 
-from .answering import Answer, answer_batch, model_settings, question_about
+from .answering import Answer, answer_batch, open_image, question_about, run_settings, undecoded
 from .calibration import area_under_risk_coverage, calibration_bins, expected_calibration_error, risk_coverage
-from .medical_vqa.medical_vqa import ANSWER_TYPES, POLARITY, MedicalVQA
-from .medical_vqa.vqa_normalization import normalize_answer
+from .medical_vqa.medical_vqa import ANSWER_TYPES, POLARITY, MedicalVQA, closed_polarity
 from .plots import reliability_diagram, risk_coverage_curve
 from .published_vqa import PUBLISHED_VQA
 from .runs import process_state, replace_file, run_items
@@ -68,8 +66,8 @@ def evaluate_vqa(
         model_name: what to call the model in the report.
         options: of `generate`; by default the paper's for short answers, a canvas of 64 tokens in one block and 64
             steps.
-        scoring: `"generate"`, or `"likelihood"`: questions whose true answer is yes or no are answered by the likelier
-            of the two (see [`~LLaDAMedVScoringMixin.score`]), all others still by generation.
+        scoring: `"generate"`, or `"likelihood"`: closed questions whose true answer says yes or no are answered by the
+            likelier of the two (see [`~LLaDAMedVScoringMixin.score`]), all others still by generation.
         batch_size: questions at a time.
         candidates: see the `medical_vqa` metric.
         bootstrap_samples: how often images are drawn anew for 95 % confidence intervals; 0 computes none.
@@ -78,26 +76,26 @@ def evaluate_vqa(
 
     Returns:
         The summary, in every process. `complete` is False if questions could not be answered, because their image
-        cannot be read; the scores are then of the others, and the report says so first.
+        cannot be read or is not there, or if records were left out; the scores are then of the others, and the report
+        says so first. `decoding` are the options that were in force, the checkpoint's too.
 
     Raises:
         ValueError: before anything is answered, for a value that is not allowed, an empty data set, or a folder of
-            another run.
+            a run that other things were in force in: options, weights, data, kind of device, ….
     """
     if scoring not in SCORINGS:
         raise ValueError(f"`scoring` is {scoring!r}; allowed are {SCORINGS}.")
     if not len(dataset):
-        raise ValueError("`dataset` is empty; at least one question is needed.")
+        raise ValueError(f"`dataset` is empty; at least one question is needed ({LoadReport.summary(report)}).")
     options = PAPER_DECODING if options is None else options
+    dataset = undecoded(dataset)
+    in_force = run_settings(model, processor, options, dataset)
     provenance = {
-        "model": model_name, "model_revision": getattr(model.config, "_commit_hash", None),
-        "dataset": report.source, "dataset_revision": report.revision, "split": report.split,
-        "decoding": options, "scoring": scoring,
+        "model": model_name, "model_revision": in_force["model_revision"], "dataset": report.source,
+        "dataset_revision": report.revision, "split": report.split, "decoding": in_force["decoding"],
+        "scoring": scoring,
     }  # fmt: skip
-    settings = {
-        **provenance, **model_settings(model), "benchmark": report.benchmark, "seed": seed,
-        "chat_template": processor.chat_template,
-    }  # fmt: skip
+    settings = {**provenance, **in_force, "benchmark": report.benchmark, "seed": seed}
 
     def answer(places: list[int]) -> list[dict]:
         return _answer_places(model, processor, dataset, places, options, scoring, seed, provenance)
@@ -105,9 +103,11 @@ def evaluate_vqa(
     model.eval()
     records = run_items(list(dataset["id"]), answer, folder, settings, batch_size)
     summary = _summarize(records, candidates, bootstrap_samples, seed)
+    summary["left_out"] = [name for name, _ in (*report.missing_images, *report.invalid)]
+    summary["complete"] = summary["complete"] and not summary["left_out"]
     summary = {
         **{name: settings[name] for name in ("benchmark", "split", "model", "model_revision", "model_sha256")},
-        **summary, "decoding": options, "scoring": scoring, "data": report.as_dict(),
+        **summary, "decoding": settings["decoding"], "scoring": scoring, "data": report.as_dict(),
         "data_summary": report.summary().splitlines(),
         "environment": {
             "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
@@ -121,18 +121,17 @@ def evaluate_vqa(
 
 
 def _answer_places(model, processor, dataset, places, options, scoring, seed, provenance) -> list[dict]:
-    rows, errors = [], {}
-    for place in places:
+    rows, errors = [dataset[place] for place in places], {}
+    for row in rows:
         try:
-            rows.append(dataset[place])
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
-            rows.append(dataset.select_columns([name for name in dataset.column_names if name != "image"])[place])
-            errors[rows[-1]["id"]] = f"the image cannot be read: {error}"
+            row["image"] = open_image(processor, row["image"])
+        except (OSError, ValueError, TypeError) as error:
+            errors[row["id"]] = f"the image cannot be read: {error}"
     digest = hashlib.sha256("\n".join([str(seed), *(row["id"] for row in rows)]).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     given: dict[str, tuple[Answer, str]] = {}
     readable = [row for row in rows if row["id"] not in errors]
-    decided = [row for row in readable if scoring == "likelihood" and _is_polarity(row["answer"])]
+    decided = [row for row in readable if scoring == "likelihood" and _is_decided(row)]
     for row in decided:
         given[row["id"]] = (_likelier(model, processor, row), "likelihood")
     generated = [row for row in readable if row["id"] not in given]
@@ -158,8 +157,9 @@ def _answer_places(model, processor, dataset, places, options, scoring, seed, pr
     return records
 
 
-def _is_polarity(answer: str) -> bool:
-    return normalize_answer(answer) in POLARITY
+def _is_decided(row: dict) -> bool:
+    """Whether a question is answered by yes or no."""
+    return row["answer_type"] == "closed" and closed_polarity("", row["answer"])[1] is not None
 
 
 @torch.no_grad()
@@ -262,11 +262,17 @@ def write_summary(summary: dict, folder: str | Path) -> None:
 def render_summary(summary: dict) -> str:
     """The summary as Markdown."""
     lines = [f"# {summary['model']} on {summary['benchmark']} ({summary['split']})", ""]
-    if not summary["complete"]:
-        failed = summary["failed"]
-        shown = ", ".join(failed[:5]) + (", …" if len(failed) > 5 else "")
-        total = summary["num_questions"]
-        lines += [f"**INCOMPLETE: {len(failed)} of {total} questions have no answer ({shown}).**", ""]
+    left_out, total = summary["left_out"], summary["num_questions"]
+    for names, problem in (
+        (summary["failed"], f"of {total} questions have no answer"),
+        (
+            left_out,
+            f"of {total + len(left_out)} records were not asked: no image, or invalid",
+        ),
+    ):
+        if names:
+            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            lines += [f"**INCOMPLETE: {len(names)} {problem} ({shown}).**", ""]
     scores = summary["scores"]
     if scores is None:
         return "\n".join([*lines, "No question could be scored.", ""])
@@ -285,7 +291,8 @@ def render_summary(summary: dict) -> str:
     lines += ["Counts: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".", ""]
     if summary["without_reference"]:
         lines += [f"Left out, because their true answer is empty: {', '.join(summary['without_reference'])}.", ""]
-    lines += _render_published(summary["benchmark"], summary["model"], scores)
+    if summary["data"]["is_published"]:
+        lines += _render_published(summary["benchmark"], summary["model"], scores)
     if summary["calibration"]:
         names = ("mean_confidence", "accuracy", "expected_calibration_error", "area_under_risk_coverage")
         lines += markdown_table(

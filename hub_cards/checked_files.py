@@ -34,12 +34,16 @@ _ALLOWED = (
     CARD, "LICENSE*", "NOTICE*", "*.json", "*.safetensors", "*.py", "*.jinja", "*.txt", "*.png", "*.jpg", "*.svg",
     ".gitattributes", ".eval_results/*.yaml",
 )  # fmt: skip
+# What a training leaves in its folder for itself (`lladamedv demo --train` in `progress`), by names of files and
+# folders: pickles, states of the optimiser, and reports that quote the data. Left out.
+OF_TRAINING = (
+    "checkpoint-*", "checkpoints*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", "latest",
+    "zero_to_fp32.py", "trainer_state.json", "training_args.bin", "data_report.json", "answers.jsonl",
+    "not_finite*.json", "runs", "wandb", "mlruns", "events.out.tfevents.*", "progress",
+)  # fmt: skip
 # What is refused and why; the first pattern counts that the file's path, or a folder's above it, has.
 _REFUSED = {
     ("*.new", "*.tmp", "*.partial", "*.incomplete", "*.lock"): "is left over from an interrupted write",
-    ("checkpoint-*", "checkpoints*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json"): (
-        "is a state of training"
-    ),
     ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt"): (
         "is a pickle, which can run code when it is loaded; only safetensors are allowed"
     ),
@@ -62,7 +66,7 @@ def checked_files(
 
     Args:
         folder: it and its files are only read.
-        leave_out: patterns of files and folders that are not to be pushed.
+        leave_out: patterns of files and folders that are not to be pushed, besides `OF_TRAINING`.
         check: yields what is wrong with the files: [`check_model_files`] or [`check_adapter_files`].
         secret: a token to search the files for, besides what looks like one.
         changes: contents of files that are pushed instead of what is in the folder.
@@ -75,7 +79,7 @@ def checked_files(
     """
     files, left_out, problems = {}, [], []
     for name, path in _walk(folder):
-        if any(fnmatchcase(part, pattern) for part in _lineage(name) for pattern in leave_out):
+        if any(fnmatchcase(part, pattern) for part in _lineage(name) for pattern in (*leave_out, *OF_TRAINING)):
             left_out.append(name)
         elif problem := _why_not(folder, name, path):
             problems.append(f"{name} {problem}")
@@ -86,7 +90,7 @@ def checked_files(
     if problems:
         raise ValueError(
             f"`folder` is {str(folder)!r}, which is not pushed: {'; '.join(problems)}. What is not to be pushed can be "
-            "named in `leave_out` (--leave-out)."
+            "named in `leave_out`."
         )
     return files, tuple(left_out)
 

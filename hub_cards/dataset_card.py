@@ -8,7 +8,7 @@ from importlib.resources import files
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from lladamedv.processing.datasets import LoadReport
+from lladamedv.processing.datasets import LoadReport, VQAReport
 
 from .licences import find_component, may_redistribute
 from .privacy import is_on_hub, scrub
@@ -40,7 +40,8 @@ def build_dataset_card(
         ValueError: if it is not known what the data are or how they are built, or if `has_images` and their licence
             does not allow it.
     """
-    facts = dict(report) if isinstance(report, Mapping) else asdict(report)
+    facts = report.as_dict() if isinstance(report, VQAReport) else report
+    facts = dict(facts) if isinstance(facts, Mapping) else asdict(facts)
     benchmark = facts.get("benchmark")
     known = component or benchmark
     if known is None:

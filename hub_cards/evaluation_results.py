@@ -28,7 +28,13 @@ HEADLINES = (
 )  # fmt: skip
 _MAIN = ("open_recall", "closed_accuracy", "relative_score")
 _METRIC_TYPES = ("accuracy", "recall", "precision", "f1", "exact_match", "bleu", "relative_score")
-_TITLES = {"vqa-rad": "VQA-RAD", "slake": "SLAKE", "path-vqa": "PathVQA", "phantoms": "Phantoms"}
+_TITLES = {
+    "vqa-rad": "VQA-RAD",
+    "slake": "SLAKE",
+    "path-vqa": "PathVQA",
+    "phantoms": "Phantoms",
+    "own-data": "Own data",
+}
 _CHAT, _CHAT_TITLE = "llava_med_eval_qa50", "LLaVA-Med's biomedical chat"
 _CHAT_QUESTIONS = 193  # of the benchmark: arXiv 2306.00890, section 5.1
 _CHAT_CONFIGS = ("all", "conversation", "detailed_description")
@@ -73,6 +79,7 @@ class EvaluationResults:
         dataset_revision: commit of `dataset_id`, if it was pinned.
         complete: whether every question that was asked has a score.
         num_scored, num_asked, num_questions: questions with a score, of those asked, of all that the benchmark has.
+        is_benchmark: whether these are the published questions of a benchmark, and not somebody's own.
         scores: all that there are.
         protocol: how it was measured, as lines of a table.
         arguments: the same for programs.
@@ -87,6 +94,7 @@ class EvaluationResults:
     num_scored: int
     num_asked: int
     num_questions: int
+    is_benchmark: bool
     scores: tuple[Score, ...]
     protocol: dict[str, str]
     arguments: dict
@@ -120,7 +128,7 @@ class EvaluationResults:
     @property
     def is_of_the_whole_benchmark(self) -> bool:
         """Whether these numbers can stand beside others."""
-        return self.complete and self.num_asked == self.num_questions
+        return self.is_benchmark and self.complete and self.num_asked == self.num_questions
 
     @property
     def warning(self) -> str:
@@ -130,6 +138,8 @@ class EvaluationResults:
             return f"INCOMPLETE: {lost} of {self.num_asked} questions have no score; the numbers are of the others."
         if self.num_asked < self.num_questions:
             return f"A part only: {self.num_asked} of {self.num_questions} questions were asked."
+        if not self.is_benchmark:
+            return "Own data: these are not the published questions of a benchmark; compare with no other numbers."
         return ""
 
     def to_eval_results(self) -> list[EvalResult]:
@@ -186,18 +196,22 @@ def eval_result_files(results: Sequence[EvaluationResults]) -> dict[str, str]:
 def _read_vqa(summary: dict, run: dict, hashes: dict) -> dict:
     data, scores, environment = summary["data"], summary["scores"] or {}, summary["environment"]
     title = f"{_TITLES.get(summary['benchmark'], summary['benchmark'])} ({summary['split']})"
-    on_hub = is_on_hub(data)
+    if not data["is_published"] and summary["benchmark"] != "own-data":
+        title = f"Own data, read as {title}"
+    on_hub = is_on_hub(data) and not data["local"]
     if on_hub:
         source = f"`{data['reference']}`, revision {data['revision'] or 'not pinned'}"
     else:
         source = f"`{data['source']}`" if summary["benchmark"] == "phantoms" else "local data"
+    total = data["questions"] + len(summary["left_out"])
     counts = [f"{scores.get(f'num_{group}', 0)} {group}" for group in ("open", "closed")]
+    decoding = _without_ids(summary["decoding"])
     protocol = {
-        **_decoding_lines(summary["decoding"]),
+        **_decoding_lines(decoding),
         "answers by": summary["scoring"],
         "prompt": _prompt_name(run.get("chat_template")),
         "metrics": _VQA_METRICS,
-        "questions": f"{', '.join(counts)}; {summary['num_questions']} asked of {data['questions']}",
+        "questions": f"{', '.join(counts)}; {summary['num_questions']} asked of {total}",
         "data": source,
         "test images in train": data["leakage"],
         "judge": "none",
@@ -216,13 +230,15 @@ def _read_vqa(summary: dict, run: dict, hashes: dict) -> dict:
         "dataset_revision": data["revision"] if on_hub else None,
         # Questions without a true answer cannot be scored by anybody.
         "complete": summary["complete"], "num_scored": summary["num_questions"] - len(summary["failed"]),
-        "num_asked": summary["num_questions"], "num_questions": data["questions"], "scores": tuple(found),
-        "protocol": protocol, "arguments": {**summary["decoding"], "scoring": summary["scoring"]},
+        "num_asked": summary["num_questions"] + len(summary["left_out"]),
+        "num_questions": data["questions"] + len(summary["left_out"]), "is_benchmark": data["is_published"],
+        "scores": tuple(found), "protocol": protocol, "arguments": {**decoding, "scoring": summary["scoring"]},
     }  # fmt: skip
 
 
 def _read_chat(summary: dict, run: dict, hashes: dict) -> dict:
     judge, decoding = summary["judge"], run.get("decoding")
+    decoding = decoding and _without_ids(decoding)
     judge_model = scrub(judge["model"])  # a local server may call it by its path
     sampling = "".join(f", {name} {value}" for name, value in judge.items() if name not in ("model", "host"))
     prompt = f"{summary['prompt_version']} (sha256 `{summary['prompt_sha256']}`)"
@@ -247,8 +263,14 @@ def _read_chat(summary: dict, run: dict, hashes: dict) -> dict:
     return {
         "benchmark": _CHAT, "title": _CHAT_TITLE, "split": "test", "dataset_id": None, "dataset_revision": None,
         "complete": summary["complete"], "num_scored": summary["n_judged"], "num_asked": summary["data_size"],
-        "num_questions": _CHAT_QUESTIONS, "scores": tuple(found), "protocol": protocol, "arguments": arguments,
+        "num_questions": _CHAT_QUESTIONS, "is_benchmark": True, "scores": tuple(found), "protocol": protocol,
+        "arguments": arguments,
     }  # fmt: skip
+
+
+def _without_ids(decoding: dict) -> dict:
+    """Options without ids of tokens, which say nothing without the tokenizer."""
+    return {name: value for name, value in decoding.items() if not name.endswith(("_token_id", "suppress_tokens"))}
 
 
 def _decoding_lines(decoding: dict | None) -> dict[str, str]:

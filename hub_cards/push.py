@@ -73,7 +73,7 @@ class PushPlan:
         kind: "model", "adapter", "dataset" or "recipe".
         private: whether the repository is to be a private one.
         files: sizes in bytes by the names in the repository.
-        left_out: files of the folder that are not pushed, as `leave_out` says.
+        left_out: files of the folder that are not pushed: what a training leaves for itself, and what `leave_out` says.
         url: of the commit; `None` for a dry run.
     """
 
@@ -115,8 +115,8 @@ def push_folder(
         adapter_merge: merge the adapters into their model and push that.
         base_model: Hub id of the model that adapters belong to, if their configuration names a local folder; to merge,
             also a folder.
-        leave_out: patterns such as "checkpoint-*" of files and folders that are not pushed. Whatever else does not
-            belong to a model is an error.
+        leave_out: patterns such as "*.png" of files and folders that are not pushed, besides what a training leaves for
+            itself (checkpoints, `training_args.bin`, reports, …). Whatever else does not belong to a model is an error.
         replace: whether to push over a repository of another kind; what was there is deleted in the same commit.
         dry_run: only check and list; no request is made.
         revision: branch to push to, created from main if there is none.
@@ -187,7 +187,7 @@ def push_dataset(
     allowed, reason = may_redistribute(benchmark)
     if not (allowed or recipe_only):
         raise ValueError(
-            f"`benchmark` is {benchmark!r}, which must not be passed on: {reason}. `recipe_only` (--recipe-only) "
+            f"`benchmark` is {benchmark!r}, which must not be passed on: {reason}. `recipe_only` "
             "publishes how to build it instead."
         )
     target = _Target(repo, "recipe" if recipe_only else "dataset", private, replace, revision, token)
@@ -244,7 +244,7 @@ def _with_base_model(folder: Path, base_model: str | None) -> dict[str, bytes]:
     if base_model is None and not is_hub_id(stated):
         raise ValueError(
             f"`base_model_name_or_path` in {ADAPTER_CONFIG} is {stated!r}, which is nowhere but here; `base_model` "
-            "(--base-model) gives its Hub id, or `adapter_merge` (--merge) pushes the whole model."
+            "gives its Hub id, or `adapter_merge` pushes the whole model."
         )
     if base_model is not None and not is_hub_id(base_model):
         raise ValueError(f"`base_model` is {base_model!r}; allowed is a Hub id, OWNER/NAME.")
@@ -290,7 +290,7 @@ def _merge(folder: Path, base_model: str | None, out: Path, offline: bool) -> No
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"`adapter_merge` is True, but these adapters and their model {base!r} cannot be loaded: "
-            f"{' '.join(str(error).split())} `base_model` (--base-model) names another place."
+            f"{' '.join(str(error).split())} `base_model` names another place."
         ) from error
     model.save_pretrained(out)
     loaded.save_pretrained(out)
@@ -456,6 +456,8 @@ class _Target:
                 report(f"{'left out':>14}  {name}")
             report(f"{plan.summary()}; nothing was sent")
             return plan
+        if left_out:
+            report(f"left out: {', '.join(left_out)}")
         info = self.look()
         url = self._ask("which could not be pushed to", self._commit, files, info)
         plan = dataclasses.replace(plan, repo=self.repo, url=url)
@@ -478,12 +480,12 @@ class _Target:
         """Refuse what would publish by mistake, or destroy."""
         if self.private and info.private is False:
             raise _RefusedError(
-                f"`{self.argument}` is {self.repo!r}, which is public; `private` must be False (--public)."
+                f"`{self.argument}` is {self.repo!r}, which is public; allowed with `private=False` (--public)."
             )
         there = _kind_of(info)
         if there not in (None, self.kind) and not self.replace:
             raise _RefusedError(
-                f"`{self.argument}` is {self.repo!r}, which holds {there}, not {self.kind}; `replace` (--replace) "
+                f"`{self.argument}` is {self.repo!r}, which holds {there}, not {self.kind}; `replace` "
                 "deletes that and pushes this instead."
             )
 

@@ -21,13 +21,22 @@ _ADAPTER_FIELDS = {
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A source of a run: how to call it, its Hub id if it is there, what it is, rows that it gave and left out."""
+    """A source of a run: how to call it, its Hub id if it is there, what it is, rows that it gave and left out (`None`
+    where they were not counted), and whether it was streamed, so that only what was read is counted."""
 
     name: str
     hub_id: str | None
     component: Component
-    rows: int
-    left_out: int
+    rows: int | None
+    left_out: int | None
+    streamed: bool = False
+
+    @property
+    def counts(self) -> tuple[str, str]:
+        """Rows and rows left out, as cells of a table."""
+        if self.rows is None:
+            return "streamed, not counted", "not counted"
+        return f"{self.rows}{' read' * self.streamed}", str(self.left_out)
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,9 @@ class TrainingFacts:
 
     Args:
         recipe: YAML of the arguments, without anything private.
-        data: the sources.
+        data: the sources that it was trained on.
+        eval_data: the sources that it was only evaluated on.
+        data_notes: sentences about rows that were left out or held out.
         trained: what has gradients, as lines of a table.
         is_adapter: whether adapters were trained instead of the model's own weights.
         hardware: devices, processes, precision.
@@ -60,6 +71,8 @@ class TrainingFacts:
     losses: tuple[tuple[int, float], ...]
     eval_losses: tuple[tuple[int, float], ...]
     picture: str | None = None
+    eval_data: tuple[TrainingData, ...] = ()
+    data_notes: tuple[str, ...] = ()
 
     @property
     def loss_rows(self) -> list[tuple[int, str]]:
@@ -90,8 +103,9 @@ def gather_training_facts(
         hardware: in words.
         trained_parts: names of the parts with gradients, if there is no adapter.
         data_reports: of each source, `source`, `rows`, `missing_images` and `invalid`, and of a benchmark `benchmark`,
-            `reference` and `split` ([`LoadReport`] or [`VQAReport`] as dictionaries). Only Hub ids, benchmarks and
-            phantoms are named; everything else is "local data", of unknown licence.
+            `reference` and `split` ([`LoadReport`] or [`VQAReport`] as dictionaries), with `use` "eval_data" for those
+            that were not trained on. Only Hub ids, benchmarks and phantoms are named; everything else is "local data",
+            of unknown licence. And of each data set whose rows were checked, `data_set` and the fields of `RowReport`.
         adapter: configuration of the adapters, as `PeftConfig.to_dict()`.
         software: versions, as [`software_versions`] returns them.
         picture: .png file to draw the curves to, beside the card. Without matplotlib, or losses, none is drawn.
@@ -105,10 +119,16 @@ def gather_training_facts(
     )
     seconds = [entry["train_runtime"] for entry in log_history if "train_runtime" in entry]
     epochs = [entry["epoch"] for entry in log_history if "epoch" in entry]
+    sources: dict[str, list[TrainingData]] = {"train_data": [], "eval_data": []}
+    for report in data_reports:
+        if "source" in report:
+            sources[report.get("use", "train_data")].append(_training_data(report))
     drawn = picture is not None and bool(losses) and draw_loss_curve(picture, losses, eval_losses)
     return TrainingFacts(
         recipe=scrub_recipe(recipe),
-        data=tuple(_training_data(report) for report in data_reports),
+        data=tuple(sources["train_data"]),
+        eval_data=tuple(sources["eval_data"]),
+        data_notes=tuple(note for report in data_reports if "data_set" in report for note in _data_notes(report)),
         trained={"weights": ", ".join(trained_parts)} if adapter is None else _adapter_lines(adapter),
         is_adapter=adapter is not None,
         hardware=hardware,
@@ -134,8 +154,24 @@ def _training_data(report: Mapping) -> TrainingData:
         name, component = f"{benchmark}, local data", find_component(benchmark)
     if "split" in report:
         name += f", {report['split']}"
-    left_out = len(report["missing_images"]) + len(report["invalid"])
-    return TrainingData(name, hub_id, component, report["rows"], left_out)
+    left_out = None if report["rows"] is None else len(report["missing_images"]) + len(report["invalid"])
+    return TrainingData(name, hub_id, component, report["rows"], left_out, report.get("streamed", False))
+
+
+def _data_notes(report: Mapping) -> list[str]:
+    use = "training" if report["data_set"] == "train_dataset" else "evaluation"
+    notes = []
+    if report["left_out"]:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in report["left_out"].items())
+        notes.append(f"Rows that were left out of {use} when they were checked: {reasons}.")
+    if report["held_out"] is not None:
+        held_out = report["held_out"]
+        notes.append(
+            f"Of the rows above, {report['kept']} were held out and used for evaluation only: all rows about "
+            f"{held_out['images']} of {held_out['images'] + held_out['images_to_train_on']} pictures, drawn with seed "
+            f"{held_out['seed']}. No picture is on both sides; different pictures of one patient may be."
+        )
+    return notes
 
 
 def _adapter_lines(adapter: Mapping) -> dict[str, str]:

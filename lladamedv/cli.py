@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import os
+import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import lladamedv
+from lladamedv.processing.medical_images import is_url
 
 from .cli_app import app_command
-from .cli_chat import Frame, Options, Page, SliceIndex, Window, chat, parse_window
-from .cli_common import DEBUG, AsJson, CommandLine, Device, Dtype, Model, Revision, print_json, progress, quiet
-from .cli_evaluation import analyze_app, eval_app, parse_options
+from .cli_chat import chat, read_picture, takes_reading_options
+from .cli_common import (
+    DEBUG,
+    AsJson,
+    CommandLine,
+    Device,
+    Dtype,
+    Model,
+    Options,
+    Revision,
+    checked,
+    one_of,
+    parse_options,
+    print_json,
+    progress,
+    quiet,
+)
+from .cli_evaluation import analyze_app, eval_app
 from .cli_hub import push, push_dataset, space
 from .cli_serve import serve
-from .loading import DEMO, load_model
+from .loading import DEMO, DTYPES, check_name, load_model
+from .paths import EXPLANATION_SUFFIXES, check_folder_to_fill, check_new_file, check_new_folder
 
 
 # Headings of `lladamedv --help`.
@@ -68,7 +87,7 @@ def demo(
     train: Annotated[
         bool, typer.Option("--train", help="Train the demo model anew (about 80 minutes of 2 cores).")
     ] = False,
-    questions: Annotated[int, typer.Option(help="How many held-out questions to ask.")] = 300,
+    questions: Annotated[int, typer.Option(min=3, help="How many held-out questions to ask.")] = 300,
     output: Annotated[
         Path | None, typer.Option(help="The .png sheet to write, or with --train the folder of the new model.")
     ] = None,
@@ -83,37 +102,46 @@ def demo(
       lladamedv demo --questions 1000 --output sheet.png
       lladamedv demo --train --output my_model
     """
-    quiet()
+    output = output or Path("lladamedv_demo_model" if train else "lladamedv_demo.png")
+    check = check_folder_to_fill if train else partial(check_new_file, suffixes=(".png",))
+    try:
+        check(output)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'--output'") from error
     # Imported here, so that `lladamedv --help` does not wait for what only some commands need.
+    quiet()
     from lladamedv.demo import run_demo
     from lladamedv.demo_training import train_demo
 
     if train:
-        output = output or Path("lladamedv_demo_model")
         train_demo(output, seed, report=progress(as_json))
         result = {"output": output}
     else:
-        output = output or Path("lladamedv_demo.png")
         result = {"output": output, "scores": run_demo(questions, output, report=progress(as_json))}
     if as_json:
         print_json(result)
 
 
 @app.command(rich_help_panel=USE)
+@takes_reading_options
 def ask(
-    image: Annotated[str, typer.Argument(help="File (also DICOM, NIfTI and 16-bit pictures) or URL of an image.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    image: Annotated[
+        str,
+        typer.Argument(metavar="IMAGE", help="File (also DICOM, NIfTI and 16-bit pictures) or URL of an image."),
+    ],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
     model: Model = DEMO,
     revision: Revision = None,
-    window: Window = None,
-    frame: Frame = None,
-    slice_index: SliceIndex = None,
-    page: Page = None,
+    reading: dict = {},  # noqa: B006  stands for all options of the reader
     option: Options = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     explain: Annotated[
-        Path | None, typer.Option(help="Also write how the answer was denoised, as an .html or .png file.")
+        Path | None,
+        typer.Option(
+            help="Also write how the answer was denoised, as an .html or .png file.",
+            callback=checked(partial(check_new_file, suffixes=EXPLANATION_SUFFIXES)),
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -128,36 +156,31 @@ def ask(
       lladamedv ask picture.png "Describe the image." --option steps=8 --json
       lladamedv ask picture.png "Describe the image." --explain denoising.html
     """
-    quiet()
-    from lladamedv.evaluation.answering import answer_batch, question_about
-    from lladamedv.explanation import check_explanation_file, explain_answer
-    from lladamedv.processing.medical_images import read_medical_image
-
-    if explain is not None:
-        check_explanation_file(explain)
-    chosen = {"frame": frame, "slice_index": slice_index, "page": page, "window": parse_window(window)}
-    steps: list[str] = []
+    if not is_url(image) and not Path(image).expanduser().is_file() and Path(question).expanduser().is_file():
+        message = f"{image!r} is no file, but QUESTION {question!r} is one: the image comes first."
+        raise typer.BadParameter(message, param_hint="IMAGE")
     if not question.strip():
-        raise ValueError(f"`question` is {question!r}; it must not be empty.")
+        raise typer.BadParameter("it is empty.", param_hint="QUESTION")
     options = parse_options(option)
-    if "://" in image:
-        given = [name for name, value in chosen.items() if value is not None]
-        if given:
-            raise ValueError(f"`{given[0]}` is {chosen[given[0]]!r}; it is allowed for files only.")
-    else:
-        read = read_medical_image(image, **chosen)
-        steps = read.steps
+    read = read_picture(image, reading)
+    quiet()
+    from lladamedv.conversation import demo_notice
+    from lladamedv.evaluation.answering import answer_batch, question_about
+    from lladamedv.explanation import explain_answer
+
     loaded, processor = load_model(model, dtype, device, revision)
-    picture = processor.image_processor.fetch_images(image) if "://" in image else read.image
     if explain is None:
-        given = answer_batch(loaded, processor, [question_about(picture, question)], **options)[0]
+        given = answer_batch(loaded, processor, [question_about(read.image, question)], **options)[0]
     else:
-        given = explain_answer(loaded, processor, picture, question, steps, **options)
+        given = explain_answer(loaded, processor, read.image, question, read.steps, **options)
+    notice = demo_notice(loaded)
     if as_json:
-        print_json({"answer": given.text, "confidence": given.confidence, "image": steps})
+        print_json({"answer": given.text, "confidence": given.confidence, "image": read.steps, "notice": notice})
     else:
-        if steps:
-            typer.echo(f"image: {'; '.join(steps)}", err=True)
+        if read.steps:
+            typer.echo(f"image: {'; '.join(read.steps)}", err=True)
+        if notice is not None:
+            typer.echo(notice, err=True)
         typer.echo(given.text)
     if explain is not None:
         given.save(explain)
@@ -196,7 +219,7 @@ def train(
       lladamedv train lora_one_gpu --model_name_or_path FOLDER --train_data DATA.json --output_dir OUT
       lladamedv train stage2_instruct --accelerate fsdp2
     """
-    from lladamedv.trainers.recipes import accelerate_file, describe_recipes, launch, recipe_file
+    from lladamedv.trainers.recipes import accelerate_file, check_flags, describe_recipes, launch, recipe_file
 
     if list_recipes:
         recipes = describe_recipes()
@@ -207,30 +230,54 @@ def train(
             for name, description in recipes.items():
                 typer.echo(f"{name:{width}}  {description}")
         return
+    words = list(context.args)
+    if recipe is not None and recipe.startswith("-"):
+        words, recipe = [recipe, *words], None
+    check_flags(words)
     file = recipe_file(recipe)
     configuration = accelerate_file(accelerate)
-    raise typer.Exit(launch(configuration, "lladamedv.trainers.sft", ["--config", str(file), *context.args]))
+    raise typer.Exit(launch(configuration, "lladamedv.trainers.sft", ["--config", str(file), *words]))
 
 
 app.add_typer(eval_app, name="eval", rich_help_panel=MEASURE)
 app.add_typer(analyze_app, name="analyze", rich_help_panel=MEASURE)
 
 
+def _check_shard_size(size: str) -> None:
+    if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?([KMGT]B)?", size.upper()):
+        raise ValueError(f"{size!r}; allowed are bytes, or a size such as 500MB or 2GB.")
+
+
+_NAME = checked(check_name)
+_Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.", callback=checked(check_new_folder))]
 _Tokenizer = Annotated[
-    str | None, typer.Option(help="Folder or Hub id of the tokenizer, if it does not lie beside the weights.")
+    str | None,
+    typer.Option(help="Folder or Hub id of the tokenizer, if it does not lie beside the weights.", callback=_NAME),
 ]
-_Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the source's.")]
-_ShardSize = Annotated[str, typer.Option(help="Largest shard; at most one is held in memory.")]
+_Dtype = Annotated[
+    str | None,
+    typer.Option(help=f"{', '.join(DTYPES[1:])}; by default the source's.", callback=checked(one_of(DTYPES[1:]))),
+]
+_ShardSize = Annotated[
+    str, typer.Option(help="Largest shard; at most one is held in memory.", callback=checked(_check_shard_size))
+]
 
 
 @app.command(rich_help_panel=PUBLISH)
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder or Hub id with LLaDA, LLaDA-V or LLaDA-MedV weights.")],
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Folder or Hub id with LLaDA, LLaDA-V or LLaDA-MedV weights.", callback=_NAME
+        ),
+    ],
+    out: _Out,
     tokenizer: _Tokenizer = None,
     vision_tower: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of the SigLIP, if it is not SigLIP2 so400m/14-384 or not in SOURCE."),
+        typer.Option(
+            help="Folder or Hub id of the SigLIP, if it is not SigLIP2 so400m/14-384 or not in SOURCE.", callback=_NAME
+        ),
     ] = None,
     dtype: _Dtype = None,
     preset: Annotated[
@@ -253,6 +300,7 @@ def convert(
       lladamedv convert LLaDAMedV-2A4E converted
       lladamedv convert SLAKE_10E slake --preset llada-medv-vqa --push ME/llada-medv-slake
     """
+    quiet()
     from lladamedv.conversion import convert_checkpoint
 
     report = convert_checkpoint(
@@ -264,13 +312,17 @@ def convert(
 
 @app.command(rich_help_panel=PUBLISH)
 def init(
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    language_model: Annotated[str, typer.Option(help="Folder or Hub id of LLaDA-8B-Instruct.")],
-    vision_tower: Annotated[str, typer.Option(help="Folder or Hub id of SigLIP2, the tower or the whole model.")],
+    out: _Out,
+    language_model: Annotated[str, typer.Option(help="Folder or Hub id of LLaDA-8B-Instruct.", callback=_NAME)],
+    vision_tower: Annotated[
+        str, typer.Option(help="Folder or Hub id of SigLIP2, the tower or the whole model.", callback=_NAME)
+    ],
     projector: Annotated[
         Path | None,
         typer.Option(
-            help="Projector of stage 1: safetensors, or .bin, which is unpickled with torch.load(weights_only=True)."
+            help="Projector of stage 1: safetensors, or .bin, which is unpickled with torch.load(weights_only=True).",
+            exists=True,
+            dir_okay=False,
         ),
     ] = None,
     tokenizer: _Tokenizer = None,
@@ -286,6 +338,7 @@ def init(
     Example:
       lladamedv init new --language-model LLaDA-8B-Instruct --vision-tower siglip2-so400m-patch14-384
     """
+    quiet()
     from lladamedv.conversion import initialize_checkpoint
 
     report = initialize_checkpoint(

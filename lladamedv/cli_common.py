@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import difflib
 import json
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+import lladamedv
 
 from . import loading
 
@@ -24,6 +30,10 @@ DEBUG = "LLADAMEDV_DEBUG"  # environment variable, so that processes that a comm
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
+# What JSON has for the types in the documentation of `generate`.
+_TYPES = {
+    "int": (int,), "float": (float, int), "str": (str,), "bool": (bool,), "list[int]": (list,), "list[str]": (list,),
 }  # fmt: skip
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -42,11 +52,68 @@ def checked(check: Callable[[Any], object]) -> Callable[[Any], Any]:
     return callback
 
 
+def one_of(allowed: Sequence[str]) -> Callable[[str], None]:
+    """What [`checked`] takes for an option with a few allowed values."""
+
+    def check(value: str) -> None:
+        if value not in allowed:
+            raise ValueError(f"{value!r}; allowed are {', '.join(allowed)}.")
+
+    return check
+
+
 def _check_device_name(device: str) -> None:
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", device):
         raise ValueError(f"{device!r}; allowed are auto, cpu, cuda, mps and xpu, also with a number, as in cuda:1.")
 
 
+def parse_options(given: list[str] | None, **named) -> dict:
+    """Options of `generate` from the command line; values are JSON where they can be read so, or else text.
+
+    Raises:
+        ValueError: for one without a value, of a name that `generate` does not know, or of another type than it takes.
+    """
+    options = {name: value for name, value in named.items() if value is not None}
+    for each in given or []:
+        name, separator, value = each.partition("=")
+        if not separator or not name:
+            raise ValueError(f"{each!r}; allowed is NAME=VALUE.")
+        options[name] = _parse_value(name, value)
+    return options
+
+
+def _parse_value(name: str, text: str) -> Any:
+    """The value of an option of `generate`, compared with the documentation of its class, which is slow to import."""
+    value: Any = text
+    with suppress(json.JSONDecodeError):
+        value = json.loads(text)
+    file = Path("modeling_lladamedv", "generation_config_lladamedv.py")
+    file = next(place / file for place in map(Path, lladamedv.__path__) if (place / file).is_file())
+    classes = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    found = re.findall(r"^ +(\w+(?:, \w+)*) \((`.*?`)(?:, |\))", ast.get_docstring(classes[-1]), re.MULTILINE)
+    types = {each: described for names, described in found for each in names.split(", ")}
+    if name not in types:
+        # Options of Transformers' own `generate`, which are not imported either; ours knows which values are allowed.
+        theirs = Path(find_spec("transformers").origin).parent / "generation" / "configuration_utils.py"
+        if f'"{name}"' in theirs.read_text(encoding="utf-8"):
+            return value
+        meant = difflib.get_close_matches(name, types, 1)
+        hint = f"did you mean {meant[0]}?" if meant else f"allowed are {', '.join(sorted(types))}."
+        raise ValueError(f"{name!r} is no option of generate; {hint}")
+    allowed = [each for described in re.findall("`(.*?)`", types[name]) for each in _TYPES.get(described, ())]
+    if value is None or type(value) in allowed:
+        return value
+    if str in allowed:  # a text that looks like something else
+        return text
+    raise ValueError(f"{name} is {text}; allowed is {types[name].replace('`', '')}.")
+
+
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", help="An option of generate, as NAME=VALUE; several times.", callback=checked(parse_options)
+    ),
+]
 Model = Annotated[
     str,
     typer.Option(
@@ -55,7 +122,11 @@ Model = Annotated[
     ),
 ]
 Dtype = Annotated[
-    loading.Dtype, typer.Option(help="What to compute in; auto is the checkpoint's on a GPU and float32 on a CPU.")
+    str,
+    typer.Option(
+        help=f"{', '.join(loading.DTYPES)}; auto is the checkpoint's on a GPU and float32 on a CPU.",
+        callback=checked(one_of(loading.DTYPES)),
+    ),
 ]
 Device = Annotated[
     str,
@@ -66,24 +137,48 @@ Host = Annotated[str, typer.Option(help="Address to listen on; others than 127.0
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; all else goes to standard error.")]
 
 
-class CommandLine(TyperGroup):
-    """Ends errors in one line and exit code 1; `--debug` shows where they come from.
+_UsageError = typer.BadParameter.__base__  # click's, of which newer versions of Typer have a copy of their own
 
-    Wrong usage is exit code 2 and Ctrl-C 130, as typer has it.
+
+class CommandLine(TyperGroup):
+    """Ends errors in one line: exit code 2 for wrong usage, 1 for others; `--debug` shows where these come from.
+
+    Ctrl-C is exit code 130, as typer has it.
     """
+
+    called = None  # the command, for the names of its options
+
+    def get_command(self, ctx, cmd_name: str):
+        found = super().get_command(ctx, cmd_name)
+        ctx.find_root().command.called = found
+        return found
 
     def main(self, *args, **options) -> Any:
         try:
-            return super().main(*args, **options)
+            raise SystemExit(super().main(*args, **options | {"standalone_mode": False}))
+        except _UsageError as error:
+            if text := error.format_message():  # else help was asked for, and given
+                see = f" See {error.ctx.command_path} --help." if error.ctx else ""
+                typer.echo(f"lladamedv: {' '.join(text.split()).rstrip('.')}.{see}", err=True)
+            raise SystemExit(error.exit_code) from error
         except Exception as error:
             if os.environ.get(DEBUG):
                 raise
             # A message that was written for users names what is wrong; others say at least what kind of error it was.
-            text = str(error)
+            text = self._in_flags(str(error))
             if not text or not isinstance(error, (ValueError, ImportError)):
                 text = ": ".join(part for part in (type(error).__name__, text) if part) + " (--debug shows where)"
             typer.echo(f"lladamedv: {' '.join(text.splitlines())}", err=True)
             raise SystemExit(1) from error
+
+    def _in_flags(self, text: str) -> str:
+        """A message with the names of the command line, where it names arguments as messages do: in backticks."""
+        for parameter in getattr(self.called, "params", ()):
+            is_option = parameter.param_type_name == "option"
+            name = max(parameter.opts, key=len) if is_option else parameter.metavar or parameter.name.upper()
+            for each in (parameter.name, name.lstrip("-").replace("-", "_")):
+                text = text.replace(f"`{each}`", name)
+        return text
 
 
 def quiet() -> None:
@@ -110,7 +205,7 @@ def quiet() -> None:
     import transformers
 
     transformers.logging.disable_progress_bar()
-    import lladamedv.auto_classes  # noqa: F401
+    from . import auto_classes  # noqa: F401
 
 
 class _ToStandardError(logging.Handler):

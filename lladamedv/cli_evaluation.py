@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import Dtype, Model, Revision, quiet
+from .cli_common import CommandLine, Dtype, Model, Options, Revision, parse_options, quiet
 from .loading import load_model
 
 
-analyze_app = typer.Typer(no_args_is_help=True, help=(
+analyze_app = typer.Typer(cls=CommandLine, no_args_is_help=True, help=(
     "Look into how a model answers.\n\n\b\nExample:\n  lladamedv analyze decoding --model demo --output decoding"
 ))
-eval_app = typer.Typer(no_args_is_help=True, help=(
+eval_app = typer.Typer(cls=CommandLine, no_args_is_help=True, help=(
     "Measure a model on a benchmark.\n\n\b\nExample:\n"
     "  lladamedv eval vqa --benchmark phantoms --model demo --output runs/phantoms"
 ))
@@ -24,10 +24,6 @@ INCOMPLETE = 3  # exit code: there is a report, but some questions have no answe
 
 _Output = Annotated[Path, typer.Option(help="Folder of the run; called again, it goes on where it stopped.")]
 _BatchSize = Annotated[int, typer.Option(help="Questions at a time, in each process.")]
-_Options = Annotated[
-    list[str] | None,
-    typer.Option("--option", help="Another option of generate, as NAME=VALUE; may be given several times."),
-]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")]
 _Split = Annotated[str, typer.Option(help="train, validation or test.")]
 _Source = Annotated[str | None, typer.Option(help="Which publication of the benchmark, by its Hub id.")]
@@ -37,24 +33,6 @@ _Path = Annotated[
 _ImageFolder = Annotated[Path | None, typer.Option(help="Where image files named in --path are.")]
 _Bootstrap = Annotated[int, typer.Option(min=0, help="Of the 95 % intervals; 0 for none.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of Markdown.")]
-
-
-def parse_options(given: list[str] | None, **named) -> dict:
-    """Options of `generate` from the command line; values are JSON where they can be read so, or else text.
-
-    Raises:
-        ValueError: for an option without a value.
-    """
-    options = {name: value for name, value in named.items() if value is not None}
-    for each in given or []:
-        name, separator, value = each.partition("=")
-        if not separator or not name:
-            raise ValueError(f"`--option` is {each!r}; allowed is NAME=VALUE.")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options
 
 
 def _load(model: str, revision: str | None, dtype: str):
@@ -90,7 +68,7 @@ def vqa(
     max_new_tokens: Annotated[int, typer.Option(help="Length L of the canvas.")] = 64,
     block_length: Annotated[int, typer.Option(help="Length B of a block.")] = 64,
     steps: Annotated[int, typer.Option(help="Number Z of denoising steps.")] = 64,
-    option: _Options = None,
+    option: Options = None,
     scoring: Annotated[
         str, typer.Option(help="generate, or likelihood: yes or no, whichever is the likelier answer.")
     ] = "generate",
@@ -146,7 +124,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Length L of the canvas.")] = 256,
     block_length: Annotated[int, typer.Option(help="Length B of a block.")] = 64,
     steps: Annotated[int, typer.Option(help="Number Z of denoising steps.")] = 256,
-    option: _Options = None,
+    option: Options = None,
     batch_size: _BatchSize = 1,
     model_revision: Revision = None,
     dtype: Dtype = "auto",
@@ -253,7 +231,7 @@ def decoding(
     noise: Annotated[
         bool, typer.Option("--noise-pictures", help="Ask about pictures of noise: what it says where it sees nothing.")
     ] = False,
-    option: _Options = None,
+    option: Options = None,
     batch_size: _BatchSize = 1,
     example_id: Annotated[str | None, typer.Option(help="Question whose answers are shown.")] = None,
     model_revision: Revision = None,

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .cli_common import AsJson, Revision, print_json, progress, quiet
+from .cli_common import AsJson, Revision, checked, print_json, progress, quiet
+from .paths import check_new_folder
 
 
-_Repo = Annotated[str, typer.Argument(help="Hub id, OWNER/NAME; created as a private one if there is none.")]
+def _check_folder(folder: Path) -> None:
+    if not folder.expanduser().is_dir():
+        raise ValueError(f"there is no folder {str(folder)!r}.")
+
+
+def _check_repo(repo: str) -> None:
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repo):
+        raise ValueError(f"{repo!r} is no Hub id, OWNER/NAME.")
+
+
+_Repo = Annotated[
+    str,
+    typer.Argument(
+        metavar="REPO",
+        help="Hub id, OWNER/NAME; created as a private one if there is none.",
+        callback=checked(_check_repo),
+    ),
+]
 _Public = Annotated[bool, typer.Option("--public", help="Create a public repository, or push to one.")]
 _Replace = Annotated[
     bool, typer.Option("--replace", help="Push over a repository of another kind, and delete what it holds.")
@@ -20,9 +39,16 @@ _Branch = Annotated[str | None, typer.Option("--branch", help="Branch to push to
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a model, or of LoRA adapters.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Folder of a model, or of LoRA adapters.", callback=checked(_check_folder)
+        ),
+    ],
     repo: _Repo,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge adapters into their model and push that.")] = False,
+    adapter_merge: Annotated[
+        bool, typer.Option("--merge", help="Merge adapters into their model and push that.")
+    ] = False,
     base_model: Annotated[
         str | None, typer.Option(help="Hub id of the adapters' model; to merge, also a folder.")
     ] = None,
@@ -31,7 +57,7 @@ def push(
     ] = None,
     public: _Public = False,
     replace: _Replace = False,
-    branch: _Branch = None,
+    revision: _Branch = None,
     dry_run: _DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -47,27 +73,29 @@ def push(
     from lladamedv.hub_cards.push import push_folder
 
     plan = push_folder(
-        folder, repo, private=not public, adapter_merge=merge, base_model=base_model, leave_out=leave_out or (),
-        replace=replace, dry_run=dry_run, revision=branch, report=progress(as_json),
+        folder, repo, private=not public, adapter_merge=adapter_merge, base_model=base_model, leave_out=leave_out or (),
+        replace=replace, dry_run=dry_run, revision=revision, report=progress(as_json),
     )  # fmt: skip
     if as_json:
         print_json(plan)
 
 
 def push_dataset(
-    benchmark: Annotated[str, typer.Argument(help="vqa-rad, slake, path-vqa or phantoms.")],
+    benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help="vqa-rad, slake, path-vqa or phantoms.")],
     repo: _Repo,
-    split: Annotated[list[str] | None, typer.Option(help="train, validation or test; by default all.")] = None,
+    splits: Annotated[
+        list[str] | None, typer.Option("--split", help="train, validation or test; by default all.")
+    ] = None,
     source: Annotated[str | None, typer.Option(help="Which publication of the benchmark, by its Hub id.")] = None,
     path: Annotated[str | None, typer.Option(help="Local data instead of the Hub's; for phantoms SEED:COUNT.")] = None,
     image_folder: Annotated[Path | None, typer.Option(help="Where image files named in --path are.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of the source on the Hub.")] = None,
+    data_revision: Annotated[str | None, typer.Option("--revision", help="Revision of the source on the Hub.")] = None,
     recipe_only: Annotated[
         bool, typer.Option("--recipe-only", help="Push no records, but a program that builds them.")
     ] = False,
     public: _Public = False,
     replace: _Replace = False,
-    branch: _Branch = None,
+    revision: _Branch = None,
     dry_run: _DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -82,17 +110,17 @@ def push_dataset(
     from lladamedv.hub_cards import push as hub
 
     plan = hub.push_dataset(
-        benchmark, repo, splits=split, source=source, path=path, image_folder=image_folder, data_revision=revision,
-        private=not public, recipe_only=recipe_only, replace=replace, dry_run=dry_run, revision=branch,
-        report=progress(as_json),
+        benchmark, repo, splits=splits, source=source, path=path, image_folder=image_folder,
+        data_revision=data_revision, private=not public, recipe_only=recipe_only, replace=replace,
+        dry_run=dry_run, revision=revision, report=progress(as_json),
     )  # fmt: skip
     if as_json:
         print_json(plan)
 
 
 def space(
-    name: Annotated[str, typer.Argument(help="The Space's title.")],
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The Space's title.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.", callback=checked(check_new_folder))],
     model: Annotated[str, typer.Option(help="Hub id of a model, or `demo` for the one that comes with this.")] = "demo",
     revision: Revision = None,
     as_json: AsJson = False,
@@ -103,6 +131,7 @@ def space(
     Example:
       lladamedv space "Ask about medical images" my_space --model ME/llada-medv
     """
+    quiet()
     from lladamedv.hub_cards.push import write_space
 
     write_space(name, out, model, revision=revision, report=progress(as_json))

@@ -11,11 +11,21 @@ import torch
 from PIL import Image
 
 from lladamedv.evaluation.answering import question_about
-from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationOutput
+from lladamedv.modeling_lladamedv import (
+    LLaDAMedVConfig,
+    LLaDAMedVForConditionalGeneration,
+    LLaDAMedVGenerationOutput,
+)
 from lladamedv.processing import LLaDAMedVProcessor
+
+from .loading import DEMO_MODEL
 
 
 NOTICE = "Research only. Not a medical device: nothing it says is a diagnosis, and no clinical decision may rest on it."
+DEMO_NOTICE = (
+    "This is the demo model, or one made from it: it knows only the synthetic pictures of `lladamedv demo`. About any "
+    "other picture its answers mean nothing, however sure it is."
+)
 MASK = "░"
 
 
@@ -39,6 +49,12 @@ LEVELS = (
 def level_of(confidence: float) -> int:
     """Index of the confidence's level in `LEVELS`."""
     return next(index for index, level in enumerate(LEVELS) if confidence >= level.least)
+
+
+def demo_notice(model: LLaDAMedVForConditionalGeneration) -> str | None:
+    """`DEMO_NOTICE` if a model has the demo's few hundred words, as it and all that is trained from it do."""
+    words = LLaDAMedVConfig.from_pretrained(DEMO_MODEL).text_config.vocab_size
+    return DEMO_NOTICE if model.config.text_config.vocab_size == words else None
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
@@ -123,6 +139,6 @@ def pieces(
 
 
 __all__ = [
-    "LEVELS", "MASK", "NOTICE", "CanvasStreamer", "Level", "chat_about", "generate_answer", "level_of", "pieces",
-    "printable",
+    "DEMO_NOTICE", "LEVELS", "MASK", "NOTICE", "CanvasStreamer", "Level", "chat_about", "demo_notice",
+    "generate_answer", "level_of", "pieces", "printable",
 ]  # fmt: skip

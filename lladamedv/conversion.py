@@ -40,7 +40,6 @@ from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import (
     resolve_source,
 )
 from lladamedv.modeling_lladamedv.convert_checkpoint import (
-    DTYPES,
     ConversionPlan,
     plan_conversion,
     plan_initialization,
@@ -48,6 +47,9 @@ from lladamedv.modeling_lladamedv.convert_checkpoint import (
 )
 from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
+
+from .loading import DTYPES
+from .paths import check_new_folder
 
 
 _SPARE_BYTES = 2**26  # for everything that is not a weight
@@ -90,8 +92,8 @@ def convert_checkpoint(
         ValueError: before anything is written, if an argument or the source is not what it should be, or the disk has
             not enough room; and with nothing left behind, if writing fails.
     """
-    out = _check_out(out)
-    _check_choice("dtype", dtype, DTYPES)
+    out = check_new_folder(out)
+    _check_choice("dtype", dtype, DTYPES[1:])
     _check_choice("preset", preset, PRESETS)
     _check_shard_size(max_shard_size)
     _check_push(push, public)
@@ -144,8 +146,8 @@ def initialize_checkpoint(
     Raises:
         ValueError: as [`convert_checkpoint`].
     """
-    out = _check_out(out)
-    _check_choice("dtype", dtype, DTYPES)
+    out = check_new_folder(out)
+    _check_choice("dtype", dtype, DTYPES[1:])
     _check_shard_size(max_shard_size)
     text, tower = resolve_source(language_model), resolve_source(vision_tower)
     loaded, ids = load_tokenizer(text, tokenizer)
@@ -172,13 +174,6 @@ def _check_shard_size(size: int | str) -> None:
         raise ValueError(f"`max_shard_size` is {size!r}; allowed are bytes or a text such as '500MB' or '2GB'.")
 
 
-def _check_out(out: str | Path) -> Path:
-    out = Path(out).expanduser().absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"`out` is {str(out)!r}, which exists already; allowed is a new or an empty folder.")
-    return out
-
-
 def _check_push(repo: str | None, public: bool) -> None:
     """Whether the upload can work, asked before hours of conversion."""
     if repo is not None:
@@ -193,7 +188,7 @@ def load_tokenizer(weights: Path, source: str | Path | None) -> tuple[PreTrained
     read_weights(weights)
     folder = weights if source is None else check_folder(resolve_source(source))
     if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"The folder {str(folder)!r} holds no tokenizer.json; give `tokenizer` (--tokenizer).")
+        raise ValueError(f"The folder {str(folder)!r} holds no tokenizer.json; give `tokenizer`.")
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exception for files that it cannot read
@@ -232,7 +227,7 @@ def _write_folder(
 ) -> None:
     """Write everything beside `out` and move it there when it is complete; `config.json` comes last."""
     settings = PRESETS[preset]
-    dtype = None if dtype is None else DTYPES[dtype]
+    dtype = None if dtype is None else getattr(torch, dtype)
     sources = {part: _public_name(name) for part, name in sources.items() if name is not None}
     generation = settings.generation_options(tokenizer.get_vocab())
     summary = plan.report.summary()

@@ -16,8 +16,10 @@ from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.phantoms import KINDS, PhantomExample, PhantomVQA
 
+from .conversation import DEMO_NOTICE
 from .explanation import draw_explanation, explain_answer
 from .loading import DEMO_MODEL, load_model
+from .paths import check_new_file, whole_file
 
 
 HELD_OUT_SEED = 9_000  # far from every seed that `demo --train` draws from
@@ -92,8 +94,7 @@ def run_demo(questions: int = 300, output: Path = Path("lladamedv_demo.png"), re
     """
     if questions < 3:
         raise ValueError(f"`questions` is {questions}; at least 3 are needed, one of each kind.")
-    if output.suffix.lower() != ".png" or not output.resolve().parent.is_dir():
-        raise ValueError(f"`output` is {str(output)!r}; it must be a .png file in a folder that exists.")
+    check_new_file(output, (".png",))
     model, processor = load_model()
     size = sum(file.stat().st_size for file in DEMO_MODEL.glob("*.safetensors")) / 1e6
     report(
@@ -105,8 +106,11 @@ def run_demo(questions: int = 300, output: Path = Path("lladamedv_demo.png"), re
     for name, shuffled in (("looking at the picture", False), ("blind (shuffled)", True)):
         result = scores[name] = evaluate_demo(model, processor, examples, shuffled)
         report(f"{name:24}{result.closed:18.1%}{result.open:14.1%}{result.description:21.1%}")
-    draw_sheet(model, processor, examples).save(output)
+    sheet = draw_sheet(model, processor, examples)
+    with whole_file(output) as partial:
+        sheet.save(partial, "PNG")
     report(f"Pictures, answers and denoising steps: {output}")
+    report(DEMO_NOTICE)
     return scores
 
 

@@ -228,7 +228,7 @@ class _DemoTrainer(nn.Module):
         """The loss of stage 1 (without `generator`) or of the later ones."""
         pixels, classes, input_ids, mask, labels = batch
         if generator is None:
-            return self.attribute_loss(torch.stack(self.model.get_image_features(pixels)), classes)
+            return self.attribute_loss(torch.stack(self.model.get_image_features(pixels).pooler_output), classes)
         t = sample_timesteps(len(labels), generator, stratified=True)
         noised = add_noise(input_ids, labels, t, self.model.config.mask_token_id, generator)
         outputs = self.model(

@@ -29,7 +29,8 @@ from lladamedv.modeling_lladamedv import (
 )
 from lladamedv.processing import LLaDAMedVProcessor
 
-from .conversation import LEVELS, MASK, NOTICE, generate_answer, level_of, pieces, printable
+from .conversation import LEVELS, MASK, NOTICE, demo_notice, generate_answer, level_of, pieces, printable
+from .paths import EXPLANATION_SUFFIXES, check_new_file, whole_file
 
 
 _PREVIEW = (640, 640)
@@ -65,6 +66,7 @@ class Explanation:
             never changes, so that these are all canvases, as far as the answer reaches.
         num_forwards: how many passes there were.
         options: those of `generate` that differ from its defaults.
+        notices: what a reader must know about the model, a line each.
     """
 
     image: Image.Image
@@ -76,28 +78,20 @@ class Explanation:
     tokens: tuple[Token, ...]
     num_forwards: int
     options: dict
+    notices: tuple[str, ...] = (NOTICE,)
 
     def save(self, file: Path) -> None:
         """Write the explanation as `file` says by its suffix; a file that exists is overwritten.
 
         Raises:
-            ValueError: as `check_explanation_file`.
+            ValueError: if `file` has another suffix than `.html` or `.png`, or cannot be written there.
         """
-        check_explanation_file(file)
-        if file.suffix.lower() == ".html":
-            file.write_text(to_html(self), encoding="utf-8")
-        else:
-            draw_explanation(self).save(file, optimize=True)
-
-
-def check_explanation_file(file: Path) -> None:
-    """Find out whether an explanation can be written there, before any work is done.
-
-    Raises:
-        ValueError: if `file` has another suffix than `.html` or `.png`, or its folder does not exist.
-    """
-    if file.suffix.lower() not in (".html", ".png") or file.is_dir() or not file.resolve().parent.is_dir():
-        raise ValueError(f"`explain` is {str(file)!r}; it must be an .html or .png file in a folder that exists.")
+        check_new_file(file, EXPLANATION_SUFFIXES)
+        with whole_file(file) as partial:
+            if file.suffix.lower() == ".html":
+                partial.write_text(to_html(self), encoding="utf-8")
+            else:
+                draw_explanation(self).save(partial, "PNG", optimize=True)
 
 
 def explain_answer(
@@ -131,6 +125,7 @@ def explain_answer(
             for name, value in vars(used).items()
             if not name.startswith("_") and name not in _NOT_SHOWN and value != defaults[name]
         },
+        notices=tuple(filter(None, (NOTICE, demo_notice(model)))),
     )
 
 
@@ -236,7 +231,8 @@ def to_html(explanation: Explanation) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>How an answer was denoised</title><style>{_STYLE}</style></head><body><main>"
-        f'<h1>How an answer was denoised</h1><p role="note" class="note"><b>{html.escape(NOTICE)}</b></p>'
+        f'<h1>How an answer was denoised</h1><p role="note" class="note">'
+        f"<b>{html.escape(' '.join(explanation.notices))}</b></p>"
         f"<figure>{image_as_html(explanation.image, f'The image asked about, {width} by {height} pixels')}"
         f"<figcaption>{_escape('; '.join(explanation.image_steps))}</figcaption></figure>"
         f"<dl>{''.join(f'<dt>{name}</dt><dd>{_escape(value)}</dd>' for name, value in facts.items())}</dl>"
@@ -373,7 +369,7 @@ def draw_explanation(explanation: Explanation, scale: float = 2.0, note: str = "
     top = _MARGIN + sum(1.5 * size for _, size, _ in paragraphs) + 10
     gap = 0 if len(lines) == 1 else 8  # between canvases
     bottom = max(top + (_ROW * count + 30) * len(lines) + gap * count + 20, _MARGIN + _PICTURE + 150)
-    pen = _Pen(bottom + 40, scale)
+    pen = _Pen(bottom + 26 + 14 * len(explanation.notices), scale)
     pen.picture(_MARGIN, _MARGIN, explanation.image)
     y = _MARGIN
     for line, size, color in paragraphs:
@@ -405,7 +401,8 @@ def draw_explanation(explanation: Explanation, scale: float = 2.0, note: str = "
         pen.box(_MARGIN, y, 22, fill, edge)
         pen.text(_MARGIN + 30, y + _ROW / 2 - 1, name, 10, _GREY)
         y += _ROW
-    pen.text(_MARGIN, bottom + 16, NOTICE, 10, _GREY)
+    for number, line in enumerate(explanation.notices):
+        pen.text(_MARGIN, bottom + 16 + 14 * number, line, 10, _GREY)
     return pen.sheet
 
 
@@ -418,6 +415,6 @@ def _word(token: Token) -> str:
 
 
 __all__ = [
-    "Explanation", "Token", "answer_length", "answer_tokens", "check_explanation_file", "draw_explanation",
-    "explain_answer", "image_as_html", "summarize", "to_html",
+    "Explanation", "Token", "answer_length", "answer_tokens", "draw_explanation", "explain_answer", "image_as_html",
+    "summarize", "to_html",
 ]  # fmt: skip

@@ -5,8 +5,9 @@ Nothing heavy is imported before a model is loaded: the command line reads what 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
 
 DEMO = "demo"  # as a name: the tiny model that comes with this package
 DEMO_MODEL = Path(__file__).parent / "demo_model"
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DTYPES = get_args(Dtype)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CONFIG, _ADAPTERS = "config.json", "adapter_config.json"
 
 
@@ -64,24 +64,32 @@ def load_model(
     return model.eval().to(device), processor
 
 
+def check_name(name: str | Path) -> Path | None:
+    """The folder that a name means; `None` for a Hub id, which is not asked for.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+        what = "a file" if folder.exists() else "no folder"
+        raise ValueError(f"{str(name)!r} is {what}; allowed are a folder and a Hub id (OWNER/NAME).")
+    return None
+
+
 def find_folder(name: str | Path) -> Path | None:
     """The folder that a model's name means; `None` for a Hub id. Files are looked for and not read.
 
     Raises:
         ValueError: if there is no such folder and it is no Hub id, or the folder holds no model.
     """
-    folder = DEMO_MODEL if str(name) == DEMO else Path(name).expanduser()
-    if not folder.is_dir():
-        parts = str(name).split("/")
-        if folder.exists() or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-            raise ValueError(
-                f"The model {str(name)!r} is no folder; allowed are a folder, a Hub id (OWNER/NAME) and {DEMO!r}."
-            )
-        return None
-    if not any((folder / file).is_file() for file in (_CONFIG, _ADAPTERS)):
+    folder = DEMO_MODEL if str(name) == DEMO else check_name(name)
+    if folder is not None and not any((folder / file).is_file() for file in (_CONFIG, _ADAPTERS)):
         inside = sorted(file.parent.name for config in (_CONFIG, _ADAPTERS) for file in folder.glob(f"*/{config}"))
         raise ValueError(
-            f"The model {str(name)!r} is a folder with neither {_CONFIG} (a model) nor {_ADAPTERS} (adapters)."
+            f"{str(name)!r} is a folder with neither {_CONFIG} (a model) nor {_ADAPTERS} (adapters)."
             + (f" Such are in it: {', '.join(inside)}." if inside else "")
         )
     return folder
@@ -165,4 +173,4 @@ def _released_processor(name: str, config, revision: str | None) -> LLaDAMedVPro
     return build_processor(config, tokenizer, preset.chat_template)
 
 
-__all__ = ["DEMO", "DEMO_MODEL", "DTYPES", "Dtype", "find_device", "find_folder", "load_model"]
+__all__ = ["DEMO", "DEMO_MODEL", "DTYPES", "check_name", "find_device", "find_folder", "load_model"]

@@ -15,27 +15,31 @@ import math
 import re
 import reprlib
 import time
-from collections.abc import AsyncIterator, Sequence
+import unicodedata
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from io import BytesIO
 from threading import Event
+from urllib.parse import unquote_to_bytes
 
 import torch
+from PIL import Image
 from transformers import GenerationConfig
 
 
 try:
     import anyio
+    import h11
     import openai  # noqa: F401 - Transformers' handlers cannot be imported without it
     import uvicorn
     from fastapi import FastAPI
-    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, Response
     from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise ImportError('The server needs libraries of its own: pip install "lladamedv[serve]".') from error
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -45,23 +49,34 @@ from transformers.cli.serving.utils import BaseGenerateManager, BaseHandler, Gen
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
 from lladamedv.processing import LLaDAMedVProcessor
-from lladamedv.processing.dicom import is_dicom
-from lladamedv.processing.medical_images import read_medical_image
-from lladamedv.processing.nifti import is_nifti
+from lladamedv.processing.medical_images import READING_OPTIONS, MedicalImageError, read_medical_image
+
+from .doors import LOOPBACK_HOSTS, check_host
 
 
 logger = logging.getLogger(__name__)
-_LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
-_PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/models", "/health")  # of Transformers' routes
-_MAX_PIXELS = 2**25  # of an image: 100 MB while it is read
-_MAX_IMAGES = 4  # of a request
+_MODELS, _HEALTH = "/v1/models", "/health"  # of Transformers' routes
+_CHAT, _RESPONSES = "/v1/chat/completions", "/v1/responses"
+# What the pictures of a request may have, so that reading them takes less than 300 MB and two seconds.
+_MAX_IMAGES = 4
+_MAX_PIXELS = 2**23  # of one, while it is read
+_MAX_PIXELS_TOGETHER = 2**24
+_PIXELS_KEPT = 2**22  # of all of them, for the model; the rest is left out by reducing them
+_LAST_FRAME = 99  # of animations, whose frames are decoded one after the other
+_LONGEST_SIDE = 2**12  # pixels, for the model: some checkpoints have pictures padded to squares
+_READING_SECONDS = 2  # of the processor's time
 _MAX_CHARACTERS = 100_000  # of a request's texts
+_MAX_VALUES = 300_000  # of a request's JSON, roughly
 _MAX_STOPS = 4  # as OpenAI has it
+_HEADER_SECONDS = 10
 _UPLOAD_SECONDS = 60
-_STOPPING_SECONDS = 5  # that answers have to come to an end when the server stops
+_SLOWEST_UPLOAD = 20_000  # bytes a second, after the first seconds
+_FIRST_SECONDS = 5
+_STOPPING_SECONDS = 60  # that the answer under way has to come to an end when the server stops
 _MAX_MESSAGE = 1_000  # characters of an error, which may quote what was given
 _SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can hold them alone, and no text can
-_ROLES = ("system", "user", "assistant")
+_BASE64 = re.compile(r";\s*base64\s*$", re.IGNORECASE)  # at the end of what stands before a data URL's data
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # and their own names
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image_url", "input_image")
 # Options of `generate` that are the server's affair, or whose results have no place in a reply.
@@ -73,18 +88,32 @@ _NOT_OPTIONS = {
 _OPTIONS = sorted(
     name for name in vars(LLaDAMedVGenerationConfig()) if name not in _NOT_OPTIONS and not name.startswith("_")
 )
-# Fields of OpenAI's that change no answer …
-_WITHOUT_EFFECT = {
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store",
-    "stream_options", "user",
-}  # fmt: skip
-# … and those that ask for what this model has not, unless they have the one value that asks for nothing.
+_PLAIN, _MEDIUM = {"format": {"type": "text"}}, {"verbosity": "medium"}
+# Known fields that this model has no use for, with the values that ask for nothing: `...` is any value, because the
+# field changes no answer, and null, [] and {} are such values of every field. All other values are refused.
 _NEUTRAL = {
-    "background": False, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False, "modalities": ["text"], "n": 1,
-    "presence_penalty": 0, "response_format": {"type": "text"}, "text": {"format": {"type": "text"}},
-    "tool_choice": "none", "tools": [], "top_logprobs": 0, "top_p": 1, "truncation": "disabled",
+    "background": (False,), "best_of": (1,), "chat_template_kwargs": (), "continue_final_message": (False,),
+    "echo": (False,), "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": (),
+    "ignore_eos": (False,), "include": (["reasoning.encrypted_content"],), "length_penalty": (1,), "logit_bias": (),
+    "logprobs": (False,), "max_tool_calls": ..., "metadata": ..., "min_p": (0,), "min_tokens": (0,),
+    "modalities": (["text"],), "n": (1,), "parallel_tool_calls": ..., "presence_penalty": (0,),
+    "prompt_cache_key": ..., "prompt_cache_retention": ..., "reasoning": (), "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},), "safety_identifier": ..., "service_tier": ..., "skip_special_tokens":
+    (True,), "stop_token_ids": (), "store": ..., "text": (_PLAIN, _MEDIUM, _PLAIN | _MEDIUM), "tool_choice": ("none",
+    "auto"), "tools": (), "top_k": (-1, 0), "top_logprobs": (0,), "top_p": (1,), "truncation": ("disabled",),
+    "use_beam_search": (False,), "user": ..., "verbosity": ("medium",),
 }  # fmt: skip
-_ERROR_TYPES = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
+_MESSAGE_NEUTRAL = {
+    "annotations": ..., "audio": (), "function_call": (), "id": ..., "name": ..., "phase": ..., "refusal": (),
+    "status": ..., "tool_calls": (), "type": ("message",),
+}  # fmt: skip
+_TEXT_NEUTRAL = {"annotations": ..., "cache_control": ..., "logprobs": ...}
+# A picture is always seen at the model's own resolution.
+_IMAGE_NEUTRAL = {"cache_control": ..., "detail": ("auto", "low", "high", "original"), "file_id": (), "format": ...}
+_STREAM_OPTIONS_NEUTRAL = {"include_obfuscation": ...}
+_READING_FIELDS = {option.name: option for option in READING_OPTIONS}
+_JSON_TYPES = {int: "whole numbers", str: "texts", bool: "true and false"}
+_ERROR_TYPES = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 # Set when the reply to the request that is being handled is complete, or nobody waits for it any more.
 _GONE: ContextVar[Event] = ContextVar("gone")
 
@@ -93,13 +122,14 @@ class _RefusedError(Exception):
     """A request that gets an error for an answer."""
 
     def __init__(
-        self, message: str, param: str | None = None, status: int = 400, headers: dict[str, str] | None = None
-    ):
+        self, message: str, param: str | None = None, status: int = 400, headers: dict[str, str] | None = None,
+        code: str | None = None,
+    ):  # fmt: skip
         message, param = (text and _SURROGATES.sub("\ufffd", text[:_MAX_MESSAGE]) for text in (message, param))
         super().__init__(message)
         self._status, self._headers = status, headers
         kind = _ERROR_TYPES.get(status, "invalid_request_error")
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": None}}
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def reply(self) -> JSONResponse:
         return JSONResponse(self.body, self._status, self._headers)
@@ -109,20 +139,22 @@ class _EnoughError(Exception):
     """Ends `generate`: the answer is complete, or nobody waits for it."""
 
 
-def _refusal(error: Exception) -> _RefusedError:
-    """What the client gets to know of an error. A message of a library may quote what it was given."""
+def _refusal(error: Exception, names: Mapping[str, str]) -> _RefusedError:
+    """What the client gets to know of an error. A message of a library may quote what it was given.
+
+    Args:
+        names: of the options of `generate` that the request has, the fields that they are in.
+    """
     if isinstance(error, _RefusedError):
         return error
     if isinstance(error, (ValueError, ImportError)):
-        return _RefusedError(str(error), _named(str(error)))
+        message = str(error)
+        for name, field in names.items():
+            message = message.replace(f"`{name}`", f"`{field}`")
+        fields = (field for field in names.values() if message.startswith(f"`{field}`"))
+        return _RefusedError(message, next(fields, None))
     logger.error("a request could not be answered: %s", type(error).__name__)
     return _RefusedError(f"The request could not be answered ({type(error).__name__}).", status=500)
-
-
-def _named(message: str) -> str | None:
-    """The argument that an error is about; messages of this package begin with its name."""
-    parts = message.split("`", 2)
-    return parts[1] if len(parts) == 3 and not parts[0] else None
 
 
 def _wrong(place: str, value: object, allowed: str) -> _RefusedError:
@@ -133,79 +165,216 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and not _SURROGATES.search(value)
 
 
+def _says_nothing(text: str) -> bool:
+    return all(unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp", "Zs") for letter in text)
+
+
 @dataclass(frozen=True)
 class _Question:
     """What a request asks.
 
     Attributes:
-        chat: messages; their images are still data URLs, each with its place in the request.
+        chat: messages; each image is still a data URL, with the options to read it by, and their places in the request.
+        field: where the messages are in the request.
         options: complete options of `generate`.
+        names: of those of them that the request has, the fields that they are in.
         stop: texts that end the answer wherever they occur in it.
         seed: of the noise, if the answer is to be drawn the same way again.
     """
 
     chat: list[dict]
+    field: str
     options: LLaDAMedVGenerationConfig
+    names: dict[str, str]
     stop: list[str]
     seed: int | None
 
 
-def _read_messages(messages: object, field: str) -> list[dict]:
-    """Messages of either endpoint for the chat template, checked."""
-    if not isinstance(messages, list) or not messages:
-        raise _wrong(field, messages, "lists of messages")
-    chat = []
-    for index, message in enumerate(messages):
-        place = f"{field}[{index}]"
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            raise _wrong(place, message, f"messages whose `role` is one of {', '.join(_ROLES)}")
-        content = message.get("content")
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        if not isinstance(content, list):
-            raise _wrong(f"{place}.content", content, "texts and lists of parts")
-        parts = [_read_part(part, f"{place}.content[{number}]") for number, part in enumerate(content)]
-        chat.append({"role": message["role"], "content": parts})
-    parts = [part for message in chat for part in message["content"]]
-    for unit, count, most in (
-        ("images", sum(part["type"] == "image" for part in parts), _MAX_IMAGES),
-        ("characters", sum(len(part.get("text", "")) for part in parts), _MAX_CHARACTERS),
-    ):
-        if count > most:
-            raise _RefusedError(f"`{field}` holds {count} {unit}; allowed are at most {most}.", field)
-    return chat
+def _parse(body: bytes) -> dict:
+    """The JSON object that a request holds, which says everything once."""
+
+    def unite(pairs):
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise _RefusedError(f"`{twice}` is there twice in one object; allowed is once.", twice)
+        return fields
+
+    def refuse(number):
+        raise ValueError(f"{number} is no number of JSON")
+
+    # Each value takes far more memory than its text.
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise _RefusedError(f"The body holds more than {_MAX_VALUES} values; no more are allowed.", status=413)
+    try:
+        fields = json.loads(body, object_pairs_hook=unite, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:  # which quote nothing that is longer than a number
+        raise _RefusedError(f"The body must be a JSON object: {error}.") from error
+    if not isinstance(fields, dict):
+        raise _RefusedError(f"The body must be a JSON object; it is a {type(fields).__name__}.")
+    return fields
+
+
+def _check_fields(given: dict, known: Collection[str], neutral: Mapping[str, object], place: str = "") -> dict:
+    """The fields of an object that are not null, if those that are not `known` ask for nothing."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    for name, value in fields.items():
+        where = f"{place}.{name}" if place else name
+        if name in known:
+            continue
+        if name not in neutral:
+            raise _RefusedError(f"`{where}` is no field that is known here; allowed are {sorted(known)}.", where)
+        values = neutral[name]
+        if values is not ... and _without_nulls(value) not in ([], {}, *values):
+            raise _wrong(where, value, " and ".join(map(json.dumps, (None, *values))))
+    return fields
+
+
+def _without_nulls(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return value
+
+
+def _read_message(message: object, place: str) -> dict:
+    """A message of either endpoint for the chat template, checked."""
+    role = message.get("role") if isinstance(message, dict) else None
+    if isinstance(message, dict) and role is not None and (not isinstance(role, str) or role not in _ROLES):
+        raise _wrong(f"{place}.role", role, ", ".join(map(repr, _ROLES)))
+    if not isinstance(message, dict):
+        raise _wrong(place, message, "messages, objects with a `role` and a `content`")
+    fields = _check_fields(message, ("role", "content"), _MESSAGE_NEUTRAL, place)
+    if role is None:
+        raise _wrong(f"{place}.role", role, ", ".join(map(repr, _ROLES)))
+    if role == "assistant" and fields.get("content") == "":  # what this model said itself may be empty
+        return {"role": role, "content": [{"type": "text", "text": ""}]}
+    content = _read_content(fields.get("content"), f"{place}.content")
+    for part in content:
+        if part["type"] == "image" and role != "user":
+            place = part["place"]
+            raise _RefusedError(f"`{place}` is in a message of the role {role!r}; allowed is 'user' for images.", place)
+    return {"role": _ROLES[role], "content": content}
+
+
+def _read_content(content: object, place: str) -> list[dict]:
+    if not _is_text(content) and not isinstance(content, list):
+        raise _wrong(place, content, "texts and lists of parts")
+    if isinstance(content, str):
+        parts = [{"type": "text", "text": content}]
+    else:
+        parts = [_read_part(part, f"{place}[{number}]") for number, part in enumerate(content)]
+    if all(part["type"] == "text" and _says_nothing(part["text"]) for part in parts):
+        raise _RefusedError(f"`{place}` is empty; it must hold a text or an image.", place)
+    return parts
 
 
 def _read_part(part: object, place: str) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in _TEXT_PARTS:
-        text = part.get("text")
+        text = _check_fields(part, ("type", "text"), _TEXT_NEUTRAL, place).get("text")
         if not _is_text(text):
             raise _wrong(f"{place}.text", text, "texts")
         return {"type": "text", "text": text}
     if kind in _IMAGE_PARTS:
-        place, url = f"{place}.image_url", part.get("image_url")
-        if isinstance(url, dict):
-            place, url = f"{place}.url", url.get("url")
-        if not isinstance(url, str) or not url.startswith("data:image/"):
-            raise _wrong(place, url, "data URLs as data:image/png;base64,…: nothing is fetched")
-        return {"type": "image", "url": url, "place": place}
+        return _read_image_part(part, place)
     raise _wrong(f"{place}.type", kind, ", ".join(map(repr, _TEXT_PARTS + _IMAGE_PARTS)))
 
 
-def _read_image(part: dict) -> dict:
-    """A part with the picture that its data URL holds."""
+def _read_image_part(part: dict, place: str) -> dict:
+    """The options by which to read an image stand beside its URL, wherever that is."""
+    fields = _check_fields(part, ("type", "image_url", *_READING_FIELDS), _IMAGE_NEUTRAL, place)
+    url, where = fields.get("image_url"), f"{place}.image_url"
+    found = [(place, fields)]
+    if isinstance(url, dict):
+        inner = _check_fields(url, ("url", *_READING_FIELDS), _IMAGE_NEUTRAL, where)
+        found.append((where, inner))
+        url, where = inner.get("url"), f"{where}.url"
+    if not isinstance(url, str) or url.lstrip()[:5].lower() != "data:":
+        raise _wrong(where, url, "data URLs as data:image/png;base64,…: nothing is fetched")
+    options, places = {}, {"source": where}
+    for name, option in _READING_FIELDS.items():
+        for outer, holder in found:
+            value, places[option.argument] = holder.get(name), f"{outer}.{name}"
+            if value is None:
+                continue
+            if option.argument in options:
+                raise _RefusedError(f"`{outer}.{name}` is there twice, also in `{place}`.", f"{outer}.{name}")
+            if type(value) is not option.type:
+                raise _wrong(f"{outer}.{name}", value, _JSON_TYPES[option.type])
+            options[option.argument] = value
+    return {"type": "image", "url": url, "place": where, "options": options, "places": places}
+
+
+class _Timed(BytesIO):
+    """A file that can be read until a thread has taken so much of the processor's time."""
+
+    def __init__(self, content: bytes, until: float):
+        super().__init__(content)
+        self._until = until
+
+    def read(self, size: int | None = -1) -> bytes:
+        if time.thread_time() > self._until:
+            raise TimeoutError
+        return super().read(size)
+
+
+def _read_data_url(url: str) -> bytes:
+    """What a data URL holds, in base64 of either alphabet, with or without its padding, or percent-encoded.
+
+    Raises:
+        ValueError: for data that is none.
+
+    Source: RFC 2397 and https://fetch.spec.whatwg.org/#data-url-processor.
+    """
+    head, comma, data = url.strip().partition(",")
+    if not comma:
+        raise ValueError("it has no comma before its data")
+    content = unquote_to_bytes(data)
+    if not _BASE64.search(head):
+        return content
+    content = b"".join(content.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
+    return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+
+
+def _read_image(part: dict, max_pixels: int, until: float) -> Image.Image:
+    """The picture of a part."""
+    named = []
+
+    def name_of(argument):
+        named.append(part["places"][argument])
+        return f"`{named[-1]}`"
+
+    reason: object
     try:
-        head, _, data = part["url"].partition(",")
-        if not head.endswith(";base64"):
-            raise ValueError("it is not in base64")
-        content = base64.b64decode(data, validate=True)
-        if is_dicom(content[:132]) or is_nifti(BytesIO(content)):
-            raise ValueError("only pictures are read here, no DICOM and NIfTI files")
-        return {"type": "image", "image": read_medical_image(content, max_pixels=_MAX_PIXELS).image}
+        content = _read_data_url(part["url"])
+        if part["options"].get("page", 0) > _LAST_FRAME and not content.startswith((b"II", b"MM")):
+            place = part["places"]["page"]
+            message = f"`{place}` is {part['options']['page']}; allowed are 0 to {_LAST_FRAME}, but for TIFF files."
+            raise _RefusedError(message, place)
+        return read_medical_image(_Timed(content, until), max_pixels=max_pixels, **part["options"]).image
+    except _RefusedError:
+        raise
+    except MedicalImageError as error:
+        reason = error
     except Exception as error:  # libraries raise many kinds for broken files
         reason = error if isinstance(error, (ValueError, ImportError)) else type(error).__name__
-        raise _RefusedError(f"`{part['place']}` cannot be read: {reason}", part["place"]) from error
+    if time.thread_time() > until:
+        reason = f"reading the images of this request takes more than {_READING_SECONDS} seconds"
+    elif isinstance(reason, MedicalImageError):
+        message = reason.told(name_of)  # an option in it is what can be changed
+        raise _RefusedError(message, next((place for place in named if place != part["place"]), part["place"]))
+    raise _RefusedError(f"`{part['place']}` cannot be read: {reason}", part["place"])
+
+
+def _reduce(image: Image.Image, most: int) -> Image.Image:
+    """The image, or a smaller one of the same proportions if it has more than `most` pixels or is too long."""
+    width, height = image.size
+    scale = min((most / (width * height)) ** 0.5, _LONGEST_SIDE / max(width, height))
+    if scale >= 1:
+        return image
+    size = max(1, int(width * scale)), max(1, int(height * scale))
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
 
 
 class _Events(asyncio.Queue):
@@ -238,8 +407,24 @@ class _Generation(BaseGenerateManager):
     def total_tokens(self) -> int:
         return len(self._tokens)
 
+    def prepare(self) -> None:
+        """Read the images, in the reader's thread.
+
+        Raises:
+            _RefusedError: for one that cannot be read, or if they take too much.
+        """
+        parts = [part for message in self._question.chat for part in message["content"] if part["type"] == "image"]
+        until, left = time.thread_time() + _READING_SECONDS, _MAX_PIXELS_TOGETHER
+        for part in parts:
+            if self._gone.is_set():
+                return
+            image = _read_image(part, max(1, min(left, _MAX_PIXELS)), until)
+            left -= image.width * image.height
+            part["image"] = _reduce(image, _PIXELS_KEPT // len(parts))
+            del part["url"]
+
     def run(self) -> None:
-        """Read the images and denoise the answer."""
+        """Denoise the answer."""
         try:
             self._generate()
         except _EnoughError:
@@ -249,14 +434,19 @@ class _Generation(BaseGenerateManager):
         self._send(None)
 
     def _generate(self):
+        if self._gone.is_set():
+            raise _EnoughError
         processor, question = self._processor, self._question
+        kept = ("type", "text", "image")
         chat = [
-            {**message, "content": [_read_image(part) if "url" in part else part for part in message["content"]]}
+            {**message, "content": [{key: part[key] for key in kept if key in part} for part in message["content"]]}
             for message in question.chat
         ]
         self._inputs = processor.apply_chat_template(
             [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self._model.device)
+        question.chat.clear()  # images may be large
+        self._check_length()
         if question.seed is None:
             torch.seed()  # or the noise would go on where an earlier request's seed had led it
         else:
@@ -264,6 +454,19 @@ class _Generation(BaseGenerateManager):
         self._model.generate(
             **self._inputs, generation_config=question.options, tokenizer=processor.tokenizer, streamer=self
         )
+
+    def _check_length(self):
+        length, options, names = self._inputs["input_ids"].shape[1], self._question.options, self._question.names
+        suffix = len(self._model._prepare_suffix(options, self._processor.tokenizer))
+        context = self._model.config.get_text_config().max_position_embeddings
+        room = context - length - suffix
+        if options.max_new_tokens > room:
+            field = names.get("max_new_tokens", self._question.field)
+            raise _RefusedError(
+                f"`{field}` is too long: the prompt takes {length} tokens and the answer "
+                f"{options.max_new_tokens + suffix}, and the model's context has {context}.",
+                field,
+            )
 
     def put(self, tokens: torch.Tensor) -> None:
         """The prompt, whereupon all arguments are known to be right; then finished blocks, 1-D."""
@@ -328,19 +531,51 @@ class _Desk:
         self.name, self.model, self.processor = name, model, processor
         self.seconds = 0.0  # that the last answer took
         self._since = int(time.time())
-        self._turn = asyncio.Lock()
-        self._thread = ThreadPoolExecutor(1)  # always the same one, which compiled models need
+        self._preparing, self._turn = asyncio.Lock(), asyncio.Lock()
+        # Always the same ones: compiled models need that, and one that reads pictures bounds the memory for that.
+        self._thread, self._reader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._waiting: set[anyio.CancelScope] = set()
+        self.stopping = False
 
     async def start(self, generation: _Generation) -> None:
-        """Wait for the model and have it begin. Who gives up waiting was never there."""
-        await self._turn.acquire()
+        """Wait for the model and have it begin. Cancelled waiters are dropped."""
+        loop = asyncio.get_running_loop()
+        with self.waiting():
+            async with self._preparing:  # so one that waits for the model holds pictures, and the others do not
+                await loop.run_in_executor(self._reader, generation.prepare)
+                await self._turn.acquire()
         started = time.monotonic()
 
         def leave(_):
             self.seconds = time.monotonic() - started
             self._turn.release()
 
-        asyncio.get_running_loop().run_in_executor(self._thread, generation.run).add_done_callback(leave)
+        loop.run_in_executor(self._thread, generation.run).add_done_callback(leave)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For what waits, and ends with status 503 when the server stops."""
+        with anyio.CancelScope() as scope:
+            self._waiting.add(scope)
+            try:
+                if self.stopping:
+                    raise _stopping()
+                yield
+            finally:
+                self._waiting.discard(scope)
+        if scope.cancelled_caught:
+            raise _stopping()
+
+    def stop(self) -> None:
+        """Send away who waits; what runs may end."""
+        self.stopping = True
+        for scope in self._waiting:
+            scope.cancel()
+
+    def check_name(self, name: object) -> None:
+        if name != self.name:
+            message = f"`model` is {reprlib.repr(name)}; what is served here is {self.name!r}."
+            raise _RefusedError(message, "model", 404, code="model_not_found")
 
     def list_models(self) -> list[dict]:
         return [{"id": self.name, "object": "model", "created": self._since, "owned_by": "lladamedv"}]
@@ -348,7 +583,12 @@ class _Desk:
     get_gen_models = list_models  # as Transformers before 5.24 calls it
 
     def shutdown(self) -> None:
-        self._thread.shutdown(wait=False)
+        for pool in (self._thread, self._reader):
+            pool.shutdown(wait=False)
+
+
+def _stopping() -> _RefusedError:
+    return _RefusedError("The server is stopping.", status=503, headers={"Connection": "close"})
 
 
 class _Handler(BaseHandler):
@@ -357,6 +597,7 @@ class _Handler(BaseHandler):
     model_manager: _Desk
     _renamed: dict[str, str]  # fields that are options of `generate`, and their names there
     _fields: set[str]  # all others
+    _stream_options: tuple[str, ...] = ()
     _extra: dict = {}  # what else Transformers' methods take
     _end = ""  # of a stream
 
@@ -366,9 +607,10 @@ class _Handler(BaseHandler):
         Raises:
             _RefusedError: for whatever keeps it from an answer.
         """
-        desk = self.model_manager
+        desk, names = self.model_manager, {}
         try:
-            question = self._read_question({name: value for name, value in body.items() if value is not None})
+            question = self._read_question(body)
+            names = question.names
             generation = _Generation(desk.model, desk.processor, question, _GONE.get())
             await desk.start(generation)
             inputs = await generation.events.get()
@@ -383,39 +625,55 @@ class _Handler(BaseHandler):
                 return await self._non_streaming(**arguments)
             reply = self._streaming(**arguments)
         except Exception as error:
-            raise _refusal(error) from error
-        reply.body_iterator = self._finish(reply.body_iterator)
+            raise _refusal(error, names) from error
+        include_usage = (body.get("stream_options") or {}).get("include_usage")
+        reply.body_iterator = self._finish(reply.body_iterator, names, include_usage)
         return reply
 
-    async def _finish(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    async def _finish(self, events: AsyncIterator[str], names: dict, include_usage: bool | None) -> AsyncIterator[str]:
         """The events of a stream; an error is the last one, because it is too late for another status."""
         try:
             async for event in events:
+                if include_usage and '"usage":{' in event:  # asked for, it is an event of its own in OpenAI's API
+                    chunk = json.loads(event.removeprefix("data: "))
+                    usage = {"choices": [], "usage": chunk.pop("usage")}
+                    yield self.chunk_to_sse(json.dumps(chunk))
+                    event = self.chunk_to_sse(json.dumps(chunk | usage))
                 yield event
             yield self._end
         except Exception as error:
-            yield self.chunk_to_sse(json.dumps(_refusal(error).body))
+            yield self.chunk_to_sse(json.dumps(_refusal(error, names).body))
 
     def _read_question(self, body: dict) -> _Question:
-        known = {"model", "stream", "seed", "generation_config", *self._renamed, *self._fields}
-        for name, value in body.items():
-            if name in _NEUTRAL and value != _NEUTRAL[name]:
-                raise _wrong(name, value, repr(_NEUTRAL[name]))
-            if name not in known | _WITHOUT_EFFECT | set(_NEUTRAL):
-                raise _RefusedError(f"`{name}` is no field of this endpoint; allowed are {sorted(known)}.", name)
+        known = {"model", "stream", "stream_options", "seed", "generation_config", *self._renamed, *self._fields}
+        body = _check_fields(body, known, _NEUTRAL)
         name, stream, seed = body.get("model", self.model_manager.name), body.get("stream", False), body.get("seed")
-        if name != self.model_manager.name:
-            message = f"`model` is {reprlib.repr(name)}; what is served here is {self.model_manager.name!r}."
-            raise _RefusedError(message, "model", 404)
+        self.model_manager.check_name(name)
         if not isinstance(stream, bool):
             raise _wrong("stream", stream, "true and false")
         if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
             raise _wrong("seed", seed, "whole numbers from 0 to 2^63 - 1")
-        options, stop = self._read_options(body)
-        return _Question(self._read_chat(body), options, stop, seed)
+        given = body.get("stream_options", {})
+        if not isinstance(given, dict):
+            raise _wrong("stream_options", given, "objects")
+        for field, value in _check_fields(
+            given, self._stream_options, _STREAM_OPTIONS_NEUTRAL, "stream_options"
+        ).items():
+            if not isinstance(value, bool):
+                raise _wrong(f"stream_options.{field}", value, "true and false")
+        options, names, stop = self._read_options(body)
+        field, chat = self._read_chat(body)
+        parts = [part for message in chat for part in message["content"]]
+        for unit, count, most in (
+            ("images", sum(part["type"] == "image" for part in parts), _MAX_IMAGES),
+            ("characters", sum(len(part.get("text", "")) for part in parts), _MAX_CHARACTERS),
+        ):
+            if count > most:
+                raise _RefusedError(f"`{field}` holds {count} {unit}; allowed are at most {most}.", field)
+        return _Question(chat, field, options, names, stop, seed)
 
-    def _read_options(self, body: dict) -> tuple[LLaDAMedVGenerationConfig, list[str]]:
-        """The model's own options and the request's over them, complete; and the request's stops."""
+    def _read_options(self, body: dict) -> tuple[LLaDAMedVGenerationConfig, dict[str, str], list[str]]:
+        """The model's own options and the request's over them, complete; where the request has its own; its stops."""
         given = body.get("generation_config", {})
         if isinstance(given, str):
             try:
@@ -430,6 +688,8 @@ class _Handler(BaseHandler):
                 raise _RefusedError(f"`{names[name]}` is not known; allowed are {_OPTIONS}.", names[name])
         for field, name in self._renamed.items():
             if field in body:
+                if names.get(name) in body and body[field] != given[name]:
+                    raise _RefusedError(f"`{field}` and `{names[name]}` are both given, and differ.", field)
                 given, names = given | {name: body[field]}, names | {name: field}
         model = self.model_manager.model
         context = model.config.get_text_config().max_position_embeddings
@@ -441,14 +701,13 @@ class _Handler(BaseHandler):
         if not isinstance(stop, list) or len(stop) > _MAX_STOPS or not all(map(_is_text, stop)) or "" in stop:
             raise _wrong(names["stop_strings"], stop, f"up to {_MAX_STOPS} texts that are not empty")
         try:
-            return model._prepare_generation_config(None, **given, return_dict_in_generate=True), stop
+            options = model._prepare_generation_config(None, **given, return_dict_in_generate=True)
         except (ValueError, TypeError) as error:
-            message = str(error)
-            for name, field in names.items():
-                message = message.replace(f"`{name}`", f"`{field}`")
-            raise _RefusedError(message, _named(message) or "generation_config") from error
+            raise _refusal(ValueError(str(error)), names | {"generation_config": "generation_config"}) from error
+        return options, names, stop
 
-    def _read_chat(self, body: dict) -> list[dict]:
+    def _read_chat(self, body: dict) -> tuple[str, list[dict]]:
+        """The field that holds the messages, and they."""
         raise NotImplementedError
 
 
@@ -456,14 +715,19 @@ class _ChatHandler(_Handler, ChatCompletionHandler):
     _renamed = {
         "max_tokens": "max_new_tokens",
         "max_completion_tokens": "max_new_tokens",
+        "repetition_penalty": "repetition_penalty",
         "temperature": "temperature",
         "stop": "stop_strings",
     }
     _fields = {"messages"}
+    _stream_options = ("include_usage",)
     _end = "data: [DONE]\n\n"
 
     def _read_chat(self, body):
-        return _read_messages(body.get("messages"), "messages")
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise _wrong("messages", messages, "lists of messages")
+        return "messages", [_read_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
 class _ResponseHandler(_Handler, ResponseHandler):
@@ -473,45 +737,72 @@ class _ResponseHandler(_Handler, ResponseHandler):
 
     def _read_chat(self, body):
         given, instructions = body.get("input"), body.get("instructions", "")
-        items = given if isinstance(given, list) else [{"role": "user", "content": given}]
-        if not isinstance(instructions, str):
+        if not _is_text(instructions):
             raise _wrong("instructions", instructions, "texts")
-        if items and all(isinstance(item, dict) and "role" not in item for item in items):
-            items = [{"role": "user", "content": items}]  # parts of one message
-        system = [{"role": "system", "content": instructions}] if instructions else []
-        return (_read_messages(system, "instructions") if system else []) + _read_messages(items, "input")
+        chat = []
+        if instructions:
+            chat.append({"role": "system", "content": _read_content(instructions, "instructions")})
+        if isinstance(given, list) and any(isinstance(item, dict) and "role" in item for item in given):
+            chat += [_read_message(item, f"input[{index}]") for index, item in enumerate(given)]
+        else:  # a text, or parts of one message
+            chat.append({"role": "user", "content": _read_content(given, "input")})
+        return "input", chat
 
 
 class _Gate:
     """ASGI middleware that lets in what fits, reads it, and notices when the client has left.
 
-    Whoever is inside uploads, waits, or is being answered: at most one more than `max_queue`. A request that comes from
-    a web page, which its `Origin` tells, never gets in.
+    Requests that wait or are answered are inside: at most one more than `max_queue`. They are read before they get in,
+    so that a slow sender takes nobody's place. A request that comes from a web page, which its `Origin` tells, or calls
+    the server by a foreign name never gets in.
     """
 
-    def __init__(self, app, desk: _Desk, max_queue: int, max_upload_size: int):
-        self._app, self._desk, self._max_queue, self._max_upload_size = app, desk, max_queue, max_upload_size
+    def __init__(self, app, desk: _Desk, max_queue: int, max_upload_size: int, hosts: Sequence[str] | None):
+        self._app, self._desk, self._hosts = app, desk, hosts
+        self._max_queue, self._max_upload_size = max_queue, max_upload_size
         self._inside: set[object] = set()
+        self._uploads: dict[anyio.CancelScope, int] = {}  # bytes that have arrived of each, the oldest first
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":  # the server starts or ends
             await self._app(scope, receive, send)
             return
+        started = False
+
+        async def note_and_send(message):
+            nonlocal started
+            started = True
+            await send(message)
+
+        scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        if scope["method"] == "HEAD":
+            scope["method"] = "GET"  # the server leaves out the body
         try:
-            if "origin" in Headers(scope=scope):
+            headers = Headers(scope=scope)
+            if wrong := check_host(headers, self._hosts):
+                raise _RefusedError(wrong, "Host")
+            if "origin" in headers:
                 raise _RefusedError("Web pages may not use this server: the request has an `Origin`.", "Origin", 403)
-            if scope["method"] == "POST":
-                await self._admit(scope, receive, send)
+            if scope["method"] == "POST" and scope["path"] in (_CHAT, _RESPONSES):
+                await self._admit(headers, scope, receive, note_and_send)
             else:
                 await self._app(scope, receive, send)
         except _RefusedError as error:
             await error.reply()(scope, receive, send)
+        except asyncio.CancelledError:
+            if started or not self._desk.stopping:
+                raise
+            await _stopping().reply()(scope, receive, send)
 
-    async def _admit(self, scope, receive, send):
-        if len(self._inside) > self._max_queue:
-            message = f"{len(self._inside)} requests are being answered or wait; no more are allowed at a time."
-            seconds = max(1, math.ceil(self._desk.seconds))  # until a place is free
-            raise _RefusedError(message, status=429, headers={"Retry-After": str(seconds)})
+    async def _admit(self, headers, scope, receive, send):
+        self._check_room()  # before all of it is sent
+        if not re.fullmatch(r"application/([\w.-]+\+)?json", headers.get("content-type", "").partition(";")[0].strip()):
+            raise _RefusedError("`Content-Type` must be application/json.", "Content-Type", 415)
+        if headers.get("content-encoding", "identity") != "identity":
+            raise _RefusedError("`Content-Encoding` must be identity: compressed bodies are not read.",
+                                "Content-Encoding", 415)  # fmt: skip
+        body = _parse(await self._read(receive))
+        self._check_room()
         place = object()
         self._inside.add(place)
 
@@ -521,34 +812,45 @@ class _Gate:
             await send(message)
 
         try:
-            body = await self._read(receive)
-            await self._answer(body, scope, receive, send_and_leave)
+            await self._answer({**scope, "body": body}, receive, send_and_leave)
         finally:
             self._inside.discard(place)
 
-    async def _read(self, receive) -> bytes:
-        chunks, size, more = [], 0, True
-        with anyio.move_on_after(_UPLOAD_SECONDS):
-            while more:
-                message = await receive()
-                chunks.append(message.get("body", b""))
-                more = message.get("more_body", False)
-                size += len(chunks[-1])
-                if size > self._max_upload_size:
-                    allowed = f"at most {self._max_upload_size} bytes"
-                    raise _RefusedError(f"The request has more bytes than are allowed, {allowed}.", status=413)
-            return b"".join(chunks)
-        raise _RefusedError(f"The request did not arrive within {_UPLOAD_SECONDS} seconds.", status=408)
+    def _check_room(self):
+        if len(self._inside) > self._max_queue:
+            message = f"{len(self._inside)} requests are being answered or wait; no more are allowed at a time."
+            seconds = max(1, math.ceil(self._desk.seconds))  # until a place is free
+            raise _RefusedError(message, status=429, headers={"Retry-After": str(seconds)})
 
-    async def _answer(self, body: bytes, scope, receive, send):
+    async def _read(self, receive) -> bytes:
+        """The body, which must not arrive too slowly. If what arrives takes too much memory, the oldest is given up."""
+        chunks, more, started, leave = [], True, anyio.current_time(), {"Connection": "close"}
+        with self._desk.waiting(), anyio.CancelScope() as upload:
+            self._uploads[upload] = 0
+            try:
+                while more:
+                    seconds = min(_UPLOAD_SECONDS, _FIRST_SECONDS + self._uploads[upload] / _SLOWEST_UPLOAD)
+                    upload.deadline = started + seconds
+                    message = await receive()
+                    more = message.get("more_body", False)
+                    chunks.append(message.get("body", b""))
+                    self._uploads[upload] += len(chunks[-1])
+                    if self._uploads[upload] > self._max_upload_size:
+                        allowed = f"at most {self._max_upload_size} bytes"
+                        message = f"The request has more bytes than are allowed, {allowed}."
+                        raise _RefusedError(message, status=413, headers=leave)
+                    if sum(self._uploads.values()) > (self._max_queue + 1) * self._max_upload_size:
+                        next(iter(self._uploads)).cancel()
+            finally:
+                del self._uploads[upload]
+        if upload.cancelled_caught:
+            message = f"The request did not arrive fast enough, at {_SLOWEST_UPLOAD} bytes a second, or soon enough."
+            raise _RefusedError(message, status=408, headers=leave)
+        return b"".join(chunks)
+
+    async def _answer(self, scope, receive, send):
         gone = Event()
         _GONE.set(gone)
-        unread = [body]
-
-        async def replay():
-            if not unread:
-                await anyio.sleep_forever()  # disconnection is noticed here
-            return {"type": "http.request", "body": unread.pop(), "more_body": False}
 
         async def watch():
             await receive()  # there is nothing more to come but the client's leaving
@@ -557,7 +859,7 @@ class _Gate:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch)
             try:
-                await self._app(scope, replay, send)
+                await self._app(scope, anyio.sleep_forever, send)  # disconnection is noticed here
             finally:
                 gone.set()
             tasks.cancel_scope.cancel()
@@ -570,13 +872,13 @@ def build_api(
     name: str = "lladamedv",
     max_queue: int = 16,
     max_upload_size: int = 20_000_000,
-    hosts: Sequence[str] | None = _LOOPBACK_HOSTS,
+    hosts: Sequence[str] | None = LOOPBACK_HOSTS,
 ) -> FastAPI:
     """Build the API of a model: [`make_server`] serves it.
 
     `POST /v1/chat/completions` and `/v1/responses` follow the API of OpenAI (https://platform.openai.com/docs/api-reference)
     and take the options of [`LLaDAMedVGenerationConfig`] as a JSON object `generation_config` besides; the model's own
-    are the defaults. `GET /v1/models` and `/health` tell what is served and that it is.
+    are the defaults. `GET /v1/models`, `/v1/models/NAME` and `/health` tell what is served and that it is.
 
     Args:
         model: the model, on the device it is to run on.
@@ -594,8 +896,24 @@ def build_api(
         if type(value) is not int or value < least:
             raise ValueError(f"`{argument}` is {value!r}; allowed are whole numbers of at least {least}.")
     desk, state = _Desk(name, model, processor), GenerationState()
-    api = build_server(desk, _ChatHandler(desk, state), None, _ResponseHandler(desk, state), None, None, state)
-    api.router.routes[:] = [route for route in api.router.routes if route.path in _PATHS]
+    api = build_server(desk, None, None, None, None, None, state)
+    api.router.routes[:] = [route for route in api.router.routes if route.path in (_MODELS, _HEALTH)]
+    api.state.desk = desk
+
+    def add(path, handler):
+        async def answer(request):
+            return await handler.handle_request(request.scope["body"], request.state.request_id)
+
+        api.add_route(path, answer, methods=["POST"])
+
+    add(_CHAT, _ChatHandler(desk, state))
+    add(_RESPONSES, _ResponseHandler(desk, state))
+
+    async def describe(request):
+        desk.check_name(request.path_params["name"])
+        return JSONResponse(desk.list_models()[0])
+
+    api.add_route(_MODELS + "/{name:path}", describe)
 
     @api.exception_handler(_RefusedError)
     async def refuse(request, error):
@@ -605,24 +923,57 @@ def build_api(
     async def refuse_path(request, error):
         return _RefusedError(str(error.detail), status=error.status_code, headers=error.headers).reply()
 
-    @api.exception_handler(RequestValidationError)
-    async def refuse_body(request, error):
-        return _RefusedError("The body must be a JSON object, and its content type application/json.").reply()
-
-    api.add_middleware(_Gate, desk=desk, max_queue=max_queue, max_upload_size=max_upload_size)
-    if hosts is not None:
-        api.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    api.add_middleware(_Gate, desk=desk, max_queue=max_queue, max_upload_size=max_upload_size, hosts=hosts)
     return api
 
 
-def make_server(api: FastAPI) -> uvicorn.Server:
-    """A server that logs no requests, takes nobody's word for who they are, and ends soon when it is to end.
+class _Protocol(H11Protocol):
+    """HTTP whose headers must arrive in time, and whose errors are JSON."""
 
-    `run(sockets=[…])` of it runs it on sockets that listen already.
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self._expect_headers()
+
+    def connection_lost(self, error) -> None:
+        self._late.cancel()
+        super().connection_lost(error)
+
+    def data_received(self, data: bytes) -> None:
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before or self.conn.their_state is not h11.IDLE:
+            self._late.cancel()
+        elif self._late.cancelled():  # the first part of another request
+            self._expect_headers()
+
+    def _expect_headers(self):
+        self._late = self.loop.call_later(_HEADER_SECONDS, self.transport.close)
+
+    def send_400_response(self, message: str) -> None:
+        body = json.dumps(_RefusedError(message).body).encode()
+        headers = [("content-type", "application/json"), ("connection", "close"), ("content-length", str(len(body)))]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    async def shutdown(self, sockets=None) -> None:
+        self.config.app.state.desk.stop()
+        await super().shutdown(sockets)
+
+
+def make_server(api: FastAPI) -> uvicorn.Server:
+    """A server that logs no requests and takes nobody's word for who they are.
+
+    Told to end (`should_exit`, SIGTERM, SIGINT), it answers those that wait with status 503 and finishes the answer
+    under way, if that takes less than a minute. `run(sockets=[…])` of it runs it on sockets that listen already.
     """
-    return uvicorn.Server(
+    return _Server(
         uvicorn.Config(
-            api, http="h11", ws="none", log_level="warning", access_log=False, proxy_headers=False,
+            api, http=_Protocol, ws="none", log_level="warning", access_log=False, proxy_headers=False,
             server_header=False, timeout_graceful_shutdown=_STOPPING_SECONDS,
         )
     )  # fmt: skip

@@ -39,7 +39,6 @@ from .configuration_lladamedv import LLaDAMedVConfig
 from .modeling_lladamedv import LLaDAMedVForConditionalGeneration
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What a file of tensors names in its pickle.
 _PICKLED = r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)"

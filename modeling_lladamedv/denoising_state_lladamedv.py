@@ -34,7 +34,7 @@ class DenoisingState:
         canvas (`(batch, length)`): masks to denoise, and whatever is fixed between them.
         prompt_mask (`(batch, prompt)`): 1 for tokens, 0 for padding.
         suffix: ids of the fixed text behind the canvas, 1-D.
-        stops: token sequences that end an answer.
+        stops: token sequences that end an answer: those of the end ids, then those of the stop strings.
         absent (`(batch, length)`, *optional*): places that are not there: never attended to.
     """
 
@@ -213,7 +213,8 @@ class DenoisingState:
     def find_stops(self):
         """Set `stop` to the first place where a stop sequence stands in the canvas.
 
-        Once a row has a stop, only the first sequence can move it further left: the authors' rule.
+        Once a row has a stop, end ids and the first stop string can move it further left, but no other string: the
+        authors' rule.
         """
         canvas = self.canvas[self.rows]
         stop = self.stop[self.rows]
@@ -221,7 +222,7 @@ class DenoisingState:
         for index, sequence in enumerate(self.stops):
             matches = (canvas.unfold(1, len(sequence), 1) == sequence).all(dim=-1)  # (rows, places)
             places = torch.where(matches, self.positions[: matches.shape[1]], len(self.positions)).amin(dim=1)
-            stop = torch.where(unstopped | (index == 0), torch.minimum(stop, places), stop)
+            stop = torch.where(unstopped | (index <= len(self.eos)), torch.minimum(stop, places), stop)
         self.stop[self.rows] = stop
 
     def advance(self):

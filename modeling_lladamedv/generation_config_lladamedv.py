@@ -15,6 +15,81 @@ ADAPTIVE_RULES = {
 
 
 _LARGEST_COUNT = 2**20  # beyond every context
+_DEFAULTS = {
+    "max_new_tokens": None, "block_length": None, "steps": None, "initial_canvas_length": None, "suffix_blocks": None,
+    "temperature": 0.0, "cfg_scale": 0.0, "remasking": "low_confidence", "schedule_shift": None,
+    "confidence_threshold": None, "factor": None, "entropy_bound": None, "use_cache": False,
+    "cache_implementation": None, "cache_refresh_interval": None, "cache_drift_bound": None,
+    "output_cache_drift": False, "compile_config": None, "suppress_tokens": None, "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": None, "stop_strings": None, "min_new_tokens": None, "defer_eos": False,
+    "generation_suffix": None, "confidence_temperature": 1.0, "abstention_threshold": None, "output_history": False,
+    "return_dict_in_generate": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    "transformers_version": None,
+}  # fmt: skip
+# What Transformers' autoregressive `generate` takes besides …
+_FOREIGN = {
+    *vars(GenerationConfig()), "assistant_model", "custom_generate", "inputs", "logits_processor",
+    "negative_prompt_attention_mask", "negative_prompt_ids", "prefix_allowed_tokens_fn", "stopping_criteria",
+    "synced_gpus",
+} - {*_DEFAULTS}  # fmt: skip
+# … the values that ask for nothing, beside None, False and what is empty: its defaults, but for two that do something …
+_NEUTRAL = GenerationConfig._get_default_generation_params() | {
+    "max_length": None, "top_k": 0, "min_length": 0, "min_p": 0.0, "top_h": 1.0, "guidance_scale": 1.0,
+    "penalty_alpha": 0.0, "max_matching_ngram_size": 2,
+}  # fmt: skip
+# … and what serves here instead.
+_EQUIVALENTS = {
+    **dict.fromkeys(
+        ("do_sample", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"), "temperature"
+    ),
+    **dict.fromkeys(("bad_words_ids", "begin_suppress_tokens"), "suppress_tokens"),
+    **dict.fromkeys(("output_scores", "output_logits"), "return_dict_in_generate"),
+    "encoder_no_repeat_ngram_size": "no_repeat_ngram_size",
+    "encoder_repetition_penalty": "repetition_penalty",
+    "guidance_scale": "cfg_scale",
+    "inputs": "input_ids",
+    "max_length": "max_new_tokens",
+    "min_length": "min_new_tokens",
+    "stopping_criteria": "stop_strings",
+}
+
+
+def native_options(options: dict) -> dict:
+    """The options that `generate` was given, in terms of [`LLaDAMedVGenerationConfig`].
+
+    Options of Transformers' autoregressive `generate` are left out where they ask for nothing. `None` means "as it is"
+    where it is no value of an option, and `do_sample=False` that the temperature is 0.
+
+    Raises:
+        ValueError: for an option that does not exist, or an autoregressive one that asks for something.
+    """
+    unknown = sorted(set(options) - {*_DEFAULTS} - _FOREIGN)
+    if unknown:
+        raise ValueError(f"Unknown generation arguments {unknown}; allowed are {sorted(_DEFAULTS)}.")
+    native = {name: options[name] for name in _DEFAULTS if name in options}
+    native = {name: value for name, value in native.items() if value is not None or _DEFAULTS[name] is None}
+    for name in ("min_new_tokens", "no_repeat_ngram_size"):  # off, as in Transformers
+        if native.get(name) == 0:
+            native[name] = None
+    temperature = native.get("temperature", 0.0)
+    for name in sorted(set(options) & _FOREIGN):
+        value, neutral = options[name], _NEUTRAL.get(name)
+        if name == "do_sample" and value is True and temperature != 0:
+            continue  # says the same twice
+        empty = value is None or value is False or (isinstance(value, (dict, list, tuple)) and not value)
+        if not empty and not (isinstance(value, (int, float)) and value == neutral):
+            equivalent = f"; use `{_EQUIVALENTS[name]}` instead" if name in _EQUIVALENTS else ""
+            raise ValueError(
+                f"`{name}` is {value!r:.200}, which masked diffusion does not have: allowed is {neutral!r}{equivalent}."
+            )
+    if options.get("do_sample") in (False, 0):
+        if temperature not in (0, 1):  # 1 is Transformers' default
+            raise ValueError(
+                f"`temperature` is {temperature!r}, but `do_sample` is not True; allowed is temperature=0, or "
+                "do_sample=True."
+            )
+        native["temperature"] = 0.0
+    return native
 
 
 class LLaDAMedVGenerationConfig(GenerationConfig):
@@ -36,7 +111,7 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
             Keep only this many blocks of masks right of the current one in the row and drop the rest (DPad, arXiv
             2508.14148): an approximation, and faster for long canvases. If unset, all are kept.
         temperature (`float`, *optional*, defaults to 0.0):
-            Strength of the Gumbel noise on the logits; 0 is greedy.
+            Strength of the Gumbel noise on the logits; 0 is greedy. `do_sample=False` means 0.
         cfg_scale (`float`, *optional*, defaults to 0.0):
             Strength of the classifier-free guidance `u + (cfg_scale + 1) * (c - u)`; 0 is off. It doubles the work.
         remasking (`str`, *optional*, defaults to `"low_confidence"`):
@@ -106,53 +181,29 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
         pad_token_id, bos_token_id (`int`, *optional*): as in Transformers.
 
     Raises:
-        ValueError: for an argument that does not exist or a value that is not allowed.
+        ValueError: for an argument that does not exist or a value that is not allowed. Autoregressive options of
+            Transformers are allowed where they ask for nothing, as `do_sample=False`, `num_beams=1` and `top_p=1.0` do.
     """
 
     def __init__(self, **kwargs):
         # `super().__init__` is left out on purpose: it would bring some seventy autoregressive options that would
         # then be accepted and do nothing.
-        self.max_new_tokens = kwargs.pop("max_new_tokens", None)
-        self.block_length = kwargs.pop("block_length", None)
-        self.steps = kwargs.pop("steps", None)
-        self.initial_canvas_length = kwargs.pop("initial_canvas_length", None)
-        self.suffix_blocks = kwargs.pop("suffix_blocks", None)
-        self.temperature = kwargs.pop("temperature", 0.0)
-        self.cfg_scale = kwargs.pop("cfg_scale", 0.0)
-        self.remasking = kwargs.pop("remasking", "low_confidence")
-        self.schedule_shift = kwargs.pop("schedule_shift", None)
-        self.confidence_threshold = kwargs.pop("confidence_threshold", None)
-        self.factor = kwargs.pop("factor", None)
-        self.entropy_bound = kwargs.pop("entropy_bound", None)
-        self.use_cache = kwargs.pop("use_cache", False)
-        self.cache_implementation = kwargs.pop("cache_implementation", None)
-        self.cache_refresh_interval = kwargs.pop("cache_refresh_interval", None)
-        self.cache_drift_bound = kwargs.pop("cache_drift_bound", None)
-        self.output_cache_drift = kwargs.pop("output_cache_drift", False)
-        self.compile_config = kwargs.pop("compile_config", None)
-        self.suppress_tokens = kwargs.pop("suppress_tokens", None)
-        self.repetition_penalty = kwargs.pop("repetition_penalty", 1.0)
-        self.no_repeat_ngram_size = kwargs.pop("no_repeat_ngram_size", None)
-        self.stop_strings = kwargs.pop("stop_strings", None)
-        self.min_new_tokens = kwargs.pop("min_new_tokens", None)
-        self.defer_eos = kwargs.pop("defer_eos", False)
-        self.generation_suffix = kwargs.pop("generation_suffix", None)
-        self.confidence_temperature = kwargs.pop("confidence_temperature", 1.0)
-        self.abstention_threshold = kwargs.pop("abstention_threshold", None)
-        self.output_history = kwargs.pop("output_history", False)
-        self.return_dict_in_generate = kwargs.pop("return_dict_in_generate", False)
-        self.bos_token_id = kwargs.pop("bos_token_id", None)
-        self.eos_token_id = kwargs.pop("eos_token_id", None)
-        self.pad_token_id = kwargs.pop("pad_token_id", None)
-        self._commit_hash = kwargs.pop("_commit_hash", None)
+        kwargs.pop("_commit_hash", None)
         self._from_model_config = kwargs.pop("_from_model_config", None)
-        self.transformers_version = kwargs.pop("transformers_version", None)
-        if kwargs:
-            raise ValueError(
-                f"Unknown generation arguments {sorted(kwargs)}; allowed are "
-                f"{sorted(name for name in self.__dict__ if not name.startswith('_'))}."
-            )
+        for name, value in {**_DEFAULTS, **native_options(kwargs)}.items():
+            setattr(self, name, value)
         self.validate()
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """From what [`to_dict`] or the file of a configuration holds, also of a plain `GenerationConfig`.
+
+        A plain one samples only with `do_sample`, whatever its `temperature`. All that is saved here has a
+        `block_length`, if only `None`.
+        """
+        if "block_length" not in config_dict and not config_dict.get("do_sample"):
+            config_dict = {**config_dict, "do_sample": False}
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_model_config(cls, model_config):

@@ -9,14 +9,14 @@ import json
 from dataclasses import dataclass
 
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor
+from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 from transformers.utils import ModelOutput
 
 from .commit_rules_lladamedv import CandidateScores
 from .confidence_lladamedv import answer_confidence, calibrate_confidence
 from .denoising_cache_lladamedv import DenoisingCache
 from .denoising_state_lladamedv import DenoisingState, ForwardPass
-from .generation_config_lladamedv import ADAPTIVE_RULES, LLaDAMedVGenerationConfig
+from .generation_config_lladamedv import ADAPTIVE_RULES, LLaDAMedVGenerationConfig, native_options
 from .repetition_lladamedv import ban_repeated_ngrams
 
 
@@ -27,6 +27,10 @@ _LARGEST_SCHEDULE = 2**28  # counts of a block's schedule, of 8 bytes each
 # cache, on a GPU what keeps it busy.
 _ELEMENTS_CPU = 2**18
 _ELEMENTS_GPU = 2**24
+NOT_FINITE = (
+    "Either its weights are broken, or numbers became too large for its dtype: load it anew, with dtype='bfloat16' or "
+    "'float32'."
+)
 
 
 @dataclass
@@ -124,7 +128,8 @@ class LLaDAMedVGenerationMixin:
         Raises:
             ValueError: before the first forward pass, for unknown arguments, values that are not allowed, a
                 `max_new_tokens` that `block_length` does not divide, `steps` that are no multiple of the number of
-                blocks, a row longer than the model's context, or a prompt that is empty or holds the mask token.
+                blocks, a row longer than the model's context, or a prompt that is empty or holds the mask token; in
+                the loop, for logits that are not finite.
         """
         # 0. Check the arguments, embed the prompts and lay a canvas of masks (and the fixed suffix) behind each.
         options = self._prepare_generation_config(generation_config, **kwargs)
@@ -138,7 +143,7 @@ class LLaDAMedVGenerationMixin:
         history = self._denoise(state, input_ids, pixel_values, image_sizes, batch_num_images, streamer)
 
         # 2. Cut every answer at its stop and append the suffix.
-        answers = [torch.cat([canvas[:stop], suffix]) for canvas, stop in zip(state.canvas, state.stop.tolist())]
+        answers = [torch.cat([canvas[:stop], state.suffix]) for canvas, stop in zip(state.canvas, state.stop.tolist())]
         padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=state.padding)
         sequences = torch.cat([input_ids, padded], dim=1)
         if streamer is not None:
@@ -165,9 +170,9 @@ class LLaDAMedVGenerationMixin:
     def _denoise(self, state, input_ids, pixel_values, image_sizes, batch_num_images, streamer=None):
         """The loop: step 1 of [`generate`], until all rows are finished. Returns the history if it is asked for."""
         options, state.prompt_ids = state.options, input_ids
-        state.prompt_embeds, _ = self.model.get_multimodal_embeddings(
-            input_ids, pixel_values, image_sizes, batch_num_images
-        )
+        state.prompt_embeds = self.model(
+            input_ids, pixel_values, image_sizes, batch_num_images, embeddings_only=True, return_dict=True
+        ).last_hidden_state
         if options.use_cache:
             num_rows = len(input_ids) * (2 if options.cfg_scale > 0 else 1)
             row_length = input_ids.shape[1] + state.canvas.shape[1] + len(state.suffix)
@@ -206,6 +211,12 @@ class LLaDAMedVGenerationMixin:
         # only their block, or what begins with it.
         row, place = candidates.nonzero(as_tuple=True)  # of each candidate
         logits = self._step_logits(state, passes, candidates, row, place)
+        if logits.numel() and not bool(torch.stack(logits.aminmax()).isfinite().all()):
+            rows = state.rows[row[~logits.isfinite().all(dim=1)].unique()]
+            raise ValueError(
+                f"The model's logits are not finite in forward pass {int(state.num_forwards[rows[0]])} (from 0) of row "
+                f"{int(rows[0])}. {NOT_FINITE}"
+            )
         logits = self._process_logits(state, logits, row, place)
 
         # 1.c. Propose a token for each candidate, and its confidence.
@@ -325,6 +336,7 @@ class LLaDAMedVGenerationMixin:
             position_ids=position_ids,
             cache=cache,
             logits_to_keep=keep,
+            return_dict=True,
         ).logits
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
@@ -430,16 +442,15 @@ class LLaDAMedVGenerationMixin:
         to a `max_new_tokens` from the caller: the largest fitting block, the same number of steps per token.
         """
         base = generation_config if generation_config is not None else self.generation_config
-        if not hasattr(base, "block_length"):  # no isinstance: remote code has its own copy of the class
+        if not isinstance(base, GenerationConfig):
             raise ValueError(
-                f"`generation_config` is a {type(base).__name__}; allowed is a LLaDAMedVGenerationConfig, because "
-                "autoregressive options mean nothing here."
+                f"`generation_config` is a {type(base).__name__}; allowed are a LLaDAMedVGenerationConfig and a "
+                "GenerationConfig."
             )
-        options = copy.deepcopy(base)
-        known = sorted(name for name in options.__dict__ if not name.startswith("_"))
-        unknown = sorted(set(kwargs) - set(known))
-        if unknown:
-            raise ValueError(f"Unknown generation arguments {unknown}; allowed are {known}.")
+        # Made anew, because anything can have been set on it; what is autoregressive is refused there.
+        given = {name: value for name, value in vars(base).items() if not name.startswith("_")}
+        options = self.generation_config_class.from_dict(copy.deepcopy(given))
+        kwargs = native_options(kwargs)
         options.update(**kwargs)
         for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
             if getattr(options, name) is None and name not in kwargs and generation_config is not None:
@@ -526,13 +537,13 @@ class LLaDAMedVGenerationMixin:
     def _prepare_suffix(self, options, tokenizer) -> torch.LongTensor:
         """Token ids of the fixed suffix, 1-D, possibly empty."""
         if not options.generation_suffix:
-            return torch.empty(0, dtype=torch.long, device=self.device)
+            return torch.empty(0, dtype=torch.long)
         if tokenizer is None:
             raise ValueError(
                 f"`generation_suffix` is {options.generation_suffix!r}; it needs the `tokenizer` argument."
             )
         tokens = tokenizer(options.generation_suffix, add_special_tokens=False).input_ids
-        return torch.tensor(tokens, dtype=torch.long, device=self.device)
+        return torch.tensor(tokens, dtype=torch.long)
 
     def _compile_language_model(self, compile_config) -> None:
         """Compile what a denoising step runs most; again only if the options differ."""

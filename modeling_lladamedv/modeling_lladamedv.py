@@ -17,6 +17,7 @@ from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, Pr
 from transformers import initialization as init
 from transformers.image_processing_utils import select_best_resolution
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector, unpad_image
 from transformers.utils import (
@@ -291,9 +292,10 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             `(num_images, num_tiles, patches, vision width)`, zero where an image has fewer tiles.
         """
         counts = self._tile_counts(pixel_values, "pixel_values", 5, image_sizes, batch_num_images, image_index)
-        hidden = self._run_tower(pixel_values, counts)
+        hidden = self._run_tower(pixel_values, counts).last_hidden_state
         return torch.nn.utils.rnn.pad_sequence(hidden.split(counts), batch_first=True)
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.FloatTensor | None = None,
@@ -301,7 +303,8 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         batch_num_images: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
         vision_features: torch.FloatTensor | None = None,
-    ) -> list[torch.FloatTensor]:
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
         """Encode, project and lay out every image as a sequence of embeddings.
 
         Args:
@@ -314,9 +317,11 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
                 image that several prompts show is encoded once; by default one after the other.
             vision_features (`(num_images, num_tiles, patches, vision width)`, *optional*): what
                 [`~LLaDAMedVModel.get_vision_features`] returned, in place of `pixel_values`.
+            kwargs: `output_hidden_states` and `output_attentions` of the vision tower, and `return_dict`.
 
         Returns:
-            `list` of `(num_image_tokens, hidden_size)`, one per placeholder.
+            `BaseModelOutputWithPooling`. Its `pooler_output` is a list of `(num_image_tokens, hidden_size)`, one per
+            placeholder, its `last_hidden_state` what the vision tower sees, `(tiles, patches, vision width)`.
 
         Raises:
             ValueError: if the shapes do not fit each other or the config, or the model is text-only.
@@ -327,23 +332,26 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         if vision_features is None:
             grids = self._checked_grids(pixel_values, "pixel_values", 5, *layout)
             counts = _count_tiles(grids)
-            hidden = self._run_tower(pixel_values, counts)
+            outputs = self._run_tower(pixel_values, counts, **kwargs)
         else:
             grids = self._checked_grids(vision_features, "vision_features", 4, *layout)
             counts = _count_tiles(grids)
             hidden = torch.cat([image[:count] for image, count in zip(vision_features, counts)])
             hidden = hidden.to(self.multi_modal_projector.linear_1.weight.dtype)
-        features = self.multi_modal_projector(hidden)  # (tiles, patches, hidden)
+            outputs = BaseModelOutputWithPooling(last_hidden_state=hidden)
+        features = self.multi_modal_projector(outputs.last_hidden_state)  # (tiles, patches, hidden)
         sizes = image_sizes.tolist() if image_sizes is not None else [None] * len(counts)
         images = [self._lay_out(*each) for each in zip(features.split(counts), grids, sizes)]
-        return images if image_index is None else [images[number] for number in image_index.tolist()]
+        outputs.pooler_output = images if image_index is None else [images[number] for number in image_index.tolist()]
+        return outputs
 
-    def _run_tower(self, pixel_values, counts):
+    def _run_tower(self, pixel_values, counts, **kwargs):
         tiles = torch.cat([image[:count] for image, count in zip(pixel_values, counts)])
         # A frozen tower keeps no activations, even where its inputs are made to require gradients (as PEFT does).
         trained = any(weight.requires_grad for weight in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            return self.vision_tower(tiles.to(self.dtype)).last_hidden_state  # (tiles, patches, vision width)
+            # `last_hidden_state` is (tiles, patches, vision width)
+            return self.vision_tower(tiles.to(self.dtype), return_dict=True, **kwargs)
 
     def _tile_counts(self, images, name, dimensions, image_sizes, batch_num_images, image_index) -> list[int]:
         """How many tiles of each image count."""
@@ -450,8 +458,10 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
                     "is None: pass everything that the processor returned."
                 )
             return embeddings, None
-        features = self.get_image_features(pixel_values, image_sizes, batch_num_images, image_index, vision_features)
-        features = torch.cat(features).to(embeddings)
+        images = self.get_image_features(
+            pixel_values, image_sizes, batch_num_images, image_index, vision_features, return_dict=True
+        ).pooler_output
+        features = torch.cat(images).to(embeddings)
         if num_tokens != len(features):
             raise ValueError(
                 f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}), but the images make "
@@ -475,6 +485,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         vision_features: torch.FloatTensor | None = None,
         query_mask: torch.BoolTensor | None = None,
         cache: Cache | None = None,
+        embeddings_only: bool = False,
         **kwargs,
     ) -> LLaDAMedVModelOutput:
         """One bidirectional pass.
@@ -495,6 +506,9 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             query_mask (`(batch, sequence)`, *optional*): True where output is wanted; by default everywhere. The last
                 layer is spared the positions that no row of the batch wants.
             cache (`Cache`, *optional*): that of the denoising loop, which knows which positions this pass runs.
+            embeddings_only: return what [`~LLaDAMedVModel.get_multimodal_embeddings`] makes, as `last_hidden_state`
+                and `image_hidden_states`, and run no layer. Weights that accelerate has offloaded come back for a
+                forward pass only.
 
         Returns:
             [`LLaDAMedVModelOutput`] with `last_hidden_state` `(batch, sequence, hidden)`, or with `query_mask`
@@ -513,6 +527,8 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             )
         elif pixel_values is not None or vision_features is not None:
             raise ValueError("Images need `input_ids`: `inputs_embeds` must already hold the image features.")
+        if embeddings_only:
+            return LLaDAMedVModelOutput(last_hidden_state=inputs_embeds, image_hidden_states=features)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         if turn_ids is not None or segment_ids is not None:
@@ -523,7 +539,9 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
                 kwargs["query_positions"] = positions  # for the last layer; the others pass it by
                 query_mask = query_mask.gather(1, positions)
         # By place: the cache is called `past_key_values` before Transformers 5.24 and `cache` from there on.
-        outputs = self.language_model(None, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
+        outputs = self.language_model(
+            None, attention_mask, position_ids, cache, inputs_embeds, return_dict=True, **kwargs
+        )
         hidden = outputs.last_hidden_state
         return LLaDAMedVModelOutput(
             last_hidden_state=hidden if query_mask is None else hidden[query_mask],
@@ -585,7 +603,16 @@ class LLaDAMedVForConditionalGeneration(
     def set_input_embeddings(self, value):
         self.model.set_input_embeddings(value)
 
-    def get_image_features(self, *args, **kwargs) -> list[torch.FloatTensor]:
+    def get_submodule(self, target):
+        # All of PEFT's ways to learn a prompt begin by looking for this module.
+        if target == "embeddings.word_embeddings":
+            raise ValueError(
+                "Adapters that learn a prompt (prompt, prefix and P-tuning, CPT, cartridges) are not supported: the "
+                "denoising loop would ignore them. Use adapters of layers, such as `peft.LoraConfig`."
+            )
+        return super().get_submodule(target)
+
+    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
         """See [`LLaDAMedVModel.get_image_features`]."""
         return self.model.get_image_features(*args, **kwargs)
 
@@ -629,6 +656,12 @@ class LLaDAMedVForConditionalGeneration(
                 "`labels` is not accepted: the next-token loss does not apply to a masked-diffusion model. Noise the "
                 "tokens and weigh the loss as lladamedv.trainers does."
             )
+        # PEFT notes the configurations of adapters here.
+        if any(getattr(each, "alora_invocation_tokens", None) for each in getattr(self, "peft_config", {}).values()):
+            raise ValueError(
+                "`alora_invocation_tokens` is set in the adapters' configuration; activated LoRA counts from the end "
+                "of a text, which a canvas moves: only other LoRA is allowed."
+            )
         query_mask = self._query_mask(logits_to_keep, **kwargs)
         outputs = self.model(
             input_ids=input_ids,
@@ -643,6 +676,7 @@ class LLaDAMedVForConditionalGeneration(
             image_index=image_index,
             vision_features=vision_features,
             query_mask=query_mask,
+            return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 
+from .generation_lladamedv import NOT_FINITE
+
 
 @dataclass
 class LLaDAMedVScoreOutput(ModelOutput):
@@ -21,7 +23,7 @@ class LLaDAMedVScoreOutput(ModelOutput):
         log_likelihood (`torch.DoubleTensor` of shape `(batch, candidates)`):
             The bound, in nats; -inf where a row has no such candidate.
         standard_error (`torch.DoubleTensor` of shape `(batch, candidates)`):
-            Of the estimate; 0 where it is exact, NaN where a row has no such candidate.
+            Of the estimate, at most; 0 where it is exact, NaN where a row has no such candidate.
         num_tokens (`torch.LongTensor` of shape `(batch, candidates)`):
             Tokens that were scored, the appended end token included.
     """
@@ -59,8 +61,10 @@ class LLaDAMedVScoringMixin:
             attention_mask (`(batch, prompt)`, *optional*): 1 for tokens, 0 for padding.
             pixel_values, image_sizes, batch_num_images: as the processor returns them.
             tokenizer: turns texts into ids.
-            append_eos: whether the end of the answer (the first `eos_token_id` of the generation config, if there is
-                one) is scored too, so that "No" is not preferred to "No effusion" for ending early.
+            append_eos: whether the end of the answer is scored too, so that "No" is not preferred to "No effusion" for
+                ending early. The end is the `eos_token_id` of the generation config, of several the one that is not
+                the `pad_token_id`, which only fills up what stands behind the end. If that leaves several, their
+                likelihoods are added up: any of them may end the answer.
             max_exact_tokens: candidates of up to this many tokens are evaluated on all subsets of masks, which takes
                 2^L - 1 rows; at most 12.
             num_samples: masks drawn for longer ones.
@@ -72,7 +76,7 @@ class LLaDAMedVScoringMixin:
 
         Raises:
             ValueError: before any forward pass, for a value that is not allowed, an empty candidate, one that holds
-                the mask token, or a row longer than the model's context.
+                the mask token, or a row longer than the model's context; later for logits that are not finite.
         """
         for name, value, top in (
             ("max_exact_tokens", max_exact_tokens, 12),
@@ -86,8 +90,9 @@ class LLaDAMedVScoringMixin:
                 raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers {bound}.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        answers = self._prepare_candidates(candidates, len(input_ids), tokenizer, append_eos)
-        longest = max(len(answer) for row in answers for answer in row)
+        answers = self._prepare_candidates(candidates, len(input_ids), tokenizer)
+        ends = self._ends() if append_eos else [[]]
+        longest = max(len(answer) for row in answers for answer in row) + len(ends[0])
         total = int(attention_mask.sum(dim=1).max()) + longest
         context = self.config.get_text_config().max_position_embeddings
         if total > context:
@@ -95,7 +100,9 @@ class LLaDAMedVScoringMixin:
                 f"A prompt and the longest candidate ({longest} tokens) need {total} positions; the model's context "
                 f"allows {context}."
             )
-        prompts, _ = self.model.get_multimodal_embeddings(input_ids, pixel_values, image_sizes, batch_num_images)
+        prompts = self.model(
+            input_ids, pixel_values, image_sizes, batch_num_images, embeddings_only=True, return_dict=True
+        ).last_hidden_state
 
         shape = (len(answers), max(len(row) for row in answers))
         scores = torch.full(shape, -math.inf, dtype=torch.float64)
@@ -104,24 +111,37 @@ class LLaDAMedVScoringMixin:
         for row, candidates_of_row in enumerate(answers):
             prompt = prompts[row, attention_mask[row].bool()]  # without its padding, so that neighbours change nothing
             for place, answer in enumerate(candidates_of_row):
-                answer = torch.tensor(answer, device=input_ids.device)
-                exact = len(answer) <= max_exact_tokens
-                masks = _all_masks(len(answer)) if exact else _random_masks(len(answer), num_samples, seed)
-                values = self._masked_log_probability(prompt, answer, masks.to(input_ids.device), batch_size).cpu()
-                sizes = masks.sum(dim=1)
-                values = values * len(answer) / sizes
-                if exact:
-                    # Every number of masks weighs the same, and within it every subset.
-                    subsets = torch.tensor([math.comb(len(answer), int(size)) for size in sizes])
-                    scores[row, place] = (values / subsets).sum() / len(answer)
-                    errors[row, place] = 0
-                else:
-                    scores[row, place] = values.mean()
-                    errors[row, place] = values.std() / num_samples**0.5
-                counts[row, place] = len(answer)
+                bounds = []
+                for end in ends:
+                    ids = torch.tensor(answer + end, device=input_ids.device)
+                    exact = len(ids) <= max_exact_tokens
+                    masks = _all_masks(len(ids)) if exact else _random_masks(len(ids), num_samples, seed)
+                    values = self._masked_log_probability(prompt, ids, masks.to(input_ids.device), batch_size).cpu()
+                    if not values.isfinite().all():
+                        raise ValueError(
+                            f"The model's logits are not finite for candidate {place} of row {row}. {NOT_FINITE}"
+                        )
+                    sizes = masks.sum(dim=1)
+                    values = values * len(ids) / sizes
+                    if exact:
+                        # Every number of masks weighs the same, and within it every subset.
+                        subsets = torch.tensor([math.comb(len(ids), int(size)) for size in sizes])
+                        bounds.append(((values / subsets).sum() / len(ids), 0.0))
+                    else:
+                        bounds.append((values.mean(), values.std() / num_samples**0.5))
+                values, spread = torch.tensor(bounds, dtype=torch.float64).T  # (ends,)
+                scores[row, place] = values.logsumexp(dim=0)
+                errors[row, place] = (values.softmax(dim=0) * spread).sum()
+                counts[row, place] = len(ids)
         return LLaDAMedVScoreOutput(log_likelihood=scores, standard_error=errors, num_tokens=counts)
 
-    def _prepare_candidates(self, candidates, batch, tokenizer, append_eos) -> list[list[list[int]]]:
+    def _ends(self) -> list[list[int]]:
+        """The ids that may end an answer, each as a list, in ascending order; one empty list if there are none."""
+        config = self.generation_config
+        ids = {config.eos_token_id} if isinstance(config.eos_token_id, int) else {*(config.eos_token_id or ())}
+        return [[end] for end in sorted(ids - {config.pad_token_id} or ids)] or [[]]
+
+    def _prepare_candidates(self, candidates, batch, tokenizer) -> list[list[list[int]]]:
         """Ids of the candidates of each row."""
         if not isinstance(candidates, (list, tuple)) or not candidates:
             raise ValueError(
@@ -131,8 +151,6 @@ class LLaDAMedVScoringMixin:
         rows = list(candidates) if nested else [candidates] * batch
         if len(rows) != batch:
             raise ValueError(f"`candidates` holds lists for {len(rows)} prompts; `input_ids` holds {batch}.")
-        eos = self.generation_config.eos_token_id if append_eos else None
-        end = [] if eos is None else [eos if isinstance(eos, int) else eos[0]]
         prepared = []
         for row in rows:
             prepared.append([])
@@ -149,7 +167,7 @@ class LLaDAMedVScoringMixin:
                         f"`candidates` holds {candidate!r}; allowed are non-empty answers of ids below {size} without "
                         f"the mask token {self.config.mask_token_id}."
                     )
-                prepared[-1].append(ids + end)
+                prepared[-1].append(ids)
         return prepared
 
     def _masked_log_probability(self, prompt, answer, masks, batch_size) -> torch.DoubleTensor:
@@ -160,7 +178,8 @@ class LLaDAMedVScoringMixin:
             ids = torch.where(part, self.config.mask_token_id, answer)  # (rows, answer)
             embeds = torch.cat([prompt.expand(len(part), -1, -1), embed(ids)], dim=1)
             keep = torch.nn.functional.pad(part, (len(prompt), 0))
-            logits = self(inputs_embeds=embeds, logits_to_keep=keep).logits  # (masked tokens, vocabulary)
+            # (masked tokens, vocabulary)
+            logits = self(inputs_embeds=embeds, logits_to_keep=keep, return_dict=True).logits
             targets = answer.expand(len(part), -1)[part]
             chosen = []
             for values, target in zip(logits.split(8), targets.split(8)):  # a float64 copy of all would be large

@@ -6,8 +6,10 @@ Only the elements that say how pixels are shown are read from a file; who the pa
 from __future__ import annotations
 
 import io
+import math
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +28,7 @@ from .medical_shared import (
     check_window,
     choose_index,
     describe_window,
+    logger,
     require,
 )
 
@@ -38,12 +41,18 @@ _PALETTE_TABLES = [
     for colour in ("Red", "Green", "Blue")
     for segmented, part in (("", "Descriptor"), ("", "Data"), ("Segmented", "Data"))
 ]
+# Distances of rows and of columns, or their ratio, in the order in which they count.
+_SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
+_OVERLAYS = [(group, 0x0010) for group in range(0x6000, 0x6020, 2)]  # the rows of each
+_NEEDED = ("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated")
 _ELEMENTS = [
-    *("Modality", "BurnedInAnnotation", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
-    *("BitsStored", "PixelRepresentation", "PhotometricInterpretation", "PresentationLUTShape"),
-    *("PixelPaddingValue", "PixelPaddingRangeLimit", "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"),
-    *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
-    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+    *("SOPClassUID", "Modality", "BurnedInAnnotation", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PlanarConfiguration"),
+    *("PhotometricInterpretation", "PresentationLUTShape", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType"),
+    *("ICCProfile", "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "TotalPixelMatrixRows"),
+    *_SPACINGS,
     *_PALETTE_TABLES,
 ]
 # What gdcm itself prints must not come between.
@@ -75,8 +84,8 @@ def read_dicom(
     full_range: bool,
     allow_burned_in: bool,
     max_pixels: int,
-) -> np.ndarray:
-    """One frame as 8-bit pixels.
+) -> tuple[np.ndarray, tuple[float, float] | None]:
+    """One frame as 8-bit pixels, and how high and how wide a pixel is, in any unit, if the file says it.
 
     Args:
         file: open binary file.
@@ -84,16 +93,19 @@ def read_dicom(
         frame, window, full_range, allow_burned_in, max_pixels: see [`read_medical_image`].
 
     Returns:
-        `uint8` `(height, width)`, or `(height, width, 3)` for colour.
+        `uint8` `(height, width)`, or `(height, width, 3)` for colour; and (height, width) of a pixel, or `None`.
 
     Raises:
         MedicalImageError, ImportError: see [`read_medical_image`].
     """
     header = _read_header(file)
+    # pydicom reads single frames only from files whose elements are written as the transfer syntax says; some are not.
+    as_stated = header.get_item("Rows").is_implicit_VR == header.file_meta.TransferSyntaxUID.is_implicit_VR
     if header.get("BurnedInAnnotation") == "YES" and not allow_burned_in:
         raise MedicalImageError(
             f"{arg('source')} says that text is burned into its pixels (BurnedInAnnotation is YES), which may tell who "
-            f"the patient is; allowed are files that do not say so, or {arg('allow_burned_in')}."
+            f"the patient is; allowed are files that do not say so, or {arg('allow_burned_in')}.",
+            missing="allow_burned_in",
         )
     check_size(header.Rows, header.Columns, max_pixels)
     photometric = header.PhotometricInterpretation
@@ -107,18 +119,35 @@ def read_dicom(
             f"{arg('full_range' if window is None else 'window')} is given, but {arg('source')} is in colour; it is "
             "allowed for grey images."
         )
-    if isinstance(window, str) and window in WINDOW_PRESETS and header.get("Modality", "CT") != "CT":
-        raise MedicalImageError(
-            f"{arg('window')} is {window!r}, a window in Hounsfield units, but {arg('source')} is not a CT; allowed is "
-            "LEVEL/WIDTH in the image's units."
-        )
     if not header.file_meta.TransferSyntaxUID.is_compressed:
         check_bytes(file, header.Rows * header.Columns * header.BitsAllocated // 8, compressed=False)
+    source = file if as_stated else require("pydicom").dcmread(file, specific_tags=[*_ELEMENTS, "PixelData"])
     frames = int(header.get("NumberOfFrames") or 1)
     chosen = choose_index("frame", frame, frames, "frame", steps)
+    if frames > 1 and (header.get("TotalPixelMatrixRows") or 0) > header.Rows:
+        steps.append("the frame is one tile of a larger picture")
+        logger.warning("the DICOM file is a picture cut into tiles: only one of them is shown")
     _apply_functional_groups(header, chosen)
-    pixels = _decode(file, header, chosen)
+    _check_preset(window, header)
+    pixels = _decode(source, header, chosen)
+    if (pixels.ndim == 3) != (photometric in _COLOUR):
+        raise MedicalImageError(
+            f"{arg('source')} is {photometric}, but has {header.SamplesPerPixel} samples per pixel; allowed are 3 for "
+            "colour and 1 for grey and palettes."
+        )
+    return _to_8_bits(pixels, header, window, full_range, steps), _spacing(header, steps)
 
+
+def _to_8_bits(pixels: np.ndarray, header, window, full_range: bool, steps: list[str]) -> np.ndarray:
+    """Stored values of one frame as they are shown."""
+    overlays = sum(tag in header for tag in _OVERLAYS)
+    if overlays:
+        steps.append(f"overlays of the file not shown: {overlays}")
+    photometric = header.PhotometricInterpretation
+    if photometric in _GREY and "RedPaletteColorLookupTableDescriptor" in header:
+        steps.append("supplemental colours of the file not shown")
+    if "ICCProfile" in header:
+        steps.append("colour profile of the file not applied")
     if photometric == _PALETTE:
         steps.append("palette colour to RGB")
         return _apply_palette(pixels, header)
@@ -126,18 +155,41 @@ def read_dicom(
         if photometric != "RGB":
             steps.append(f"{photometric} to RGB")
         return pixels if header.BitsStored == 8 else apply_range(pixels, 0, 2**header.BitsStored - 1)
+    steps.choices |= dict.fromkeys(("window",) if pixels.dtype.kind == "f" else ("window", "full_range"))
+    padding = _padding(pixels, header)
     if full_range:
+        if pixels.dtype.kind == "f":
+            raise MedicalImageError(
+                f"{arg('full_range')} is given, but {arg('source')} has floating-point values; it is allowed for whole "
+                "numbers."
+            )
         low = -(2 ** (header.BitsStored - 1)) if header.PixelRepresentation else 0
         steps.append(f"full range of {header.BitsStored} bits: {low} to {low + 2**header.BitsStored - 1}")
         grey = apply_range(pixels, low, low + 2**header.BitsStored - 1)
     else:
-        grey = _apply_voi(_apply_modality(pixels, header, steps), _not_padding(pixels, header), header, window, steps)
+        grey = _apply_voi(_apply_modality(pixels, header, steps), ~padding, header, window, steps)
     # Each of the two says that the least value is white; said twice it still means one inversion.
     for reason in (f"{photometric}", f"PresentationLUTShape {header.get('PresentationLUTShape')}"):
         if reason in ("MONOCHROME1", "PresentationLUTShape INVERSE"):
             steps.append(f"inverted: {reason}")
-            return 255 - grey
-    return grey
+            grey = 255 - grey
+            break
+    if padding.any():
+        steps.append(f"{int(padding.sum())} padding pixels left out: black")
+    return np.where(padding, np.uint8(0), grey)
+
+
+def _check_preset(window, header) -> None:
+    """Refuse a window in Hounsfield units for a file whose values are, as far as it says, in others."""
+    if not isinstance(window, str) or window not in WINDOW_PRESETS:
+        return
+    unit = header.get("RescaleType") or ("HU" if header.get("Modality") == "CT" else None)
+    rescaled = header.get("ModalityLUTSequence") or any(_rescaling(header))
+    if unit not in ("HU", "HU_MOD") or not rescaled:
+        raise MedicalImageError(
+            f"{arg('window')} is {window!r}, a window in Hounsfield units, but {arg('source')} is not a CT image "
+            "whose values are rescaled to them; allowed is LEVEL/WIDTH in the image's units."
+        )
 
 
 def read_dicom_series(folder: str | Path) -> list[Path]:
@@ -195,48 +247,105 @@ def _read_header(file: BinaryIO):
     meta = pydicom.filereader.read_dataset(
         file, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, vr, length: tag.group != 2
     )
-    if meta.TransferSyntaxUID.is_deflated:
+    syntax = meta.get("TransferSyntaxUID")
+    if not syntax or not syntax.is_transfer_syntax:
+        raise MedicalImageError(
+            f"{arg('source')} does not say how it is stored (TransferSyntaxUID is missing or unknown); allowed are the "
+            "transfer syntaxes of DICOM."
+        )
+    if syntax.is_deflated:
         raise MedicalImageError(f"{arg('source')} is deflated as a whole; allowed are the transfer syntaxes of images.")
     file.seek(0)
-    header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_ELEMENTS)
+    header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_ELEMENTS, *_OVERLAYS])
+    if "Rows" not in header or "Columns" not in header or not file.read(1):  # it stopped at the pixels, or at the end
+        kind = header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")
+        name = kind.name if kind and kind.type else "an unknown class"
+        raise MedicalImageError(
+            f"{arg('source')} is a DICOM file without pixels ({name}); allowed are files that hold a picture."
+        )
+    missing = [name for name in _NEEDED if header.get(name) in (None, "")]
+    if missing:
+        raise MedicalImageError(
+            f"{arg('source')} is a DICOM file without {', '.join(missing)}; allowed are whole files."
+        )
     file.seek(0)
     return header
 
 
+def _numbers(header, name: str) -> list[float] | None:
+    """The values of an element, none if it is missing or empty, or `None` if they are not finite numbers."""
+    try:
+        value = header.get(name)
+        numbers = [float(number) for number in np.atleast_1d([] if value is None else value) if str(number).strip()]
+    except (TypeError, ValueError):
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
+
+
+def _spacing(header, steps: list[str]) -> tuple[float, float] | None:
+    for name in _SPACINGS:
+        numbers = _numbers(header, name)
+        if numbers and len(numbers) == 2 and min(numbers) > 0:
+            return numbers[0], numbers[1]
+        if numbers != []:
+            steps.append(f"{name} of the file left out: it is no pair of numbers above 0")
+    return None
+
+
 def _apply_functional_groups(header, frame: int) -> None:
-    """Enhanced CT and MR: slope and window of a frame, which are kept in functional groups, into the header itself."""
+    """Slope, window and spacing of a frame of an enhanced file, kept in functional groups, into the header itself."""
     shared = header.get("SharedFunctionalGroupsSequence") or []
     per_frame = header.get("PerFrameFunctionalGroupsSequence") or []
     for group in (*shared, *([per_frame[frame]] if per_frame else [])):
-        for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+        for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence"):
             for item in group.get(macro) or []:
                 header.update(item)
 
 
-def _decode(file: BinaryIO, header, frame: int) -> np.ndarray:
-    """Stored values of one frame, `(height, width)` or `(height, width, 3)`; YBR is RGB afterwards."""
+def _decode(source, header, frame: int) -> np.ndarray:
+    """Stored values of one frame, `(height, width)` or `(height, width, 3)`; YBR is RGB afterwards.
+
+    Args:
+        source: the open file, or the data set with its pixels.
+    """
     from pydicom.pixels import get_decoder, pixel_array
+    from pydicom.uid import JPEGExtended12Bit
 
     syntax = header.file_meta.TransferSyntaxUID
-    name = syntax.name if syntax.is_transfer_syntax else "an unknown transfer syntax"
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise MedicalImageError(f"the pixels of the file are stored as {name}; allowed are those of images.") from None
+        raise MedicalImageError(
+            f"the pixels of {arg('source')} are stored as {syntax.name}; allowed are those of images."
+        ) from None
     if not decoder.is_available:
-        raise ImportError(f'The pixels are compressed as {name}: pip install "lladamedv[medical-codecs]"')
-    plugins = sorted(decoder.available_plugins, key="gdcm".__eq__)  # gdcm last
-    for plugin in plugins if syntax.is_encapsulated else [""]:
+        raise ImportError(f'The pixels are compressed as {syntax.name}: pip install "lladamedv[medical-codecs]"')
+    if not syntax.is_encapsulated:
+        if header.BitsAllocated == 1 and header.Rows * header.Columns % 8:
+            # Frames that begin within a byte, of which pydicom alone reads the last bits only with all the others.
+            pixels = pixel_array(source)
+            return pixels[frame] if pixels.ndim == 3 else pixels
+        stored, high = header.get("BitsStored"), header.get("HighBit")
+        if header.SamplesPerPixel > 1 or high is None or not stored <= high < header.BitsAllocated:
+            return pixel_array(source, index=frame)
+        # Where the stored bits are not the lowest ones, which pydicom takes; below them may be overlays.
+        pixels = pixel_array(source, index=frame, correct_unused_bits=False)
+        return pixels << (header.BitsAllocated - 1 - high) >> (header.BitsAllocated - stored)
+    plugins = sorted(decoder.available_plugins, key="gdcm".__eq__)  # gdcm last, and for files alone
+    for plugin in plugins if isinstance(source, io.IOBase) else (each for each in plugins if each != "gdcm"):
         try:
             if plugin == "gdcm":
-                return _decode_with_gdcm(file, frame)
-            return pixel_array(file, index=frame, decoding_plugin=plugin)
+                return _decode_with_gdcm(source, frame)
+            return pixel_array(source, index=frame, decoding_plugin=plugin)
         except RuntimeError:
             continue
-    raise MedicalImageError(
-        f"the pixels of the file, stored as {name}, cannot be decoded: the file is broken, or a more able decoder "
-        'is needed (pip install "lladamedv[medical-codecs]").'
-    )
+    if syntax == JPEGExtended12Bit and header.BitsStored > 8:
+        reason = "there is no decoder here for 12 bits; decompress the file first, for example with DCMTK's dcmdjpeg"
+    elif find_spec("gdcm") is None:
+        reason = 'the file is broken, or a more able decoder is needed (pip install "lladamedv[medical-codecs]")'
+    else:
+        reason = "the file is broken, or of a variant that is not supported"
+    raise MedicalImageError(f"the pixels of {arg('source')}, stored as {syntax.name}, cannot be decoded: {reason}.")
 
 
 def _decode_with_gdcm(file: BinaryIO, frame: int) -> np.ndarray:
@@ -259,90 +368,146 @@ def _look_up(values: np.ndarray, first: int, table: np.ndarray) -> np.ndarray:
     return table[np.clip(values.astype(np.int64) - first, 0, len(table) - 1)]
 
 
-def _table(descriptor, data, header) -> tuple[int, np.ndarray, int]:
-    """First value mapped, entries, and their greatest possible value of a look-up table (PS3.3, C.11.1.1.1)."""
-    count, first, bits = descriptor
+def _table(item, values: np.ndarray, signed: bool, header, name: str = "LUT") -> tuple[int, np.ndarray, int]:
+    """First value mapped, entries, and bits per entry of a look-up table (PS3.3, C.11.1.1.1 and C.11.2.1.1).
+
+    Args:
+        values: what is to be mapped.
+        signed: whether such values can be negative. The standard ties the first value mapped to that, but implicit VR
+            does not tell it, and files write it the other way, too: 64512 for −1024.
+        name: what the elements' names begin with.
+    """
+    count, first, bits = (int(number) for number in item[f"{name}Descriptor"].value)
+    data = item[f"{name}Data"].value
+    count = count % 2**16 or 2**16
+    if signed and first >= 2**15 and first > values.max():
+        first -= 2**16
+    elif not signed and first + count <= 0:
+        first += 2**16
     order = "<" if header.file_meta.TransferSyntaxUID.is_little_endian else ">"
     if not isinstance(data, bytes):
-        data = np.atleast_1d(np.asarray(data, dtype=f"{order}u2")).tobytes()
-    count = count or 2**16
-    table = np.frombuffer(data, np.uint8 if len(data) < 2 * count else f"{order}u2")[:count]
-    return first, table, 2 ** min(bits, 8 * table.itemsize) - 1
+        data = (np.atleast_1d(data).astype(np.int64) % 2**16).astype(f"{order}u2").tobytes()
+    packed = bits <= 8 and len(data) < 2 * count
+    return (
+        first,
+        np.frombuffer(data, np.uint8 if packed else f"{order}u2", len(data) // (1 if packed else 2))[:count],
+        bits,
+    )
 
 
 def _apply_palette(pixels: np.ndarray, header) -> np.ndarray:
-    if "SegmentedRedPaletteColorLookupTableData" in header:
+    names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
+    segmented = "SegmentedRedPaletteColorLookupTableData" in header
+    needed = [f"{name}Descriptor" for name in names] + [f"{'Segmented' * segmented}{name}Data" for name in names]
+    if not all(header.get(element) for element in needed):
+        raise MedicalImageError(
+            f"{arg('source')} is PALETTE COLOR, but holds no whole palette; allowed are files that hold it."
+        )
+    if segmented:
         from pydicom.pixels import apply_color_lut
 
         count, first, bits = header.RedPaletteColorLookupTableDescriptor
         # pydicom wraps around beyond the end of the table, where the last entry counts.
         colours = apply_color_lut(np.clip(pixels, first, first + (count or 2**16) - 1), header)
         return apply_range(colours, 0, 2**bits - 1)
-    channels = []
-    for colour in ("Red", "Green", "Blue"):
-        name = f"{colour}PaletteColorLookupTable"
-        first, table, greatest = _table(header[f"{name}Descriptor"].value, header[f"{name}Data"].value, header)
-        channels.append(apply_range(_look_up(pixels, first, table), 0, greatest))
+    tables = [_table(header, pixels, pixels.dtype.kind == "i", header, name) for name in names]
+    bits, greatest = tables[0][2], max(int(table.max()) for _, table, _ in tables)
+    # 8 bits that are written in words of 16, the lower or the upper half of them, whatever was declared.
+    bits = 16 if greatest >= 2**bits else 8 if greatest < 2**8 else bits
+    channels = [apply_range(_look_up(pixels, first, table), 0, 2**bits - 1) for first, table, _ in tables]
     return np.stack(channels, axis=-1)
 
 
 def _apply_modality(pixels: np.ndarray, header, steps: list[str]) -> np.ndarray:
     """Stored values into the units of the modality, such as Hounsfield units (PS3.3, C.11.1)."""
     if header.get("ModalityLUTSequence"):
-        item = header.ModalityLUTSequence[0]
-        first, table, _ = _table(item.LUTDescriptor, item.LUTData, header)
+        first, table, _ = _table(header.ModalityLUTSequence[0], pixels, pixels.dtype.kind == "i", header)
         steps.append(f"modality LUT: table of {len(table)} entries")
         return _look_up(pixels, first, table)
-    if header.get("RescaleSlope") is None or header.get("RescaleIntercept") is None:
+    slopes, intercepts = _rescaling(header)
+    if not slopes and not intercepts:
         return pixels
-    slope, intercept = float(header.RescaleSlope), float(header.RescaleIntercept)
-    steps.append(f"modality LUT: slope {slope:g}, intercept {intercept:g}")
+    slope, intercept = slopes[0] if slopes else 1.0, intercepts[0] if intercepts else 0.0
+    notes = " (not stated)" if not slopes else " (the file says 0)" if not slope else ""
+    slope = slope or 1.0
+    steps.append(
+        f"modality LUT: slope {slope:g}{notes}, intercept {intercept:g}{'' if intercepts else ' (not stated)'}"
+    )
     return pixels.astype(np.float64) * slope + intercept
 
 
-def _not_padding(pixels: np.ndarray, header) -> np.ndarray | None:
-    """Which pixels are not padding (PS3.3, C.7.5.1.1.2), or `None` if the file names no padding value."""
-    if header.get("PixelPaddingValue") is None:
-        return None
-    # As a value of the pixels' type: files write that of signed pixels unsigned, too.
-    ends = [header.PixelPaddingValue, header.get("PixelPaddingRangeLimit", header.PixelPaddingValue)]
-    low, high = sorted(np.asarray(ends).astype(pixels.dtype).tolist())
-    return (pixels < low) | (pixels > high)
-
-
-def _apply_voi(values: np.ndarray, used, header, window, steps: list[str]) -> np.ndarray:
-    """Values into 8 bits: by the caller's window, the file's table, the file's window, or percentiles."""
-    function = header.get("VOILUTFunction") or "LINEAR"
-    if function not in WINDOW_FUNCTIONS:
+def _rescaling(header) -> tuple[list[float], list[float]]:
+    """RescaleSlope and RescaleIntercept, each empty if it is missing."""
+    slopes, intercepts = (_numbers(header, name) for name in ("RescaleSlope", "RescaleIntercept"))
+    if slopes is None or intercepts is None:
         raise MedicalImageError(
-            f"VOILUTFunction of the file is not known; allowed are {', '.join(map(repr, WINDOW_FUNCTIONS))}."
+            f"{arg('source')} states a RescaleSlope or RescaleIntercept that is not a number, so the units of its "
+            "values are unknown; allowed are decimal numbers with a point."
         )
+    return slopes, intercepts
+
+
+def _padding(pixels: np.ndarray, header) -> np.ndarray:
+    """Which pixels are padding (PS3.3, C.7.5.1.1.2)."""
+    if header.get("PixelPaddingValue") is None:
+        return np.zeros(pixels.shape, bool)
+    # As a value of the pixels' type: files write that of signed pixels unsigned, too.
+    limit = header.get("PixelPaddingRangeLimit")
+    ends = [header.PixelPaddingValue, header.PixelPaddingValue if limit is None else limit]
+    low, high = sorted(np.asarray(ends).astype(pixels.dtype).tolist())
+    return (pixels >= low) & (pixels <= high)
+
+
+def _apply_voi(values: np.ndarray, used: np.ndarray, header, window, steps: list[str]) -> np.ndarray:
+    """Values into 8 bits: by the caller's window, the file's table, the file's window, or percentiles."""
+    function = str(header.get("VOILUTFunction") or "LINEAR").strip().upper()
     if window is not None:
         level, width = check_window(window)
-        function = "LINEAR_EXACT" if function == "LINEAR" and width < 1 else function
+        function = function if function in WINDOW_FUNCTIONS else "LINEAR"
+        if function == "LINEAR" and (width < 1 or (values % 1).any()):  # it is made for whole numbers
+            function = "LINEAR_EXACT"
         steps.append(describe_window(window, level, width, function))
         return apply_window(values, level, width, function)
     if header.get("VOILUTSequence"):
-        items = header.VOILUTSequence
-        first, table, greatest = _table(items[0].LUTDescriptor, items[0].LUTData, header)
-        steps.append(f"VOI LUT of the file: table of {len(table)} entries{_first_of(len(items))}")
-        return apply_range(_look_up(np.rint(values), first, table), 0, greatest)
-    stated = (header.get(name) for name in ("WindowCenter", "WindowWidth"))
-    levels, widths = (np.atleast_1d([] if value is None else value) for value in stated)
-    if levels.size and widths.size:
-        level, width = float(levels[0]), float(widths[0])
-        if width > 0:
-            exact = function == "LINEAR" and width < 1
-            function = "LINEAR_EXACT" if exact else function
-            note = " (LINEAR needs a width of at least 1)" if exact else ""
-            steps.append(
-                f"window {level:g}/{width:g} (level/width) from the file{_first_of(levels.size)}, {function}{note}"
-            )
-            return apply_window(values, level, width, function)
-        steps.append(f"window of the file not applied: its width is {width:g}")
-    if used is not None:
-        steps.append(f"{int((~used).sum())} padding pixels left out of the percentiles")
+        return _apply_voi_table(values, header, steps)
+    levels, widths = (_numbers(header, name) for name in ("WindowCenter", "WindowWidth"))
+    unusable = None
+    if levels is None or widths is None:
+        unusable = "its level or width is not a number"
+    elif bool(levels) != bool(widths):
+        unusable = "its level or width is missing"
+    elif levels and widths[0] <= 0:
+        unusable = f"its width is {widths[0]:g}"
+    elif levels and function not in WINDOW_FUNCTIONS:
+        unusable = "its function (VOILUTFunction) is not known"
+    elif levels:
+        level, width = levels[0], widths[0]
+        exact = function == "LINEAR" and width < 1
+        function = "LINEAR_EXACT" if exact else function
+        note = " (LINEAR needs a width of at least 1)" if exact else ""
+        steps.append(
+            f"window {level:g}/{width:g} (level/width) from the file{_first_of(len(levels))}, {function}{note}"
+        )
+        return apply_window(values, level, width, function)
+    if unusable:
+        steps.append(f"window of the file not applied: {unusable}")
+        logger.warning("the window of the DICOM file is not applied: %s", unusable)
     return apply_percentiles(values, steps, PERCENTILES, used)
+
+
+def _apply_voi_table(values: np.ndarray, header, steps: list[str]) -> np.ndarray:
+    items = header.VOILUTSequence
+    slopes, intercepts = _rescaling(header)
+    signed = header.get("PixelRepresentation") == 1 or any(number < 0 for number in (*slopes[:1], *intercepts[:1]))
+    signed = signed and not header.get("ModalityLUTSequence")  # whose output is unsigned
+    first, table, bits = _table(items[0], values, signed, header)
+    greatest, most = 2**bits - 1, int(table.max())
+    note = ""
+    if most > greatest or (bits > 8 and most <= greatest // 2):
+        note = f", {bits} bits declared, but scaled by its greatest value {most}"
+        greatest = most
+    steps.append(f"VOI LUT of the file: table of {len(table)} entries{_first_of(len(items))}{note}")
+    return apply_range(_look_up(np.rint(values), first, table), 0, greatest)
 
 
 def _first_of(count: int) -> str:

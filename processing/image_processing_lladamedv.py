@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -15,24 +14,24 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 from transformers.processing_utils import Unpack
 
-from .medical_images import read_medical_image
+from .medical_images import fetch_url, is_url, read_medical_image
 from .medical_shared import MAX_IMAGE_PIXELS, MedicalImageError
 
 
 _MAX_GRIDS, _MAX_TILES = 4096, 1024  # of a list, and of a grid
 _MAX_IMAGE_TOKENS = 2**20
-_URL_HEADERS = {"User-Agent": "lladamedv"}  # hosts refuse Python's own
-_URL_TIMEOUT = 60  # seconds; without one, a server that says nothing is waited for for ever
 
 
 class LLaDAMedVImageProcessorKwargs(LlavaOnevisionImageProcessorKwargs, total=False):
     """
     vision_aspect_ratio (`str`): `"square"`, `"pad"` or `"anyres_max_N"`; see [`LLaDAMedVImageProcessor`].
     patch_size (`int`): side of the vision tower's patches in pixels, to count image tokens.
+    return_pixel_values (`bool`): `False` returns sizes alone, which is all that counting image tokens needs.
     """
 
     vision_aspect_ratio: str
     patch_size: int
+    return_pixel_values: bool
 
 
 class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
@@ -93,8 +92,8 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         """Open whatever stands for an image, as an 8-bit RGB `PIL.Image`; lists keep their structure.
 
         Training, evaluation, the server and every command see a picture through this or through
-        [`read_medical_image`], which it calls: grey values of more than 8 bits are spread between percentiles, what is
-        transparent lies on black (grey) or white (colour), and 8-bit pictures stay as they are.
+        [`read_medical_image`], which it calls: grey values of more than 8 bits are spread between percentiles; 8-bit
+        pictures stay as they are, without their transparency, as in the training of the released models.
 
         Args:
             images: a path, the bytes of a file, a URL (`http`, `https`, `data`), a `PIL.Image`, an array, a tensor, or
@@ -119,6 +118,9 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         flat = [image for row in images for image in (row if isinstance(row, list) else [row])]
         if not flat:
             raise ValueError("`images` is empty; allowed are an image, or a list with at least one.")
+        if not kwargs.pop("return_pixel_values", True):
+            data = {"image_sizes": [(image.height, image.width) for image in flat], "batch_num_images": counts}
+            return BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
         return super(LlavaOnevisionImageProcessorPil, self).preprocess(flat, counts, **kwargs)
 
     def _preprocess(
@@ -251,14 +253,17 @@ def parse_grid_pinpoints(pinpoints, tile_size: int) -> list[list[int]]:
 
 def _read(image) -> Image.Image:
     """One image of any accepted kind as 8-bit RGB, by the one way that there is for it."""
+    # Nothing is left to do for what comes from here.
+    if type(image) is Image.Image and image.mode == "RGB" and not image.info and not image.getexif():
+        if 0 < image.width * image.height <= MAX_IMAGE_PIXELS:
+            return image
     # Cut, because a text may be a whole picture in base64.
     described = f"{str(image)!r:.200}" if isinstance(image, (str, Path)) else f"of type {type(image).__name__}"
     try:
         if isinstance(image, dict) and {"bytes", "path"} & set(image):  # as `datasets` stores a picture
             image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
-        if isinstance(image, str) and image.partition(":")[0].lower() in ("http", "https", "data"):
-            with urlopen(Request(image, headers=_URL_HEADERS), timeout=_URL_TIMEOUT) as answer:
-                image = answer.read()
+        if is_url(image):
+            image = fetch_url(image)
         elif isinstance(image, (str, Path)) and not Path(image).exists():
             raise FileNotFoundError("there is no such file")
         if isinstance(image, torch.Tensor):

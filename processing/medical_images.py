@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import stat
 from dataclasses import dataclass
 from os import PathLike
 from typing import BinaryIO, NamedTuple
+from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image, ImageColor
 
 from .dicom import is_dicom, read_dicom, read_dicom_series
-from .medical_shared import MAX_IMAGE_PIXELS, WINDOW_PRESETS, MedicalImageError, arg, check_size, check_window
+from .medical_shared import MAX_IMAGE_PIXELS, WINDOW_PRESETS, MedicalImageError, Steps, arg, check_size, check_window
 from .nifti import is_nifti, read_nifti
 from .pictures import convert_array, convert_picture, read_picture
 
 
 logger = logging.getLogger(__name__)
+_URL_HEADERS = {"User-Agent": "lladamedv"}  # hosts refuse Python's own
+_URL_TIMEOUT = 60  # seconds; without one, a server that says nothing is waited for for ever
 _DICOM, _NIFTI, _PICTURE, _DECODED = "DICOM file", "NIfTI volume", "picture file", "decoded picture"
+_MOST_STRETCHED = 100  # what is stated beyond is hardly meant
 
 
 class ReadingOption(NamedTuple):
@@ -73,7 +78,7 @@ READING_OPTIONS = (
         "background",
         str,
         (_PICTURE, _DECODED),
-        "Colour behind transparent pictures: a name such as black, or #rrggbb.",
+        "Colour behind transparent pictures: a name such as white, or #rrggbb; by default transparency is left out.",
     ),
     ReadingOption(
         "allow_burned_in",
@@ -91,13 +96,16 @@ class MedicalImage:
 
     Attributes:
         image: RGB `PIL.Image`, upright, without metadata.
-        size: original (height, width) in pixels, upright, before any reduction.
+        size: original (height, width) in pixels, upright, before any reduction or stretching.
         steps: what was done, in order; never anything that identifies a patient.
+        choices: the arguments of [`read_medical_image`] by which another picture can be read from the same source. Those
+            of an index have what is counted, the index from 0, and how many there are; the others have `None`.
     """
 
     image: Image.Image
     size: tuple[int, int]
     steps: list[str]
+    choices: dict[str, tuple[str, int, int] | None]
 
 
 def read_medical_image(
@@ -132,8 +140,8 @@ def read_medical_image(
         window: name of a preset in [`WINDOW_PRESETS`] (Hounsfield units), or level and width in the image's units: a
             pair, or a text such as `"40/400"`.
         page: which page of a TIFF or frame of an animation, from 0. There is no default where there are several.
-        background: colour, a name, `"#rrggbb"` or RGB, to lay transparent pictures on. By default black for grey ones,
-            as in radiology, and white for colour, as in figures.
+        background: colour, a name, `"#rrggbb"` or RGB, to lay transparent pictures on. By default transparency is left
+            out, as in the training of the released models, and the colours that it hid are shown.
         max_pixels: larger pictures are reduced while they are decoded if the format allows that (JPEG, JPEG 2000), and
             refused otherwise. At most the default, which is Pillow's own limit.
         full_range: map the whole range of 16-bit pictures, or of a DICOM file's stored bits, to 0…255.
@@ -149,10 +157,8 @@ def read_medical_image(
 
     Sources: DICOM PS3.3, C.7.6.3, C.11.1 and C.11.2, and PS3.4, N.2; NIfTI-1 (https://nifti.nimh.nih.gov/nifti-1).
     """
-    check_window(window)
+    check_options(window=window, background=background, full_range=full_range)
     background = _check_background(background)
-    if window is not None and full_range:
-        raise MedicalImageError(f"{arg('window')} and {arg('full_range')} are both given; allowed is one of the two.")
     if not isinstance(max_pixels, int) or not 1 <= max_pixels <= MAX_IMAGE_PIXELS:
         raise MedicalImageError(
             f"{arg('max_pixels')} is {max_pixels!r}; allowed are whole numbers from 1 to {MAX_IMAGE_PIXELS}."
@@ -160,7 +166,7 @@ def read_medical_image(
     decoded = isinstance(source, (Image.Image, np.ndarray))
     file = None if decoded else _open(source)
     shown = {"window": window, "full_range": full_range, "max_pixels": max_pixels}
-    steps: list[str] = []
+    steps = Steps()
     kind = "file"
     try:
         kind = _DECODED if decoded else _kind(file)
@@ -176,10 +182,10 @@ def read_medical_image(
                     f"{arg(option.argument)} is given, but {arg('source')} is a {kind}; allowed for it are {allowed}."
                 )
         if kind == _DICOM:
-            pixels = read_dicom(file, steps, frame=frame, allow_burned_in=allow_burned_in, **shown)
-            image, size = Image.fromarray(pixels), pixels.shape[:2]
+            pixels, spacing = read_dicom(file, steps, frame=frame, allow_burned_in=allow_burned_in, **shown)
+            image, size = _to_scale(pixels, spacing, max_pixels, steps), pixels.shape[:2]
         elif kind == _NIFTI:
-            pixels = read_nifti(
+            pixels, spacing = read_nifti(
                 file,
                 steps,
                 slice_index=slice_index,
@@ -188,7 +194,7 @@ def read_medical_image(
                 window=window,
                 max_pixels=max_pixels,
             )
-            image, size = Image.fromarray(pixels), pixels.shape[:2]
+            image, size = _to_scale(pixels, spacing, max_pixels, steps), pixels.shape[:2]
         else:
             shown["background"] = background
             if kind == _PICTURE:
@@ -211,7 +217,38 @@ def read_medical_image(
         if isinstance(source, (str, PathLike)):
             file.close()
     logger.info("medical image, %d by %d pixels (height by width): %s", *size, "; ".join(steps) or "as it is")
-    return MedicalImage(image, size, steps)
+    return MedicalImage(image, size, list(steps), steps.choices)
+
+
+def check_options(*, window=None, background=None, full_range: bool = False, **others) -> None:
+    """Check what can be known of the options of [`read_medical_image`] without the image.
+
+    Raises:
+        MedicalImageError: for a value that is not allowed, or two that exclude each other.
+    """
+    check_window(window)
+    _check_background(background)
+    if window is not None and full_range:
+        raise MedicalImageError(f"{arg('window')} and {arg('full_range')} are both given; allowed is one of the two.")
+
+
+def is_url(source: object) -> bool:
+    """Whether a text is a URL from which [`fetch_url`] may get an image."""
+    return isinstance(source, str) and source.partition(":")[0].lower() in ("http", "https", "data")
+
+
+def fetch_url(url: str) -> bytes:
+    """The content of a URL: `http`, `https` or `data`.
+
+    Raises:
+        MedicalImageError: if it cannot be had.
+    """
+    try:
+        with urlopen(Request(url, headers=_URL_HEADERS), timeout=_URL_TIMEOUT) as answer:
+            return answer.read()
+    except Exception as error:  # of many kinds
+        reason = f"{' '.join(str(error).split()):.300}" or type(error).__name__
+        raise MedicalImageError(f"{arg('source')} is a URL that cannot be fetched ({reason}).") from None
 
 
 def _open(source) -> BinaryIO:
@@ -248,6 +285,33 @@ def _kind(file: BinaryIO) -> str:
     return _NIFTI if is_nifti(file) else _PICTURE
 
 
+def _to_scale(
+    pixels: np.ndarray, spacing: tuple[float, float] | None, max_pixels: int, steps: list[str]
+) -> Image.Image:
+    """A picture with square pixels, stretched along the side of which there are too few of them.
+
+    Args:
+        pixels: `uint8` `(height, width)` or `(height, width, 3)`.
+        spacing: how high and how wide a pixel is.
+    """
+    levels = pixels.min(), pixels.max()
+    if levels[0] == levels[1]:
+        steps.append(f"the picture has one grey value only: {levels[0]}")
+        logger.warning("the picture has one grey value only, %d: nothing can be seen in it", levels[0])
+    image = Image.fromarray(pixels)
+    if spacing is None or not spacing[0] > 0 < spacing[1] or math.isclose(*spacing, rel_tol=0.01):
+        return image
+    ratio = spacing[0] / spacing[1]
+    width, height = round(image.width * max(1 / ratio, 1)), round(image.height * max(ratio, 1))
+    described = "pixels are {:g} high and {:g} wide".format(*spacing)
+    if not 1 / _MOST_STRETCHED <= ratio <= _MOST_STRETCHED or width * height > max_pixels:
+        steps.append(f"{described}, and stay so: the picture is not to scale")
+        logger.warning("the picture is not to scale: its %s", described)
+        return image
+    steps.append(f"{described}: stretched to {height} by {width} (height by width)")
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
 def _check_background(background) -> tuple[int, int, int] | None:
     if background is None:
         return None
@@ -272,6 +336,9 @@ __all__ = [
     "MedicalImage",
     "MedicalImageError",
     "ReadingOption",
+    "check_options",
+    "fetch_url",
+    "is_url",
     "read_dicom_series",
     "read_medical_image",
 ]

@@ -37,6 +37,7 @@ MAX_IMAGE_PIXELS = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else 178
 # How many times its size a file of Deflate or LZW can become: 1032 and 1365 (https://zlib.net/zlib_tech.html).
 MOST_EXPANSION = 1500
 _MARKED = re.compile("\ue000(.*?)\ue001")  # characters for private use, which no other text has
+_MOST_LABELS = 128  # of a mask; pictures have more different values
 WINDOW_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
 
@@ -65,6 +66,19 @@ class MedicalImageError(ValueError):
         return _MARKED.sub(lambda match: name_of(match[1]), self.message)
 
 
+class Steps(list):
+    """What was done to the pixels, in order.
+
+    Attributes:
+        choices: the arguments by which another picture can be read from the same source. Those of an index have what is
+            counted, the index from 0 and how many there are; the others have `None`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.choices: dict[str, tuple[str, int, int] | None] = {}
+
+
 def arg(name: str) -> str:
     """An argument of [`read_medical_image`] in the message of a [`MedicalImageError`]."""
     return f"\ue000{name}\ue001"
@@ -82,7 +96,7 @@ def require(library: str):
         raise ImportError(f'This image file needs {library}: pip install "lladamedv[medical]"') from error
 
 
-def choose_index(name: str, value: int | None, count: int, unit: str, steps: list[str], required: bool = False) -> int:
+def choose_index(name: str, value: int | None, count: int, unit: str, steps: Steps, required: bool = False) -> int:
     """The index of a frame or slice: the one asked for, else the middle one, which is told and logged as a warning.
 
     Args:
@@ -99,11 +113,14 @@ def choose_index(name: str, value: int | None, count: int, unit: str, steps: lis
     if value is None:
         value = count // 2
         if count > 1:
+            steps.choices[name] = (unit, value, count)
             steps.append(f"{unit} {value} of {count} (from 0): the middle one, none was chosen")
             logger.warning("no %s is chosen: the middle one of %d is shown", unit, count)
         return value
     if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value < count:
         raise MedicalImageError(f"{arg(name)} is {value!r}; allowed are whole numbers from 0 to {count - 1}.")
+    if count > 1:
+        steps.choices[name] = (unit, int(value), count)
     steps.append(f"{unit} {value} of {count} (from 0)")
     return int(value)
 
@@ -189,16 +206,26 @@ def apply_percentiles(
 ) -> np.ndarray:
     """Grey values as `uint8`, linear between two percentiles.
 
+    Percentiles would hide what is small in masks and label maps. These are shown from their least to their greatest
+    value instead, and in even steps where two labels would look alike otherwise.
+
     Args:
         values: numbers of any shape.
-        percentiles: the percentages, such as `(0.5, 99.5)`. If the values there are equal, as in a mask with few
-            marked pixels, the least and the greatest value are taken instead.
+        percentiles: the percentages, such as `(0.5, 99.5)`.
         used: boolean, of the same shape: which values the percentiles are taken from. Values that are not finite are
             always left out, and become black if they are not a number.
     """
     finite = np.isfinite(values)
     if not finite.all():
         steps.append(f"{int((~finite).sum())} values are not finite")
+    few = _few_values(values[finite])
+    if few is not None:
+        steps.append(f"least and greatest value: {few[0]:g} to {few[-1]:g} ({len(few)} different ones, as in a mask)")
+        if len(np.unique(apply_range(few, few[0], few[-1]))) == len(few):
+            return apply_range(values, few[0], few[-1])
+        steps.append("shown in even steps: two of them would look alike")
+        ranks = np.where(np.isfinite(values), np.searchsorted(few, values), values)
+        return apply_range(ranks, 0, len(few) - 1)
     sample = values[finite if used is None else finite & used]
     if not sample.size:
         steps.append("no values to take percentiles from: black")
@@ -210,6 +237,15 @@ def apply_percentiles(
         name = f"least and greatest value ({name} are equal)"
     steps.append(f"{name}: {low:g} to {high:g}")
     return apply_range(values, low, high)
+
+
+def _few_values(values: np.ndarray) -> np.ndarray | None:
+    """The different values in ascending order, if they are as few as in a mask or a map of labels, or else `None`."""
+    most = min(_MOST_LABELS, values.size // 3)
+    if len(np.unique(values[:: values.size // 4096 + 1])) > most:  # most pictures need not be sorted as a whole
+        return None
+    few = np.unique(values)
+    return few if 0 < len(few) <= most else None
 
 
 def _as_float(values: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from .medical_shared import (
+    WINDOW_PRESETS,
     MedicalImageError,
     apply_percentiles,
     apply_window,
@@ -30,13 +31,18 @@ from .medical_shared import (
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 PERCENTILES = (1, 99)
 _HEADER_BYTES = 352
+_PAIR = (b"ni1\0", b"ni2\0")  # what headers of their own begin or end with
+_ANALYZE = (b"\x5c\x01\0\0", b"\0\0\x01\x5c")  # the size of a header, 348
 
 
 def is_nifti(file: BinaryIO) -> bool:
-    """Whether an open file is a NIfTI-1 or NIfTI-2 volume, gzipped or not; it is left at its beginning."""
+    """Whether an open file is a NIfTI-1 or NIfTI-2 volume, or such a header alone, gzipped or not.
+
+    The file is left at its beginning.
+    """
     head = _uncompressed(file).read(_HEADER_BYTES)
     file.seek(0)
-    return head[344:348] == b"n+1\0" or head[4:8] == b"n+2\0"
+    return head[344:348] == b"n+1\0" or head[4:8] == b"n+2\0" or _is_header(head)
 
 
 def read_nifti(
@@ -48,8 +54,8 @@ def read_nifti(
     axis: str,
     window,
     max_pixels: int,
-) -> np.ndarray:
-    """One slice as 8-bit pixels.
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """One slice as 8-bit pixels, and how high and how wide a pixel is.
 
     Args:
         file: open binary file.
@@ -57,8 +63,8 @@ def read_nifti(
         slice_index, time_index, axis, window, max_pixels: see [`read_medical_image`].
 
     Returns:
-        `uint8` `(height, width)`. Axial and coronal slices have the patient's right on the left, sagittal ones the
-        front on the left; anterior or superior is up.
+        `uint8` `(height, width)`, and (height, width) of a pixel. Axial and coronal slices have the patient's right on
+        the left, sagittal ones the front on the left; anterior or superior is up.
 
     Raises:
         MedicalImageError, ImportError: see [`read_medical_image`].
@@ -67,47 +73,90 @@ def read_nifti(
     if axis not in AXES:
         raise MedicalImageError(f"{arg('axis')} is {axis!r}; allowed are {', '.join(AXES)}.")
     stream = _uncompressed(file)
-    version = nibabel.Nifti2Image if stream.read(_HEADER_BYTES)[4:8] == b"n+2\0" else nibabel.Nifti1Image
-    stream.seek(0)
-    volume = version.from_stream(stream)
-    shape = volume.shape
-    if len(shape) not in (3, 4) or not np.issubdtype(volume.get_data_dtype(), np.number) or 0 in shape:
+    head = stream.read(_HEADER_BYTES)
+    if _is_header(head):
         raise MedicalImageError(
-            f"{arg('source')} is a NIfTI array of shape {shape} and type {volume.get_data_dtype()}; allowed are "
+            f"{arg('source')} is the header of a pair of files (.hdr and .img); allowed are NIfTI volumes in one file "
+            "(.nii or .nii.gz)."
+        )
+    version = nibabel.Nifti2Image if head[4:8] == b"n+2\0" else nibabel.Nifti1Image
+    stream.seek(0)
+    header = version.header_class.from_fileobj(stream)
+    volume = version.ImageArrayProxy(stream, header.copy())  # an image would need an orientation to be there
+    shape = volume.shape
+    if len(shape) < 3 or math.prod(shape[4:]) > 1 or not np.issubdtype(volume.dtype, np.number) or 0 in shape:
+        raise MedicalImageError(
+            f"{arg('source')} is a NIfTI array of shape {shape} and type {volume.dtype}; allowed are "
             "volumes of real numbers with 3 dimensions, or 4 with time."
         )
-    if np.issubdtype(volume.get_data_dtype(), np.complexfloating):
+    if np.issubdtype(volume.dtype, np.complexfloating):
         raise MedicalImageError(f"{arg('source')} is a NIfTI volume of complex numbers; allowed are real ones.")
-    times = shape[3] if len(shape) == 4 else 1
+    times = shape[3] if len(shape) > 3 else 1
+    steps.choices |= {"axis": None, "window": None}
     time = choose_index("time_index", time_index, times, "volume", steps, required=True)
 
-    if not volume.header["sform_code"] and not volume.header["qform_code"]:
-        steps.append("no orientation in the file (sform and qform): axes taken as left, anterior, superior")
-        logger.warning("the NIfTI file has no orientation (sform and qform): left and right may be exchanged")
-    orientation = nibabel.io_orientation(volume.affine)  # (array axes, [canonical axis, direction])
+    affine = _affine(header, steps)
+    orientation = nibabel.io_orientation(affine)  # (array axes, [canonical axis, direction])
     array_axis = int(np.flatnonzero(orientation[:, 0] == AXES[axis])[0])
     chosen = choose_index("slice_index", slice_index, shape[array_axis], f"{axis} slice", steps)
     # Counted along the canonical axis: from the patient's left, back or feet.
     stored = chosen if orientation[array_axis, 1] > 0 else shape[array_axis] - 1 - chosen
     across, up = (int(np.flatnonzero(orientation[:, 0] == other)[0]) for other in range(3) if other != AXES[axis])
     check_size(shape[up], shape[across], max_pixels)
-    needed = volume.dataobj.offset + math.prod(shape) * volume.get_data_dtype().itemsize
+    needed = volume.offset + math.prod(shape) * volume.dtype.itemsize
     check_bytes(file, needed, compressed=stream is not file)
     values = _read_slice(volume, array_axis, stored, time, max_pixels)
-    values = nibabel.apply_orientation(values.astype(np.float32), orientation)
+    values = nibabel.apply_orientation(values, orientation)
     steps.append("oriented to the closest right-anterior-superior axes")
     # Rows downwards and columns to the right, from superior (or anterior) and from the patient's right (or front).
     values = values.take(0, axis=AXES[axis])[::-1, ::-1].T
-    columns, rows = (float(volume.header.get_zooms()[other]) for other in (across, up))
-    if not np.isclose(rows, columns, rtol=0.01):
-        steps.append(f"pixels are {rows:g} high and {columns:g} wide, and stay so: the picture is not to scale")
+    sizes = nibabel.affines.voxel_sizes(affine)
+    spacing = float(sizes[up]), float(sizes[across])
     if window is not None:
         level, width = check_window(window)
         steps.append(describe_window(window, level, width))
-        return apply_window(values, level, width)
-    steps.append("percentiles are of the slice's values above its least")
-    least = np.min(values, initial=np.inf, where=np.isfinite(values))
-    return apply_percentiles(values, steps, PERCENTILES, values > least)
+        if isinstance(window, str) and window in WINDOW_PRESETS:
+            steps.append("values taken as Hounsfield units: NIfTI does not say what they are")
+        return apply_window(values, level, width), spacing
+    numbers = values[np.isfinite(values)]
+    least, most = (numbers.min(), numbers.max()) if numbers.size else (0, 0)
+    if least == most > 0:  # the inside of a mask is not black as what is outside
+        steps.append(f"least and greatest value: both {most:g}, shown white")
+        return np.where(values == most, np.uint8(255), np.uint8(0)), spacing
+    steps.append("foreground: the slice's values above its least")
+    return apply_percentiles(values, steps, PERCENTILES, values > least), spacing
+
+
+def _affine(header, steps: list[str]) -> np.ndarray:
+    """From indices to millimetres, right-anterior-superior: by sform or qform, the first that the file has in order."""
+    import nibabel
+
+    found = []
+    for name in ("sform", "qform"):
+        if not header[f"{name}_code"]:
+            continue
+        try:
+            affine = getattr(header, f"get_{name}")()
+        except (nibabel.spatialimages.HeaderDataError, ValueError):
+            affine = np.zeros((4, 4))
+        if np.isfinite(affine).all() and np.isfinite(nibabel.io_orientation(affine)).all():
+            found.append(affine)
+        else:
+            steps.append(f"{name} of the file left out: it is no orientation")
+    if len({nibabel.aff2axcodes(affine) for affine in found}) > 1:
+        steps.append("sform and qform of the file disagree about its axes: sform used")
+        logger.warning("sform and qform of the NIfTI file disagree about its axes: left and right may be exchanged")
+    if found:
+        return found[0]
+    steps.append("no orientation in the file (sform and qform): axes taken as left, anterior, superior")
+    logger.warning("the NIfTI file has no orientation (sform and qform): left and right may be exchanged")
+    sizes = np.abs(header["pixdim"][1:4].astype(float))
+    return np.diag([-1, 1, 1, 1] * np.append(np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1), 1))
+
+
+def _is_header(head: bytes) -> bool:
+    """Whether these first bytes are of a header whose volume is in another file: NIfTI's, or that of Analyze."""
+    return head[344:348] in _PAIR or head[4:8] in _PAIR or (len(head) == 348 and head[:4] in _ANALYZE)
 
 
 def _read_slice(volume, axis: int, place: int, time: int, max_pixels: int) -> np.ndarray:
@@ -116,13 +165,13 @@ def _read_slice(volume, axis: int, place: int, time: int, max_pixels: int) -> np
     Slices across the first two axes are taken plane by plane: nibabel would first list each run of neighbouring values
     that it is going to read, which for the sizes that a header of 352 bytes can state takes minutes and all memory.
     """
-    behind = (time,) * (len(volume.shape) - 3)
+    behind = (time, *[0] * (len(volume.shape) - 4))[: len(volume.shape) - 3]
     if axis == 2:
-        return np.asarray(volume.dataobj[(slice(None), slice(None), slice(place, place + 1), *behind)])
+        return np.asarray(volume[(slice(None), slice(None), slice(place, place + 1), *behind)])
     check_size(*volume.shape[:2], max_pixels)
     part = [slice(None)] * 2
     part[axis] = slice(place, place + 1)
-    planes = (volume.dataobj[(slice(None), slice(None), place, *behind)] for place in range(volume.shape[2]))
+    planes = (volume[(slice(None), slice(None), place, *behind)] for place in range(volume.shape[2]))
     return np.stack([plane[tuple(part)].copy() for plane in planes], axis=2)
 
 

@@ -9,7 +9,7 @@ import ctypes
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from typing import BinaryIO
 
@@ -44,6 +44,12 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PREMULTIPLIED, _ALPHA = 1, 2  # ExtraSamples of TIFF
 _UPPER_BITS = "16 bits per channel: the upper 8 are used"
 _TURNED = range(5, 9)  # EXIF orientations that exchange height and width
+# libtiff's own ways of saying what is wrong. Where Pillow was built without it, or hides them, there are none.
+_LIBTIFF = [
+    getattr(ctypes.CDLL(_imaging.__file__), name)
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler")
+    if hasattr(ctypes.CDLL(_imaging.__file__), name)
+]
 # Tags of EXIF and TIFF.
 _ORIENTATION, _BITS, _COMPRESSION, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 0x0112, 258, 259, 262, 284, 339
 # (SampleFormat, bits) of TIFF that Pillow reads as they are meant; 1 is unsigned, 2 signed, 3 floating point.
@@ -53,21 +59,23 @@ _PILLOW_SAMPLES = {*((1, bits) for bits in range(1, 17)), (2, 16), (2, 32), (3, 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what Pillow, libtiff and tifffile print about a broken file: it is refused in one sentence, or read."""
-    libtiff, tifffile = ctypes.CDLL(_imaging.__file__), logging.getLogger("tifffile")
-    # Where Pillow was built without it, or with one whose functions cannot be found, its lines stay.
-    setters = [getattr(libtiff, f"TIFFSet{kind}Handler", None) for kind in ("Error", "Warning")]
-    level, handlers = tifffile.level, []
-    for setter in filter(None, setters):
+    handlers = []
+    for setter in _LIBTIFF:
         setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
         handlers.append(setter(None))
-    tifffile.setLevel(logging.CRITICAL)
+    tifffile = logging.getLogger("tifffile")
+    tifffile.addFilter(_nothing)
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        tifffile.setLevel(level)
-        for setter, handler in zip(filter(None, setters), handlers):
+        tifffile.removeFilter(_nothing)
+        for setter, handler in zip(_LIBTIFF, handlers):
             setter(handler)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 @_quiet()
@@ -140,7 +148,6 @@ def _pillow_reads(image: TiffImageFile) -> bool:
     return form == 1 or tags.prefix == b"II" or tags.get(_COMPRESSION, 1) == 1
 
 
-@_quiet()
 def convert_picture(
     image: Image.Image, steps: list[str], *, window, full_range: bool, background
 ) -> tuple[Image.Image, tuple[int, int]]:
@@ -151,7 +158,8 @@ def convert_picture(
     white_is_zero = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
     orientation = image.getexif().get(_ORIENTATION, 1)
     try:
-        image = ImageOps.exif_transpose(image)
+        with _quiet() if image.format == "TIFF" else nullcontext():
+            image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for truncated and broken files
         raise MedicalImageError(f"{arg('source')} is a broken picture: {error}.") from None
     original = (image.height, image.width)
@@ -218,6 +226,7 @@ def convert_array(
 
 def _convert_grey(values: np.ndarray, steps: list[str], window, full_range: bool) -> np.ndarray:
     """Grey values of any type, `(height, width)`, as `uint8`."""
+    steps.choices |= {"window": None, "full_range": None}
     if window is not None:
         level, width = check_window(window)
         steps.append(describe_window(window, level, width))
@@ -257,17 +266,21 @@ def _reduce(image: Image.Image, max_pixels: int, steps: list[str]) -> bool:
 
 
 def _lay_on_background(image: Image.Image, background, steps: list[str]) -> Image.Image:
-    grey = image.mode in ("1", "L", "LA", "La")
+    """A picture with transparency on a colour, or without one as the released models were trained: by its colours
+    alone, also where it is transparent."""
     if image.mode == "La":  # which Pillow converts to nothing but LA
         image = image.convert("LA")
     image = image.convert("RGBA")
     if image.getchannel("A").getextrema() == (255, 255):
         steps.append("transparency left out: everything is opaque")
         return image
-    colour = background or ((0, 0, 0) if grey else (255, 255, 255))
-    default = "" if background else f" (`background` is not given, the picture is {'grey' if grey else 'in colour'})"
-    steps.append(f"transparent pixels laid on RGB {colour}{default}")
-    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
+    steps.choices["background"] = None
+    if background is None:
+        steps.append("transparency left out, as in the released models' training: the colours that it hid are shown")
+    else:
+        steps.append(f"transparent pixels laid on RGB {background}")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image
 
 
 def _to_srgb(image: Image.Image, profile: bytes, steps: list[str]) -> Image.Image:

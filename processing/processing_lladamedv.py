@@ -1,14 +1,18 @@
 """Chat and images into model inputs: the prompt template and the processor."""
 
+import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
 from tokenizers import AddedToken
 from transformers.processing_utils import MultiModalData, ProcessorMixin
-from transformers.utils.chat_template_utils import mark_control_tokens
+from transformers.utils import logging
+from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens, render_jinja_template
 
 
+logger = logging.get_logger(__name__)
 _ABILITIES = (
     "You are able to understand the visual content that the user provides, and assist the user with a variety of "
     "tasks using natural language."
@@ -114,6 +118,10 @@ def get_training_chat_template(chat_template: str) -> str:
 
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")  # that a processor may have
 _LARGEST_CONFIG, _LARGEST_TOKENIZER = 2**24, 2**28  # bytes
+_CHAT_ADVICE = (
+    "Give a conversation to `apply_chat_template`, or to a pipeline as `text=[{'role': 'user', 'content': "
+    "[{'type': 'image', 'image': …}, {'type': 'text', 'text': …}]}]`."
+)
 _ROLES, _IMAGE_KEYS = ("system", "user", "assistant"), ("image", "url", "path", "base64")
 
 
@@ -175,16 +183,25 @@ class LLaDAMedVProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
         """A conversation, or a list of them, as a prompt or, with `tokenize=True`, as model inputs.
 
+        Training, evaluation, the server and every command make their token ids here.
+
+        The images of a turn come first, whatever the order of its parts, as in LLaVA's training and templates; texts
+        keep their order behind them, also a text that stood between two images.
+
         What messages say is text and never becomes a control token, whatever it looks like: a `<|mdm_mask|>`,
         `<|eot_id|>` or `<image>` in it is tokenized as ordinary characters. That holds for `tokenize=True`, where
         `sanitize_control_tokens=False` switches it off. It cannot hold for `tokenize=False`, which returns what a
-        tokenizer takes for control tokens. With `return_assistant_tokens_mask=True` such texts are refused.
+        tokenizer takes for control tokens; a warning says so.
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`): messages with a `role` (`"system"`, `"user"` or
                 `"assistant"`) and a `content`, which is text or a list of parts: `{"type": "text", "text": …}` and
-                `{"type": "image", "image": …}` (or `url`, `path`, `base64`).
+                `{"type": "image", "image": …}` (or `url`, `path`, `base64`). Messages and parts may be dataclasses or
+                pydantic models, too.
             chat_template (`str`, *optional*): a template, or the name of one of the processor's.
+            return_assistant_tokens_mask (`bool`, *optional*): also return `assistant_masks`, 1 for the tokens that the
+                template marks with `{% generation %}`. It needs `tokenize=True` and `return_dict=True`, and for
+                templates other than [`CHAT_TEMPLATES`] such marks.
             The other arguments are those of Transformers.
 
         Raises:
@@ -195,23 +212,71 @@ class LLaDAMedVProcessor(ProcessorMixin):
             isinstance(chat, (list, tuple)) for chat in conversation
         )
         chats = [_normalize_chat(chat) for chat in (conversation if several else [conversation])]
-        if kwargs.get("return_assistant_tokens_mask"):
-            self._check_no_control_tokens(chats)
-        elif kwargs.get("tokenize"):
+        masked = kwargs.pop("return_assistant_tokens_mask", False)
+        if masked and not (kwargs.get("tokenize") and kwargs.get("return_dict")):
+            raise ValueError("`return_assistant_tokens_mask` is True; it needs tokenize=True and return_dict=True.")
+        if kwargs.get("tokenize"):
             kwargs.setdefault("sanitize_control_tokens", True)
+        else:
+            self._warn_of_control_tokens(chats)
         try:
-            return super().apply_chat_template(chats if several else chats[0], chat_template, **kwargs)
+            if not masked:
+                return super().apply_chat_template(chats if several else chats[0], chat_template, **kwargs)
+            template = get_training_chat_template(self._resolve_chat_template(chat_template))
+            tensors = kwargs.pop("return_tensors", None)
+            inputs = super().apply_chat_template(chats, template, **kwargs)
+            inputs["assistant_masks"] = self._assistant_masks(inputs, chats, template, kwargs)
+            return inputs.convert_to_tensors(tensors)
         except (jinja2.TemplateError, ArithmeticError, RecursionError) as error:  # Overflow: the sandbox's, of ranges
             raise ValueError(f"`conversation` does not suit the chat template: {error}") from error
 
-    def _check_no_control_tokens(self, chats: list[list[dict]]) -> None:
+    def _assistant_masks(self, inputs: dict, chats: list[list[dict]], template: str, options: dict) -> list[list[int]]:
+        """For each token whether the template marks it. Transformers does that for texts without control tokens only.
+
+        A token that lies across the end of a mark is marked.
+        """
+        marked, *_ = self.tokenizer._mark_chat_inputs(template, chats, None, None, {}, True, False)
+        names = ("add_generation_prompt", "continue_final_message")
+        prompts, spans = render_jinja_template(
+            conversations=marked, chat_template=template, return_assistant_tokens_mask=True,
+            **{name: options[name] for name in names if name in options}, **self.tokenizer.special_tokens_map,
+        )  # fmt: skip
+        sizes = zip(inputs.get("image_sizes", ()), self._alone(inputs.get("batch_num_images", ())))
+        counts = (self.image_processor.get_number_of_image_tokens(*map(int, size), alone) for size, alone in sizes)
+        masks = []
+        for prompt, own, row, seen in zip(prompts, spans, inputs["input_ids"], inputs["attention_mask"]):
+            tokens = encode_marked_chat(self.tokenizer, prompt)
+            mask = [0] * len(tokens)
+            for start, end in own:
+                first, last = (self._shared_tokens(prompt[:place], tokens) for place in (start, end))
+                last = last[0] + (last[0] < last[1])  # with the token that reaches across the end
+                mask[first[0] : last] = [1] * (last - first[0])
+            repeats = [next(counts) if token == self.image_token_id else 1 for token in tokens]
+            tokens, mask = (
+                [value for value, times in zip(values, repeats) for _ in range(times)] for values in (tokens, mask)
+            )
+            places = [place for place, visible in enumerate(seen) if visible]
+            if [int(row[place]) for place in places] != tokens:
+                raise ValueError("`chat_template` depends on other arguments; with them no assistant mask can be made.")
+            masks.append([0] * len(row))
+            for place, value in zip(places, mask):
+                masks[-1][place] = value
+        return masks
+
+    def _shared_tokens(self, head: str, tokens: list[int]) -> tuple[int, int]:
+        """How many tokens the beginning of a prompt shares with all of it, and how many it has."""
+        ids = encode_marked_chat(self.tokenizer, head)
+        return next((n for n, (own, other) in enumerate(zip(ids, tokens)) if own != other), len(ids)), len(ids)
+
+    def _warn_of_control_tokens(self, chats: list[list[dict]]) -> None:
         tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         found = re.compile("|".join(map(re.escape, tokens))).search
         for part in (part for chat in chats for message in chat for part in _as_parts(message["content"])):
             if part["type"] == "text" and (match := found(part["text"])):
-                raise ValueError(
-                    f"`conversation` holds the text {match.group()!r}, which is a control token; allowed with "
-                    "return_assistant_tokens_mask=True are texts without."
+                logger.warning(
+                    "`conversation` holds the text %r, which tokenizing the prompt will take for a control token; "
+                    "with tokenize=True it stays text.",
+                    match.group(),
                 )
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
@@ -224,6 +289,8 @@ class LLaDAMedVProcessor(ProcessorMixin):
                         f"`text` is {prompt!r:.200}; allowed are non-empty texts (an empty prompt asks nothing) "
                         "without lone surrogates."
                     )
+            if images is not None and not kwargs.get("sanitize_control_tokens"):
+                self._warn_of_bare_texts(prompts)
         images, text, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if text is not None:
             # What messages say was marked; it places no image.
@@ -241,12 +308,31 @@ class LLaDAMedVProcessor(ProcessorMixin):
             if not fits:
                 raise ValueError(
                     f"`images` holds {given} images, but the prompts hold {counts} {self.image_token} placeholders; "
-                    "the two must agree."
+                    f"the two must agree. {_CHAT_ADVICE}"
                 )
             if rows:
                 flat = iter(rows)
                 images = [[next(flat) for _ in range(count)] for count in counts]
         return images, text, *others
+
+    def _warn_of_bare_texts(self, prompts) -> None:
+        """Say that a bare question about an image is no question to a model that was trained on turns."""
+        template = self._resolve_chat_template(None)
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        turns = [token for token in special - {self.image_token, self.tokenizer.bos_token} if token in template]
+        for prompt in prompts:
+            if turns and not any(token in prompt for token in turns):
+                logger.warning_once(
+                    f"`text` holds no turn of a conversation. This model was trained on conversations; its answer to "
+                    f"a bare text is mostly empty. {_CHAT_ADVICE}"
+                )
+
+    def _merge_kwargs(self, *args, **kwargs):
+        """As in Transformers; tensors of several texts are padded unless that is switched off."""
+        merged = super()._merge_kwargs(*args, **kwargs)
+        if merged["text_kwargs"].get("return_tensors") is not None:
+            merged["text_kwargs"].setdefault("padding", True)
+        return merged
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         """The checks of Transformers, of which the count of placeholders is not for marked texts: it takes what is left
@@ -256,9 +342,14 @@ class LLaDAMedVProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """As many placeholders as the image has features."""
-        alone = [count == 1 for count in image_inputs["batch_num_images"] for _ in range(int(count))]
+        alone = self._alone(image_inputs["batch_num_images"])
         height, width = (int(value) for value in image_inputs["image_sizes"][image_idx])
         return self.image_token * self.image_processor.get_number_of_image_tokens(height, width, alone[image_idx])
+
+    @staticmethod
+    def _alone(batch_num_images) -> list[bool]:
+        """For each image whether it is the only one of its prompt."""
+        return [int(count) == 1 for count in batch_num_images for _ in range(int(count))]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Image tokens for images of these `(height, width)`, each alone in its prompt (the API that vLLM uses)."""
@@ -269,37 +360,55 @@ class LLaDAMedVProcessor(ProcessorMixin):
 
 
 def _normalize_chat(chat) -> list[dict]:
-    """A conversation in whose contents no two texts are neighbours: together they could make a control token that
-    neither holds.
+    """A conversation of plain messages, each with its images first and one text behind them.
+
+    Two texts side by side could together make a control token that neither holds, so they become one.
 
     Raises:
         ValueError: for anything that chat templates do not expect.
     """
+    chat = getattr(chat, "messages", chat)
     if not isinstance(chat, (list, tuple)) or not chat:
         raise ValueError(f"`conversation` is {chat!r:.200}; allowed are lists of messages with at least one.")
     normalized = []
-    for message in chat:
+    for message in map(_as_dict, chat):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role not in _ROLES:
             raise ValueError(
                 f"`conversation` holds the message {message!r:.200}; allowed are dicts whose `role` is one of {_ROLES}."
             )
-        parts = []
-        for part in _as_parts(content):
-            kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
-            is_text = kind == "text" and isinstance(text, str) and _is_utf8(text)
-            is_image = kind in ("image", "image_url") and sum(key in part for key in _IMAGE_KEYS) <= 1
+        images, text, beside = [], "", True
+        for part in map(_as_dict, _as_parts(content)):
+            kind, words = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+            is_text = kind == "text" and isinstance(words, str) and _is_utf8(words)
+            is_image = kind in ("image", "image_url") and sum(part.get(key) is not None for key in _IMAGE_KEYS) <= 1
             if not is_text and not is_image:
                 raise ValueError(
                     f"`conversation` holds the content {part!r:.200}; allowed are texts without lone surrogates, and "
                     'lists of {"type": "text", "text": …} and of {"type": "image", …} with one of '
                     f"{_IMAGE_KEYS}."
                 )
-            if is_text and parts and parts[-1]["type"] == "text":
-                part = {"type": "text", "text": parts.pop()["text"] + text}
-            parts.append(part)
-        normalized.append(message if isinstance(content, str) else {**message, "content": parts})
+            if is_image:
+                part = {key: value for key, value in part.items() if value is not None}
+                if "base64" in part:
+                    part = {"type": "image", "url": f"data:;base64,{part['base64'].rpartition(',')[2]}"}
+                images.append(part)
+            else:
+                between = bool(text and words) and not beside
+                text += "\n" * (between and not (text[-1].isspace() or words[0].isspace())) + words
+            beside = is_text
+        parts = [*images, {"type": "text", "text": text}] if text or not images else images
+        normalized.append({**message, "content": content if isinstance(content, str) else parts})
     return normalized
+
+
+def _as_dict(value):
+    """A message or a part of one, which may be a dataclass or a pydantic model."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if hasattr(value, "model_dump"):
+        return value.model_dump()
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _as_parts(content) -> list:

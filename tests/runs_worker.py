@@ -1,6 +1,6 @@
 """A run for the tests of `evaluation/runs.py`, to be started alone or as several processes, and killed.
 
-    python tests/runs_worker.py FOLDER ITEMS BATCH_SIZE [SECONDS_PER_BATCH]
+    python tests/runs_worker.py FOLDER ITEMS BATCH_SIZE [SECONDS_PER_BATCH [PLACE_THAT_FAILS]]
 """
 
 import os
@@ -11,8 +11,10 @@ from pathlib import Path
 from lladamedv.evaluation.runs import process_state, run_items
 
 
-def main(folder: str, items: str, batch_size: str, seconds: str = "0") -> None:
+def main(folder: str, items: str, batch_size: str, seconds: str = "0", failing: str = "-1") -> None:
     def answer(places):
+        if int(failing) in places:
+            raise OSError(f"no answer to {failing}")
         time.sleep(float(seconds))
         with (Path(folder).parent / "asked.txt").open("a") as file:
             file.writelines(f"{place} {os.getpid()}\n" for place in places)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -13,6 +15,7 @@ import lladamedv
 from lladamedv import demo
 from lladamedv.cli import app
 from lladamedv.cli_common import DEBUG
+from lladamedv.conversation import DEMO_NOTICE
 from lladamedv.hub_cards import push as hub
 from tests.hub_folders import write_model
 
@@ -55,7 +58,7 @@ def test_version():
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (ValueError("`seed` is 3;\nallowed are others."), "lladamedv: `seed` is 3; allowed are others."),
+        (ValueError("`seed` is 3;\nallowed are others."), "lladamedv: --seed is 3; allowed are others."),
         (ImportError("Install it."), "lladamedv: Install it."),
         (KeyError("key"), "lladamedv: KeyError: 'key' (--debug shows where)"),
         (AssertionError(), "lladamedv: AssertionError (--debug shows where)"),
@@ -117,6 +120,97 @@ def test_help_does_not_wait_for_torch(words):
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout and result.returncode == (0 if words else 2)
     assert result.stderr.strip() == "False"
+
+
+# Bad calls, and what is said about them: in the names of the command line, before anything is imported.
+BAD_CALLS = {
+    "ask missing.png What?": "'missing.png' is a path that cannot be opened (there is no such file)",
+    "ask 'Is there a lesion?' {picture}": "IMAGE: 'Is there a lesion?' is no file, but QUESTION '{picture}' is one",
+    "ask {folder} What?": "'{folder}' is a path that cannot be opened (it is a folder",
+    "ask {picture} ' '": "QUESTION: it is empty",
+    "ask {picture}": "Missing argument 'QUESTION'",
+    "ask {picture} What? --window long": "--window is 'long'; allowed are lung,",
+    "ask {picture} What? --window 1/x": "--window is '1/x'",
+    "ask {picture} What? --window 40/0": "--window is '40/0'",
+    "ask {picture} What? --window 40/400 --full-range": "--window and --full-range are both given",
+    "ask {picture} What? --background pinkish": "--background is 'pinkish'",
+    "ask {picture} What? --slice 3": "--slice is given, but '{picture}' is a picture file",
+    "ask {picture} What? --frame x": "'--frame'",
+    "ask {picture} What? --option steps": "'--option': 'steps'; allowed is NAME=VALUE",
+    "ask {picture} What? --option stepps=3": "'--option': 'stepps' is no option of generate; did you mean steps?",
+    "ask {picture} What? --option steps=many": "'--option': steps is many; allowed is int",
+    "ask {picture} What? --option temperature=true": "'--option': temperature is true; allowed is float",
+    "ask {picture} What? --dtype int8": "'--dtype': 'int8'; allowed are auto, float32, bfloat16, float16",
+    "ask {picture} What? --device gpu": "'--device': 'gpu'; allowed are auto, cpu, cuda",
+    "ask {picture} What? --model {folder}": "'--model': '{folder}' is a folder with neither config.json",
+    "ask {picture} What? --model /no/such": "'--model': '/no/such' is no folder; allowed are a folder and a Hub id",
+    "ask {picture} What? --explain x.gif": "'--explain': The file 'x.gif' cannot be written: its name must end in",
+    "ask {picture} What? --explain /no/x.png": "The file '/no/x.png' cannot be written: there is no folder '/no'",
+    "chat missing.png": "'missing.png' is a path that cannot be opened",
+    "chat {picture} --window long": "--window is 'long'",
+    "chat --option step=3": "did you mean steps?",
+    "demo --questions 2": "'--questions'",
+    "demo --output x.gif": "'--output': The file 'x.gif' cannot be written: its name must end in .png",
+    "demo --train --output {picture}": "'--output': The folder '{picture}' cannot be used: '{picture}' is no folder",
+    "serve --model {folder}": "'--model': '{folder}' is a folder with neither",
+    "app --device gpu": "'--device': 'gpu'",
+    "eval vqa --benchmark phantoms --model /no/such --output o": "'--model': '/no/such' is no folder",
+    "convert nowhere {folder}/new": "SOURCE': 'nowhere' is no folder; allowed are a folder and a Hub id",
+    "convert a/b {picture}": "OUT': The folder '{picture}' cannot be used",
+    "convert a/b {parent}": "OUT': '{parent}' exists already; allowed is a new or an empty folder",
+    "convert a/b {folder}/new --dtype auto": "'--dtype': 'auto'; allowed are float32, bfloat16, float16",
+    "convert a/b {folder}/new --max-shard-size big": "'--max-shard-size': 'big'",
+    "init {folder}/new --language-model nowhere --vision-tower a/b": "'--language-model': 'nowhere' is no folder",
+    "init {folder}/new --language-model a/b --vision-tower a/b --projector no.bin": "'--projector'",
+    "push /no/such me/model": "FOLDER': there is no folder '/no/such'",
+    "push {folder} 'not a name'": "REPO': 'not a name' is no Hub id",
+    "push-dataset phantoms 'not a name'": "REPO': 'not a name' is no Hub id",
+    "space Name {parent}": "OUT': '{parent}' exists already",
+    "train nothing": "RECIPE is 'nothing'; allowed are demo_full,",
+    "train demo_lora --accelerate nothing": "--accelerate is 'nothing'; allowed are cpu,",
+    "nonsense": "No such command 'nonsense'",
+}
+
+
+@pytest.fixture(scope="module")
+def bad_calls(tmp_path_factory):
+    """What each said, from one process that has asked for none of PyTorch, and the places that the calls name."""
+    parent = tmp_path_factory.mktemp("bad")
+    places = {"parent": parent, "folder": parent / "empty", "picture": parent / "picture.png"}
+    places["folder"].mkdir()
+    Image.new("RGB", (64, 64)).save(places["picture"])
+    calls = [shlex.split(each.format_map(places)) for each in BAD_CALLS]
+    program = (
+        "import sys, json; sys.argv[0] = 'lladamedv'\n"
+        "from typer.testing import CliRunner; from lladamedv.cli import app\n"
+        f"results = [CliRunner().invoke(app, words) for words in {calls!r}]\n"
+        "heavy = [name for name in ('torch', 'transformers') if name in sys.modules]\n"
+        "print(json.dumps([heavy, [(each.exit_code, each.stdout, each.stderr) for each in results]]))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    heavy, results = json.loads(run.stdout)
+    return heavy, dict(zip(BAD_CALLS, results)), places
+
+
+def test_bad_calls_do_not_wait_for_torch(bad_calls):
+    assert bad_calls[0] == []
+
+
+@pytest.mark.parametrize("words", BAD_CALLS)
+def test_bad_calls_are_one_line_in_the_names_of_the_command(bad_calls, words):
+    code, stdout, stderr = bad_calls[1][words]
+    assert code in (1, 2) and not stdout and stderr.startswith("lladamedv: ") and stderr.count("\n") == 1
+    assert BAD_CALLS[words].format_map(bad_calls[2]) in stderr
+    assert "`" not in stderr and "None" not in stderr and "Traceback" not in stderr
+
+
+def test_nothing_of_other_libraries_is_printed(tmp_path):
+    """Standard error holds what the command says, and nothing else; a process of its own, as users have it."""
+    file = tmp_path / "picture.png"
+    Image.new("RGB", (64, 64)).save(file)
+    words = [sys.executable, "-m", "lladamedv.cli", "ask", file, "Is there a lesion?"]
+    run = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert run.stderr == f"{DEMO_NOTICE}\n" and run.stdout.strip()
 
 
 @pytest.mark.parametrize(

@@ -135,19 +135,18 @@ def test_packed_rows(processor):
     assert len(batch["pixel_values"]) == 1 and batch["image_index"].tolist() == [0, 0]
 
 
-def test_length_without_decoding(processor, tmp_path, monkeypatch):
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 mean nothing
+def test_length_is_that_of_the_batch(orientation, tmp_path):
     image = random_image(30, 50)
     exif = image.getexif()
-    exif[0x0112] = 6  # lies on its side
+    exif[0x0112] = orientation
     image.save(tmp_path / "a.jpg", exif=exif)
-    anyres = tiny_processor("anyres_max_4")
-    collator = DataCollatorForMaskedDiffusion(processor=anyres, eos_padding=2)
+    collator = DataCollatorForMaskedDiffusion(processor=tiny_processor("anyres_max_4"), eos_padding=2)
     row = chat("What is <image> this?", "A lung.", images=[str(tmp_path / "a.jpg")])
-    expected = collator([row])["input_ids"].shape[1]
+    batch = collator([row])
+    assert batch["image_sizes"].tolist() == [[30, 50] if 5 <= orientation <= 8 else [50, 30]]
     for stored in (row["images"][0], {"path": row["images"][0]}, {"bytes": (tmp_path / "a.jpg").read_bytes()}):
-        with monkeypatch.context() as patch:
-            patch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("the image was decoded"))
-            assert collator.row_length(row | {"images": [stored]}) == expected
+        assert collator.row_length(row | {"images": [stored]}) == batch["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize(

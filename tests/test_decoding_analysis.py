@@ -171,7 +171,7 @@ def test_a_run_is_taken_up_again_with_the_times_measured(demo, asked, tmp_path, 
     ):
         with pytest.raises(ValueError, match="other settings"):
             analyze_decoding(*demo, RECORDS, tmp_path, **settings | changed)
-    with pytest.raises(ValueError, match="questions_sha256"):
+    with pytest.raises(ValueError, match="data_sha256"):
         analyze_decoding(*demo, [*RECORDS[:2], {**RECORDS[2], "question": "Is it?"}], tmp_path, **settings)
 
 

@@ -1,22 +1,31 @@
 """DICOM files of every kind become the pixels that hand arithmetic and pydicom's own functions give."""
 
 import io
+import re
+import struct
+import warnings
 
 import numpy as np
 import pydicom
 import pydicom.pixels
 import pytest
 from PIL import Image
+from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import Decoder
 from pydicom.uid import (
+    UID,
+    BasicTextSRStorage,
     DeflatedExplicitVRLittleEndian,
+    EncapsulatedPDFStorage,
     ExplicitVRBigEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
     JPEGLosslessSV1,
+    MediaStorageDirectoryStorage,
     RLELossless,
+    RTStructureSetStorage,
 )
 
 from lladamedv.processing.medical_images import MedicalImageError, read_dicom_series, read_medical_image
@@ -94,6 +103,68 @@ def test_window_that_is_multi_valued_narrow_or_impossible():
     assert none.steps[0] == "window of the file not applied: its width is 0" and "percentiles" in none.steps[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("WindowCenter", b"2048,5", "its level or width is not a number"),
+        ("WindowCenter", b"UNDEF ", "its level or width is not a number"),
+        ("WindowWidth", b"4000,5", "its level or width is not a number"),
+        ("WindowWidth", b"nan   ", "its level or width is not a number"),
+        ("WindowCenter", b"      ", "its level or width is missing"),
+        ("WindowWidth", b"-400.5", "its width is -400.5"),
+        ("VOILUTFunction", b"LOGARI", "its function (VOILUTFunction) is not known"),
+    ],
+)
+def test_windows_that_cannot_be_used_are_left_out(name, text, reason, caplog):
+    window = {"WindowCenter": "2048.5", "WindowWidth": "4000.5", "VOILUTFunction": "LINEAR"}
+    stored = np.arange(900, dtype=np.uint16).reshape(30, 30) * 4
+    file = to_bytes(dataset(stored, bits=12, **window)).replace(window[name].encode(), text)
+    result = read_medical_image(file)
+    assert result.steps[0] == f"window of the file not applied: {reason}" and reason in caplog.text
+    low, high = np.percentile(stored, [0.5, 99.5])
+    expected = np.clip((stored - low) / (high - low), 0, 1) * 255
+    assert np.abs(np.asarray(result.image)[..., 0] - expected).max() <= 0.501
+    own = np.asarray(read_medical_image(file, window="1800/3600").image)[..., 0]
+    assert np.abs(own - np.clip(stored / 3599 * 255, 0, 255)).max() <= 0.501
+
+
+def test_rescaling_that_is_stated_in_part():
+    window = {"WindowCenter": "40", "WindowWidth": "400", "VOILUTFunction": "LINEAR_EXACT"}
+    expected = np.clip((STORED[0] - 1024.0 + 160) / 400, 0, 1) * 255
+    for rescaling, step in (
+        ({"RescaleIntercept": "-1024"}, "slope 1 (not stated), intercept -1024"),
+        ({"RescaleIntercept": "-1024", "RescaleSlope": ""}, "slope 1 (not stated), intercept -1024"),
+        ({"RescaleIntercept": "-1024", "RescaleSlope": "0"}, "slope 1 (the file says 0), intercept -1024"),
+    ):
+        result = read(dataset(STORED, bits=12, **window, **rescaling))
+        assert np.abs(np.asarray(result.image)[0, :, 0] - expected).max() <= 0.501
+        assert result.steps[0] == f"modality LUT: {step}"
+    doubled = dataset(STORED, bits=12, RescaleSlope="2", WindowCenter="2048", WindowWidth="4096")
+    assert np.abs(grey(doubled)[0] - np.clip((2 * STORED[0] - 2047.5) / 4095 + 0.5, 0, 1) * 255).max() <= 0.501
+    negative = dataset(STORED, bits=12, RescaleSlope="-1", RescaleIntercept="1104", **window)
+    assert np.abs(grey(negative)[0] - np.clip((1104.0 - STORED[0] + 160) / 400, 0, 1) * 255).max() <= 0.501
+    comma = to_bytes(dataset(STORED, bits=12, RescaleSlope="1.5", RescaleIntercept="0")).replace(b"1.5 ", b"1,5 ")
+    with pytest.raises(MedicalImageError, match="RescaleSlope or RescaleIntercept that is not a number"):
+        read_medical_image(comma)
+
+
+def test_hounsfield_windows_need_hounsfield_units():
+    for elements in (
+        {},
+        {"RescaleSlope": "1", "RescaleIntercept": "0", "RescaleType": "US"},
+        {**CT, "Modality": "MR"},
+        {**CT, "Modality": None},
+    ):
+        data = dataset(STORED, bits=12, **elements)
+        with pytest.raises(
+            MedicalImageError, match="`window` is 'lung', a window in Hounsfield units, but `source` is"
+        ):
+            read(data, window="lung")
+        assert read(data, window="40/400").steps[-1] == "window 40/400 (level/width), LINEAR"
+    for elements in (CT, {"RescaleIntercept": "-1024"}, {**CT, "Modality": "XA", "RescaleType": "HU"}):
+        assert "preset lung" in read(dataset(STORED, bits=12, **elements), window="lung").steps[-1]
+
+
 def test_presets_and_own_windows():
     data = dataset(STORED, bits=12, WindowCenter="0", WindowWidth="10", **CT)
     # −600/1500 from −1350 to 149; 40/80 from 0 to 79.
@@ -118,8 +189,7 @@ def test_percentiles_leave_padding_out():
     data["PixelPaddingValue"].VR = "SS"
     assert np.abs(grey(data) - expected).max() <= 0.501
     steps = read(data).steps
-    assert steps[0] == "400 padding pixels left out of the percentiles"
-    assert steps[1] == f"percentiles 0.5-99.5: {low:g} to {high:g}"
+    assert steps == [f"percentiles 0.5-99.5: {low:g} to {high:g}", "400 padding pixels left out: black"]
     unsigned = dataset(stored, bits=16, PixelPaddingValue=65536 - 2000)  # as many files have it
     unsigned["PixelPaddingValue"].VR = "US"
     assert np.array_equal(grey(unsigned), grey(data))
@@ -128,6 +198,20 @@ def test_percentiles_leave_padding_out():
     ranged["PixelPaddingValue"].VR = ranged["PixelPaddingRangeLimit"].VR = "SS"
     assert read(ranged).steps == steps
     assert "padding" not in " ".join(read(dataset(stored, bits=16)).steps)
+
+
+def test_padding_is_black_whatever_is_white():
+    stored = np.array([[7, 7, 1000, 2000, 3000, 4000]], np.uint16)
+    window = {"WindowCenter": "2500", "WindowWidth": "5000", "VOILUTFunction": "LINEAR_EXACT"}
+    shown = stored[0, 2:] / 5000 * 255
+    for photometric, expected in (("MONOCHROME2", shown), ("MONOCHROME1", 255 - shown)):
+        data = dataset(stored, photometric, bits=12, PixelPaddingValue=7, **window)
+        assert np.abs(grey(data)[0] - [0, 0, *expected]).max() <= 0.501
+        assert read(data).steps[-1] == "2 padding pixels left out: black"
+    assert grey(data, full_range=True)[0, :2].tolist() == [0, 0]
+    assert grey(data, window=(100, 100))[0].tolist() == [0, 0, 0, 0, 0, 0]
+    del data.PixelPaddingValue
+    assert grey(data)[0, 0] == 255
 
 
 def test_inversion_happens_once():
@@ -167,6 +251,50 @@ def test_look_up_tables():
     assert np.abs(grey(modality)[0] - np.array([500, 500, 1000, 900, 40, 40]) * 0.255).max() <= 0.501
 
 
+def table_over(values, first, entries, bits, syntax=None, vr="US", **elements):
+    """A file with a VOI LUT whose first mapped value is written like this, whatever its sign."""
+    table = look_up_table(0, bits, entries)
+    table["LUTDescriptor"].VR = vr
+    table.LUTDescriptor = [len(entries), first, bits]
+    data = dataset(values, VOILUTSequence=sequence(table), **elements)
+    if syntax is None:
+        return to_bytes(data)
+    data.file_meta.TransferSyntaxUID = syntax
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, data, implicit_vr=True, little_endian=True)
+    return file.getvalue()
+
+
+def test_first_mapped_value_of_either_sign():
+    """PS3.3 C.11.2.1.1: it has the sign of what comes out of the modality LUT; 64512 and −1024 are the same 16 bits."""
+    entries = np.minimum(np.arange(4096) * 2, 4095)
+    expected = np.minimum(STORED[0] * 2, 4095) / 4095 * 255
+    for file in (
+        table_over(STORED, 64512, entries, 12, **CT),
+        table_over(STORED, 64512, entries, 12, ImplicitVRLittleEndian, **CT),
+        table_over(STORED, -1024, entries, 12, vr="SS", **CT),
+        table_over(STORED.astype(np.int16) - 1024, 64512, entries, 12, ImplicitVRLittleEndian),
+    ):
+        assert np.abs(np.asarray(read_medical_image(file).image)[0, :, 0] - expected).max() <= 0.501
+    unsigned = np.array([[64511, 64512, 64513, 65535]], np.uint16)
+    for first, vr in ((64512, "US"), (-1024, "SS")):
+        shown = read_medical_image(table_over(unsigned, first, [0, 51, 255], 8, vr=vr)).image
+        assert np.asarray(shown)[0, :, 0].tolist() == [0, 0, 51, 255]
+    dark = read_medical_image(table_over(STORED, 64512, [7, 255], 8)).image  # nothing can be negative here
+    assert (np.asarray(dark) == 7).all()
+    modality = item(LUTDescriptor=[3, 65534, 16], LUTData=[100, 200, 300])
+    modality["LUTDescriptor"].VR, modality["LUTData"].VR = "US", "US"
+    data = dataset(np.array([[-3, -2, -1, 0, 1]], np.int16), ModalityLUTSequence=sequence(modality))
+    assert grey(data, window=(150, 300))[0].tolist() == [85, 85, 171, 255, 255]  # LINEAR: from 0 to 299
+
+
+@pytest.mark.parametrize(("bits", "entries"), [(16, [0, 1000, 4095]), (8, [0, 1000, 4095]), (12, [0, 1000, 4095])])
+def test_tables_of_other_bits_than_declared(bits, entries):
+    result = read(dataset(np.array([[0, 1, 2]], np.uint8), VOILUTSequence=sequence(look_up_table(0, bits, entries))))
+    assert np.asarray(result.image)[0, :, 0].tolist() == [0, round(1000 / 4095 * 255), 255]
+    assert (f"{bits} bits declared, but scaled by its greatest value 4095" in result.steps[0]) == (bits != 12)
+
+
 @pytest.mark.parametrize("depth", [8, 16])
 @pytest.mark.parametrize("segmented", [False, True], ids=["plain", "segmented"])
 def test_palette(depth, segmented):
@@ -181,6 +309,20 @@ def test_palette(depth, segmented):
         data.add_new(f"{'Segmented' * segmented}{name}PaletteColorLookupTableData", "OW", raw)
     pixels = np.asarray(read(data).image)
     assert pixels[0].tolist() == [[255, 0, 1], [0, 255, 2], [10, 30, 255], [20, 40, 0], [20, 40, 0]]
+
+
+@pytest.mark.parametrize("shift", [0, 8])
+def test_palette_of_8_bits_in_words(shift):
+    """In the lower or the upper half of words of 16 bits, with the other depth declared."""
+    data = dataset(np.array([[0, 1]], np.uint8), "PALETTE COLOR")
+    for name, entries in (("Red", [255, 10]), ("Green", [0, 20]), ("Blue", [1, 30])):
+        data.add_new(f"{name}PaletteColorLookupTableDescriptor", "US", [2, 0, 16 if shift == 0 else 8])
+        raw = (np.array(entries, "<u2") << shift).tobytes()
+        data.add_new(f"{name}PaletteColorLookupTableData", "OW", raw)
+    assert np.abs(np.asarray(read(data).image)[0].astype(int) - [[255, 0, 1], [10, 20, 30]]).max() <= 1
+    del data.GreenPaletteColorLookupTableData
+    with pytest.raises(MedicalImageError, match="PALETTE COLOR, but holds no whole palette"):
+        read(data)
 
 
 def test_colour_planes_and_ybr():
@@ -251,6 +393,142 @@ def test_bits_beyond_the_stored_ones_do_not_count():
     assert np.array_equal(grey(dataset(overlaid, bits=12, **window)), grey(dataset(STORED, bits=12, **window)))
 
 
+@pytest.mark.parametrize("kind", [np.uint16, np.int16])
+def test_bits_stored_above_the_lowest_ones(kind):
+    """As in old files with overlays in the unused bits: HighBit says where the stored ones are."""
+    values = np.array([[0, 5, 2000, 2047] if kind is np.uint16 else [-2048, -7, 0, 2047]], kind)
+    for high in (12, 15):
+        data = dataset((values << (high - 11)) | kind(1), bits=12, HighBit=high)
+        assert np.array_equal(grey(data, full_range=True), grey(dataset(values, bits=12), full_range=True))
+        assert np.array_equal(grey(data, window="1000/3000"), grey(dataset(values, bits=12), window="1000/3000"))
+
+
+def test_frames_of_single_bits():
+    """As in segmentations, where frames begin anywhere in a byte."""
+    masks = np.random.default_rng(0).integers(0, 2, (3, 5, 7)).astype(np.uint8)
+    data = dataset(masks, BitsAllocated=1, HighBit=0, BitsStored=1)
+    data.PixelData = np.packbits(masks.ravel(), bitorder="little").tobytes()
+    for frame in range(3):
+        assert np.array_equal(grey(data, frame=frame), 255 * masks[frame])
+
+
+def test_floating_point_pixels():
+    values = np.linspace(-0.5, 1.5, 900, dtype=np.float32).reshape(30, 30)
+    data = dataset(values)
+    raw = data.PixelData
+    for name in ("PixelData", "BitsStored", "HighBit", "PixelRepresentation"):
+        del data[name]
+    data.add_new("FloatPixelData", "OF", raw)
+    assert np.abs(grey(data, window=(0.5, 1)) - np.clip(values * 255, 0, 255)).max() <= 0.501
+    with pytest.raises(MedicalImageError, match="`full_range` is given, but `source` has floating-point values"):
+        read(data, full_range=True)
+
+
+def test_pixels_that_are_not_square(caplog):
+    """A disc of 20 mm, sampled in steps of 1 mm down and 0.5 mm across, is as high as it is wide."""
+    rows, columns = np.mgrid[-15:15:1.0, -15:15:0.5] + 0.25
+    disc = np.where(rows**2 + columns**2 < 100, 200, 10).astype(np.uint8)
+    spacings = {
+        "PixelSpacing": ["1", "0.5"],
+        "ImagerPixelSpacing": ["0.2", "0.1"],
+        "NominalScannedPixelSpacing": ["1", "0.5"],
+        "PixelAspectRatio": ["2", "1"],
+    }
+    measures = sequence(item(PixelMeasuresSequence=sequence(item(PixelSpacing=["1", "0.5"]))))
+    for elements in (
+        *({name: value} for name, value in spacings.items()),
+        {"SharedFunctionalGroupsSequence": measures},
+        {"PixelSpacing": ["1", "0.5"], "PixelAspectRatio": ["1", "1"]},
+    ):
+        result = read(dataset(disc, **elements), full_range=True)
+        assert result.size == (30, 60) and result.image.size == (60, 60)
+        seen = np.asarray(result.image)[..., 0] > 105
+        assert abs(seen.any(1).sum() - seen.any(0).sum()) <= 1 and abs(seen.sum() / (np.pi * 400) - 1) < 0.03
+        assert "high and " in result.steps[-1] and "stretched to 60 by 60" in result.steps[-1]
+    wide = read(dataset(np.stack([disc.T] * 3, axis=-1), "RGB", PixelAspectRatio=["1", "2"]))
+    assert wide.image.size == (60, 60) and wide.size == (60, 30)
+    for square in ({}, {"PixelSpacing": ["0.5", "0.5"]}, {"PixelAspectRatio": ["1", "1"]}):
+        assert read(dataset(disc, **square), full_range=True).image.size == (60, 30)
+    assert not caplog.records
+    for unusable in (["0", "1"], ["1", "-1"], ["1"], ["1", "0.001"]):
+        result = read(dataset(disc, PixelSpacing=unusable), full_range=True)
+        assert result.image.size == (60, 30) and re.search("no pair of numbers above 0|not to scale", result.steps[-1])
+    assert read(dataset(disc, PixelSpacing=["1", "0.5"]), full_range=True, max_pixels=3599).image.size == (60, 30)
+
+
+def test_what_is_not_shown_is_said(caplog):
+    data = dataset(GRADIENT)
+    data.add_new((0x6002, 0x0010), "US", 16)
+    data.add_new((0x6002, 0x0011), "US", 16)
+    data.add_new((0x6002, 0x3000), "OW", bytes(32))
+    assert read(data).steps[0] == "overlays of the file not shown: 1"
+    data.ICCProfile, data.RedPaletteColorLookupTableDescriptor = b"profile ", [1, 0, 16]
+    data["RedPaletteColorLookupTableDescriptor"].VR = "US"
+    assert {"supplemental colours of the file not shown", "colour profile of the file not applied"} < {
+        *read(data).steps
+    }
+    tiles = read(dataset(np.stack([GRADIENT] * 4), TotalPixelMatrixRows=32, TotalPixelMatrixColumns=32), frame=1)
+    assert "the frame is one tile of a larger picture" in tiles.steps
+    assert "only one of them is shown" in caplog.text
+    blank = read(dataset(GRADIENT, WindowCenter="5000", WindowWidth="10"))
+    assert blank.steps[-1] == "the picture has one grey value only: 0" and "nothing can be seen" in caplog.text
+
+
+def test_files_without_pixels():
+    for kind, name in (
+        (RTStructureSetStorage, "RT Structure Set Storage"),
+        (BasicTextSRStorage, "Basic Text SR Storage"),
+        (MediaStorageDirectoryStorage, "Media Storage Directory Storage"),
+        (EncapsulatedPDFStorage, "Encapsulated PDF Storage"),
+        (UID("1.2.3.4"), "an unknown class"),
+    ):
+        data = dataset(GRADIENT)
+        for element in [element.keyword for element in data if element.tag.group in (0x0028, 0x7FE0)]:
+            del data[element]
+        data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = kind
+        with pytest.raises(MedicalImageError, match=rf"`source` is a DICOM file without pixels \({name}\)"):
+            read(data)
+    header = dataset(GRADIENT)
+    del header.PixelData
+    with pytest.raises(MedicalImageError, match=r"without pixels \(CT Image Storage\)"):
+        read(header)
+    unnamed = dataset(GRADIENT)
+    whole = to_bytes(unnamed)
+    for syntax in (b"1.2.840.10008.1.2.1", b"1.2.840.10008.1.9.9", b"1.2.3.4.5.6.7.8.9.1"):
+        other = whole if syntax == b"1.2.840.10008.1.2.1" else whole.replace(b"1.2.840.10008.1.2.1", syntax)
+        if other is whole:
+            other = get_testdata_file("meta_missing_tsyntax.dcm", download=False)
+        with pytest.raises(MedicalImageError, match="TransferSyntaxUID is missing or unknown"):
+            read_medical_image(other)
+    del unnamed.PhotometricInterpretation
+    with pytest.raises(MedicalImageError, match="DICOM file without PhotometricInterpretation; allowed are whole"):
+        read(unnamed)
+    samples = dataset(np.zeros((4, 4, 3), np.uint8), "RGB", PhotometricInterpretation="MONOCHROME2")
+    with pytest.raises(MedicalImageError, match="`source` is MONOCHROME2, but has 3 samples per pixel"):
+        read(samples)
+
+
+def test_elements_written_otherwise_than_the_transfer_syntax_says():
+    file = get_testdata_file("SC_rgb_jpeg.dcm", download=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = pydicom.dcmread(file).pixel_array
+        assert np.array_equal(np.asarray(read_medical_image(file).image), expected)
+    implicit = io.BytesIO()
+    data = dataset(STORED, bits=12, WindowCenter="40", WindowWidth="400", **CT)
+    data.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    pydicom.dcmwrite(implicit, data, implicit_vr=True, little_endian=True)
+    stated = b"1.2.840.10008.1.2.1\0"
+    length = struct.pack("<H", len(ImplicitVRLittleEndian) + 1)
+    place = implicit.getvalue().index(b"UI" + length + ImplicitVRLittleEndian.encode())
+    content = bytearray(implicit.getvalue())
+    content[place + 2 : place + 4 + 18] = struct.pack("<H", len(stated)) + stated
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shown = np.asarray(read_medical_image(bytes(content)).image)
+    assert np.array_equal(shown, np.asarray(read_medical_image(implicit.getvalue()).image))
+
+
 @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian])
 def test_other_uncompressed_syntaxes(syntax):
     data = dataset(STORED, bits=12, WindowCenter="40", WindowWidth="400", **CT)
@@ -307,6 +585,11 @@ def test_a_frame_that_aborts_its_decoder():
     data = encapsulated(STORED, "MONOCHROME2", JPEGLosslessSV1, [bytes(frame)], bits=12)
     with pytest.raises(MedicalImageError, match=r"JPEG Lossless.*cannot be decoded"):
         read(data)
+
+
+def test_jpeg_of_12_bits_is_named():
+    with pytest.raises(MedicalImageError, match=r"JPEG Extended .*no decoder here for 12 bits; decompress"):
+        read_medical_image(get_testdata_file("JPGExtended.dcm", download=False))
 
 
 def test_missing_decoder_names_syntax_and_extra(monkeypatch):

@@ -2,8 +2,10 @@
 
 import base64
 import io
+import json
 import math
 import re
+import resource
 from html.parser import HTMLParser
 from itertools import groupby
 
@@ -13,12 +15,11 @@ from PIL import Image, PngImagePlugin
 from typer.testing import CliRunner
 
 from lladamedv.cli import app
-from lladamedv.conversation import LEVELS, MASK, generate_answer
+from lladamedv.conversation import DEMO_NOTICE, LEVELS, MASK, generate_answer
 from lladamedv.evaluation.answering import question_about
 from lladamedv.explanation import (
     Explanation,
     Token,
-    check_explanation_file,
     draw_explanation,
     explain_answer,
     to_html,
@@ -250,11 +251,33 @@ def test_files(hostile, tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("name", ["denoising.pdf", "denoising", "no/such/folder.html", "folder.html"])
-def test_files_that_cannot_be_written(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("denoising.pdf", r"its name must end in \.html or \.png"),
+        ("denoising", r"its name must end in \.html or \.png"),
+        ("no/such/file.html", "there is no folder '.*such'"),
+        ("folder.html", "it is a folder"),
+    ],
+)
+def test_files_that_cannot_be_written(hostile, tmp_path, name, reason):
     (tmp_path / "folder.html").mkdir()
-    with pytest.raises(ValueError, match=r"`explain` is .*; it must be an .html or .png file in a folder that exists"):
-        check_explanation_file(tmp_path / name)
+    with pytest.raises(ValueError, match=f"The file '.*{name}' cannot be written: {reason}"):
+        hostile.save(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["denoising.html", "denoising.png"])
+def test_a_full_disk_leaves_what_was_there(hostile, tmp_path, name):
+    """The limit of the size of files stands for the disk's end."""
+    (tmp_path / name).write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=f"{name}' cannot be written: File too large"):
+            hostile.save(tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "before")]
 
 
 def test_ask(shipped, example, tmp_path):
@@ -269,5 +292,6 @@ def test_ask(shipped, example, tmp_path):
     assert "SECRET_NAME" not in text and str(tmp_path) not in text
     assert "confidence_threshold = 0.9" in Page(text).texts("dd")[3]
 
-    result = CliRunner().invoke(app, [*words, "--model", "/no/such/model", "--explain", "denoising.pdf"])
-    assert result.exit_code == 1 and "`explain` is 'denoising.pdf'; it must be" in result.stderr
+    assert DEMO_NOTICE in Page(text).texts("p", "note")[0] and json.loads(plain.stdout)["notice"] == DEMO_NOTICE
+    result = CliRunner().invoke(app, [*words, "--explain", "denoising.pdf"])
+    assert result.exit_code == 2 and "The file 'denoising.pdf' cannot be written: its name must end" in result.stderr

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import CompileConfig, GenerationConfig, TextIteratorStreamer, TextStreamer
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import TextDiffusionStreamer
 
 from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig, LLaDAMedVGenerationOutput
@@ -183,7 +183,19 @@ def test_config_round_trip(model, tmp_path):
         ({"gen_length": 8}, "Unknown generation arguments \\['gen_length'\\]"),
         ({"threshold": 0.9}, "Unknown generation arguments \\['threshold'\\]"),
         ({"validate": True}, "Unknown generation arguments"),  # the name of a method, not of an option
-        ({"num_beams": 2, "top_k": 3}, "\\['num_beams', 'top_k'\\]"),
+        ({"num_beams": 2}, "`num_beams` is 2, which masked diffusion does not have: allowed is 1"),
+        ({"top_k": 50}, "`top_k` is 50, .* use `temperature` instead"),  # Transformers' default
+        ({"top_p": 0.9, "do_sample": True, "temperature": 0.5}, "`top_p` is 0.9, .* use `temperature` instead"),
+        ({"do_sample": True}, "`do_sample` is True, .* use `temperature` instead"),
+        ({"do_sample": False, "temperature": 0.7}, "`temperature` is 0.7, but `do_sample` is not True"),
+        ({"max_length": 20}, "`max_length` is 20, .* use `max_new_tokens` instead"),
+        ({"guidance_scale": 2.0}, "`guidance_scale` is 2.0, .* use `cfg_scale` instead"),
+        ({"stopping_criteria": [print]}, "use `stop_strings` instead"),
+        ({"synced_gpus": True}, "`synced_gpus` is True"),
+        ({"bad_words_ids": [[5]]}, "use `suppress_tokens` instead"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, "`num_beams` is 2"),
+        ({"generation_config": GenerationConfig(temperature=0.5)}, "`temperature` is 0.5, but `do_sample` is not True"),
+        ({"generation_config": {"max_new_tokens": 4}}, "`generation_config` is a dict"),
         (
             {"max_new_tokens": 10, "block_length": 4},
             "`block_length` is 4, which does not divide `max_new_tokens` \\(10\\)",
@@ -296,12 +308,133 @@ def test_streamer_protocol(model):
         assert torch.equal(confidence.nan_to_num(-1), output.commit_confidence.where(known, -1.0))
 
 
-def test_not_a_transformers_generation_config(model):
-    with pytest.raises(ValueError, match="`generation_config` is a GenerationConfig"):
-        generate(model, generation_config=GenerationConfig(max_new_tokens=4))
+# What asks for nothing in Transformers' own `generate`: its greedy defaults, and what its documentation calls off.
+NEUTRAL = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
+    "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "repetition_penalty": 1.0, "length_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
+    "early_stopping": False, "guidance_scale": 1.0, "num_beam_groups": 1, "diversity_penalty": 0.0,
+    "renormalize_logits": False, "remove_invalid_values": False, "output_scores": False, "bad_words_ids": None,
+    "sequence_bias": None, "temperature": 1.0,
+}  # fmt: skip
+NEUTRAL_ARGUMENTS = {"synced_gpus": False, "logits_processor": LogitsProcessorList(), "assistant_model": None}
+
+
+@torch.no_grad()
+def test_what_asks_for_nothing_passes(model):
+    expected = model.generate(image_prompt(PROMPT), pixel_values=PIXELS, max_new_tokens=8)
+    plain = dict.fromkeys(vars(GenerationConfig()))
+    everything = {name: value for name, value in (plain | NEUTRAL | NEUTRAL_ARGUMENTS).items() if name[0] != "_"}
+    kept = {name: everything.pop(name) for name in ("eos_token_id", "pad_token_id", "bos_token_id", "suppress_tokens")}
+    assert set(kept.values()) == {None}
+    for options in (everything, {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}):
+        options |= {"max_new_tokens": 8}
+        assert torch.equal(model.generate(image_prompt(PROMPT), pixel_values=PIXELS, **options), expected)
+
+
+@torch.no_grad()
+def test_do_sample_means_the_temperature():
+    model = tiny_model()
+    model.generation_config.temperature = 2.0
+    prompt, options = image_prompt(PROMPT), {"pixel_values": PIXELS, "max_new_tokens": 8}
+    greedy = model.generate(prompt, temperature=0.0, **options)
+    assert torch.equal(model.generate(prompt, do_sample=False, **options), greedy)
+    torch.manual_seed(0)
+    sampled = model.generate(prompt, **options)
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(prompt, do_sample=True, temperature=2.0, **options), sampled)
+    assert not torch.equal(sampled, greedy)
+
+
+@torch.no_grad()
+def test_plain_generation_configs(tmp_path):
+    """Given to `generate`, set on the model, or lying in the checkpoint: what is neutral works, anything else ends."""
+    model, prompt = tiny_model(), image_prompt(PROMPT)
+    ends = model.generate(prompt, pixel_values=PIXELS, max_new_tokens=8)[0, -3:-1].tolist()
+    expected = model.generate(prompt, pixel_values=PIXELS, max_new_tokens=8, eos_token_id=ends)
+    refused_by_itself = ("min_p", "top_k")  # when it is saved
+    neutral = {name: value for name, value in NEUTRAL.items() if name not in refused_by_itself}
+    plain = GenerationConfig(max_new_tokens=8, eos_token_id=ends, **neutral)
+    plain.save_pretrained(tmp_path)
+    again = GenerationConfig.from_pretrained(tmp_path)
+    for config in (plain, again):
+        assert torch.equal(model.generate(prompt, pixel_values=PIXELS, generation_config=config), expected)
+    ours = LLaDAMedVGenerationConfig(max_new_tokens=8, steps=4, temperature=0.0)
+    ours.save_pretrained(tmp_path / "ours")
+    ours_as_plain = GenerationConfig.from_pretrained(tmp_path / "ours")
+    passes = generate(model, generation_config=ours_as_plain).num_forwards
+    assert passes.tolist() == [4]
+    folder = tmp_path / "model"
+    model.generation_config = plain
+    assert torch.equal(model.generate(prompt, pixel_values=PIXELS), expected)
+    model.generation_config = LLaDAMedVGenerationConfig()
+    model.save_pretrained(folder)
+    plain.save_pretrained(folder)
+    loaded = LLaDAMedVForConditionalGeneration.from_pretrained(folder)
+    assert torch.equal(loaded.generate(prompt, pixel_values=PIXELS), expected)
+    GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"`top_p` is 0.9"):
+        LLaDAMedVForConditionalGeneration.from_pretrained(folder)
+    model.generation_config.num_beams = 3  # no field of it: nobody looked at it
+    with pytest.raises(ValueError, match="`num_beams` is 3"):
+        model.generate(prompt, pixel_values=PIXELS)
+
+
+@pytest.mark.parametrize("broken", ["lm_head", "model.language_model.layers.1.mlp.down_proj"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@torch.no_grad()
+def test_logits_that_are_not_finite(broken, value):
+    model, prompt = tiny_model(), image_prompt(PROMPT)
+    model.get_submodule(broken).weight[0, 0] = value
+    message = "logits are not finite"
+    with pytest.raises(ValueError, match=rf"{message} in forward pass 0 \(from 0\) of row 0"):
+        generate(model, max_new_tokens=8)
+    with pytest.raises(ValueError, match=f"{message} for candidate 1 of row 0"):
+        model.get_submodule(broken).register_forward_hook(_finite_at_first())
+        model.score(prompt, [[7], [8]], pixel_values=PIXELS, append_eos=False)
+
+
+def _finite_at_first():
+    calls = []
+
+    def hook(module, inputs, output):
+        calls.append(0)
+        return torch.zeros_like(output) if len(calls) == 1 else output
+
+    return hook
+
+
+@torch.no_grad()
+def test_a_number_that_is_not_finite_names_its_step():
+    """The embedding of the token that is written in pass 3 is read in the pass after it."""
+    model = tiny_model().half()
+    options = {"max_new_tokens": 8, "block_length": 8, "no_repeat_ngram_size": 1}
+    output = generate(model, pixel_values=PIXELS.half(), **options)
+    token = output.sequences[0, -8:][output.commit_step[0] == 3]
+    model.get_input_embeddings().weight[token] = 70000.0  # beyond float16: inf
+    with pytest.raises(ValueError, match=r"in forward pass 4 \(from 0\) of row 0"):
+        generate(model, pixel_values=PIXELS.half(), **options)
 
 
 # Where an answer may end
+
+
+@torch.no_grad()
+def test_the_order_of_end_ids_changes_nothing(model):
+    """An end that is written late, left of another one, ends the answer."""
+    options, width = {"max_new_tokens": 8, "block_length": 8, "no_repeat_ngram_size": 1}, image_prompt(PROMPT).shape[1]
+    free = generate(model, **options)
+    answer, steps = free.sequences[0, width:].tolist(), free.commit_step[0].tolist()
+    moved = 0
+    for i, j in itertools.combinations(range(8), 2):
+        if steps[i] < steps[j]:
+            continue
+        for ends in ([answer[i], answer[j]], [answer[j], answer[i]]):
+            output = generate(model, **options, eos_token_id=ends)
+            got = output.sequences[0, width:].tolist()
+            assert output.commit_step[0, j] == steps[j] and not set(got) & set(ends)
+            moved += got == answer[:i]
+    assert moved >= 8
 
 
 @torch.no_grad()
@@ -372,7 +505,7 @@ def test_deferred_ends_come_last(monkeypatch, rule, temperature):
         ({"min_new_tokens": 3}, "`min_new_tokens` is 3, but there is no `eos_token_id`"),
         ({"defer_eos": True}, "`defer_eos` is True, but there is no `eos_token_id`"),
         ({"min_new_tokens": 9, "max_new_tokens": 8, "eos_token_id": 5}, "`min_new_tokens` is 9; it must be at most"),
-        ({"min_new_tokens": 0}, "`min_new_tokens` is 0; allowed are whole numbers of at least 1"),
+        ({"min_new_tokens": -1}, "`min_new_tokens` is -1; allowed are whole numbers of at least 1"),
         ({"defer_eos": 1}, "`defer_eos` is 1"),
     ],
 )

@@ -19,6 +19,8 @@ from lladamedv.demo import DEMO_MODEL, load_model
 from lladamedv.hub_cards.push import push_dataset, push_folder
 from lladamedv.hub_cards.rebuild_dataset import rebuild
 from lladamedv.processing.datasets import load_vqa
+from lladamedv.trainers import MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer
+from lladamedv.trainers.data import DataSource, load_dataset_mixture
 from tests.hub_folders import contents, state, write_adapter, write_card, write_model
 from tests.hub_stub import running_hub, take_for_the_hub
 from tests.stranger import run_as_stranger
@@ -246,14 +248,40 @@ def test_shards(hub, tmp_path):
 
 
 def test_what_is_left_out(hub, folder):
-    (folder / "checkpoint-7").mkdir()
-    for name in ("checkpoint-7/optimizer.pt", "training_args.bin", ".env"):
+    for name in (".env", "weights.bin"):
         (folder / name).write_text("x")
-    with pytest.raises(ValueError, match=r"\.env is hidden; training_args.bin .*; checkpoint-7/.*\(--leave-out\)"):
+    with pytest.raises(ValueError, match=r"\.env is hidden; weights.bin is a pickle, .*named in `leave_out`"):
         push(folder)
-    plan = push(folder, leave_out=["checkpoint-*", "training_args.bin", ".env"])
-    assert plan.left_out == (".env", "training_args.bin", "checkpoint-7/optimizer.pt")
+    plan = push(folder, leave_out=["*.bin", ".env"])
+    assert plan.left_out == (".env", "weights.bin")
     assert set(hub.repos["me/model"]) == set(plan.files) == set(contents(folder)) - set(plan.left_out)
+
+
+def test_what_a_training_leaves_is_pushed_as_it_is(hub, tmp_path):
+    """Written by the trainer itself: its own states and reports are left out, told of, and stay on this machine."""
+    model, processor = load_model()
+    data, _ = load_dataset_mixture([DataSource("phantoms:1:4")])
+    arguments = MaskedDiffusionSFTConfig(
+        str(tmp_path / "run"), max_steps=2, save_steps=1, per_device_train_batch_size=2, use_cpu=True, bf16=False,
+        report_to="none", eval_strategy="steps", eval_steps=2, log_answers=1, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = MaskedDiffusionSFTTrainer(
+        model=model, args=arguments, train_dataset=data, eval_dataset=data, processing_class=processor
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card("run")
+    folder = tmp_path / "run"
+    (folder / "data_report.json").write_text('{"source": "/home/me/secret.json"}')
+    (folder / "runs").mkdir()
+    (folder / "runs" / "events.out.tfevents.1").write_bytes(b"x")
+    before, said = state(folder), []
+    plan = push_folder(folder, "me/model", report=said.append)
+    assert state(folder) == before
+    own = {"answers.jsonl", "training_args.bin", "data_report.json", "runs/events.out.tfevents.1"}
+    assert own | {"checkpoint-1/optimizer.pt", "checkpoint-2/model.safetensors"} < set(plan.left_out)
+    assert set(hub.repos["me/model"]) == set(contents(folder)) - set(plan.left_out) > {WEIGHTS, "config.json"}
+    assert said[0] == f"left out: {', '.join(plan.left_out)}"
 
 
 @pytest.mark.parametrize(

@@ -70,11 +70,12 @@ def vqa_summary(**changes):
     }  # fmt: skip
     data = {
         "source": f"flaviagiammarino/vqa-rad@{REVISION}", "reference": "flaviagiammarino/vqa-rad",
-        "revision": REVISION, "leakage": "202 of 203", "questions": 451,
+        "revision": REVISION, "leakage": "202 of 203", "questions": 451, "local": False,
+        "is_published": True,
     }  # fmt: skip
     summary = {
         "benchmark": "vqa-rad", "split": "test", "model": "/home/alice/model", "model_sha256": "ab" * 32,
-        "complete": True, "num_questions": 451, "num_scored": 451, "failed": [], "scores": scores,
+        "complete": True, "num_questions": 451, "num_scored": 451, "failed": [], "left_out": [], "scores": scores,
         "decoding": {"max_new_tokens": 64, "block_length": 32, "steps": 16, "temperature": 0.5},
         "scoring": "generate", "data": data,
         "environment": {"device": "NVIDIA A100", "dtype": "bfloat16", "batch_size": 8},
@@ -84,6 +85,7 @@ def vqa_summary(**changes):
 
 def phantom_summary():
     data = {"source": "phantoms:9000:300", "reference": "phantoms", "revision": None, "leakage": "none"}
+    data |= {"local": True, "is_published": True}
     scores = vqa_summary()["scores"] | {"num_open": 203, "num_closed": 97}
     return vqa_summary(benchmark="phantoms", num_questions=300, data=data | {"questions": 300}, scores=scores)
 
@@ -196,6 +198,7 @@ def slake_report():
         source="BoKelvin/SLAKE@a9083ce", benchmark="slake", reference="BoKelvin/SLAKE", revision="a9083ce", rows=1060,
         images=96, open=644, closed=416, published={"images": 96, "questions": 1061, "open": 645, "closed": 416},
         missing_images=[("3", "/home/alice/imgs/xmlab3/source.jpg")], leakage="none", other_languages=1033,
+        local=False,
     )  # fmt: skip
 
 
@@ -366,7 +369,7 @@ def test_numbers_are_those_of_a_real_run(tmp_path):
     assert shown == expected and len(expected) > 10
     protocol = dict(table_rows(card.text.split("| protocol |")[1], 2)[1:])
     assert protocol["length of the canvas, L"] == "8" and protocol["denoising steps, Z"] == "1"
-    assert protocol["remasking"] == "the model's default" and protocol["prompt"] == "`llava_llada_med`"
+    assert protocol["remasking"] == "low_confidence" and protocol["prompt"] == "`llava_llada_med`"
     assert protocol["questions"].startswith(f"{given['num_open']} open, {given['num_closed']} closed; 6 asked of 6")
     assert str(tmp_path) not in str(card)
     listed = {(each.dataset_config, each.metric_name): each.metric_value for each in card.data.eval_results}

@@ -87,6 +87,52 @@ def statuses(judged):
         ("-8 7", None),
         ("8", None),
         ("8/9", None),
+        # Numbered
+        ("1. 8\n2. 9", (8, 9)),
+        ("1) 8/10\n2) 9/10\nThe second is longer.", (8, 9)),
+        ("1: 8, 2: 9", (8, 9)),
+        ("1 - 8\n2 - 9", (8, 9)),
+        ("1. 8", None),
+        ("1 8\n2 9", None),
+        ("1.8 2.9", (1.8, 2.9)),
+        ("8\n9", (8, 9)),
+        ("8\n9\n7", None),
+        # In other words and marks
+        ("8 vs 9", (8, 9)),
+        ("8/10 and 9/10", (8, 9)),
+        ("8 out of 10 and 9 out of 10", (8, 9)),
+        ("| 8 | 9 |", (8, 9)),
+        ("```\n8 9\n```", (8, 9)),
+        ("<think>Perhaps 5 6.</think>\n8 9", (8, 9)),
+        ("Perhaps 5 6.</think>\n8 9", (8, 9)),
+        ("<think>8 9", None),
+        ("\uff18 \uff19", (8, 9)),
+        ("8 9 errors", None),
+        ("8 > 9", None),
+        ("8,5", None),
+        ("8,5\n7,5", None),
+        ("7-8 9", None),
+        ("4/5 3/5", None),
+        ("8 9\n7 6", None),
+        # By the assistants' names
+        ("Assistant 1: 8.5/10, but assistant 2: 2 errors, so 6/10", None),
+        ("Assistant 1: 8.5/10, but assistant 2: 6/10", (8.5, 6)),
+        ("Assistant 1 gets a score of 8 and Assistant 2 gets 9.", (8, 9)),
+        ("Score of Assistant 1: 8\nScore of Assistant 2: 9", (8, 9)),
+        ("| Assistant 1 | 8 |\n| Assistant 2 | 9 |", (8, 9)),
+        ("Assistant 1: 8\nAssistant 2: 9\nOn reflection, Assistant 1: 7", None),
+        ("Assistant 1: 8,5\nAssistant 2: 7", None),
+        ("Assistant 1: 7-8\nAssistant 2: 9", None),
+        ("Assistant 1 of 2: 8, Assistant 2 of 2: 9", None),
+        ("8 for Assistant 1 and 9 for Assistant 2", None),
+        # JSON
+        ("[8, 9]", (8, 9)),
+        ('```json\n{"assistant_1": 8, "assistant_2": "9/10"}\n```', (8, 9)),
+        ('{"scores": {"Assistant 1": 8, "Assistant 2": 9}, "winner": 2}', (8, 9)),
+        ('{"assistant_1": {"score": 8}, "assistant_2": {"score": 9}}', (8, 9)),
+        ('{"assistant_1_errors": 2, "assistant_2_errors": 3}', None),
+        ('{"assistant_1": true, "assistant_2": 9}', None),
+        ("[8, 9, 7]", None),
     ],
 )
 def test_scores_in_replies(text, scores):
@@ -411,3 +457,14 @@ def test_bad_input_asks_nothing(stub, records, answers, tmp_path):
     with pytest.raises(ValueError, match="no judgment at line 1"):
         judged_by(stub, records, answers, tmp_path / "run")
     assert stub.requests == []
+
+
+def test_replies_of_earlier_runs_are_read_anew(stub, records, answers, tmp_path):
+    """A judgment that was misread when it was paid for is corrected, and not paid for again."""
+    judged_by(stub, records, answers, tmp_path)
+    file = tmp_path / "judgments.jsonl"
+    lines = [json.loads(line) | {"replies": ["1. 8\n2. 9"], "scores": [1, 8]} for line in file.open()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judged, requests, _ = judged_by(stub, records, answers, tmp_path)
+    assert requests == 0
+    assert all(judgment["scores"] == [8, 9] for (judgment,) in judged["judgments"].values())

@@ -71,7 +71,7 @@ def test_adapters_that_cannot_be_merged(tmp_path):
 
 def test_what_is_no_model(tmp_path):
     for name in ("/no/such/folder", "neither", "a/b/c", tmp_path / "none"):
-        with pytest.raises(ValueError, match=f"The model '{name}' is no folder; allowed are a folder, a Hub id"):
+        with pytest.raises(ValueError, match=f"'{name}' is no folder; allowed are a folder and a Hub id"):
             load_model(name)
     with pytest.raises(ValueError, match=r"neither config\.json .* nor adapter_config\.json .*\)\.$"):
         load_model(tmp_path)

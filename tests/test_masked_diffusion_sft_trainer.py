@@ -522,7 +522,7 @@ def test_answers_are_logged(tmp_path):
     assert [record["reference"] for record in records[:3]] == ["Yes.", "On the left side.", "A lung."]
     assert recorder.tables[1].count("\n") == 4 and "| Where is it? | On the left side. |" in recorder.tables[1]
     processor, row = trainer.processing_class, trainer.eval_dataset[1]
-    content = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": "Where is it?"}]
+    content = [{"type": "image", "image": row["images"][0]["bytes"]}, {"type": "text", "text": "Where is it?"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
@@ -577,24 +577,24 @@ def broken(**changes):
         ({"messages": [{"role": "user", "content": "Is it?"}]}, "no assistant turn"),
         ({"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": " "}]}, "no assistant"),
         ({"messages": chat("<image> or <image>?", "No.")["messages"]}, "2 <image> for 1 images"),
-        ({"images": [{"path": "gone.png", "bytes": None}]}, "no such image file as gone.png"),
+        ({"images": [{"path": "gone.png", "bytes": None}]}, "an image cannot be read: .*no such file"),
         ({"images": []} | chat("<image>?", "No."), "1 <image> for 0 images"),
     ],
 )
 def test_bad_rows(tmp_path, changes, reason):
-    with pytest.raises(ValueError, match=f"row-2 has a problem: {reason}.*invalid_rows='skip'"):
+    with pytest.raises(ValueError, match=rf"row 2 \(row-2\) has a problem: {reason}.*invalid_rows='skip'"):
         make_trainer(tmp_path, dataset=broken(**changes))
     trainer = make_trainer(tmp_path, dataset=broken(**changes), invalid_rows="skip")
     report = trainer.row_reports["train_dataset"]
     assert report.kept == len(trainer.train_dataset) == 3
-    assert sum(report.left_out.values()) == 1 and list(report.examples.values()) == [["row-2"]]
+    assert sum(report.left_out.values()) == 1 and list(report.rows.values()) == [["row 2 (row-2)"]]
     assert reason.split()[0] in report.summary() and "row-2" in report.summary()
     trainer.train()
 
 
 def test_long_rows(tmp_path):
     long = broken(messages=chat("Why? " * 100, "No.")["messages"])
-    with pytest.raises(ValueError, match=r"row-2 has a problem: \d+ tokens, where 200 are allowed.*long_rows='drop'"):
+    with pytest.raises(ValueError, match=r"row 2 \(row-2\) has a problem: more than 200 tokens: \d+\..*long_rows='d"):
         make_trainer(tmp_path, dataset=long, max_length=200)
     trainer = make_trainer(tmp_path, dataset=long, max_length=200, long_rows="drop")
     assert len(trainer.train_dataset) == 3

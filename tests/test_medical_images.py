@@ -242,6 +242,21 @@ def test_missing_library_names_the_extra(kind, library, monkeypatch):
     read_medical_image(FILES["PNG"])  # needs none of them
 
 
+def test_every_label_is_seen_through_every_door():
+    """Of a label map with few marked pixels, which the percentiles of all pixels would hide."""
+    labels = np.zeros((40, 40), np.uint16)
+    labels[0, :3], labels[20:, :] = [1, 3, 5], 2
+    png, tiff = io.BytesIO(), io.BytesIO()
+    Image.fromarray(labels).save(png, "PNG")
+    Image.fromarray(labels.astype(np.float32)).save(tiff, "TIFF")
+    volume = nibabel.Nifti1Image(labels[::-1, ::-1].T[..., None], np.eye(4)).to_bytes()
+    for source in (labels, labels.astype(float), png.getvalue(), tiff.getvalue(), to_bytes(dataset(labels)), volume):
+        result = read_medical_image(source)
+        pixels = np.asarray(result.image)[..., 0]
+        assert [pixels[0, 5], *pixels[0, :3], pixels[30, 0]] == [0, 51, 153, 255, 102]
+        assert "least and greatest value: 0 to 5 (5 different ones, as in a mask)" in result.steps
+
+
 def test_steps_are_logged(caplog):
     with caplog.at_level("INFO"):
         result = read_medical_image(FILES["DICOM"])

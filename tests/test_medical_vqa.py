@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import sys
+import unicodedata
 from pathlib import Path
 
 import evaluate
@@ -85,7 +86,11 @@ def test_normalised_vectors(code, vector, normalizer):
         # The first 32 periods go; "a" is an article only where it lost its own.
         ("a. " * 40, " ".join(["a."] * 8), ""),
         ("The none, zero and TEN", "0 0 and 10", "0 0 and 10"),
-        ("3.5 cm. 50% *mass*: patient's", "3.5 cm 50% *mass*: patient's", "3.5 cm 50% *mass*: patient's"),
+        ("3.5 cm. 50% *mass*: patient's", "3.5 cm 50% *mass*: patient's", "3.5 cm 50 mass patient's"),
+        ("yes.no", "yesno", "yes no"),
+        ("A.P. view of L3,4, .5 cm", "ap view of l34 .5 cm", "ap view of l3 4 .5 cm"),
+        ("it isn\u2019t 10\u201320\u00a0mm", "it isn\u2019t 10\u201320 mm", "it isn't 10 20 mm"),
+        ("\uff59\uff45\uff53\uff0e", "\uff59\uff45\uff53\uff0e", "yes"),
     ],
 )
 def test_normalisers_differ_in_punctuation(code, text, published, fixed):
@@ -98,7 +103,42 @@ def test_every_mark_is_punctuation(code):
         for normalizer in ("vqa_v2", "vqa_v2_fixed"):
             assert code.normalize_answer(f"left{mark}lung", normalizer) == "left lung"
         assert code.normalize_answer(f"left{mark}lung {mark}", "vqa_v2") == "leftlung"
-    assert code.normalize_answer("left:lung") == "left:lung"
+
+
+UNICODE_MARKS = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "P"]
+
+
+def test_every_mark_of_unicode_separates(code):
+    """All 800 and more, one of which once made `**Yes**` a wrong answer."""
+    assert len(UNICODE_MARKS) > 800
+    for mark in [*UNICODE_MARKS, *"|~^$`\u2192\u2713"]:
+        assert code.normalize_answer(f"{mark}left{mark}lung{mark}") == "left lung", repr(mark)
+        for answer in ("yes", "no"):
+            for text in (f"{mark}{answer}{mark}", f"{answer}{mark}evidence", f"{answer}{mark} it is"):
+                assert code.score_closed(text, answer)["closed_accuracy"] == 1, repr(text)
+        assert code.score_open(f"the liver{mark}", f"{mark}liver")["open_exact_match"] == 1, repr(mark)
+    for invisible in "\u200b\ufeff\u00ad\u2060":
+        assert code.normalize_answer(f"{invisible}y{invisible}es{invisible}") == "yes"
+
+
+@pytest.mark.parametrize(
+    "prediction, answer, correct, unparsable",
+    [
+        ("No", "No, it is normal", 1, 0),
+        ("Yes", "No, it is normal", 0, 0),
+        ("It is normal", "No, it is normal", 0, 1),
+        ("**No.** The heart is normal.", "There is no lesion.", 1, 0),
+        ("Yes, on the right", "yes (left)", 1, 0),
+        ("True", "true", 1, 0),
+        ("Yes.", "True", 1, 0),
+        ("No, that is false.", "True", 0, 0),
+        ("A false aneurysm: yes", "yes", 1, 0),
+        ("maybe", "False", 0, 1),
+    ],
+)
+def test_truth_and_prediction_are_read_alike(metric, prediction, answer, correct, unparsable):
+    scores = metric.compute(predictions=[prediction], references=[item(answer, "closed")])
+    assert (scores["closed_accuracy"], scores["num_unparsable"]) == (100 * correct, unparsable)
 
 
 @pytest.mark.parametrize(

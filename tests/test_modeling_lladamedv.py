@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVModel
+from tests.properties.cases import Words
 from tests.tiny import image_prompt, small_vocabulary_config, tiny_model
 
 
@@ -98,11 +101,61 @@ def test_images_stand_at_their_tokens(model):
     ids = torch.cat([torch.tensor([[5]]), image_prompt((6,)), image_prompt((7, 8))], dim=1)
     both = pixels(2)
     merged, _ = model.model.get_multimodal_embeddings(ids, both)
-    first, second = model.get_image_features(both)
+    first, second = model.get_image_features(both).pooler_output
     expected = model.get_input_embeddings()(ids)[0]
     expected[1:17], expected[18:34] = first, second
     torch.testing.assert_close(merged[0], expected)
     assert not torch.allclose(first, second)
+
+
+@torch.no_grad()
+def test_image_features_are_an_output_of_transformers(model):
+    """What the tower sees, recomputed with it alone, and its hidden states."""
+    outputs = model.get_image_features(pixels(2), output_hidden_states=True)
+    assert isinstance(outputs, BaseModelOutputWithPooling)
+    seen = model.model.vision_tower(pixels(2)[:, 0], output_hidden_states=True)
+    torch.testing.assert_close(outputs.last_hidden_state, seen.last_hidden_state)
+    torch.testing.assert_close(outputs.hidden_states, seen.hidden_states)
+    projected = model.model.multi_modal_projector(seen.last_hidden_state)
+    torch.testing.assert_close(torch.stack(outputs.pooler_output), projected)
+    as_tuple = model.get_image_features(pixels(2), return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(torch.stack(as_tuple[1]), projected)
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk", "device_map"])
+@pytest.mark.parametrize("aspect_ratio", ["square", "anyres_max_4"])
+@torch.no_grad()
+def test_offloaded_weights(offload, aspect_ratio, tmp_path):
+    """Weights that are on a meta device but for the moment of their use: same answers, scores and fillings."""
+    model = tiny_model(aspect_ratio)
+    images = {"pixel_values": pixels(1, 5), "image_sizes": torch.tensor([[60, 64]])}
+    if aspect_ratio == "square":
+        images = {"pixel_values": pixels()}
+    width = len(model.get_image_features(**images).pooler_output[0])
+    inputs = {"input_ids": torch.tensor([[99] * width + [5, 6, 7]]), **images}
+
+    def results(model):
+        options = {"max_new_tokens": 8, "generation_suffix": "30 31", "tokenizer": Words()}
+        return [
+            model.generate(**inputs, **options), model.generate(**inputs, use_cache=True, **options),
+            model.score(**inputs, candidates=[[7, 8]]).log_likelihood,
+            model.infill(**inputs, template="5 [[a:3]] 6", tokenizer=Words()).sequences,
+        ]  # fmt: skip
+
+    expected = results(model)
+    if offload == "cpu":
+        cpu_offload(model)
+    elif offload == "disk":
+        disk_offload(model, tmp_path)
+    else:
+        model.save_pretrained(tmp_path / "model")
+        model = LLaDAMedVForConditionalGeneration.from_pretrained(
+            tmp_path / "model", device_map="auto", max_memory={"cpu": 40_000}, offload_folder=tmp_path / "offload"
+        )
+        assert {"cpu", "disk"} == {str(device) for device in model.hf_device_map.values()}
+    assert model.lm_head.weight.is_meta
+    for got, wanted in zip(results(model), expected):
+        torch.testing.assert_close(got, wanted)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -202,12 +255,12 @@ def test_an_image_index_spares_the_tower(aspect_ratio):
     images, index = pixels(2, 5), torch.tensor([1, 0, 1])
     tiles = []
     hook = model.model.vision_tower.register_forward_hook(lambda *a: tiles.append(len(a[2].last_hidden_state)))
-    once = model.get_image_features(images, sizes, image_index=index)
-    again = model.get_image_features(images[index], sizes[index])
+    once = model.get_image_features(images, sizes, image_index=index).pooler_output
+    again = model.get_image_features(images[index], sizes[index]).pooler_output
     hook.remove()
     assert len(once) == 3 and all(torch.equal(a, b) for a, b in zip(once, again)) and tiles[0] < tiles[1]
     features = model.model.get_vision_features(images, sizes, image_index=index)
-    from_features = model.get_image_features(None, sizes, None, index, features)
+    from_features = model.get_image_features(None, sizes, None, index, features).pooler_output
     assert all(torch.equal(a, b) for a, b in zip(once, from_features))
 
 

@@ -73,8 +73,12 @@ def test_rotated_and_scaled_affine():
     assert np.argwhere(np.asarray(result.image)[..., 0] == 255).tolist() == [[6 - ANTERIOR, 5 - RIGHT]]
     assert not any("not to scale" in step for step in result.steps)
     coronal = read_medical_image(file, axis="coronal", slice_index=ANTERIOR, window=WINDOW)
-    assert np.argwhere(np.asarray(coronal.image)[..., 0] == 255).tolist() == [[7 - SUPERIOR, 5 - RIGHT]]
-    assert "pixels are 5 high and 0.5 wide, and stay so: the picture is not to scale" in coronal.steps
+    # 8 slices of 5 mm by 6 columns of 0.5 mm: every slice becomes ten rows, and the point is brightest in their middle.
+    assert coronal.size == (8, 6) and coronal.image.size == (6, 80)
+    pixels = np.asarray(coronal.image)[..., 0]
+    assert np.unravel_index(pixels.argmax(), pixels.shape)[1] == 5 - RIGHT
+    assert 10 * (7 - SUPERIOR) <= pixels[:, 5 - RIGHT].argmax() < 10 * (8 - SUPERIOR)
+    assert coronal.steps[-1] == "pixels are 5 high and 0.5 wide: stretched to 80 by 6 (height by width)"
 
 
 @pytest.mark.parametrize("version", [nibabel.Nifti1Image, nibabel.Nifti2Image])
@@ -99,7 +103,7 @@ def test_slope_and_intercept_of_the_file_apply():
 
 def test_percentiles_of_the_foreground():
     values = np.zeros(SHAPE, np.float32)
-    foreground = np.random.default_rng(0).uniform(100, 900, (4, 5))
+    foreground = np.random.default_rng(0).uniform(100, 900, (4, 5))  # all different: no mask
     values[1:5, 1:6, 3] = foreground
     low, high = np.percentile(foreground, [1, 99])
     expected = np.clip((values[::-1, ::-1, 3].T - low) / (high - low), 0, 1) * 255
@@ -113,6 +117,44 @@ def test_percentiles_of_the_foreground():
     assert "2 values are not finite" in result.steps
     assert pixels[6 - 1, 5 - 1] == 0 and pixels[6, 5] == 255
     assert (grey(nifti(np.zeros(SHAPE, np.float32)), slice_index=3) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0, 1], [0, 255]),
+        ([0, 1, 3], [0, 85, 255]),
+        ([-1024, 40], [0, 255]),
+        ([0, 0.1, 0.5, 1], [0, 26, 128, 255]),
+        ([0, 2, 3, 1035, 2035], [0, 64, 128, 191, 255]),  # would look alike: even steps
+        ([7, 16777216, 16777217], [0, 128, 255]),  # float32 has no place for the last
+        ([0, 1, 2, 30000], [0, 85, 170, 255]),
+        ([0], [0]),
+        ([-1000], [0]),
+        ([1], [255]),  # inside of a mask
+    ],
+)
+@pytest.mark.parametrize("rare", [False, True])
+def test_every_label_of_a_mask_is_seen(labels, expected, rare):
+    kind = np.float64 if any(label % 1 for label in labels) else np.int32
+    values = np.full((40, 50, 2), labels[0], kind)
+    for row, label in enumerate(labels):
+        values[3 * row, 3 : 4 if rare else 40, 0] = label
+    result = read_medical_image(nifti(values), slice_index=0)
+    pixels = np.asarray(result.image)[::-1, ::-1, 0].T
+    assert [pixels[3 * row, 3] for row in range(len(labels))] == expected
+    assert (pixels[39] == expected[0]).all()
+    one_value = len(labels) == 1
+    assert any(step.startswith("the picture has one grey value only") for step in result.steps) == one_value
+
+
+def test_labels_that_are_not_finite_and_labels_by_the_hundred():
+    values = np.zeros((40, 50, 1), np.float32)
+    values[:2, :2, 0] = [[np.nan, np.inf], [-np.inf, 1]]
+    pixels = np.asarray(read_medical_image(nifti(values), slice_index=0).image)[::-1, ::-1, 0].T
+    assert pixels[:2, :2].tolist() == [[0, 255], [0, 255]] and (pixels[2:] == 0).all()
+    atlas = np.repeat(np.arange(128) ** 2, 16).reshape(32, 64, 1).astype(np.uint16)
+    assert len(np.unique(grey(nifti(atlas), slice_index=0))) == 128
 
 
 def test_times_and_slices(caplog):
@@ -135,7 +177,9 @@ def test_times_and_slices(caplog):
     result = read_medical_image(nifti(marked), window=WINDOW)
     assert (np.asarray(result.image) == 255).all()
     assert "axial slice 4 of 8 (from 0): the middle one, none was chosen" in result.steps
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert [record.levelname for record in caplog.records][:1] == ["WARNING"]
+    single = read_medical_image(nifti(values[..., :1, None]), slice_index=0, window=WINDOW)
+    assert (np.asarray(single.image) == 102).all()  # a fourth and a fifth dimension of one
 
 
 def test_missing_orientation_is_told(caplog):
@@ -147,8 +191,41 @@ def test_missing_orientation_is_told(caplog):
     # Without them x runs to the left (the documented default of nibabel).
     assert np.argwhere(np.asarray(result.image)[..., 0] == 255).tolist() == [[6 - ANTERIOR, RIGHT]]
     caplog.clear()
-    assert not any("orientation" in step for step in read_medical_image(nifti(volume()), slice_index=0).steps[:1])
+    whole = read_medical_image(nifti(volume()), slice_index=SUPERIOR)
+    assert not any("orientation" in step for step in whole.steps[:1]) and not caplog.records
+
+
+def test_orientations_that_disagree(caplog):
+    image = nibabel.Nifti1Image(volume(), np.eye(4))
+    image.header.set_qform(np.diag([-1, 1, 1, 1]), 1)
+    image.header.set_sform(np.eye(4), 1)
+    result = read_medical_image(image.to_bytes(), slice_index=SUPERIOR, window=WINDOW)
+    assert result.steps[0] == "sform and qform of the file disagree about its axes: sform used"
+    assert "left and right may be exchanged" in caplog.text
+    assert np.argwhere(np.asarray(result.image)[..., 0] == 255).tolist() == [[6 - ANTERIOR, 5 - RIGHT]]
+
+
+def test_orientations_that_are_none(caplog):
+    """An sform of zeros falls back to the qform, and both to the documented default; a voxel has a size nonetheless."""
+    file = bytearray(nifti(volume()))
+    file[280:328] = bytes(48)  # srow_x, srow_y, srow_z
+    file[252:254] = bytes(2)  # qform_code
+    result = read_medical_image(bytes(file), slice_index=SUPERIOR, window=WINDOW)
+    assert result.steps[0] == "sform of the file left out: it is no orientation"
+    assert np.argwhere(np.asarray(result.image)[..., 0] == 255).tolist() == [[6 - ANTERIOR, RIGHT]]
+    image = nibabel.Nifti1Image(volume(), None)
+    image.header.set_qform(np.diag([1, 1, 1, 1]), 1)
+    image.header["sform_code"] = 1
+    caplog.clear()
+    result = read_medical_image(bytes(image.to_bytes()), slice_index=SUPERIOR, window=WINDOW)
+    assert np.argwhere(np.asarray(result.image)[..., 0] == 255).tolist() == [[6 - ANTERIOR, 5 - RIGHT]]
     assert not caplog.records
+    image.header["quatern_b"] = 5  # no rotation
+    image.header["pixdim"][1:4] = [0, np.nan, -2]
+    result = read_medical_image(bytes(image.to_bytes()), slice_index=SUPERIOR, window=WINDOW)
+    assert np.argwhere(np.asarray(result.image)[..., 0] == 255).tolist() == [[6 - ANTERIOR, RIGHT]]
+    assert [step.split(" ")[0] for step in result.steps[:2]] == ["sform", "qform"]
+    assert any("left and right may be exchanged" in record.message for record in caplog.records)
 
 
 def test_what_cannot_be_shown():
@@ -156,12 +233,44 @@ def test_what_cannot_be_shown():
         read_medical_image(nifti(volume(np.complex64)), slice_index=0)
     with pytest.raises(ValueError, match=r"shape \(6, 7, 8, 1, 2\)"):
         read_medical_image(nifti(np.zeros((*SHAPE, 1, 2), np.int16)), slice_index=0)
+    for files in ({"magic": b"ni1"}, {"magic": b""}):
+        for content in (nifti(volume(), **files)[:348], gzip.compress(nifti(volume(), **files)[:348])):
+            with pytest.raises(ValueError, match=r"`source` is the header of a pair of files \(\.hdr and \.img\)"):
+                read_medical_image(content)
+    colours = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    with pytest.raises(ValueError, match=r"type \[\('R'.*; allowed are volumes of real numbers"):
+        read_medical_image(nifti(colours), slice_index=0)
     with pytest.raises(ValueError, match="6 by 7 pixels; allowed are 1 to 41"):
         read_medical_image(nifti(volume()), slice_index=0, max_pixels=41)
     file = nifti(volume())
     for broken in (file[:360], gzip.compress(file)[:-30]):
         with pytest.raises(ValueError, match=r"cannot be read|too few for the"):
             read_medical_image(broken, slice_index=7, window=WINDOW)
+
+
+@pytest.mark.parametrize("slope", [0, np.nan])
+def test_slopes_that_mean_none(slope):
+    file = bytearray(nifti(np.arange(336, dtype=np.int16).reshape(SHAPE)))
+    file[112:120] = np.array([slope, 100], "<f4").tobytes()
+    assert np.array_equal(
+        grey(bytes(file), slice_index=3), grey(nifti(np.arange(336, dtype=np.int16).reshape(SHAPE)), slice_index=3)
+    )
+
+
+def test_named_windows_say_that_the_unit_is_taken_for_granted():
+    result = read_medical_image(nifti(volume()), slice_index=0, window="brain")
+    assert "values taken as Hounsfield units: NIfTI does not say what they are" in result.steps
+
+
+def test_other_byte_orders_and_types_and_what_follows_the_volume():
+    values = np.random.default_rng(0).integers(0, 5000, SHAPE)
+    expected = grey(nifti(values.astype(np.int16)), slice_index=7)
+    for kind in (np.int64, np.uint64, ">i2", ">f8", np.float32):
+        image = nibabel.Nifti1Image(values.astype(kind), np.eye(4), dtype=np.dtype(kind).newbyteorder("="))
+        if str(kind).startswith(">"):
+            image = nibabel.Nifti1Image(values.astype(kind), np.eye(4), image.header.as_byteswapped(">"))
+        assert np.array_equal(grey(image.to_bytes(), slice_index=7), expected)
+    assert np.array_equal(grey(gzip.compress(nifti(values.astype(np.int16))) + b"rubbish", slice_index=7), expected)
 
 
 def test_gzipped_files_of_any_size():

@@ -180,21 +180,27 @@ def test_avif():
 def test_transparency():
     rgba = np.array([[[10, 20, 30, 0], [10, 20, 30, 255], [200, 100, 0, 51]]], np.uint8)
     white = [[255, 255, 255], [10, 20, 30], [244, 224, 204]]  # a fifth of the colour, four fifths of white
+    left_out = "transparency left out, as in the released models' training: the colours that it hid are shown"
     for source in (rgba, Image.fromarray(rgba), encode(rgba), encode_tiff(rgba, photometric="rgb", extrasamples=[2])):
-        assert pixels(source)[0].tolist() == white
+        assert pixels(source)[0].tolist() == rgba[0, :, :3].tolist()  # as in tests/parity
+        assert left_out in read_medical_image(source).steps
+        assert pixels(source, background="white")[0].tolist() == white
         assert pixels(source, background="black")[0].tolist() == [[0, 0, 0], [10, 20, 30], [40, 20, 0]]
         assert pixels(source, background=(255, 0, 0))[0, 0].tolist() == [255, 0, 0]
-        assert "`background` is not given" in read_medical_image(source).steps[-1]
     grey_alpha = np.array([[[100, 0], [100, 255], [100, 51]]], np.uint8)
     for source in (grey_alpha, encode(grey_alpha)):
-        assert grey(source).tolist() == [[0, 100, 20]]
+        assert grey(source).tolist() == [[100, 100, 100]]
+        assert grey(source, background="black").tolist() == [[0, 100, 20]]
         assert grey(source, background="white").tolist() == [[255, 100, 224]]
     palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     assert pixels(encode(palette))[0].tolist() == [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
-    assert pixels(encode(palette, transparency=1))[0].tolist() == [[10, 20, 30], [255, 255, 255], [70, 80, 90]]
+    transparent = encode(palette, transparency=1)
+    assert pixels(transparent)[0].tolist() == [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
+    assert pixels(transparent, background="white")[0].tolist() == [[10, 20, 30], [255, 255, 255], [70, 80, 90]]
     keyed = encode(np.array([[7, 8]], np.uint8), transparency=7)
-    assert grey(keyed).tolist() == [[0, 8]]
+    assert grey(keyed).tolist() == [[7, 8]]
+    assert grey(keyed, background="black").tolist() == [[0, 8]]
     opaque = read_medical_image(np.full((2, 2, 4), 255, np.uint8))
     assert opaque.steps == ["transparency left out: everything is opaque"]
     for background in ("transparent thing", (0, 0), (0, 0, 256), 0):

@@ -166,7 +166,7 @@ def test_names(tmp_path, monkeypatch):
     own = tmp_path / "own.yaml"
     own.touch()
     assert recipe_file(str(own)) == accelerate_file(str(own)) == own
-    for name in ("demo", None, str(tmp_path), "own.yaml"):
+    for name in ("demo", str(tmp_path), "own.yaml"):
         with pytest.raises(ValueError, match=rf"`recipe` is {name!r}; allowed are demo_full, .*, or a YAML file"):
             recipe_file(name)
     with pytest.raises(ValueError, match="`accelerate` is 'fsdp'; allowed are cpu, ddp, fsdp2"):

@@ -62,6 +62,26 @@ def test_two_processes_share_the_items(tmp_path, items):
     assert len({process for _, process in asked}) == min(items, 2) + 1
 
 
+def test_no_process_waits_for_one_that_failed(tmp_path):
+    """All end with an error, in seconds and not when a timeout of the process group comes; what is done is kept."""
+    process = start(tmp_path / "run", 6, 1, 0, 3, processes=2)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "OSError: no answer to 3" in errors
+    assert "RuntimeError: process 2 of 2 failed: OSError: no answer to 3" in errors
+    finish(start(tmp_path / "run", 6, 1))
+    asked = [line.split()[0] for line in (tmp_path / "asked.txt").read_text().splitlines()]
+    assert sorted(asked) == [*"012345"]  # none twice
+
+
+@pytest.mark.slow
+def test_no_process_waits_for_a_folder_that_cannot_be_used(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    process = start(tmp_path / "run", 2, 1, processes=2)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "process 1 of 2 failed: FileExistsError" in errors
+
+
 def test_killed_runs_go_on(tmp_path):
     """Killed three times at random moments, then finished by two processes: at most one batch a kill is done twice."""
     kills, batch, items = 3, 2, 60

@@ -98,12 +98,31 @@ def test_rows_and_candidates_do_not_depend_on_each_other(model, side):
     assert together.standard_error[1, 2] > 0 and together.standard_error[1, 1] == 0
 
 
-def test_texts_and_the_end_of_the_answer(model, monkeypatch):
+@pytest.mark.parametrize("ends", [40, [40], [40, 91], [91, 40]])
+def test_texts_and_the_end_of_the_answer(model, monkeypatch, ends):
+    """Padding (91) is no end beside another one."""
     prompt = image_prompt(PROMPT)
-    monkeypatch.setattr(model.generation_config, "eos_token_id", [40, 41])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    monkeypatch.setattr(model.generation_config, "pad_token_id", 91)
     texts = model.score(prompt, ["7 8", "9"], pixel_values=PIXELS, tokenizer=_Tokenizer())
     ids = model.score(prompt, [[7, 8, 40], [9, 40]], pixel_values=PIXELS, append_eos=False)
     assert torch.equal(texts.log_likelihood, ids.log_likelihood) and texts.num_tokens.tolist() == [[3, 2]]
+
+
+@pytest.mark.parametrize("exact", [8, 0])
+def test_several_ends(model, monkeypatch, exact):
+    """The likelihoods of an answer and each of its ends are added up, in any order of the ends."""
+    prompt, options = image_prompt(PROMPT), {"pixel_values": PIXELS, "max_exact_tokens": exact}
+    each = model.score(prompt, [[7, 8, 40], [7, 8, 41]], append_eos=False, **options)
+    for ends in ([40, 41], [41, 40]):
+        monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+        both = model.score(prompt, [[7, 8]], **options)
+        torch.testing.assert_close(both.log_likelihood.exp(), each.log_likelihood.exp().sum(dim=1, keepdim=True))
+        assert each.standard_error.min() <= both.standard_error <= each.standard_error.max()
+    monkeypatch.setattr(model.generation_config, "eos_token_id", 91)
+    monkeypatch.setattr(model.generation_config, "pad_token_id", 91)
+    alone = model.score(prompt, [[7, 8]], **options).log_likelihood
+    assert torch.equal(alone, model.score(prompt, [[7, 8, 91]], append_eos=False, **options).log_likelihood)
 
 
 @pytest.mark.parametrize(

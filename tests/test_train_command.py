@@ -90,7 +90,8 @@ def test_a_recipe_trains_through_the_command(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "10 rows; 2 missing images: pair 3 (3.png), pair 7 (7.png)" in result.stdout
     assert "'loss'" in result.stdout and f"wrote {tmp_path / 'out'}" in result.stdout
-    (report,) = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    report, checked = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert (report["use"], checked["data_set"], checked["kept"]) == ("train_data", "train_dataset", 10)
     assert report["rows"] == 10 and report["missing_images"] == [["pair 3", "3.png"], ["pair 7", "7.png"]]
 
     model, _ = load_model()
@@ -116,7 +117,7 @@ TWO_PROCESSES = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
-        (["--train_data", "none.json"], 1, "`train_data` holds 'none.json', which cannot be loaded: no such file"),
+        (["--train_data", "me/none"], 1, "`train_data` holds 'me/none', which cannot be loaded: "),
         (["--model_name_or_path", "nobody/nothing"], 1, "`model_name_or_path` is 'nobody/nothing', which cannot"),
         (["--learning_rate", "abc"], 2, "argument --learning_rate/--learning-rate: invalid float value: 'abc'"),
         (["--accelerate", "two.yaml", "--learning_rate", "abc"], 2, "argument --learning_rate/--learning-rate: inv"),
@@ -182,7 +183,12 @@ def test_list():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train"], "`recipe` is None; allowed are demo_full, demo_lora"),
+        (["train"], "No recipe is given."),
+        (["train", "--model", "X", "--dataset", "Y"], "--model is --model_name_or_path here, --dataset is --train_d"),
+        (["train", "demo_lora", "--dataset-name=Y"], "--dataset_name is --train_data here"),
+        (["train", "--config", "my.yaml"], "--config is the first word, RECIPE, here"),
+        (["train", "demo_lora", "--train_data", "gone.csv"], "--train_data is 'gone.csv'; there is no such file"),
+        (["train", "demo_lora", "--train_data", "a/b", "--eval_data=/gone"], "--eval_data is '/gone'; there is no"),
         (["train", "stage4"], "`recipe` is 'stage4'"),
         (["train", "demo_lora", "--accelerate", "fsdp3"], "`accelerate` is 'fsdp3'; allowed are cpu, ddp"),
     ],
@@ -252,7 +258,7 @@ def test_streaming(tmp_path):
     file = llava_med_file(tmp_path, 8, missing=(2,))
     options = {"streaming": True, "shuffle_buffer": 4, "train_data": file, "image_folder": tmp_path / "images"}
     out = train(tmp_path, max_steps=1, **options)
-    (report,) = json.loads((out / "data_report.json").read_text())
+    report, _ = json.loads((out / "data_report.json").read_text())
     assert report["missing_images"] == [["pair 2", "2.png"]]
     assert changed(out) == {"model.multi_modal_projector", "model.language_model", "lm_head.weight"}
 

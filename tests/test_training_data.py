@@ -116,6 +116,67 @@ def test_tables(folder, tmp_path, kind, make, streaming):
         assert list(load(source).data.column("messages")) == list(dataset.data.column("messages"))  # from the cache
 
 
+TABLE = """\
+image,question,answer,note
+0.png,"Is it large, or small?",None,x
+1.png,How many?,5,
+2.png,"Say ""NA"".",NA,x
+
+3.png,"What is
+shown?",5.0,x
+"""
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("kind", ["csv", "csv of Excel", "tsv", "folder"])
+def test_tables_of_texts(folder, kind, streaming):
+    """What a cell says is what is learned: no number is made of it, and "None" and "NA" are answers."""
+    path = folder / ("train.CSV" if kind == "csv" else "train.tsv" if kind == "tsv" else "train.csv")
+    text = TABLE.replace(",", "\t").replace("large\t or", "large, or") if kind == "tsv" else TABLE
+    path.write_text(text, encoding="utf-8-sig" if kind == "csv of Excel" else "utf-8")
+    rows = list(load(str(folder) if kind == "folder" else str(path), streaming=streaming))
+    turns = [[message["content"][-1]["text"] for message in row["messages"]] for row in rows]
+    assert turns == [
+        ["Is it large, or small?", "None"], ["How many?", "5"], ['Say "NA".', "NA"], ["What is\nshown?", "5.0"],
+    ]  # fmt: skip
+    assert [row["images"][0].size[0] for row in rows] == [30, 31, 32, 33]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,question,answer\n0.png,Is it large, or small?,No\n", "has 4 cells at line 2, and 3 columns"),
+        ("image,question,answer\n0.png,Is it?\n", "has 2 cells at line 2"),
+        ("image;question;answer\n0.png;Is it?;No\n", r"columns \['image;question;answer'\]; allowed are messages or"),
+        ("Image,Question,Answer\n0.png,Is it?,No\n", r"columns \['Answer', 'Image', 'Question'\]; allowed are"),
+        ("image,question,answer,answer\n", "of which two have one name"),
+        ("image,question,answer\n", "which has no records"),
+        ("image,question,answer\n0.png,Is it?,\n", "data/0 at line 2: `answer` is None; allowed are texts and numbers"),
+        ('image,question,answer\n0.png,"Is it?,No\n', "cannot be read as CSV"),
+    ],
+)
+def test_tables_of_texts_that_are_wrong(folder, text, message):
+    (folder / "data.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(str(folder / "data.csv"))
+
+
+def test_numbers_are_answers(folder, tmp_path):
+    """A column of numbers with a gap holds floats, of which one was 5."""
+    content = [qa(0, NAMES[0]) | {"answer": 5.0}, qa(1, NAMES[1]) | {"answer": None}, qa(2, NAMES[2]) | {"answer": 5.6}]
+    datasets.Dataset.from_list(content).to_parquet(tmp_path / "a.parquet")
+    for path in (write(tmp_path / "a.json", content), str(tmp_path / "a.parquet")):
+        source = DataSource(path, image_folder=str(folder))
+        rows, (report,) = load_dataset_mixture([source], invalid_records="skip")
+        assert [row["messages"][1]["content"][0]["text"] for row in rows] == ["5", "5.6"] and len(report.invalid) == 1
+
+
+def test_an_object_around_the_records(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"data": [qa(0)]}, indent=1))
+    with pytest.raises(ValueError, match=r"is no JSON at line 1: .*; allowed are a list of objects, or"):
+        load(str(tmp_path / "a.json"))
+
+
 def test_chats_with_parts_and_lists_of_images(folder, tmp_path):
     content = [chat(number, parts=True) | {"images": [name]} for number, name in enumerate(NAMES)]
     check_rows(load(DataSource(write(tmp_path / "a.json", content), image_folder=str(folder))), range(6))
@@ -177,7 +238,7 @@ def test_malformed_records_stop_or_are_counted(folder, tmp_path, streaming):
     datasets.Dataset.from_list(content).to_parquet(tmp_path / "a.parquet")
     for file, where in ((write(tmp_path / "a.jsonl", content), "a/1 at line 2"), ("a.parquet", "a/train/1")):
         source = DataSource(str(tmp_path / file), image_folder=str(folder))
-        with pytest.raises(ValueError, match=f"invalid record, {where}: its messages cannot be read"):
+        with pytest.raises(ValueError, match=f"invalid record, {where}: `answer` is None; allowed are"):
             list(load(source, streaming=streaming))
         dataset, (report,) = load_dataset_mixture([source], streaming=streaming, invalid_records="skip")
         assert len(list(dataset)) == report.rows == 2 and len(report.invalid) == 1
@@ -349,7 +410,7 @@ def test_sources_that_are_none(sources, message, streaming):
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 def test_files_that_are_no_data(tmp_path, streaming):
     cases = [
-        ("a.csv", "x", "a file whose name ends on none of"),
+        ("a.txt", "x", "a file whose name ends on none of"),
         ("a.json", "", "'.*a.json', which has no records"),
         ("b.json", "[]", "which has no records"),
         ("c.jsonl", '{"messages": []}\n{"mess', "is no JSON at line 2"),

@@ -8,6 +8,7 @@ import zipfile
 import datasets
 import numpy as np
 import pytest
+from huggingface_hub import DatasetInfo, HfApi
 from PIL import Image
 
 from lladamedv.processing.datasets import (
@@ -25,6 +26,7 @@ from lladamedv.processing.phantoms import PhantomVQA
 from tests.tiny import random_image
 
 
+NEWEST = "0123456789abcdef0123456789abcdef01234567"
 WHOLE_AND_STREAMED = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 
 
@@ -199,8 +201,10 @@ def test_vqa_rad_from_tables(tmp_path, kind, streaming):
     assert "vqa-rad test: 2 images, 3 questions, 1 open, 2 closed" in text
     assert "here: -201 images, -448 questions, -178 open, -270 closed" in text
     assert "published for OctoMed/VQA-RAD: 203 images, 451 questions, 179 open, 272 closed" in text
-    assert "at least 202 of the 203 test images also occur in train" in text and "derived" not in text
+    assert "derived" not in text and "these are not the published questions of vqa-rad" in text
+    assert "CC0" not in text and "202 of the 203" not in text
     as_dict = json.loads(json.dumps(report.as_dict()))
+    assert as_dict["licence"] == as_dict["leakage"] == "not known" and not as_dict["is_published"]
     assert as_dict["questions"] == 3 and as_dict["differences"] == report.differences and as_dict["published"]
 
 
@@ -236,7 +240,7 @@ def test_nothing_is_decoded_while_rows_are_counted(tmp_path, monkeypatch, stream
     ]
     assert [row["image"]["bytes"] for row in rows] == [pictures[number] for number in (0, 1, 2, 4)]
     first = next(iter(dataset))["image"]
-    assert report.images == (1 if streaming else 3)  # a new pass counts anew
+    assert report.images == 3  # a record that is read again counts once
     assert first.mode == "CMYK" and first.size == (1, 1) and first.convert("RGB").getpixel((0, 0))[1] < 60
 
 
@@ -320,7 +324,10 @@ def test_all_images_missing(tmp_path):
 @WHOLE_AND_STREAMED
 def test_malformed_records(tmp_path, streaming):
     bad = [
-        ({"answer": None}, "`answer` is None"),
+        ({"answer": ["Yes", "No"]}, "`answer` holds 2 answers; allowed is one"),
+        ({"answer": {"text": "Yes"}}, "`answer` is {'text': 'Yes'}; allowed are text, numbers and truth values"),
+        ({"question": "<image> or <image>?"}, "its question is about 2 images; allowed is one"),
+        ({"image": 5}, "`image` is of type int; allowed are names of files and bytes"),
         ({"question": " <image> "}, "`question` is ' <image> '"),
         ({"answer_type": "maybe"}, "`answer_type` is 'maybe', not one of"),
         ({"image": ["a.png", "a.png"]}, "it has 2 images; allowed is one"),
@@ -371,7 +378,7 @@ def test_values_that_are_refused(arguments, options, message):
 
 def test_paths_that_are_no_data(tmp_path):
     for name, content, message in (
-        ("a.csv", "x", "`path` is .*a.csv', of which test cannot be loaded: a file whose name ends on none of"),
+        ("a.txt", "x", "`path` is .*a.txt', of which test cannot be loaded: a file whose name ends on none of"),
         ("a.json", "[]", "a.json', which has no records"),
         ("b.jsonl", "{", "is no JSON at line 1"),
         ("c.parquet", "x", "c.parquet', of which test cannot be loaded"),
@@ -387,7 +394,7 @@ def test_paths_that_are_no_data(tmp_path):
 @pytest.mark.parametrize(
     ("source", "revision", "asked_for"),
     [
-        (None, None, None),
+        (None, None, NEWEST),
         (None, "abc", "abc"),
         ("flaviagiammarino/vqa-rad", None, "bcf91e7654fb9d51c8ab6a5b82cacf3fafd2fae9"),
     ],
@@ -400,11 +407,13 @@ def test_hub_ids_are_asked_for_by_revision(monkeypatch, source, revision, asked_
         return embedded(VQA_RAD)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, hub_id: DatasetInfo(id=hub_id, sha=NEWEST))
     dataset, report = load_vqa("vqa-rad", "train", source=source, revision=revision)
     hub_id = source or "OctoMed/VQA-RAD"
     assert asked == [(hub_id, None, {"revision": asked_for, "split": "train", "streaming": False})]
-    assert report.source == (f"{hub_id}@{asked_for}" if asked_for else hub_id) and report.revision == asked_for
-    assert f"revision: {asked_for or 'not pinned'}" in report.summary() and len(dataset) == 3
+    assert report.source == f"{hub_id}@{asked_for}" and report.revision == asked_for and len(dataset) == 3
+    newest = ", the newest when it was loaded: no revision is pinned"
+    assert f"revision: {asked_for}{newest if asked_for == NEWEST else ''}\n" in report.summary()
     assert report.published["questions"] == {None: 3064}.get(source, 1793)
 
 

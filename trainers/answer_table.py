@@ -6,16 +6,18 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from .rows import images_of, normalize_messages
 
 
 class AnswerTableCallback(TrainerCallback):
-    """Generates answers at every evaluation and logs them, as a Markdown table, to whatever the trainer reports to.
+    """Generates answers at every evaluation, and prints and logs them as a Markdown table.
 
-    They are also appended to `output_dir/answers.jsonl`, one line per answer. Every process generates the same answers,
-    which sharded models need.
+    The table goes to whatever the trainer reports to, and the answers to `output_dir/answers.jsonl`, one line per
+    answer. Every process generates the same answers, which sharded models need.
 
     Args:
         trainer ([`MaskedDiffusionSFTTrainer`]): whose model is asked.
@@ -27,10 +29,18 @@ class AnswerTableCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         records = [{"step": state.global_step, **self._answer(row)} for row in self.rows]
-        if state.is_world_process_zero:
-            with (Path(args.output_dir) / "answers.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        self.trainer.log({"answers": _markdown(records)})
+        if not state.is_world_process_zero:
+            return
+        with (Path(args.output_dir) / "answers.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        table = _markdown(records)
+        tqdm.write(table)
+        # Not `trainer.log`: a terminal would show no text of this length, and TensorBoard takes numbers only.
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                callback.tb_writer.add_text("answers", table, state.global_step)
+            elif not isinstance(callback, (PrinterCallback, ProgressCallback)):
+                callback.on_log(args, state, control, logs={"answers": table}, **kwargs)
 
     @torch.no_grad()
     def _answer(self, row: dict) -> dict:

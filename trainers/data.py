@@ -21,7 +21,7 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 
 from lladamedv.processing.datasets.llava_med import SPELLINGS, record_to_row
 from lladamedv.processing.datasets.records import (
-    JSON_SUFFIXES,
+    RECORD_SUFFIXES,
     ImageFiles,
     InvalidRecordError,
     LoadReport,
@@ -30,11 +30,12 @@ from lladamedv.processing.datasets.records import (
     open_table,
     read_records,
     rows_of,
+    text_of,
 )
 from lladamedv.processing.datasets.vqa import load_vqa, record_to_messages
 from lladamedv.processing.phantoms import PhantomVQA, parse_phantoms
 
-from .rows import images_of, normalize_messages, undecoded
+from .rows import RowError, normalize_messages, undecoded
 
 
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
@@ -63,7 +64,7 @@ class DataSource:
 
     Args:
         path: a Hub id, also as `id@revision`; a folder with data files, or one that `Dataset.save_to_disk` wrote; a
-            .json, .jsonl or .parquet file; `phantoms:SEED:COUNT`, also with kinds of questions as in
+            .json, .jsonl, .parquet, .csv or .tsv file; `phantoms:SEED:COUNT`, also with kinds of questions as in
             `phantoms:7:2000:closed,open` and several questions about a picture, `phantoms:7:2000:closed,open:8`; or a
             benchmark of [`load_vqa`] as `vqa:BENCHMARK`, `vqa:BENCHMARK:SPLIT` or, with local data,
             `vqa:BENCHMARK:SPLIT:PATH`, as in `vqa:slake` and `vqa:slake:train:/data/SLAKE`.
@@ -165,8 +166,7 @@ def _load(source: DataSource, streaming: bool, invalid_records: str, argument: s
         dataset = from_rows(rows, ROW_FEATURES, streaming)
     elif source.path.startswith(_VQA):
         dataset, report = _load_benchmark(source, streaming, invalid_records, argument)
-    elif source.path.endswith(JSON_SUFFIXES) and Path(source.path).expanduser().is_file():
-        path = Path(source.path).expanduser()
+    elif (path := _records_file(source)) is not None:
         first = next((record for _, record in read_records(path)), None)
         if first is None:
             raise ValueError(f"`{argument}` holds {str(source)!r}, which has no records.")
@@ -178,6 +178,13 @@ def _load(source: DataSource, streaming: bool, invalid_records: str, argument: s
     if isinstance(dataset, Dataset) and not len(dataset):
         raise ValueError(f"`{argument}` holds a source without a row to train on: {report.summary()}.")
     return dataset, report
+
+
+def _records_file(source: DataSource) -> Path | None:
+    """The file of a source's records, itself or in a folder that of its split; `None` if they are in a table."""
+    path = Path(source.path).expanduser()
+    candidates = [path / f"{source.split}{suffix}" for suffix in RECORD_SUFFIXES] if path.is_dir() else [path]
+    return next((file for file in candidates if file.suffix.lower() in RECORD_SUFFIXES and file.is_file()), None)
 
 
 def _kind_of(columns, source: DataSource, argument: str) -> str:
@@ -213,23 +220,40 @@ def _to_row(record: dict, record_id: str, kind: str, images: ImageFiles) -> dict
     if kind == "vqa":
         if not given:
             raise MissingImageError(f"{record.get('image')}")
-        turns = {"user": record.get("question"), "assistant": record.get("answer")}
-        messages = [{"role": role, "content": text} for role, text in turns.items()]
+        turns = {"user": "question", "assistant": "answer"}
+        messages = [{"role": role, "content": text_of(record.get(column))} for role, column in turns.items()]
+        empty = [column for column, message in zip(turns.values(), messages) if not (message["content"] or "").strip()]
+        if empty:
+            raise InvalidRecordError(f"`{empty[0]}` is {record.get(empty[0])!r:.200}; allowed are texts and numbers")
     else:
         messages = record.get("messages")
     try:
         messages = normalize_messages(messages, len(given))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InvalidRecordError(f"its messages cannot be read: {type(error).__name__}: {error}") from None
+    except RowError as error:
+        raise InvalidRecordError(str(error)) from None
     for message in messages:
         message["content"] = [{"type": part["type"], "text": part.get("text")} for part in message["content"]]
     return {"id": name, "messages": messages, "images": given}
 
 
 def _given_images(record: dict) -> list:
-    """The images that a record has or names, under `image` or `images`, which may be one or a list."""
-    given = [each for image in images_of(record) for each in (image if isinstance(image, list) else [image])]
-    return [image for image in given if image and (not isinstance(image, dict) or any(image.values()))]
+    """The images that a record has or names, under `image` or `images`, which may be one or a list.
+
+    Raises:
+        InvalidRecordError: if it has both.
+        MissingImageError: if one of a list is missing.
+    """
+    given = [record[name] for name in ("image", "images") if _is_image(record.get(name))]
+    if len(given) > 1:
+        raise InvalidRecordError("it has both `image` and `images`")
+    images = given[0] if given and isinstance(given[0], list) else given
+    if not all(map(_is_image, images)):
+        raise MissingImageError(f"{next(image for image in images if not _is_image(image))}")
+    return images
+
+
+def _is_image(image) -> bool:
+    return any(image.values()) if isinstance(image, dict) else bool(image)
 
 
 def _find(image, images: ImageFiles):
@@ -252,7 +276,7 @@ def _open(source: DataSource, streaming: bool, argument: str) -> Dataset | Itera
     except ValueError as error:
         raise ValueError(
             f"`{argument}` holds {str(source)!r}, which cannot be loaded: {error}. Allowed are a Hub id, also with "
-            "@revision, a folder, a .json, .jsonl or .parquet file, phantoms:SEED:COUNT, and vqa:BENCHMARK."
+            "@revision, a folder, a .json, .jsonl, .parquet, .csv or .tsv file, phantoms:SEED:COUNT, and vqa:BENCHMARK."
         ) from error
 
 
@@ -292,12 +316,13 @@ def _convert_batch(batch: dict[str, list], numbers: list[int], kind, images, nam
     """A batch of a stream as rows, without the records that cannot become one."""
     rows = []
     for number, *values in zip(numbers, *batch.values()):
-        record_id = f"{names}/{number}"
+        record_id, is_new = f"{names}/{number}", report.begin(number)
         try:
             rows.append(_to_row(dict(zip(batch, values)), record_id, kind, images))
         except InvalidRecordError as error:
             report.leave_out(record_id, error)
-    report.rows += len(rows)
+        else:
+            report.rows += is_new
     return {column: [row[column] for row in rows] for column in ROW_FEATURES}
 
 
@@ -364,12 +389,12 @@ def _parse_phantoms(path: str, argument: str) -> dict:
 
 
 def _phantom_rows(phantoms: dict, report: LoadReport) -> Iterator[dict]:
-    report.restart()
     for number, example in enumerate(PhantomVQA(**phantoms)):
-        messages = normalize_messages(example.messages(with_answer=True), 1)
+        turns = {"user": example.question, "assistant": example.answer}
+        messages = normalize_messages([{"role": role, "content": text} for role, text in turns.items()], 1)
         for message in messages:
             message["content"] = [{"type": part["type"], "text": part.get("text")} for part in message["content"]]
-        report.rows += 1
+        report.rows += report.begin(number)
         yield {"id": f"phantoms/{phantoms['seed']}/{number}", "messages": messages, "images": [example.image]}
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass
 
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from lladamedv.processing.processing_lladamedv import get_training_chat_template
 
 from .masked_diffusion_loss import IGNORE_INDEX
-from .rows import count_placeholders, images_of, normalize_messages
+from .rows import images_of, normalize_messages
 
 
 @dataclass
@@ -69,10 +68,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         }
 
     def torch_call(self, examples: list[dict]) -> dict:
-        fetch = self.processor.image_processor.fetch_images
-        images = [[fetch(_stored(image)) for image in images_of(row)] for row in examples]
-        sizes = [[(image.height, image.width) for image in own] for own in images]
-        rows = [self._encode_row(row, own) for row, own in zip(examples, sizes)]
+        images = [self.processor.image_processor.fetch_images(images_of(row)) for row in examples]
+        rows = [self._encode_row(row, own) for row, own in zip(examples, images)]
         for row in rows:
             length = len(row["input_ids"])
             if self.max_length is not None and length > self.max_length:
@@ -100,20 +97,27 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         batch["row_ids"] = [row["id"] for row in rows]
         return batch
 
-    def _encode_row(self, row: dict, sizes: list[tuple[int, int]]) -> dict:
-        """Token ids of a row and what goes with them, as lists; `sizes` are those of its images, height first."""
-        encoded = self._encode_packed(row, sizes) if self.packed else self._encode_single(row, sizes)
-        first = row["messages"][0]["content"]
-        encoded["id"] = str(row["id"] if row.get("id") is not None else first)
+    def _encode_row(self, row: dict, images: list[Image.Image]) -> dict:
+        """Token ids of a row and what goes with them, as lists."""
+        encoded = self._encode_packed(row, images) if self.packed else self._encode_single(row, images)
+        first = normalize_messages(row["messages"], len(images))[0]["content"]
+        begins = next((part["text"] for part in first if part["type"] == "text"), "")
+        encoded["id"] = str(row["id"] if row.get("id") is not None else begins)
         encoded["attention_mask"] = [1] * len(encoded["input_ids"])
         return encoded
 
     def row_length(self, row: dict) -> int:
-        """Number of tokens of a row; of its images only the sizes are read."""
-        return len(self._encode_row(row, [_stored_size(image) for image in images_of(row)])["input_ids"])
+        """Number of tokens of a row.
 
-    def _encode_single(self, row: dict, sizes: list) -> dict:
-        encoded = self._encode_conversation(normalize_messages(row["messages"], len(sizes)), sizes)
+        Raises:
+            ValueError, TypeError, ImportError: for images that cannot be read, or whose number is not that of their
+                places in the messages.
+        """
+        images = self.processor.image_processor.fetch_images(images_of(row))
+        return len(self._encode_row(row, images)["input_ids"])
+
+    def _encode_single(self, row: dict, images: list) -> dict:
+        encoded = self._encode_conversation(row["messages"], images)
         padding = self._end_tokens(encoded["labels"])
         encoded["input_ids"] += padding
         encoded["labels"] += padding
@@ -121,38 +125,33 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         encoded["answer_ids"] = [0] * len(encoded["input_ids"])
         return encoded
 
-    def _encode_conversation(self, messages: list[dict], sizes: list) -> dict:
+    def _encode_conversation(self, messages: list[dict], images: list) -> dict:
         """A conversation as lists of equal length: ids, labels, turns."""
-        if count_placeholders(messages) != len(sizes):
-            raise ValueError(f"A row shows {count_placeholders(messages)} images and holds {len(sizes)}.")
-        output = self.processor.tokenizer.apply_chat_template(
+        messages = normalize_messages(messages, len(images))
+        places = [part for message in messages for part in message["content"] if part["type"] == "image"]
+        if len(places) != len(images):
+            raise ValueError(f"A row shows {len(places)} images and holds {len(images)}.")
+        for place, image in zip(places, images):
+            place["image"] = image
+        output = self.processor.apply_chat_template(
             messages, chat_template=self.chat_template, tokenize=True, return_dict=True,
-            return_assistant_tokens_mask=True,
+            return_assistant_tokens_mask=True, processor_kwargs={"return_pixel_values": False},
         )  # fmt: skip
-        ids, answers = output["input_ids"], [bool(value) for value in output["assistant_masks"]]
+        ids, answers = output["input_ids"][0], [bool(value) for value in output["assistant_masks"][0]]
         turns = self._turns(ids)
         if self.train_on_template_tokens:
             answers = self._with_template_tokens(ids, answers)
         labels = [token if answer else IGNORE_INDEX for token, answer in zip(ids, answers)]
+        return {"input_ids": ids, "labels": labels, "turn_ids": turns}
 
-        # One placeholder becomes as many as the image has features.
-        count = self.processor.image_processor.get_number_of_image_tokens
-        counts = iter([count(height, width, len(sizes) == 1) for height, width in sizes])
-        repeats = [next(counts) if token == self.processor.image_token_id else 1 for token in ids]
-
-        def expand(values):
-            return [value for value, times in zip(values, repeats) for _ in range(times)]
-
-        return {"input_ids": expand(ids), "labels": expand(labels), "turn_ids": expand(turns)}
-
-    def _encode_packed(self, row: dict, sizes: list) -> dict:
+    def _encode_packed(self, row: dict, images: list) -> dict:
         """Questions about one image: what all share once, and then each question with its answer."""
         conversations, start = [], 0
         for number, message in enumerate(row["messages"]):
             if message["role"] == "assistant":
                 conversations.append(row["messages"][start : number + 1])
                 start = number + 1
-        encoded = [self._encode_conversation(normalize_messages(each, len(sizes)), sizes) for each in conversations]
+        encoded = [self._encode_conversation(each, images) for each in conversations]
         ids = encoded[0]["input_ids"]
         shared = len(ids) - ids[::-1].index(self.processor.image_token_id)  # up to the end of the image
         packed = {"input_ids": ids[:shared], "labels": [IGNORE_INDEX] * shared, "position_ids": list(range(shared))}
@@ -214,25 +213,6 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
             "batch_num_images": torch.tensor([len(row) for row in images]),
             "image_index": torch.tensor(index),
         }
-
-
-def _stored(image):
-    """An image, or where `datasets` left it undecoded its bytes or its path."""
-    if isinstance(image, dict):
-        return image["bytes"] if image.get("bytes") is not None else image["path"]
-    return image
-
-
-def _stored_size(image) -> tuple[int, int]:
-    """Height and width of an image, upright, without decoding it where that can be helped."""
-    image = _stored(image)
-    if not isinstance(image, Image.Image):
-        try:
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"`images` holds an image that cannot be read: {error}") from error
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # a quarter turn
-    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 __all__ = ["DataCollatorForMaskedDiffusion"]

@@ -185,7 +185,7 @@ class ImageFeatureCache:
         tower = model.model.vision_tower
         training = tower.training
         tower.eval()  # one draw of a dropout mask must not be kept for all epochs
-        features = model.model._run_tower(pixel_values, tiles)
+        features = model.model._run_tower(pixel_values, tiles).last_hidden_state
         tower.train(training)
         return features.to(self.dtype)
 

@@ -58,11 +58,6 @@ _TRAINED_PARTS = {
 }
 _NO_LOGITS = "no logits are kept; `log_answers` shows answers, `lladamedv eval` scores them"
 logger = logging.getLogger(__name__)
-# What a run leaves in `output_dir` for itself.
-_NOT_PUSHED = (
-    "checkpoint-*", "training_args.bin", "trainer_state.json", "data_report.json", "answers.jsonl", "not_finite*.json",
-    "runs",
-)  # fmt: skip
 
 
 class MaskedDiffusionSFTTrainer(SFTTrainer):
@@ -234,8 +229,9 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             )  # fmt: skip
             length_of = alone.row_length
         dataset, report = prepare_rows(
-            dataset, length_of, data_collator.max_length, args.invalid_rows, args.long_rows, name
-        )
+            dataset, length_of, data_collator.processor.image_processor.fetch_images, data_collator.max_length,
+            args.invalid_rows, args.long_rows, name, not args.dataloader_num_workers, args.disable_tqdm,
+        )  # fmt: skip
         if args.pack_questions is not None:
             dataset = pack_rows(dataset, args.pack_questions)
             report.packed_into = len(dataset)
@@ -524,7 +520,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         self.create_model_card(kwargs.pop("model_name", repo.rpartition("/")[2]), **kwargs)
         return push_folder(
             args.output_dir, repo, private=(args.hub_private_repo if private is None else private) is not False,
-            base_model=base_model, leave_out=_NOT_PUSHED, commit_message=commit_message,
+            base_model=base_model, commit_message=commit_message,
             revision=revision or args.hub_revision, token=token or args.hub_token, report=logger.info,
         )  # fmt: skip
 

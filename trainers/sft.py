@@ -7,8 +7,10 @@ the arguments below; flags have the last word.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,11 +18,13 @@ from importlib.resources import files
 from pathlib import Path
 
 from peft import PeftConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from lladamedv.hub_cards import is_hub_id
@@ -37,14 +41,17 @@ from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
 from .data import STOPPING_STRATEGIES, DataSource, load_dataset_mixture
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
 from .masked_diffusion_sft_trainer import MaskedDiffusionSFTTrainer
+from .rows import split_by_image
 
 
+logger = logging.getLogger(__name__)
 DEMO = "demo"  # as a model: the tiny one that comes with the package
 # The language model's matrices and nobody else's: the tower has layers of the same names.
 LORA_TARGET_MODULES = r"model\.language_model\.layers\.\d+\.\w+\.(q|k|v|o|gate|up|down)_proj"
 # In full, because Transformers matches a name from its beginning. What is not here is the language model's layers.
 QUANTIZATION_SKIP_MODULES = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 PROJECTOR_FILE = "mm_projector.safetensors"
+_FULL = 2**20  # bytes that are free on a full disk, at most
 
 
 @dataclass
@@ -56,7 +63,11 @@ class SFTScriptArguments:
         train_data (`list[DataSource]`):
             What to train on; on the command line the `path`s of [`DataSource`], in a recipe also all its fields.
         eval_data (`list[DataSource]`, *optional*):
-            What `eval_loss` is computed on, if `eval_strategy` asks for it.
+            What `eval_loss` is computed on, if `eval_strategy` asks for it. What a recipe names belongs to its own
+            `train_data`: with other training data on the command line it is not used.
+        eval_split (`float`, *optional*):
+            Instead of `eval_data`: about which part of the rows of `train_data` to hold out for evaluation, as in
+            `0.1`. Drawn by image with `seed`: rows about the same picture are on the same side.
         image_folder (`str`, *optional*):
             The `image_folder` of sources that do not have one of their own.
         streaming (`bool`, *optional*, defaults to `False`):
@@ -80,6 +91,9 @@ class SFTScriptArguments:
         default_factory=list, metadata={"help": "Hub ids, folders, files, vqa:BENCHMARK, phantoms:SEED:COUNT."}
     )
     eval_data: list[DataSource] = field(default_factory=list, metadata={"help": "The same, for `eval_loss`."})
+    eval_split: float | None = field(
+        default=None, metadata={"help": "Part of the training rows to evaluate on instead, drawn by image."}
+    )
     image_folder: str | None = field(
         default=None, metadata={"help": "Folder that names of image files are relative to."}
     )
@@ -104,6 +118,12 @@ class SFTScriptArguments:
         for name in ("train_data", "eval_data"):  # a recipe may name a single source
             value = getattr(self, name)
             setattr(self, name, list(value) if isinstance(value, (list, tuple)) else [value])
+        if self.eval_split is not None and not 0 < self.eval_split < 1:
+            raise ValueError(f"`eval_split` is {self.eval_split}; allowed are numbers between 0 and 1, as in 0.1.")
+        if self.eval_split is not None and self.streaming:
+            raise ValueError(
+                f"`eval_split` is {self.eval_split} and `streaming` is True; to be split, data must be read as a whole."
+            )
         if self.shuffle_buffer < 1:
             raise ValueError(f"`shuffle_buffer` is {self.shuffle_buffer}; allowed are whole numbers of at least 1.")
 
@@ -120,10 +140,48 @@ class _Parser(TrlParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown
 
+    def parse_args_and_config(self, args=None, *others, **options):
+        args = list(sys.argv[1:] if args is None else args)
+        script, training, model = super().parse_args_and_config(args, *others, **options)
+        flags = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in args if word.startswith("--")}
+        _settle_evaluation(script, training, flags)
+        return script, training, model
+
+
+def _settle_evaluation(script: SFTScriptArguments, training: MaskedDiffusionSFTConfig, flags: set[str]) -> None:
+    """What is evaluated where flags change a recipe.
+
+    Raises:
+        ValueError: if flags contradict each other.
+    """
+    if script.eval_data and "eval_data" not in flags and flags & {"train_data", "eval_split"}:
+        script.eval_data = []
+        if script.eval_split is None and "eval_strategy" not in flags:
+            training.eval_strategy, training.do_eval = IntervalStrategy.NO, False
+            if "log_answers" not in flags:
+                training.log_answers = 0
+            logger.warning(
+                "`eval_data` of the recipe belongs to its own `train_data`, so nothing is evaluated. To evaluate, add "
+                "--eval_data DATA, or --eval_split 0.1 to hold rows out."
+            )
+    if script.eval_data and script.eval_split is not None:
+        raise ValueError(f"`eval_split` is {script.eval_split}, but `eval_data` is given, too; allowed is one of them.")
+    for name in flags & {"eval_data", "eval_split"}:
+        if training.eval_strategy == IntervalStrategy.NO:
+            raise ValueError(
+                f"`{name}` is given, but `eval_strategy` is 'no', so that nothing would be evaluated; add "
+                "--eval_strategy epoch, or steps."
+            )
+    if training.eval_strategy != IntervalStrategy.NO and not script.eval_data and script.eval_split is None:
+        raise ValueError(
+            f"`eval_data` is empty, but `eval_strategy` is {training.eval_strategy.value!r}; name data, or hold rows "
+            "out with `eval_split`."
+        )
+
 
 def make_parser() -> TrlParser:
     """The parser of recipes and flags."""
-    return _Parser((SFTScriptArguments, MaskedDiffusionSFTConfig, ModelConfig))
+    return _Parser((SFTScriptArguments, MaskedDiffusionSFTConfig, ModelConfig), allow_abbrev=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -142,20 +200,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str] | None) -> None:
     try:
         script_args, training_args, model_args = make_parser().parse_args_and_config(arguments)
+        check_loggers(training_args.report_to)
         checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
         trainer, reports = build_trainer(script_args, training_args, model_args)
     except (OSError, ValueError) as error:
         sys.exit(f"lladamedv: {' '.join(str(error).splitlines())}")
-    for report in (*reports, *trainer.row_reports.values()):
-        trainer.accelerator.print(report.summary())
-    _write_reports(trainer, reports)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(_internal_call=True)  # not pushed yet
-    if script_args.streaming:  # only now is it known what became of the data
-        _write_reports(trainer, reports)
-    trainer.create_model_card(Path(training_args.output_dir).name)
-    if training_args.should_save and training_args.trainable == "projector" and not model_args.use_peft:
-        write_projector(training_args.output_dir)
+    try:
+        if not script_args.streaming:
+            _tell_reports(trainer, script_args, reports)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(_internal_call=True)  # not pushed yet
+        if script_args.streaming:  # only now is it known what became of the data
+            _tell_reports(trainer, script_args, reports)
+        trainer.create_model_card(Path(training_args.output_dir).name)
+        if training_args.should_save and training_args.trainable == "projector" and not model_args.use_peft:
+            write_projector(training_args.output_dir)
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        # PyTorch raises RuntimeError for a full disk, and for much else that needs its traceback.
+        if isinstance(error, RuntimeError) and free_space(training_args.output_dir) > _FULL:
+            raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        # A dataloader worker sends its whole traceback, which ends with the error.
+        sys.exit(f"lladamedv: training stopped: {lines[-1] if 'Original Traceback' in str(error) else ' '.join(lines)}")
     trainer.accelerator.print(f"wrote {training_args.output_dir}")
     if training_args.push_to_hub:
         names = [report.source.partition("@")[0] for report in reports[: len(script_args.train_data)]]
@@ -166,6 +232,40 @@ def _run(arguments: Sequence[str] | None) -> None:
             sys.exit(f"lladamedv: the model is in {training_args.output_dir}, but: {error}")
         trainer.accelerator.print(f"pushed to {trainer.hub_model_id}")
     trainer.end()
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: if a package that the trainer shall report to is not installed.
+    """
+    missing = set(names) & set(INTEGRATION_TO_CALLBACK) - set(get_available_reporting_integrations())
+    if missing:
+        name = sorted(missing)[0]
+        raise ValueError(
+            f"`report_to` holds {name!r}, whose package is not installed; install it (pip install {name}), or report "
+            "to 'none'."
+        )
+
+
+def free_space(folder: str | Path) -> int:
+    """Bytes that can be written to a folder, also one that is not there yet."""
+    existing = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _check_space(trainer: MaskedDiffusionSFTTrainer, adapters: bool) -> None:
+    """
+    Raises:
+        ValueError: if what is trained cannot even be saved once.
+    """
+    folder, weights = trainer.args.output_dir, trainer.model.parameters()
+    needed = sum(weight.nbytes for weight in weights if weight.requires_grad or not adapters)
+    if (free := free_space(folder)) < needed:
+        raise ValueError(
+            f"`output_dir` is {folder!r}, where {free / 1e6:.1f} MB are free; the weights to save have "
+            f"{needed / 1e6:.1f} MB."
+        )
 
 
 def build_trainer(
@@ -196,8 +296,15 @@ def build_trainer(
         train_data, reports = load_dataset_mixture(
             script_args.train_data, streaming=script_args.streaming, argument="train_data", **options
         )
-        eval_data = None
-        if training_args.eval_strategy != "no":
+        eval_data, held_out = None, None
+        if script_args.eval_split is not None:
+            share, seed = script_args.eval_split, training_args.seed
+            open_image = processor.image_processor.fetch_images
+            train_data, eval_data, images = split_by_image(
+                train_data, share, seed, open_image, training_args.disable_tqdm
+            )
+            held_out = {"share": share, "seed": seed, "images": images[1], "images_to_train_on": images[0]}
+        elif training_args.eval_strategy != IntervalStrategy.NO:
             eval_data, more = load_dataset_mixture(script_args.eval_data, argument="eval_data", **options)
             reports = reports + more
     if script_args.streaming:
@@ -206,16 +313,32 @@ def build_trainer(
         model=model, args=training_args, train_dataset=train_data, eval_dataset=eval_data, processing_class=processor,
         peft_config=peft_config,
     )  # fmt: skip
+    if held_out is not None:
+        trainer.row_reports["eval_dataset"].held_out = held_out
+    _check_space(trainer, peft_config is not None)
     return trainer, reports
 
 
-def _write_reports(trainer: MaskedDiffusionSFTTrainer, reports: list[LoadReport]) -> None:
-    """Put what became of the data into `output_dir/data_report.json`, with every record that was left out."""
+def _tell_reports(trainer: MaskedDiffusionSFTTrainer, script_args: SFTScriptArguments, reports: list[LoadReport]):
+    """Print what became of the data, and put it, with every row that was left out, into `output_dir/data_report.json`:
+    an object for each source, and one for each data set whose rows were checked."""
+    entries = []
+    for number, report in enumerate(reports):
+        use = "train_data" if number < len(script_args.train_data) else "eval_data"
+        streamed = script_args.streaming and use == "train_data"
+        entry, summary = {"use": use, **asdict(report), "streamed": streamed}, report.summary()
+        if streamed and trainer.args.dataloader_num_workers:
+            entry |= {"rows": None, "missing_images": None, "invalid": None}
+            summary = f"{report.source}: streamed to dataloader workers, and not counted"
+        trainer.accelerator.print(summary)
+        entries.append(entry)
+    for name, report in trainer.row_reports.items():
+        trainer.accelerator.print(f"{name}: {report.summary()}")
+        entries.append({"data_set": name, **vars(report)})
     if trainer.is_world_process_zero():
         file = Path(trainer.args.output_dir, "data_report.json")
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps([asdict(report) for report in reports], indent=2, ensure_ascii=False) + "\n"
-        file.write_text(text, encoding="utf-8")
+        file.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_model(

@@ -20,6 +20,7 @@ from .vqa_normalization import normalize_answer
 
 ANSWER_TYPES = ("open", "closed")
 POLARITY = ("yes", "no")
+_TRUTH_VALUES = {"true": "yes", "false": "no"}
 
 _DESCRIPTION = """\
 Accuracy of answers to closed questions and token recall, precision, F1, exact match and BLEU of answers to open ones,
@@ -60,8 +61,9 @@ Args:
 
 Returns:
     `dict`: scores from 0 to 100, means over the items of their type with equal weights, `None` without such items:
-        - closed_accuracy: the first "yes" or "no" among the words of the prediction is the true one; for any other
-          truth: its words occur in the prediction, one after the other;
+        - closed_accuracy: the first "yes" or "no" among the words of the prediction is also the first of the truth; for
+          a truth with neither: its words occur in the prediction, one after the other. For the truths "true" and
+          "false", these words count in predictions like "yes" and "no";
         - open_recall, open_precision, open_f1: of words, each counted at most as often as it occurs on both sides;
         - open_exact_match: nothing but the truth;
         - open_bleu_1, open_bleu_2, open_bleu_3: of n-grams of that size alone, with the brevity penalty;
@@ -76,7 +78,7 @@ Returns:
       Counts:
         - num_open, num_closed;
         - num_empty_predictions: blank ones;
-        - num_unparsable: closed questions with a truth of yes or no and neither word in the prediction;
+        - num_unparsable: closed questions whose truth has a yes or no and whose prediction has neither;
         - num_wordless_answers: true answers of which normalisation leaves nothing, such as "A"; every answer to them
           is wrong, but right for the variants that look for a substring.
       With `bootstrap_samples`, `<score>_ci95`: `[low, high]`, and `None` where fewer than two images have items of
@@ -155,6 +157,18 @@ def polarity(words: Sequence[str]) -> str | None:
     return next((word for word in words if word in POLARITY), None)
 
 
+def closed_polarity(prediction: str, answer: str) -> tuple[str | None, str | None]:
+    """What the prediction and the true answer to a closed question say, "yes", "no", or `None` for neither.
+
+    "True" and "false" are read so only where they are all that the true answer says: elsewhere they are attributes, as
+    in "false aneurysm".
+    """
+    predicted, true = normalize_answer(prediction).split(), normalize_answer(answer).split()
+    if len(true) == 1 and true[0] in _TRUTH_VALUES:
+        predicted, true = ([_TRUTH_VALUES.get(word, word) for word in words] for words in (predicted, true))
+    return polarity(predicted), polarity(true)
+
+
 def best_candidate(prediction: Sequence[str], candidates: Sequence[str]) -> str:
     """The candidate that shares the largest part of its distinct words with the prediction.
 
@@ -171,9 +185,11 @@ def best_candidate(prediction: Sequence[str], candidates: Sequence[str]) -> str:
 
 def score_closed(prediction: str, answer: str) -> dict[str, float]:
     """Scores of one answer to a closed question, each 0 or 1; the texts come as they are."""
-    predicted, true = normalize_answer(prediction).split(), normalize_answer(answer).split()
-    decided_by_polarity = len(true) == 1 and true[0] in POLARITY
-    correct = polarity(predicted) == true[0] if decided_by_polarity else contains_words(predicted, true)
+    predicted, true = closed_polarity(prediction, answer)
+    if true is None:
+        correct = contains_words(normalize_answer(prediction).split(), normalize_answer(answer).split())
+    else:
+        correct = predicted == true
     legacy_prediction, legacy_answer = normalize_answer(prediction, "vqa_v2"), normalize_answer(answer, "vqa_v2")
     contained = contains_text(legacy_prediction, legacy_answer)
     return {
@@ -332,12 +348,10 @@ class MedicalVQA(evaluate.Metric):
             results |= self._aggregate(chosen, list(names), bootstrap_samples, seed)
             results[f"num_{answer_type}"] = len(chosen)
         results["num_empty_predictions"] = sum(not prediction.strip() for prediction in predictions)
-        results["num_unparsable"] = sum(
-            item["answer_type"] == "closed"
-            and normalize_answer(item["answer"]) in POLARITY
-            and polarity(normalize_answer(item["prediction"]).split()) is None
-            for item in items
-        )
+        polarities = [
+            closed_polarity(item["prediction"], item["answer"]) for item in items if item["answer_type"] == "closed"
+        ]
+        results["num_unparsable"] = sum(predicted is None and true is not None for predicted, true in polarities)
         results["num_wordless_answers"] = sum(not normalize_answer(item["answer"]) for item in items)
         if return_items:
             results["items"] = items

@@ -7,6 +7,7 @@ the first to compare, the second to measure. A neighbour of `medical_vqa.py`, wh
 from __future__ import annotations
 
 import re
+import unicodedata
 
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -35,22 +36,46 @@ CONTRACTIONS = {
 }
 CONTRACTIONS["somebody'd"] = "somebodyd"
 
+# Marks that belong to a word or a number: the point of 3.5 and .5, the apostrophe of a contraction or a genitive.
+_INSIDE_WORDS = re.compile(
+    r"(?<=\d)\.(?=\d)|(?<![^\W_])\.(?=\d)|(?<=[^\W\d_])'(?=(?:s|t|re|ve|ll|d|m|am|all|at|clock)+(?![^\W_]))"
+)
+_INITIALISM = re.compile(r"(?<![^\W_])(?:[^\W\d_]\.){2,}")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_APOSTROPHES = "\u2018\u2019\u02bc\u00b4\uff07"
+
 # The toolkit passes a flag where `re.sub` takes the number of replacements; the flag's value is 32.
 _PERIODS_REMOVED_AT_MOST = 32
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character)[0] in "PSC"  # punctuation, symbols and control characters
+
+
+def _plain(character: str) -> str:
+    """A letter or digit of the usual width, a straight apostrophe, nothing for what is invisible."""
+    if unicodedata.category(character) == "Cf":
+        return ""
+    if character in _APOSTROPHES:
+        return "'"
+    return character if _is_mark(character) else unicodedata.normalize("NFKC", character)
 
 
 def normalize_answer(text: str, normalizer: str = "vqa_v2_fixed") -> str:
     """Text as the VQA v2 evaluation compares it.
 
-    Both rule sets lower-case the text; remove punctuation; delete periods that no digit follows; turn number words
-    from "none" to "ten" into digits; drop articles; give contractions their apostrophe back; and join what is left
-    with single spaces. They differ in the punctuation:
+    Both rule sets lower-case the text; remove punctuation; turn number words from "none" to "ten" into digits; drop
+    articles; give contractions their apostrophe back; and join what is left with single spaces. They differ in the
+    punctuation:
 
-    - `"vqa_v2"`, fault for fault: a punctuation mark becomes a space, but if it stands beside a space anywhere in the
-      text, all marks of its kind are deleted ("sub-pleural nodule - left" becomes "subpleural nodule left"), and so
-      are all marks of every kind if the text has a comma between two digits. Only 32 periods are deleted.
-    - `"vqa_v2_fixed"`: a comma between two digits is deleted ("1,000" becomes "1000"), every other mark becomes a
-      space, and all periods that no digit follows are deleted.
+    - `"vqa_v2"`, fault for fault: of the marks in `PUNCTUATION` each becomes a space, but if it stands beside a space
+      anywhere in the text, all marks of its kind are deleted ("sub-pleural nodule - left" becomes "subpleural nodule
+      left"), and so are all marks of every kind if the text has a comma between two digits. The first 32 periods that
+      no digit follows are deleted. All other marks stay ("yes:" is not "yes").
+    - `"vqa_v2_fixed"`: every punctuation mark and symbol of Unicode becomes a space. Kept are decimal points and the
+      apostrophes of contractions and genitives; deleted are the commas between thousands ("1,000" becomes "1000"), the
+      periods of initials ("e.g." becomes "eg"), and invisible characters. Letters and digits of other widths count as
+      the usual ones (NFKC).
 
     Args:
         text (`str`): any text.
@@ -75,9 +100,12 @@ def normalize_answer(text: str, normalizer: str = "vqa_v2_fixed") -> str:
             stripped = stripped.replace(mark, "" if beside_space or comma_in_number else " ")
         stripped = re.sub(r"\.(?!\d)", "", stripped, count=_PERIODS_REMOVED_AT_MOST)
     elif normalizer == "vqa_v2_fixed":
-        stripped = re.sub(r"(?<=\d),(?=\d)", "", text)
-        stripped = stripped.translate({ord(mark): " " for mark in PUNCTUATION})
-        stripped = re.sub(r"\.(?!\d)", "", stripped)
+        text = unicodedata.normalize("NFC", "".join(map(_plain, text)))
+        text = _INITIALISM.sub(lambda found: found[0].replace(".", ""), _THOUSANDS.sub("", text))
+        kept = {found.start() for found in _INSIDE_WORDS.finditer(text)}
+        stripped = "".join(
+            " " if _is_mark(character) and place not in kept else character for place, character in enumerate(text)
+        )
     else:
         raise ValueError(f'normalizer must be "vqa_v2" or "vqa_v2_fixed", not {normalizer!r}')
     words = (DIGITS.get(word, word) for word in stripped.split())

@@ -5,11 +5,14 @@ from .llava_med import llava_med_rows, record_to_row, row_to_record
 from .records import ImageFiles, InvalidRecordError, LoadReport, MissingImageError, ZippedImages, read_records
 from .vqa import (
     BENCHMARKS,
+    OWN_DATA,
     SOURCES,
     VQA_FEATURES,
     VQAReport,
     VQASource,
     check_image_overlap,
+    image_source,
+    load_own_vqa,
     load_vqa,
     record_to_messages,
     training_open_answers,
@@ -18,6 +21,7 @@ from .vqa import (
 
 __all__ = [
     "BENCHMARKS",
+    "OWN_DATA",
     "SOURCES",
     "VQA_FEATURES",
     "ImageFiles",
@@ -28,8 +32,10 @@ __all__ = [
     "VQASource",
     "ZippedImages",
     "check_image_overlap",
+    "image_source",
     "llava_med_rows",
     "load_chat_benchmark",
+    "load_own_vqa",
     "load_vqa",
     "read_records",
     "record_to_messages",

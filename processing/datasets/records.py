@@ -1,4 +1,4 @@
-"""What all loaders need: JSON read record by record, tables opened, image files that may be missing, and a report.
+"""What all loaders need: files read record by record, tables opened, image files that may be missing, and a report.
 
 LLaVA-Med's files have up to 358 MB and name images of which many can no longer be downloaded. So a file is never held
 in memory as a whole, a syntax error is named by its line, and a missing image costs its own row and nothing else: it is
@@ -7,6 +7,7 @@ counted and listed, never replaced by another.
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -25,7 +26,8 @@ from datasets import Dataset, Features, IterableDataset
 
 
 logger = logging.getLogger(__name__)
-JSON_SUFFIXES, PARQUET_SUFFIX = (".json", ".jsonl"), ".parquet"
+JSON_SUFFIXES = (".json", ".jsonl")
+RECORD_SUFFIXES, PARQUET_SUFFIX = (*JSON_SUFFIXES, ".csv", ".tsv"), ".parquet"
 _CHUNK = 2**20  # characters
 _LONGEST = 2**26  # characters of a record: a file is not read to its end for one that does not end
 _LARGEST_MEMBER = 2**28  # bytes of an image in an archive: Pillow's largest picture, at 1.5 bytes a pixel
@@ -44,7 +46,7 @@ class MissingImageError(InvalidRecordError):
 @dataclass
 class LoadReport:
     """What becomes of the records of one source. With streaming it fills while rows are read, in the process that reads
-    them.
+    them; a record that is read again, in a later epoch, counts once.
 
     Args:
         source: the file, folder or Hub id.
@@ -69,15 +71,16 @@ class LoadReport:
     def __post_init__(self):
         if self.invalid_records not in ("error", "skip"):
             raise ValueError(f"`invalid_records` is {self.invalid_records!r}; allowed are 'error' and 'skip'.")
+        self._read, self._is_new = 0, True
 
     def __deepcopy__(self, memo) -> LoadReport:
         return self  # `datasets` copies what it streams from; the copy still reports here
 
-    def restart(self) -> None:
-        """Forget an earlier pass over the source."""
-        self.rows = 0
-        self.missing_images.clear()
-        self.invalid.clear()
+    def begin(self, number: int) -> bool:
+        """Begin with a record of the source, by its number: whether it is new, and so is to be counted."""
+        self._is_new = number >= self._read
+        self._read = max(self._read, number + 1)
+        return self._is_new
 
     def leave_out(self, record_id: str, error: InvalidRecordError, where: str = "") -> None:
         """Note a record that becomes no row; `where` it is in the file.
@@ -92,6 +95,8 @@ class LoadReport:
                 f"{self.source!r} has an invalid record, {_one_line(record_id)}{where}: {reason}. Mend it, or leave "
                 "such records out with 'skip'."
             ) from None
+        if not self._is_new:
+            return
         (self.missing_images if missing else self.invalid).append((record_id, str(error)))
         if len(self.missing_images) + len(self.invalid) <= _SHOWN:
             logger.warning("%s: record %s left out, %s", self.source, _one_line(record_id), reason)
@@ -216,29 +221,56 @@ def _is_plain(member: zipfile.ZipInfo) -> bool:
 
 
 def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """The records of a JSON list or of JSON lines, one at a time.
+    """The records of a JSON list, of JSON lines, or of a table of texts, one at a time.
 
     Args:
-        path: file of one list of objects, or of one object a line.
+        path: file of one list of objects, or of one object a line; .csv or .tsv: of one record a row, below a row of
+            names. What it says there is text, also "5", "None" and "NA"; an empty cell is `None`.
 
     Yields:
-        The line on which a record begins, from 1, and the record.
+        The line on which a record begins (in a table: ends), from 1, and the record.
 
     Raises:
-        ValueError: if the file cannot be read, or is neither of the two, with the line where that shows; for records of
+        ValueError: if the file cannot be read, or is none of these, with the line where that shows; for records of
             more than 64 million characters, and texts that are no Unicode (lone surrogates).
     """
+    suffix = Path(path).suffix.lower()
+    form = "CSV" if suffix in (".csv", ".tsv") else "JSON"
     if not os.path.isfile(path):  # reading a pipe or a device may never end
-        raise ValueError(f"{str(path)!r} cannot be read as JSON: there is no such file, or it is no regular one.")
+        raise ValueError(f"{str(path)!r} cannot be read as {form}: there is no such file, or it is no regular one.")
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, "rb") as file:
+            encoding = json.detect_encoding(file.read(4)).replace("utf-8", "utf-8-sig").replace("-sig-sig", "-sig")
+        if form == "CSV":
+            with open(path, encoding=encoding, newline="") as file:
+                # Excel writes semicolons where the comma is the decimal mark, and tabs into "Unicode text".
+                separator = max("\t,;" if suffix == ".tsv" else ",;\t", key=file.readline().count)
+                file.seek(0)
+                yield from _read_table(csv.reader(file, delimiter=separator, strict=True), path)
+            return
+        with open(path, encoding=encoding) as file:
             first = file.read(1)
             while first.isspace():
                 first = file.read(1)
             file.seek(0)
             yield from _read_list(file, path) if first == "[" else _read_lines(file, path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read as JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not in UTF-8 ({error}); save it anew in that encoding.") from error
+    except (OSError, csv.Error) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as {form}: {error}") from error
+
+
+def _read_table(reader, path) -> Iterator[tuple[int, dict]]:
+    names = next(reader, [])
+    if len(set(names)) < len(names):
+        raise ValueError(f"{str(path)!r} has the columns {names}, of which two have one name.")
+    for values in filter(None, reader):  # without empty lines
+        if len(values) != len(names):
+            raise ValueError(
+                f"{str(path)!r} has {len(values)} cells at line {reader.line_num}, and {len(names)} columns: {names}. "
+                "Texts that hold the separator need quotation marks."
+            )
+        yield reader.line_num, {name: value or None for name, value in zip(names, values)}
 
 
 def _read_lines(file: TextIO, path) -> Iterator[tuple[int, dict]]:
@@ -251,7 +283,14 @@ def _read_lines(file: TextIO, path) -> Iterator[tuple[int, dict]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise _no_json(path, number, _reason(error)) from None
+                form = "; allowed are a list of objects, or one object a line" if number == 1 else ""
+                problem = _no_json(path, number, _reason(error) + form)
+                try:  # one object over several lines
+                    record = json.loads(line + file.read(_LONGEST)) if number == 1 else None
+                except (ValueError, RecursionError):
+                    record = None
+                if record is None:
+                    raise problem from None
             yield number, _as_object(record, line, path, number)
 
 
@@ -328,6 +367,19 @@ def _as_object(record, source: str, path, line: int) -> dict:
     return record
 
 
+def text_of(value) -> str | None:
+    """A question or an answer as text: numbers as a table shows them, 5 also where a gap in the column made it 5.0.
+
+    Returns:
+        `None` for anything that is neither text nor a number.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # not a number: a gap
+        return str(value)
+    return value if isinstance(value, str) else None
+
+
 def rows_of(path: str | Path, convert: Callable[[dict, str], dict], report: LoadReport) -> Iterator[dict]:
     """The rows that a file's records become.
 
@@ -339,15 +391,15 @@ def rows_of(path: str | Path, convert: Callable[[dict, str], dict], report: Load
     Raises:
         ValueError: for a file that is no JSON, or a malformed record if that is what the report says.
     """
-    report.restart()
     for number, (line, record) in enumerate(read_records(path)):
+        is_new = report.begin(number)
         record_id = str(record.get("id", f"{Path(path).stem}/{number}"))
         try:
             row = convert(record, record_id)
         except InvalidRecordError as error:
             report.leave_out(record_id, error, f" at line {line}")
             continue
-        report.rows += 1
+        report.rows += is_new
         yield row
 
 
@@ -371,7 +423,7 @@ def empty_dataset(features: Features) -> Dataset:
 def open_table(
     path: str, split: str, name: str | None = None, revision: str | None = None, streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """A split of a data set of the Hub or of a folder, or a parquet file, as it is.
+    """A split of a data set of the Hub or of a folder, or a table in a file, as it is.
 
     Args:
         path: a Hub id; a folder with data files, or one that `save_to_disk` wrote; or a .parquet file, whose `split`
@@ -384,10 +436,10 @@ def open_table(
     path = os.path.expanduser(path)
     options = {"split": split, "streaming": streaming}
     try:
-        if os.path.isfile(path) and path.endswith(PARQUET_SUFFIX):
-            return datasets.load_dataset("parquet", data_files=path, **{**options, "split": "train"})
         if os.path.isfile(path):
-            raise ValueError(f"a file whose name ends on none of {(*JSON_SUFFIXES, PARQUET_SUFFIX)}")
+            if not path.lower().endswith(PARQUET_SUFFIX):
+                raise ValueError(f"a file whose name ends on none of {(*RECORD_SUFFIXES, PARQUET_SUFFIX)}")
+            return datasets.load_dataset("parquet", data_files=path, **{**options, "split": "train"})
         if os.path.isdir(path):
             saved = any(os.path.isfile(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json"))
             if not saved:
@@ -398,11 +450,11 @@ def open_table(
                     raise ValueError(f"`split` is {split!r}; allowed are {sorted(dataset)}")
                 dataset = dataset[split]
             return dataset.to_iterable_dataset() if streaming else dataset
-        if path.startswith(("/", ".")) or path.endswith((*JSON_SUFFIXES, PARQUET_SUFFIX)):
+        if path.startswith(("/", ".")) or path.lower().endswith((*RECORD_SUFFIXES, PARQUET_SUFFIX)):
             raise ValueError("no such file or folder")
         return datasets.load_dataset(path, name, revision=revision, **options)
     except Exception as error:  # `datasets` and the Hub's client raise many kinds
-        raise ValueError(str(error)) from error
+        raise ValueError(str(error.__cause__ or error)) from error  # the cause says where a table is broken
 
 
 __all__ = [
@@ -416,4 +468,5 @@ __all__ = [
     "open_table",
     "read_records",
     "rows_of",
+    "text_of",
 ]

@@ -121,6 +121,21 @@ def plain(given) -> None:
         json.dumps(record, ensure_ascii=False).encode()
 
 
+def table(rng: random.Random) -> bytes:
+    """A table with a cell too many, a quotation mark or anything else somewhere in it."""
+    lines = ["id,image,question,answer", *(f'{number},a.png,"Is it, {number}?",5' for number in range(3))]
+    other = rng.choice((",", '"', "\n", "\r", "\0", "\t", "x" * 200_000, ""))
+    text = "\n".join(lines).replace(rng.choice(",5\"?"), other, 1)
+    return rng.choice((text.encode(), mutate_bytes(text.encode(), rng), text.encode("utf-16")))
+
+
+def cells(content: bytes) -> None:
+    path = folder() / "records.csv"
+    path.write_bytes(content)
+    for line, record in read_records(path):
+        assert line > 1 and all(value is None or isinstance(value, str) for value in record.values())
+
+
 def for_kind(kind: str):
     return lambda rng: (file_of(kind, rng), rng.choice(("error", "skip")))
 
@@ -163,6 +178,7 @@ def scores(text: str) -> None:
 
 TARGETS = [
     Target("records", any_file, plain, share=1.5),
+    Target("tables", table, cells),
     Target("llava-med records", for_kind("llava"), llava_med),
     Target("vqa records", for_kind("vqa"), vqa, share=0.3, quick=20),
     Target("chat benchmark records", for_kind("chat"), chat),

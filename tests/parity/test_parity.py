@@ -60,7 +60,7 @@ def splice(model, ids, images):
     counts = []
     if images:
         with torch.no_grad():
-            counts = [len(features) for features in model.get_image_features(**prepared)]
+            counts = [len(features) for features in model.get_image_features(**prepared).pooler_output]
     expanded = []
     for token in ids:
         expanded += [model.config.image_token_id] * counts.pop(0) if token == -200 else [token]
@@ -114,7 +114,7 @@ def test_image_features(models, name, image):
     model, data = models[name], tensors(name, "preprocess")
     processor = image_processor(model)
     with torch.no_grad():
-        features = model.get_image_features(**processor(open_image(name, image), return_tensors="pt"))[0]
+        features = model.get_image_features(**processor(open_image(name, image), return_tensors="pt")).pooler_output[0]
     recorded = numbers(name, "preprocess")["images"][image]
     width, height = recorded["size_wh"]
     assert len(features) == recorded["num_image_tokens"] == processor.get_number_of_image_tokens(height, width)

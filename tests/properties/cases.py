@@ -139,7 +139,7 @@ def collate(model, batch, padding: Padding = Padding()) -> dict:
             pixels.append(torch.randn(shape, generator=generator, dtype=torch.float64))
             sizes.append(torch.tensor(prompt.images))
             features = model.get_image_features(pixels[-1], sizes[-1], torch.tensor([len(prompt.images)]))
-            row += [IMAGE] * sum(map(len, features))
+            row += [IMAGE] * sum(map(len, features.pooler_output))
         rows.append(row + list(prompt.after))
     width = max(map(len, rows)) + padding.extra
     ids, mask = torch.full((len(rows), width), padding.token), torch.zeros(len(rows), width, dtype=torch.long)

@@ -39,13 +39,15 @@ from tests.properties.cases import (
 seeds = st.integers(0, 2**32 - 1)
 
 
-def stops_by_pass(canvases: list[list[int]], sequences: list[list[int]]) -> list[int]:
+def stops_by_pass(canvases: list[list[int]], options: dict) -> list[int]:
     """Where a row's answer ends, after each pass: at the first stop sequence that stands in the canvas. Once there is
-    one, only the first of the sequences moves it further left."""
+    one, only the end ids and the first of the texts move it further left."""
+    sequences, ends = stop_sequences(options), options.get("eos_token_id", [])
+    first = 1 + (1 if isinstance(ends, int) else len(ends))
     length = stop = len(canvases[0])
     stops = []
     for canvas in canvases:
-        for sequence in sequences[:1] if stop < length else sequences:
+        for sequence in sequences[:first] if stop < length else sequences:
             found = [i for i in range(length - len(sequence) + 1) if canvas[i : i + len(sequence)] == sequence]
             stop = min([stop, *found])
         stops.append(stop)
@@ -85,13 +87,14 @@ def test_answers_are_whole(case, padding, seed):
     suffix, ends = Words()(options.get("generation_suffix", "")).input_ids, stop_sequences(options)
     lengths = []
     for row, canvases in zip(output.sequences[:, width:].tolist(), output.history.unbind(1)):
-        length = stops_by_pass(canvases.tolist(), ends)[-1]
+        length = stops_by_pass(canvases.tolist(), options)[-1]
         answer = row[:length]
         lengths.append(length)
         assert row[length : length + len(suffix)] == suffix
         assert set(row[length + len(suffix) :]) <= {options["pad_token_id"]}
         assert not set(answer) & {MASK, *options.get("suppress_tokens", ())}
-        for first in ends[:1]:
+        eos = options.get("eos_token_id", [])
+        for first in ends[: (1 if isinstance(eos, int) else len(eos)) or 1]:
             assert all(answer[i : i + len(first)] != first for i in range(length))
         if not ends:
             assert length == options["max_new_tokens"]
@@ -112,7 +115,7 @@ def test_the_history_tells_how_the_answer_came(case, padding, seed):
     counted = "remasking" in options and "schedule_shift" not in options
     for row, answer in enumerate(output.sequences[:, inputs["input_ids"].shape[1] :].tolist()):
         passes, canvases = int(output.num_forwards[row]), output.history[:, row].tolist()
-        stops = stops_by_pass(canvases, stop_sequences(options))
+        stops = stops_by_pass(canvases, options)
         before, step = [MASK] * length, 0
         for number, after in enumerate(canvases[:passes]):
             begin = before.index(MASK) // block * block

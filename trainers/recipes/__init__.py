@@ -9,6 +9,21 @@ from pathlib import Path
 
 RECIPES = Path(__file__).parent
 ACCELERATE = RECIPES / "accelerate"
+# What other trainers' command lines call what is called otherwise here.
+_OTHER_NAMES = {
+    "config": "the first word, RECIPE,",
+    **dict.fromkeys(("model", "model_name", "base_model"), "--model_name_or_path"),
+    **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "data", "data_path", "train_file"), "--train_data"),
+    **dict.fromkeys(("eval_dataset", "validation_file"), "--eval_data"),
+    **dict.fromkeys(("output", "out"), "--output_dir"),
+    "test_size": "--eval_split", "lr": "--learning_rate", "epochs": "--num_train_epochs",
+    "batch_size": "--per_device_train_batch_size",
+}  # fmt: skip
+_USAGE = (
+    "It comes first, and flags change it: lladamedv train lora_one_gpu --model_name_or_path MODEL --train_data DATA "
+    "--output_dir OUT."
+)
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 def recipe_file(name: str | None) -> Path:
@@ -20,7 +35,30 @@ def recipe_file(name: str | None) -> Path:
     Raises:
         ValueError: if there is none.
     """
+    if name is None:
+        raise ValueError(
+            f"No recipe is given. {_USAGE} Recipes are {', '.join(describe_recipes())}, or a YAML file."
+        )
     return _resolve("recipe", name, RECIPES)
+
+
+def check_flags(words: Sequence[str]) -> None:
+    """Look at flags for the training script before it is started, which takes seconds.
+
+    Raises:
+        ValueError: for a flag that other trainers have and this one calls otherwise, or a data file that is not there.
+    """
+    flag, renamed = "", {}
+    for word in words:
+        if word.startswith("--"):
+            flag, _, word = word.removeprefix("--").replace("-", "_").partition("=")
+            renamed |= {flag: _OTHER_NAMES[flag]} if flag in _OTHER_NAMES else {}
+        is_file = word.startswith(("/", "./", "../", "~")) or word.lower().endswith(_DATA_SUFFIXES)
+        if flag in ("train_data", "eval_data") and is_file and not Path(word).expanduser().exists():
+            raise ValueError(f"--{flag} is {word!r}; there is no such file or folder.")
+    if renamed:
+        names = ", ".join(f"--{flag} is {name} here" for flag, name in renamed.items())
+        raise ValueError(f"{names}. A recipe is needed, too. {_USAGE}")
 
 
 def accelerate_file(name: str | None) -> Path | None:

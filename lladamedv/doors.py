@@ -1,0 +1,39 @@
+"""Which requests the server and the app answer: those that call this computer by its name, and none of foreign pages.
+
+A web page can make a browser send requests to this computer. Their `Origin` tells so; and where a foreign name was made
+to lead here, their `Host` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from urllib.parse import urlsplit
+
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+
+
+def check_host(headers: Mapping[str, str], hosts: Iterable[str] | None) -> str | None:
+    """What is wrong with the `Host` of a request, if anything is.
+
+    Args:
+        headers: of the request, with names in lower case or matched in any case.
+        hosts: allowed names, in lower case and without ports; `None` for any.
+    """
+    host = headers.get("host", "")
+    if hosts is None or re.sub(r":\d+$", "", host).lower() in hosts:
+        return None
+    return f"`Host` is {host[:200]!r}; allowed are {', '.join(hosts)}, each also with a port."
+
+
+def check_origin(headers: Mapping[str, str]) -> str | None:
+    """What is wrong with the `Origin` of a request to a page's own server, if anything is."""
+    origin = headers.get("origin")
+    own = {headers.get("host"), headers.get("x-forwarded-host")}  # a foreign page cannot set either
+    if origin is None or urlsplit(origin).netloc in own - {None}:
+        return None
+    return f"`Origin` is {origin[:200]!r}; other web pages than this one may not use it."
+
+
+__all__ = ["LOOPBACK_HOSTS", "check_host", "check_origin"]

@@ -1,0 +1,105 @@
+"""What publications and users call the columns of questions about images, and what stands in them.
+
+Names are compared without case, blanks and marks: "Image Path" is `image_path`. Answers may be texts, numbers, truth
+values, or missing; all of them become text here, and in one way.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from .records import InvalidRecordError, text_of
+
+
+# Of each column the first name that a record has counts: for questions and answers whatever stands there, and for all
+# others the first in which something stands.
+COLUMNS = {
+    "id": ("id", "qid", "question_id"),
+    "image": (
+        "image", "images", "img_name", "image_name", "img", "image_path", "img_path", "image_file", "file_name",
+        "picture", "path",
+    ),
+    "image_id": ("image_id", "image_name", "img_name", "img_id"),
+    "question": ("question", "query", "prompt", "instruction", "q"),
+    "answer": (
+        "answer", "answers", "ground_truth", "gt_answer", "correct_answer", "label", "target", "reference", "response",
+        "output", "gt", "a",
+    ),
+    "answer_type": ("answer_type",),
+    "language": ("language", "q_lang", "lang"),
+    "organ": ("organ", "image_organ"),
+    "split": ("split",),
+}  # fmt: skip
+_FIRST_THAT_IS_THERE = ("question", "answer")
+ANSWER_TYPES = {
+    "open": "open", "openended": "open", "freeform": "open", "other": "open", "number": "open",
+    "closed": "closed", "closeended": "closed", "closedended": "closed", "yesno": "closed", "binary": "closed",
+}  # fmt: skip
+# An answer that is yes or no, or says so before a mark: "Yes.", "No, it is normal", but not "No evidence".
+_POLAR = re.compile(
+    r"\W*(?:yes|no)(?:[^\w\s]*\s*|\s*[.,;:!\u2013\u2014]\s.*)|\W*(?:true|false)\W*", re.IGNORECASE | re.DOTALL
+)
+
+
+def squash(name: object) -> str:
+    """A name without case, blanks and marks."""
+    return re.sub(r"[\W_]+", "", str(name).lower())
+
+
+_SQUASHED = {column: tuple(map(squash, names)) for column, names in COLUMNS.items()}
+
+
+class Fields:
+    """A record by the columns that it is asked for, whatever the record calls them."""
+
+    def __init__(self, record: dict):
+        self.record, self._names = record, {}
+        for name in record:
+            self._names.setdefault(squash(name), name)
+
+    def names(self, column: str) -> list[str]:
+        """All columns of this record that may be the one."""
+        return [self._names[name] for name in _SQUASHED.get(column, (squash(column),)) if name in self._names]
+
+    def name(self, column: str) -> str | None:
+        """The column of this record that is read; `None` if there is none."""
+        names = self.names(column)
+        if column in _FIRST_THAT_IS_THERE:
+            return next(iter(names), None)
+        return next((name for name in names if not _is_gap(self.record[name])), None)
+
+    def get(self, column: str, default=None):
+        """What stands in a column; the default if nothing does."""
+        name = self.name(column)
+        return default if name is None else self.record[name]
+
+
+def _is_gap(value) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value)) or value in ("", [])
+
+
+def answer_text(value) -> str:
+    """A true answer as text: a number as tables show it, yes or no for a truth value, nothing for a gap.
+
+    Raises:
+        InvalidRecordError: for something else, also for several answers.
+    """
+    if isinstance(value, (list, tuple)):
+        if len(value) > 1:
+            raise InvalidRecordError(f"`answer` holds {len(value)} answers; allowed is one")
+        value = value[0] if value else None
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = "" if _is_gap(value) else text_of(value)
+    if text is None:
+        raise InvalidRecordError(f"`answer` is {value!r:.200}; allowed are text, numbers and truth values")
+    return text.strip()
+
+
+def derived_answer_type(answer: str) -> str:
+    """The type of a question that has none: "closed" if its true answer is yes or no, or begins so before a mark."""
+    return "closed" if _POLAR.fullmatch(answer) else "open"
+
+
+__all__ = ["ANSWER_TYPES", "COLUMNS", "Fields", "answer_text", "derived_answer_type", "squash"]

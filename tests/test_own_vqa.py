@@ -1,0 +1,294 @@
+"""Questions of one's own, in whatever file they are, become the rows that are in it; the report claims nothing else."""
+
+import base64
+import csv
+import io
+import json
+import logging
+import shutil
+import zipfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from pydicom.data import get_testdata_file
+
+from lladamedv.evaluation import vqa
+from lladamedv.hub_cards.evaluation_results import EvaluationResults
+from lladamedv.loading import load_model
+from lladamedv.processing.datasets import load_own_vqa, load_vqa
+
+
+CASES = Path(__file__).parent / "cases" / "eval"
+SHORT = {"max_new_tokens": 8, "block_length": 8, "steps": 1}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_model()
+
+
+def picture(level=0):
+    file = io.BytesIO()
+    Image.new("L", (20, 20), level).save(file, "PNG")
+    return file.getvalue()
+
+
+def rows_of(data, *arguments, **options):
+    dataset, report = load_own_vqa(data, *arguments, **options)
+    rows = list(dataset.cast_column("image", datasets.Image(decode=False)))
+    return [(row["id"], row["question"], row["answer"], row["answer_type"]) for row in rows], report
+
+
+LESION = "Is there a lesion?"
+PARQUET = ["is there a lesion?", "what is shown?", "how many?", "does it show x?"]
+TYPES = ["closed", "open", "open", "closed"]
+
+
+def four(answers, types=TYPES):
+    return [(f"own-data/all/{n}", *row) for n, row in enumerate(zip(PARQUET, answers, types))]
+
+
+@pytest.mark.parametrize(
+    ("file", "rows"),
+    [
+        ("rad/bom.json", [("0", LESION, "Yes", "closed"), ("1", LESION, "no", "closed")]),
+        ("rad/utf16.json", [("0", LESION, "Yes", "closed"), ("1", LESION, "no", "closed")]),
+        ("rad/wrapped.json", [("0", LESION, "Yes", "closed"), ("1", LESION, "no", "closed")]),
+        ("rad/jsonl_as.json", [("0", LESION, "Yes", "closed"), ("1", LESION, "no", "closed")]),
+        ("rad/float.json", [("0", LESION, "Yes", "closed"), ("3", "How wide is the lesion in cm?", "5.6", "open")]),
+        ("rad/null.json", [("0", LESION, "Yes", "closed"), ("6", "Describe the image.", "", "open")]),
+        ("rad/nan.json", [("0", LESION, "Yes", "closed"), ("1", LESION, "", "closed")]),
+        ("rad/bool.json", [("0", LESION, "yes", "closed")]),
+        (
+            "pq/odd.json",
+            [(str(n), q, a, "closed") for n, (q, a) in enumerate(
+                [(LESION, "YES"), (LESION, "Yes."), (LESION, "yes, left"), ("q?", "no")])],
+        ),
+        ("pq/qlang.json", [("0", "What?", "CT", "open")]),
+        ("pq/uni.json", [("0", "\u8fd9\u662f\u4ec0\u4e48?", "CT", "open")]),
+        ("pq/x.csv", [("own-data/all/0", PARQUET[0], "yes", "closed")]),
+        ("pq/bytes.parquet", four(["yes", "CT", "2", "no"])),
+        ("pq/capital.parquet", four(["yes", "CT", "2", "no"])),
+        ("pq/hf.parquet", four(["yes", "CT", "2", "No."])),
+        ("pq/paths.parquet", four(["yes", "CT", "2", "no"])),
+        ("pq/images list.parquet", four(["yes", "CT", "2", "no"])),
+        ("pq/ints.parquet", four(["1", "2", "3", "4"], ["open"] * 4)),
+        ("pq/floats.parquet", four(["1", "2.5", "3", ""], ["open"] * 4)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("streaming", [False, True])
+def test_odd_files(file, rows, streaming):
+    found, report = rows_of(CASES / file, streaming=streaming)
+    assert found == rows
+    assert report.empty_answers == [row[0] for row in rows if not row[2]]
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("rad/dup.json", "two questions of the id '0'; ids must differ. 'qid' is read as the id"),
+        ("rad/latin.json", "latin.json' is not in UTF-8 .*; save it anew in that encoding"),
+    ],
+)
+def test_files_that_are_refused(file, message):
+    with pytest.raises(ValueError, match=message):
+        load_own_vqa(CASES / file)
+
+
+def test_missing_pictures_are_named_by_row():
+    found, report = rows_of(CASES / "pq" / "nullimg.parquet")
+    assert len(found) == 3 and report.missing_images == [("own-data/all/1", "None")]
+    for name in ("case", "noext"):
+        found, report = rows_of(CASES / "rad" / f"{name}.json")
+        assert not found and [item for item, _ in report.missing_images] == ["0", "1"]
+
+
+RECORDS = [
+    {"Query": "Is it?", "Ground Truth": "Yes", "Image Path": "a.png", "age": "61"},
+    {"Query": "Wo?", "Ground Truth": "links", "Image Path": "b.png", "age": "52"},
+]
+ROWS = [("own-data/all/0", "Is it?", "Yes", "closed"), ("own-data/all/1", "Wo?", "links", "open")]
+
+
+def write(folder, name):
+    """RECORDS in a form, by the name of the file or folder."""
+    path = folder / name
+    if path.suffix in (".csv", ".tsv"):
+        separator = {"semicolons.csv": ";", "excel.tsv": "\t", "tabs.tsv": "\t"}.get(name, ",")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, RECORDS[0], delimiter=separator, lineterminator="\r\n")
+        writer.writeheader()
+        writer.writerows(RECORDS)
+        path.write_bytes(text.getvalue().encode("utf-16" if name == "excel.tsv" else "utf-8-sig"))
+    elif name == "lines.jsonl":
+        path.write_text("".join(json.dumps(record) + "\r\n" for record in RECORDS), newline="")
+    elif name == "indented.json":
+        path.write_text(json.dumps({"version": 1, "data": RECORDS}, indent=1))
+    elif name.endswith((".json", ".JSON")):
+        path.write_text(json.dumps(RECORDS))
+    elif name == "table.parquet":
+        datasets.Dataset.from_list(RECORDS).to_parquet(path)
+    elif name == "saved":
+        datasets.Dataset.from_list(RECORDS).save_to_disk(path)
+    elif name == "splits":
+        datasets.DatasetDict({"only": datasets.Dataset.from_list(RECORDS)}).save_to_disk(path)
+    elif name == "repository":
+        path.mkdir()
+        (path / "data").mkdir()
+        datasets.Dataset.from_list(RECORDS).to_parquet(path / "data" / "test-00000-of-00001.parquet")
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "table.csv", "semicolons.csv", "tabs.tsv", "excel.tsv", "lines.jsonl", "list.json", "UPPER.JSON",
+        "indented.json", "table.parquet", "saved", "splits", "repository",
+    ],
+)  # fmt: skip
+def test_forms_and_columns(tmp_path, name):
+    for level, file in enumerate(("a.png", "b.png")):
+        (tmp_path / file).write_bytes(picture(level))
+    found, report = rows_of(write(tmp_path, name), image_folder=tmp_path)
+    split = {"splits": "only", "repository": "test"}.get(name, "all")
+    assert found == [(row[0].replace("all", split), *row[1:]) for row in ROWS]
+    assert report.columns == {"question": ["Query"], "answer": ["Ground Truth"], "image": ["Image Path"]}
+    assert report.unused_columns == ["age"] and report.other_languages == 0
+    text = report.summary()
+    assert "question from 'Query'" in text and "not used: 'age'" in text
+    for claim in ("licence", "published", "train", "revision"):
+        assert claim not in text
+    assert report.as_dict()["licence"] == report.as_dict()["leakage"] == "not known"
+
+
+def test_tables_say_text(tmp_path):
+    """What a table reader would take for a gap, a number or a truth value is an answer."""
+    (tmp_path / "a.png").write_bytes(picture())
+    answers = ["None", "NA", "007", "1.0", "true", "no", ""]
+    text = "image,question,answer\n" + "".join(f"a.png,Which?,{answer}\n" for answer in answers)
+    (tmp_path / "own.csv").write_text(text)
+    found, report = rows_of(tmp_path / "own.csv")
+    assert [row[2] for row in found] == answers
+    assert [row[3] for row in found] == ["open"] * 4 + ["closed"] * 2 + ["open"]
+    assert report.empty_answers == ["own-data/all/6"]
+
+
+def test_columns_that_are_not_known_are_named(tmp_path):
+    for record, message in (
+        (
+            {"frage": "Is it?", "answer": "yes", "image": "a"},
+            "none of its columns .*'frage'.* is its question; such",
+        ),
+        ({"question": "Is it?", "image": "a"}, "is its answer; such are called answer, answers, ground_truth"),
+        ({"question": "Is it?", "answer": "yes"}, "is its image; such are called image"),
+        (
+            {"question": "Is it?", "answer": "yes", "image": "a", "answer_type": "odd"},
+            "`answer_type` is 'odd', not",
+        ),
+    ):
+        (tmp_path / "own.json").write_text(json.dumps([record]))
+        with pytest.raises(ValueError, match=message):
+            load_own_vqa(tmp_path / "own.json")
+
+
+def test_pictures_in_other_places(tmp_path):
+    """In images/, in a zip archive, as a data URL, and as bytes in a list."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(picture(1))
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+        archive.writestr("b.png", picture(2))
+    url = "data:image/png;base64," + base64.b64encode(picture(3)).decode()
+    (tmp_path / "own.json").write_text(
+        json.dumps([{"question": "?", "answer": "1", "image": name} for name in ("a.png", url)])
+    )
+    dataset, report = load_own_vqa(tmp_path / "own.json")
+    assert report.rows == report.images == 2 and len(dataset[0:2]["image_id"][1]) == 64
+    (tmp_path / "zipped.json").write_text(json.dumps([{"question": "?", "answer": "1", "image": "b.png"}]))
+    assert load_own_vqa(tmp_path / "zipped.json", image_folder=tmp_path / "some.zip")[1].rows == 1
+
+
+def test_splits(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(picture())
+    records = [
+        {"question": "?", "answer": str(n), "image": "a.png", "split": split}
+        for n, split in enumerate(("train", "Test", "test"))
+    ]
+    (tmp_path / "own.json").write_text(json.dumps(records))
+    found, report = rows_of(tmp_path / "own.json", "test")
+    assert [row[2] for row in found] == ["1", "2"] and report.other_splits == 1
+    assert "1 records of other splits left out" in report.summary()
+    assert len(rows_of(tmp_path / "own.json")[0]) == 3
+    (tmp_path / "plain.json").write_text(json.dumps([{"question": "?", "answer": "1", "image": "a.png"}]))
+    with pytest.raises(ValueError, match=r"`split` is 'test', but .* has no column `split`"):
+        load_own_vqa(tmp_path / "plain.json", "test")
+    with pytest.raises(ValueError, match=r"a folder with \['own.json', 'plain.json'\]; name one"):
+        load_own_vqa(tmp_path)
+    assert len(rows_of(tmp_path, "plain")[0]) == 1
+    (tmp_path / "test.json").write_text(json.dumps(records[:2]))
+    assert len(rows_of(tmp_path)[0]) == 2
+    table = datasets.Dataset.from_list(RECORDS)
+    datasets.DatasetDict({"a": table, "b": table}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"`split` is missing; .*saved' has \['a', 'b'\]"):
+        load_own_vqa(tmp_path / "saved")
+    with pytest.raises(ValueError, match="there is no such file or folder"):
+        load_own_vqa(tmp_path / "none.json")
+
+
+def test_local_files_are_no_benchmark_because_they_are_called_so(demo, tmp_path):
+    """VQA-RAD's name, table and licence are not those of four questions of somebody's."""
+    dataset, report = load_vqa("vqa-rad", path=CASES / "pq" / "hf.parquet")
+    summary = vqa.evaluate_vqa(*demo, dataset, report, tmp_path, model_name="demo", options=SHORT, bootstrap_samples=0)
+    text = (tmp_path / "summary.md").read_text()
+    assert "these are not the published questions of vqa-rad" in text
+    for claim in ("table 2 of", "CC0", "202 of the 203"):
+        assert claim not in text
+    results = EvaluationResults.from_file(tmp_path / "summary.json")
+    assert results.to_eval_results() == results.to_entries() == []
+    assert results.title == "Own data, read as VQA-RAD (test)" and results.warning.startswith("Own data")
+    assert results.protocol["test images in train"] == "not known" and summary["complete"]
+
+
+def test_own_pictures_are_seen_as_everywhere(demo, tmp_path):
+    """A DICOM file, a 16-bit picture and one in an archive are answered as when the processor is asked directly."""
+    model, processor = demo
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    shutil.copy(get_testdata_file("CT_small.dcm"), tmp_path / "ct.dcm")
+    names = ["ramp.png", "ct.dcm"]
+    (tmp_path / "own.json").write_text(
+        json.dumps([{"question": "Describe the image.", "answer": "a", "image": name} for name in names])
+    )
+    options = {"max_new_tokens": 24, "block_length": 8, "steps": 24}
+    data = load_own_vqa(tmp_path / "own.json")
+    summary = vqa.evaluate_vqa(
+        *demo, *data, tmp_path / "run", model_name="demo", options=options, bootstrap_samples=0, batch_size=1
+    )
+    assert summary["complete"] and summary["benchmark"] == "own-data"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").open()]
+    for name, line in zip(names, lines, strict=True):
+        content = [{"type": "image", "image": str(tmp_path / name)}, {"type": "text", "text": "Describe the image."}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        output = model.generate(**inputs, tokenizer=processor.tokenizer, **options)
+        answer = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+        assert line["prediction"] == answer.strip()
+
+
+def test_what_was_left_out_makes_a_report_incomplete(demo, tmp_path, caplog):
+    caplog.set_level(logging.ERROR)
+    data = load_own_vqa(CASES / "pq" / "odd.json")
+    summary = vqa.evaluate_vqa(*demo, *data, tmp_path, model_name="demo", options=SHORT, bootstrap_samples=0)
+    assert not summary["complete"] and summary["left_out"] == ["4"]
+    assert "**INCOMPLETE: 1 of 5 records were not asked: no image, or invalid (4).**" in vqa.render_summary(summary)
+    assert not EvaluationResults.from_file(tmp_path / "summary.json").complete

@@ -1,0 +1,355 @@
+"""The server and real clients: recorded requests, fields that ask for nothing, data URLs, readers' options, limits."""
+
+import base64
+import io
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import quote_from_bytes
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lladamedv.evaluation.answering import answer_batch, question_about
+from lladamedv.processing.medical_images import READING_OPTIONS, read_medical_image
+from lladamedv.processing.phantoms import PhantomVQA
+from tests.dicom_files import dataset, to_bytes
+
+
+pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+
+from tests.test_serving import (  # noqa: E402 - needs the above
+    CHAT,
+    IMAGE,
+    QUESTION,
+    RESPONSES,
+    TEXT,
+    Gate,
+    chat,
+    client_of,
+    content,
+    data_url,
+    http,
+    refused,
+    served,
+    until,
+)
+
+
+REQUESTS = {
+    f"{file.stem} {number}": request
+    for file in sorted((Path(__file__).parent / "cases" / "requests").glob("*.json"))
+    for number, request in enumerate(json.loads(file.read_text())["requests"])
+}
+
+
+@pytest.fixture(scope="module")
+def image():
+    return next(iter(PhantomVQA(5, 1, ("description",)))).image
+
+
+@pytest.fixture(scope="module")
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def url(shipped):
+    with served(shipped, name="lladamedv-demo") as address:
+        yield address
+
+
+FAST = {"max_new_tokens": 8, "block_length": 8, "steps": 2}  # options of a quick answer
+
+
+@pytest.fixture(scope="module")
+def truth(shipped, image):
+    return answer_batch(*shipped, [question_about(image, QUESTION)], **FAST)[0].text
+
+
+def quick(url, body):
+    """The text of a quick answer."""
+    reply = http.post(f"{url}{CHAT}", json=body | {"generation_config": FAST})
+    assert reply.status_code == 200, reply.text
+    return text_of(reply).strip()
+
+
+def text_of(reply):
+    """The answer of either endpoint, whole or streamed."""
+    if reply.headers["content-type"].startswith("text/event-stream"):
+        events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+        deltas = (event.get("delta") or event["choices"][0]["delta"].get("content") for event in events
+                  if event.get("type") == "response.output_text.delta" or event.get("choices"))  # fmt: skip
+        return "".join(delta for delta in deltas if isinstance(delta, str))
+    body = reply.json()
+    if "choices" in body:
+        return body["choices"][0]["message"]["content"]
+    return body["output"][0]["content"][0]["text"]
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_requests_of_real_clients(url, shipped, image, name):
+    """Answers are those of the processor and the model to the same conversation."""
+    request = REQUESTS[name]
+    body = request["body"]
+    given = body.get("messages") or body["input"]
+    conversation = [{"role": "system", "content": body["instructions"]}] if "instructions" in body else []
+    for message in given:
+        parts = [{"type": "text", "text": message["content"]}] if isinstance(message["content"], str) else [
+            {"type": "image", "image": image} if "image" in part["type"] else {"type": "text", "text": part["text"]}
+            for part in message["content"]
+        ]  # fmt: skip
+        parts.sort(key=lambda part: part["type"])  # a turn's images come first
+        conversation.append({"role": message["role"], "content": parts})
+    reply = http.post(f"{url}{request['path']}", json=json.loads(json.dumps(body).replace("PICTURE", data_url(image))))
+    assert reply.status_code == 200, reply.text
+    assert text_of(reply).strip() == answer_batch(*shipped, [conversation])[0].text
+    options = body.get("stream_options")
+    if options:
+        events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+        usage = [event for event in events if event.get("usage")]
+        assert usage == events[-1:] and usage[0]["choices"] == [] and usage[0]["usage"]["total_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"include": []}, {"tools": []}, {"tool_choice": "auto"}, {"functions": []}, {"reasoning": {}},
+        {"reasoning": {"effort": None, "summary": None}}, {"best_of": 1}, {"repetition_penalty": 1.0}, {"top_k": -1},
+        {"top_p": 1.0}, {"min_p": 0}, {"n": 1}, {"logprobs": False}, {"frequency_penalty": 0.0}, {"logit_bias": {}},
+        {"function_call": "auto"}, {"response_format": {"type": "text"}}, {"store": False}, {"user": "u"},
+        {"metadata": {"a": "b"}}, {"stream_options": {"include_obfuscation": False}}, {"chat_template_kwargs": {}},
+        {"text": {"format": {"type": "text"}, "verbosity": "medium"}}, {"truncation": "disabled"},
+        dict.fromkeys(("seed", "stop", "temperature", "logprobs", "response_format", "tools", "n", "audio")),
+        {"temperature": 0}, {"stop": []}, {"modalities": ["text"]}, {"reasoning_effort": "none"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_that_ask_for_nothing_pass(url, image, truth, fields):
+    assert quick(url, {"messages": chat(image)} | fields) == truth
+
+
+def test_developer_is_system(url, shipped, image):
+    given = [{"role": "system", "content": "You answer in one word."}, *chat(image)]
+    truth = answer_batch(*shipped, [[given[0], *question_about(image, QUESTION)]])[0].text
+    given[0] = {"role": "developer", "content": "You answer in one word."}
+    reply = client_of(url).chat.completions.create(model="lladamedv-demo", messages=given)
+    assert reply.choices[0].message.content.strip() == truth
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "assistant"])
+def test_images_are_the_users(url, image, role):
+    body = {"messages": [{"role": role, "content": chat(image)[0]["content"]}, *TEXT["messages"]]}
+    assert refused(url, json=body)["param"] == f"{IMAGE}.url"
+
+
+def spellings(png):
+    plain = base64.b64encode(png).decode()
+    lines = "\r\n ".join(plain[start : start + 76] for start in range(0, len(plain), 76))
+    return {
+        "upper case": f"DATA:IMAGE/PNG;BASE64,{plain}",
+        "parameters": f"data:image/png;name=a.png;charset=utf-8;base64,{plain}",
+        "no type": f"data:;base64,{plain}",
+        "any type": f"data:application/octet-stream;base64,{plain}",
+        "spaces": f" data:image/png; base64 ,{plain}\n",
+        "no padding": f"data:image/png;base64,{plain.rstrip('=')}",
+        "lines": f"data:image/png;base64,{lines}",
+        "base64url": f"data:image/png;base64,{base64.urlsafe_b64encode(png).decode()}",
+        "escaped base64": f"data:image/png;base64,{plain.replace('+', '%2B').replace('/', '%2f').replace('=', '%3D')}",
+        "no base64": f"data:image/png,{quote_from_bytes(png)}",
+    }
+
+
+@pytest.mark.parametrize("name", spellings(b""))
+def test_data_urls_in_every_spelling(url, png, truth, name):
+    forms = (
+        lambda address: {"type": "image_url", "image_url": {"url": address}},
+        lambda address: {"type": "image_url", "image_url": address},
+        lambda address: {"type": "input_image", "image_url": address, "detail": "high"},
+    )
+    for extra, form in zip((b"", b"\0", b"\0\0"), forms):  # behind a PNG's end: one of them needs each padding
+        body = content(form(spellings(png + extra)[name]), {"type": "text", "text": QUESTION})
+        assert quick(url, body) == truth
+
+
+# Options of the reader
+
+
+def tiff():
+    file = io.BytesIO()
+    pages = [example.image for example in PhantomVQA(5, 3)]
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+    return file.getvalue()
+
+
+def nifti():
+    import nibabel
+
+    volume = np.random.default_rng(0).integers(0, 100, (16, 16, 16, 2)).astype(np.int16)
+    volume[4:12, 4:12, 3, 1] = 100
+    return nibabel.Nifti1Image(volume, np.eye(4)).to_bytes()
+
+
+def dicom():
+    grey = np.stack([np.asarray(example.image.convert("L")) for example in PhantomVQA(5, 2)]).astype(np.uint16)
+    return to_bytes(dataset(grey * 16, bits=12, BurnedInAnnotation="YES"))
+
+
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [
+        (tiff, {"page": 2}),
+        (nifti, {"time": 1, "slice": 3, "axis": "coronal", "window": "50/40"}),
+        (dicom, {"allow_burned_in": True, "frame": 0, "full_range": True}),
+        (dicom, {"allow_burned_in": True, "frame": 1, "window": "1000/500"}),
+    ],
+)
+@pytest.mark.parametrize("beside", [False, True], ids=["in image_url", "beside it"])
+def test_options_of_the_reader(url, shipped, make, fields, beside):
+    arguments = {option.argument: fields[option.name] for option in READING_OPTIONS if option.name in fields}
+    image = read_medical_image(make(), **arguments).image
+    truth = answer_batch(*shipped, [question_about(image, QUESTION)], **FAST)[0].text
+    address = data_url(make(), "x-any")
+    picture = {"type": "input_image", "image_url": address} | fields if beside else {
+        "type": "image_url", "image_url": {"url": address} | fields
+    }  # fmt: skip
+    assert quick(url, content(picture, {"type": "text", "text": QUESTION})) == truth
+
+
+@pytest.mark.parametrize(
+    ("make", "fields", "param"),
+    [
+        (tiff, {}, "page"),
+        (tiff, {"page": 3}, "page"),
+        (nifti, {}, "time"),
+        (nifti, {"time": 0, "slice": 99}, "slice"),
+        (nifti, {"time": 0, "window": "wide"}, "window"),
+        (nifti, {"time": 0, "axis": "up"}, "axis"),
+        (nifti, {"page": 0}, "page"),
+        (dicom, {}, "allow_burned_in"),
+        (tiff, {"page": 0, "background": "no colour"}, "background"),
+    ],
+)
+def test_messages_name_the_field_of_the_request(url, make, fields, param):
+    error = refused(url, json=content({"type": "image_url", "image_url": {"url": data_url(make())} | fields}))
+    assert error["param"] == f"{IMAGE}.{param}" and f"`{IMAGE}.{param}`" in error["message"]
+    body = {"input": [{"type": "input_image", "image_url": data_url(make())} | fields]}
+    assert refused(url, path=RESPONSES, json=body)["param"] == f"input[0].{param}"
+
+
+# What images may take
+
+
+def peak(function):
+    """What a call adds to this process's memory at its highest point, and leaves, in MB."""
+
+    def status(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1e3
+
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before, status("VmRSS") - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.parametrize(
+    ("mode", "side", "count", "status"),
+    [
+        ("1", 5_700, 4, 400),
+        ("1", 2_890, 3, 400),
+        ("1", 2_890, 2, 200),
+        ("RGBA", 2_890, 1, 200),
+        ("I;16", 2_890, 1, 200),
+    ],
+)
+def test_a_request_takes_bounded_memory(url, mode, side, count, status):
+    picture = Image.new("L", (side, side), 7).convert(mode) if mode != "I;16" else Image.fromarray(
+        np.full((side, side), 7_000, np.uint16)
+    )  # fmt: skip
+    body = content(*[{"type": "image_url", "image_url": {"url": data_url(picture)}}] * count,
+                   {"type": "text", "text": QUESTION})  # fmt: skip
+    del picture
+    http.post(f"{url}{CHAT}", json=TEXT)
+    replies = []
+    most, left = peak(lambda: replies.append(http.post(f"{url}{CHAT}", json=body)))
+    assert replies[0].status_code == status, replies[0].text
+    assert most < 300 and left < 150
+
+
+def test_long_pictures_are_no_large_squares(url, shipped):
+    """Images that share a prompt are padded to squares: 30 000 by 1 pixels would become 900 million."""
+    part = {"type": "image_url", "image_url": {"url": data_url(Image.new("L", (30_000, 1), 7))}}
+    reply = http.post(f"{url}{CHAT}", json=content(part, part, {"type": "text", "text": QUESTION}))
+    assert reply.status_code == 200, reply.text
+
+
+def test_reading_that_takes_too_long(url, shipped, image, monkeypatch):
+    import gzip
+
+    import nibabel
+
+    from lladamedv import serving
+
+    monkeypatch.setattr(serving, "_READING_SECONDS", 0.03)
+    volume = nibabel.Nifti1Image(np.zeros((256, 256, 800), np.uint8), np.eye(4)).to_bytes()
+    address = data_url(gzip.compress(volume, 1))
+    picture = {"type": "image_url", "image_url": {"url": address, "slice": 799}}
+    assert "takes more than 0.03 seconds" in refused(url, json=content(picture))["message"]
+
+
+def test_the_model_is_not_held_by_reading(shipped, image, monkeypatch):
+    """While one answer is denoised, the images of the next are read."""
+    from lladamedv import serving
+
+    read = []
+    with served(shipped) as url, ThreadPoolExecutor(2) as pool:
+        gate = Gate(monkeypatch, shipped[0])
+        real = serving.read_medical_image
+        monkeypatch.setattr(serving, "read_medical_image", lambda *a, **k: (read.append(0), real(*a, **k))[1])
+        replies = [pool.submit(http.post, f"{url}{CHAT}", json={"messages": chat(image)}) for _ in range(2)]
+        until(lambda: len(read) == 2 and len(gate.begun) == 1)
+        gate.let(1_000)
+        assert [reply.result(60).status_code for reply in replies] == [200, 200]
+
+
+# The end
+
+
+def test_who_waits_is_told_that_the_server_ends_and_what_runs_is_finished(shipped, image, truth, monkeypatch):
+    import socket
+    from threading import Thread
+
+    from lladamedv import serving
+    from tests.test_serving import HEAD, connect, received
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server = serving.make_server(serving.build_api(*shipped))
+    thread = Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    gate = Gate(monkeypatch, shipped[0])
+    with ThreadPoolExecutor(4) as pool:
+        body = {"messages": chat(image), "generation_config": FAST}
+        running = pool.submit(http.post, f"{url}{CHAT}", json=body)
+        until(lambda: len(gate.begun) == 1)
+        waiting = [pool.submit(http.post, f"{url}{CHAT}", json={"messages": chat(image)}) for _ in range(3)]
+        with connect(url, HEAD + b"Content-Length: 99\r\n\r\n{") as uploading:
+            time.sleep(0.5)
+            server.should_exit = True  # as SIGTERM does
+            assert b" 503 " in received(uploading)
+        replies = [reply.result(30) for reply in waiting]
+        assert [reply.status_code for reply in replies] == [503] * 3
+        assert all(reply.json()["error"]["type"] == "server_error" for reply in replies)
+        assert not running.done()
+        gate.let(1_000)
+        assert text_of(running.result(60)).strip() == truth
+    thread.join(30)
+    assert not thread.is_alive()
