@@ -309,12 +309,11 @@ def _decode(source, header, frame: int) -> np.ndarray:
     Args:
         source: the open file, or the data set with its pixels.
     """
-    from pydicom.pixels import get_decoder, pixel_array
-    from pydicom.uid import JPEGExtended12Bit
-
+    library = require("pydicom.pixels")
+    pixel_array = library.pixel_array
     syntax = header.file_meta.TransferSyntaxUID
     try:
-        decoder = get_decoder(syntax)
+        decoder = library.get_decoder(syntax)
     except NotImplementedError:
         raise MedicalImageError(
             f"the pixels of {arg('source')} are stored as {syntax.name}; allowed are those of images."
@@ -340,7 +339,7 @@ def _decode(source, header, frame: int) -> np.ndarray:
             return pixel_array(source, index=frame, decoding_plugin=plugin)
         except RuntimeError:
             continue
-    if syntax == JPEGExtended12Bit and header.BitsStored > 8:
+    if syntax == require("pydicom.uid").JPEGExtended12Bit and header.BitsStored > 8:
         reason = "there is no decoder here for 12 bits; decompress the file first, for example with DCMTK's dcmdjpeg"
     elif find_spec("gdcm") is None:
         reason = 'the file is broken, or a more able decoder is needed (pip install "lladamedv[medical-codecs]")'
@@ -401,11 +400,10 @@ def _apply_palette(pixels: np.ndarray, header) -> np.ndarray:
             f"{arg('source')} is PALETTE COLOR, but holds no whole palette; allowed are files that hold it."
         )
     if segmented:
-        from pydicom.pixels import apply_color_lut
-
         count, first, bits = header.RedPaletteColorLookupTableDescriptor
         # pydicom wraps around beyond the end of the table, where the last entry counts.
-        colours = apply_color_lut(np.clip(pixels, first, first + (count or 2**16) - 1), header)
+        within = np.clip(pixels, first, first + (count or 2**16) - 1)
+        colours = require("pydicom.pixels").apply_color_lut(within, header)
         return apply_range(colours, 0, 2**bits - 1)
     tables = [_table(header, pixels, pixels.dtype.kind == "i", header, name) for name in names]
     bits, greatest = tables[0][2], max(int(table.max()) for _, table, _ in tables)

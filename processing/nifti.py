@@ -129,8 +129,7 @@ def read_nifti(
 
 def _affine(header, steps: list[str]) -> np.ndarray:
     """From indices to millimetres, right-anterior-superior: by sform or qform, the first that the file has in order."""
-    import nibabel
-
+    nibabel = require("nibabel")
     found = []
     for name in ("sform", "qform"):
         if not header[f"{name}_code"]:

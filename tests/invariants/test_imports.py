@@ -2,9 +2,11 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 
 ROOT = Path(__file__).parents[2]
@@ -19,11 +21,15 @@ ALLOWED = {
     "benchmarks": set(FOLDERS),
 }
 SOURCES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
-REMOTE_CODE = [
-    file
-    for file in SOURCES
-    if file.parent.name in ("modeling_lladamedv", "processing") and file.stem.endswith("_lladamedv")
-]
+# What `save_pretrained` copies: what is registered with an Auto class, and all that it imports.
+REMOTE_CODE = sorted(
+    {
+        Path(file)
+        for source in SOURCES
+        if source.parent.name in ("modeling_lladamedv", "processing") and source.stem.endswith("_lladamedv")
+        for file in (source, *get_relative_import_files(source))
+    }
+)
 
 
 def imported_folders(source: str, package: tuple[str, ...]) -> set[str]:
@@ -65,6 +71,13 @@ def test_remote_code_imports_neighbours_flatly(file):
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1 and (file.parent / f"{node.module}.py").is_file()
+
+
+@pytest.mark.parametrize("file", REMOTE_CODE, ids=lambda file: file.name)
+def test_remote_code_needs_no_extra(file):
+    """Transformers refuses to load code when a library is missing that any line of it imports."""
+    needed = {name for name in get_imports(file) if name not in sys.stdlib_module_names}
+    assert needed <= {"PIL", "jinja2", "numpy", "safetensors", "tokenizers", "torch", "transformers", "huggingface_hub"}
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
