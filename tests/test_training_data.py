@@ -128,11 +128,12 @@ shown?",5.0,x
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("kind", ["csv", "csv of Excel", "tsv", "folder"])
+@pytest.mark.parametrize("kind", ["csv", "csv of Excel", "semicolons", "tsv", "folder"])
 def test_tables_of_texts(folder, kind, streaming):
     """What a cell says is what is learned: no number is made of it, and "None" and "NA" are answers."""
     path = folder / ("train.CSV" if kind == "csv" else "train.tsv" if kind == "tsv" else "train.csv")
-    text = TABLE.replace(",", "\t").replace("large\t or", "large, or") if kind == "tsv" else TABLE
+    separator = {"tsv": "\t", "semicolons": ";"}.get(kind, ",")
+    text = TABLE.replace(",", separator).replace(f"large{separator} or", "large, or")
     path.write_text(text, encoding="utf-8-sig" if kind == "csv of Excel" else "utf-8")
     rows = list(load(str(folder) if kind == "folder" else str(path), streaming=streaming))
     turns = [[message["content"][-1]["text"] for message in row["messages"]] for row in rows]
@@ -147,7 +148,7 @@ def test_tables_of_texts(folder, kind, streaming):
     [
         ("image,question,answer\n0.png,Is it large, or small?,No\n", "has 4 cells at line 2, and 3 columns"),
         ("image,question,answer\n0.png,Is it?\n", "has 2 cells at line 2"),
-        ("image;question;answer\n0.png;Is it?;No\n", r"columns \['image;question;answer'\]; allowed are messages or"),
+        ("image|question|answer\n0.png|Is it?|No\n", r"columns \['image\|question\|answer'\]; allowed are messages or"),
         ("Image,Question,Answer\n0.png,Is it?,No\n", r"columns \['Answer', 'Image', 'Question'\]; allowed are"),
         ("image,question,answer,answer\n", "of which two have one name"),
         ("image,question,answer\n", "which has no records"),
@@ -173,7 +174,7 @@ def test_numbers_are_answers(folder, tmp_path):
 
 def test_an_object_around_the_records(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"data": [qa(0)]}, indent=1))
-    with pytest.raises(ValueError, match=r"is no JSON at line 1: .*; allowed are a list of objects, or"):
+    with pytest.raises(ValueError, match=r"has the columns \['data'\]; allowed are messages or"):
         load(str(tmp_path / "a.json"))
 
 
