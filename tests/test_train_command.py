@@ -189,8 +189,8 @@ def test_list():
         (["train", "--config", "my.yaml"], "--config is the first word, RECIPE, here"),
         (["train", "demo_lora", "--train_data", "gone.csv"], "--train_data is 'gone.csv'; there is no such file"),
         (["train", "demo_lora", "--train_data", "a/b", "--eval_data=/gone"], "--eval_data is '/gone'; there is no"),
-        (["train", "stage4"], "`recipe` is 'stage4'"),
-        (["train", "demo_lora", "--accelerate", "fsdp3"], "`accelerate` is 'fsdp3'; allowed are cpu, ddp"),
+        (["train", "stage4"], "RECIPE is 'stage4'"),
+        (["train", "demo_lora", "--accelerate", "fsdp3"], "--accelerate is 'fsdp3'; allowed are cpu, ddp"),
     ],
 )
 def test_names_that_do_not_exist(words, message):

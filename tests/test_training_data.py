@@ -128,11 +128,12 @@ shown?",5.0,x
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("kind", ["csv", "csv of Excel", "tsv", "folder"])
+@pytest.mark.parametrize("kind", ["csv", "csv of Excel", "semicolons", "tsv", "folder"])
 def test_tables_of_texts(folder, kind, streaming):
     """What a cell says is what is learned: no number is made of it, and "None" and "NA" are answers."""
     path = folder / ("train.CSV" if kind == "csv" else "train.tsv" if kind == "tsv" else "train.csv")
-    text = TABLE.replace(",", "\t").replace("large\t or", "large, or") if kind == "tsv" else TABLE
+    separator = {"tsv": "\t", "semicolons": ";"}.get(kind, ",")
+    text = TABLE.replace(",", separator).replace(f"large{separator} or", "large, or")
     path.write_text(text, encoding="utf-8-sig" if kind == "csv of Excel" else "utf-8")
     rows = list(load(str(folder) if kind == "folder" else str(path), streaming=streaming))
     turns = [[message["content"][-1]["text"] for message in row["messages"]] for row in rows]
@@ -142,13 +143,21 @@ def test_tables_of_texts(folder, kind, streaming):
     assert [row["images"][0].size[0] for row in rows] == [30, 31, 32, 33]
 
 
+def test_columns_by_other_names(folder, caplog):
+    (folder / "data.csv").write_text("Image Path,Query,Ground_Truth\n3.png,Is it?,No\n")
+    (row,) = load(str(folder / "data.csv"))
+    assert [message["content"][-1]["text"] for message in row["messages"]] == ["Is it?", "No"]
+    assert row["images"][0].size == (33, 20)
+    assert "question is read from 'Query', answer is read from 'Ground_Truth', image is read from" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("image,question,answer\n0.png,Is it large, or small?,No\n", "has 4 cells at line 2, and 3 columns"),
         ("image,question,answer\n0.png,Is it?\n", "has 2 cells at line 2"),
-        ("image;question;answer\n0.png;Is it?;No\n", r"columns \['image;question;answer'\]; allowed are messages or"),
-        ("Image,Question,Answer\n0.png,Is it?,No\n", r"columns \['Answer', 'Image', 'Question'\]; allowed are"),
+        ("image|question|answer\n0.png|Is it?|No\n", r"columns \['image\|question\|answer'\]; allowed"),
+        ("image,answer\n0.png,No\n", r"columns \['answer', 'image'\]; allowed are messages, or conversations or"),
         ("image,question,answer,answer\n", "of which two have one name"),
         ("image,question,answer\n", "which has no records"),
         ("image,question,answer\n0.png,Is it?,\n", "data/0 at line 2: `answer` is None; allowed are texts and numbers"),
@@ -173,7 +182,7 @@ def test_numbers_are_answers(folder, tmp_path):
 
 def test_an_object_around_the_records(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"data": [qa(0)]}, indent=1))
-    with pytest.raises(ValueError, match=r"is no JSON at line 1: .*; allowed are a list of objects, or"):
+    with pytest.raises(ValueError, match=r"has the columns \['data'\]; allowed are messages, or"):
         load(str(tmp_path / "a.json"))
 
 
@@ -414,7 +423,7 @@ def test_files_that_are_no_data(tmp_path, streaming):
         ("a.json", "", "'.*a.json', which has no records"),
         ("b.json", "[]", "which has no records"),
         ("c.jsonl", '{"messages": []}\n{"mess', "is no JSON at line 2"),
-        ("d.json", '[{"caption": "x", "image": "y"}]', r"columns \['caption', 'image'\]; allowed are messages or"),
+        ("d.json", '[{"caption": "x", "image": "y"}]', r"columns \['caption', 'image'\]; allowed are messages, or"),
         ("e.parquet", "x", "cannot be loaded"),
     ]
     for name, text, message in cases:
@@ -422,7 +431,7 @@ def test_files_that_are_no_data(tmp_path, streaming):
         with pytest.raises(ValueError, match=message):
             list(load(str(tmp_path / name), streaming=streaming))
     datasets.Dataset.from_dict({"text": ["x"]}).to_parquet(tmp_path / "f.parquet")
-    with pytest.raises(ValueError, match=r"columns \['text'\]; allowed are messages or conversations or"):
+    with pytest.raises(ValueError, match=r"columns \['text'\]; allowed are messages, or conversations or"):
         load(str(tmp_path / "f.parquet"), streaming=streaming)
     datasets.Dataset.from_dict({"question": [], "answer": [], "image": []}).to_parquet(tmp_path / "g.parquet")
     with pytest.raises(ValueError, match=r"which has no records|corresponds to no data"):

@@ -7,6 +7,7 @@ so that sources can be mixed and streamed, and images stay files or compressed b
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -33,18 +34,17 @@ from lladamedv.processing.datasets.records import (
     text_of,
 )
 from lladamedv.processing.datasets.vqa import load_vqa, record_to_messages
+from lladamedv.processing.datasets.vqa_columns import Fields, answer_text
 from lladamedv.processing.phantoms import PhantomVQA, parse_phantoms
 
 from .rows import RowError, normalize_messages, undecoded
 
 
+logger = logging.getLogger(__name__)
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
-# What each kind of records is known by: one of these sets of columns.
-_KINDS = {
-    "messages": ({"messages"},),
-    "llava_med": tuple({spelling} for spelling in SPELLINGS),
-    "vqa": ({"question", "answer", "image"}, {"question", "answer", "images"}),
-}
+# What each kind of records is known by: one of these columns, or all of them under one of their names.
+_KINDS = {"messages": ("messages",), "llava_med": SPELLINGS}
+_VQA_COLUMNS = ("question", "answer", "image")
 _PHANTOMS, _VQA = "phantoms:", "vqa:"
 _CHUNK = 5_000  # rows that are Python objects at a time
 _EMBEDDED = True  # stands for an image whose bytes are in the data set, where only the text is looked at
@@ -190,12 +190,18 @@ def _records_file(source: DataSource) -> Path | None:
 def _kind_of(columns, source: DataSource, argument: str) -> str:
     """Which kind of records has these columns."""
     for kind, alternatives in _KINDS.items():
-        if any(needed <= set(columns) for needed in alternatives):
+        if any(name in columns for name in alternatives):
             return kind
-    allowed = " or ".join(" + ".join(sorted(needed)) for sets in _KINDS.values() for needed in sets)
-    raise ValueError(
-        f"`{argument}` holds {str(source)!r}, which has the columns {sorted(columns)}; allowed are {allowed}."
-    )
+    fields = Fields(dict.fromkeys(columns))
+    read = {column: next(iter(fields.names(column)), None) for column in _VQA_COLUMNS}
+    if None in read.values():
+        raise ValueError(
+            f"`{argument}` holds {str(source)!r}, which has the columns {sorted(columns)}; allowed are messages, or "
+            f"{' or '.join(SPELLINGS)}, or {', '.join(_VQA_COLUMNS)}, also by other usual names."
+        )
+    if any(name not in (column, "images") for column, name in read.items()):
+        logger.warning("%s: %s", source, ", ".join(f"{column} is read from {name!r}" for column, name in read.items()))
+    return "vqa"
 
 
 # Rows from records
@@ -206,12 +212,15 @@ def _to_row(record: dict, record_id: str, kind: str, images: ImageFiles) -> dict
 
     Args:
         record_id: what to call a record without an id.
-        kind: one of `_KINDS`.
+        kind: one of `_KINDS`, or "vqa".
         images: where image files are.
 
     Raises:
         InvalidRecordError, MissingImageError: if it cannot become one.
     """
+    fields = Fields(record)
+    if kind == "vqa" and not {"image", "images"} & set(record):
+        record = {**record, "image": fields.get("image")}
     given = [_find(image, images) for image in _given_images(record)]
     name = next((str(record[key]) for key in ("id", "qid", "question_id") if record.get(key) is not None), record_id)
     if kind == "llava_med":
@@ -220,11 +229,11 @@ def _to_row(record: dict, record_id: str, kind: str, images: ImageFiles) -> dict
     if kind == "vqa":
         if not given:
             raise MissingImageError(f"{record.get('image')}")
-        turns = {"user": "question", "assistant": "answer"}
-        messages = [{"role": role, "content": text_of(record.get(column))} for role, column in turns.items()]
-        empty = [column for column, message in zip(turns.values(), messages) if not (message["content"] or "").strip()]
-        if empty:
-            raise InvalidRecordError(f"`{empty[0]}` is {record.get(empty[0])!r:.200}; allowed are texts and numbers")
+        turns = {"question": text_of(fields.get("question")) or "", "answer": answer_text(fields.get("answer"))}
+        for column, text in turns.items():
+            if not text.strip():
+                raise InvalidRecordError(f"`{column}` is {fields.get(column)!r:.200}; allowed are texts and numbers")
+        messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns.values())]
     else:
         messages = record.get("messages")
     try:

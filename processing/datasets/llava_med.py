@@ -31,8 +31,8 @@ def record_to_row(record: dict, record_id: str, images: ImageFiles | None = None
 
     Returns:
         `{"id", "messages", "images"}`: chat messages whose contents are parts, the images' parts in front of their
-        turn's text and `<image>` taken out of it, and the paths of the images. Where no turn holds `<image>`, the first
-        human turn shows the images.
+        turn's text and `<image>` taken out of it, and the paths of the images. Where no human turn holds `<image>`, the
+        first one shows the images; in other turns `<image>` is text.
 
     Raises:
         InvalidRecordError: if the record holds no conversation.
@@ -52,9 +52,7 @@ def record_to_row(record: dict, record_id: str, images: ImageFiles | None = None
             raise InvalidRecordError(
                 f"turn {number} has no `value` or is from {speaker!r:.200}, not from {list(_ROLES)}"
             )
-        shown = text.count(IMAGE_PLACEHOLDER)
-        if shown and speaker != "human":
-            raise InvalidRecordError(f"{IMAGE_PLACEHOLDER} in turn {number}, which is from {speaker!r}")
+        shown = text.count(IMAGE_PLACEHOLDER) if speaker == "human" else 0
         if shown:
             text = text.replace(IMAGE_PLACEHOLDER, "").strip()
         content = [{"type": "image", "text": None} for _ in range(shown)]
