@@ -180,7 +180,7 @@ def test_out_must_be_new(tmp_path, source, tokenizer):
     with pytest.raises(ValueError, match=r"' exists already; allowed is a new or an empty folder"):
         convert(source, tmp_path / "empty", tokenizer)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match=r"' exists already; allowed is a new or an empty folder"):
+    with pytest.raises(ValueError, match=r"file' cannot be used: '.*file' is no folder"):
         convert(source, tmp_path / "file", tokenizer)
     with pytest.raises(ValueError, match=r"below' cannot be used: '.*file' is no folder"):
         convert(source, tmp_path / "file" / "below", tokenizer)
@@ -333,7 +333,7 @@ def test_command_line(tmp_path, source, tokenizer):
     done = run("init", tmp_path / "new", *parts, "--aspect-ratio", "square", "--seed", 3)
     assert done.exit_code == 0 and "layout llada + siglip" in done.output
     failed = run("init", tmp_path / "newer", *parts, "--projector", tmp_path / "none.bin")
-    assert failed.exit_code == 1 and "there is no such file" in failed.output
+    assert failed.exit_code == 2 and "'--projector'" in failed.output and "does not exist" in failed.output
     assert not (tmp_path / "newer").exists()
 
 
