@@ -158,8 +158,10 @@ class CommandLine(TyperGroup):
             raise SystemExit(super().main(*args, **options | {"standalone_mode": False}))
         except _UsageError as error:
             if text := error.format_message():  # else help was asked for, and given
+                text = " ".join(text.split())
+                text += "" if text.endswith((".", "?")) else "."
                 see = f" See {error.ctx.command_path} --help." if error.ctx else ""
-                typer.echo(f"lladamedv: {' '.join(text.split()).rstrip('.')}.{see}", err=True)
+                typer.echo(f"lladamedv: {text}{see}", err=True)
             raise SystemExit(error.exit_code) from error
         except Exception as error:
             if os.environ.get(DEBUG):

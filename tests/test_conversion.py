@@ -68,6 +68,7 @@ def test_a_complete_folder(tmp_path, source, tokenizer):
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
         "modeling_lladamedv.py", "processing_lladamedv.py", "processor_config.json", "repetition_lladamedv.py",
         "scoring_lladamedv.py", "tokenizer.json", "tokenizer_config.json",
+        "dicom.py", "medical_images.py", "medical_shared.py", "nifti.py", "pictures.py",
     }  # fmt: skip
     assert {path.name for path in out.iterdir()} == expected
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -176,12 +177,12 @@ def test_out_must_be_new(tmp_path, source, tokenizer):
     (tmp_path / "empty").mkdir()
     convert(source, tmp_path / "empty", tokenizer)
     before = everything(tmp_path)
-    with pytest.raises(ValueError, match=r"`out` is .* which exists already"):
+    with pytest.raises(ValueError, match=r"' exists already; allowed is a new or an empty folder"):
         convert(source, tmp_path / "empty", tokenizer)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match=r"`out` is .* which exists already"):
+    with pytest.raises(ValueError, match=r"file' cannot be used: '.*file' is no folder"):
         convert(source, tmp_path / "file", tokenizer)
-    with pytest.raises(ValueError, match=r"`out` is .* cannot be written"):
+    with pytest.raises(ValueError, match=r"below' cannot be used: '.*file' is no folder"):
         convert(source, tmp_path / "file" / "below", tokenizer)
     assert (tmp_path / "file").read_text() == "x" and set(everything(tmp_path)) == {*before, "file"}
 
@@ -326,13 +327,13 @@ def test_command_line(tmp_path, source, tokenizer):
     for text in ("layout llava_llada", "2 ignored", "preset llada-medv-vqa", "wrote "):
         assert text in done.output
     failed = run("convert", source, tmp_path / "out", "--tokenizer", tokenizer)
-    assert failed.exit_code == 1 and failed.output.startswith("lladamedv: `out` is")
+    assert failed.exit_code == 2 and "'OUT': '" in failed.output and "exists already" in failed.output
     parts = ("--language-model", released.write_olmo(tmp_path / "llada"))
     parts += ("--vision-tower", released.write_tower(tmp_path / "siglip"), "--tokenizer", tokenizer)
     done = run("init", tmp_path / "new", *parts, "--aspect-ratio", "square", "--seed", 3)
     assert done.exit_code == 0 and "layout llada + siglip" in done.output
     failed = run("init", tmp_path / "newer", *parts, "--projector", tmp_path / "none.bin")
-    assert failed.exit_code == 1 and "there is no such file" in failed.output
+    assert failed.exit_code == 2 and "'--projector'" in failed.output and "does not exist" in failed.output
     assert not (tmp_path / "newer").exists()
 
 

@@ -821,7 +821,7 @@ BOMBS = {
     "own-tower": "has the wrong shapes for 2 weights",
     "own-devices": "bytes, too few for the",
     "own-gigabytes": "is no regular file of at most",
-    "adapter-rank": "cannot be loaded as a checkpoint",
+    "adapter-rank": "cannot be loaded: ",
     "merge-rank": "cannot be loaded",
     "released-wide": "holds weights of the wrong shape",
     "projector-packed.bin": "it is compressed",

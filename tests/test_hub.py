@@ -126,7 +126,7 @@ def test_repositories_of_another_kind(hub, complete, tmp_path):
         ("me/bert", complete, "holds a model of type 'bert', not model"),
         ("me/notes", complete, "holds other files, not model"),
     ):
-        with pytest.raises(ValueError, match=rf"`repo` is '{repo}', which {there}; `replace` \(--replace\)"):
+        with pytest.raises(ValueError, match=rf"`repo` is '{repo}', which {there}; `replace` deletes"):
             push(pushed, repo)
     assert hub.repos == before and hub.commits == ["me/model"]
     push(complete, "me/new")
@@ -136,7 +136,7 @@ def test_repositories_of_another_kind(hub, complete, tmp_path):
 
 def test_nothing_private_becomes_public_by_mistake(hub, complete):
     hub.repos["me/model"], hub.private["me/model"] = {}, False
-    with pytest.raises(ValueError, match=r"'me/model', which is public; `private` must be False \(--public\)"):
+    with pytest.raises(ValueError, match=r"'me/model', which is public; allowed with `private=False` \(--public\)"):
         push(complete)
     assert hub.repos["me/model"] == {} and not hub.commits
     push(complete, private=False)
@@ -177,13 +177,8 @@ TOKEN = "hf_" + "aB3" * 12
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-5]), "model.safetensors is cut off"),
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes() + b"0"), "model.safetensors is cut off"),
         (lambda f: (f / WEIGHTS).unlink(), "weights are missing"),
-        (lambda f: (f / "training_args.bin").write_bytes(b""), "training_args.bin is a pickle"),
-        (lambda f: (f / "optimizer.pt").write_bytes(b""), "optimizer.pt is a state of training"),
-        (lambda f: (f / "rng_state_0.pth").write_bytes(b""), "rng_state_0.pth is a state of training"),
-        (
-            lambda f: ((f / "checkpoint-7").mkdir(), (f / "checkpoint-7" / "config.json").write_text("{}")),
-            "checkpoint-7/config.json is a state of training",
-        ),
+        (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin is a pickle"),
+        (lambda f: (f / "weights.pth").write_bytes(b""), "weights.pth is a pickle"),
         (lambda f: (f / "config.json.new").write_text("{}"), "config.json.new is left over"),
         (lambda f: (f / ".env").write_text("X"), ".env is hidden"),
         (lambda f: (f / "patients.csv").write_text("X"), "patients.csv is no part of a model"),
@@ -327,7 +322,7 @@ def adapter(tmp_path):
 
 def test_adapters_name_their_model_by_its_id(hub, adapter):
     before = state(adapter)
-    with pytest.raises(ValueError, match=r"`base_model_name_or_path` in .*demo_model'.*`base_model` \(--base-model\)"):
+    with pytest.raises(ValueError, match=r"`base_model_name_or_path` in .*demo_model'.*`base_model` gives its Hub id"):
         push(adapter, "me/adapter")
     with pytest.raises(ValueError, match="`base_model` is '/tmp/x'; allowed is a Hub id"):
         push(adapter, "me/adapter", base_model="/tmp/x")
@@ -485,7 +480,7 @@ def test_data_that_must_not_be_passed_on(hub, tmp_path):
     place = tmp_path / "jane"
     place.mkdir()
     options = {"path": write_path_vqa(place), "splits": ["train", "test"], "report": quiet}
-    with pytest.raises(ValueError, match=r"`benchmark` is 'path-vqa', which must not be .*copyright.*--recipe-only"):
+    with pytest.raises(ValueError, match=r"`benchmark` is 'path-vqa', which must not be .*copyright.*`recipe_only`"):
         push_dataset("path-vqa", "me/data", **options)
     assert not hub.requests
     plan = push_dataset("path-vqa", "me/data", recipe_only=True, **options)
@@ -539,5 +534,5 @@ def test_command_line(hub, complete, tmp_path, monkeypatch):
     assert done.exit_code == 0 and hub.private["datasets/me/data"] is False
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     failed = run("push", complete, "me/model")
-    assert failed.exit_code == 1 and failed.stderr.startswith("lladamedv: `repo` is 'me/model', but the Hub")
+    assert failed.exit_code == 1 and failed.stderr.startswith("lladamedv: REPO is 'me/model', but the Hub")
     assert failed.stderr.count("\n") == 1 and "hf_wrong" not in failed.output
