@@ -5,9 +5,9 @@ import json
 import peft
 import pytest
 import torch
-import transformers
 from packaging.version import Version
 from transformers import AutoModelForImageTextToText as Auto
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from lladamedv import LLaDAMedVForConditionalGeneration as Ours
 from tests.test_modeling_lladamedv import pixels
@@ -71,9 +71,9 @@ def test_a_folder_of_adapters_is_a_model(tmp_path):
     models[-1].load_adapter(tmp_path / "adapters")
     for model in models:
         torch.testing.assert_close(model(**inputs).logits, expected)
-    if Version(peft.__version__) < Version("0.22") and Version(transformers.__version__) >= Version("5.24"):
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
         for method in (loaded.active_adapters, lambda: loaded.save_pretrained(tmp_path / "again")):
-            with pytest.raises(ValueError, match=r"PEFT .* >= 0\.22"):
+            with pytest.raises(ValueError, match=f"PEFT .* >= {MIN_PEFT_VERSION}"):
                 method()
     else:
         loaded.save_pretrained(tmp_path / "again")
