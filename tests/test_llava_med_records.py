@@ -195,7 +195,7 @@ def test_what_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as JSON"):
         list(read_records(tmp_path / "none.json"))
     (tmp_path / "a.json").write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ValueError, match="cannot be read as JSON"):
+    with pytest.raises(ValueError, match="is not in UTF-8"):
         list(read_records(tmp_path / "a.json"))
 
 

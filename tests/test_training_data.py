@@ -147,7 +147,7 @@ def test_tables_of_texts(folder, kind, streaming):
     [
         ("image,question,answer\n0.png,Is it large, or small?,No\n", "has 4 cells at line 2, and 3 columns"),
         ("image,question,answer\n0.png,Is it?\n", "has 2 cells at line 2"),
-        ("image;question;answer\n0.png;Is it?;No\n", r"columns \['image;question;answer'\]; allowed are messages or"),
+        ("image|question|answer\n0.png|Is it?|No\n", r"columns \['image\|question\|answer'\]; allowed are messages or"),
         ("Image,Question,Answer\n0.png,Is it?,No\n", r"columns \['Answer', 'Image', 'Question'\]; allowed are"),
         ("image,question,answer,answer\n", "of which two have one name"),
         ("image,question,answer\n", "which has no records"),
@@ -173,7 +173,7 @@ def test_numbers_are_answers(folder, tmp_path):
 
 def test_an_object_around_the_records(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"data": [qa(0)]}, indent=1))
-    with pytest.raises(ValueError, match=r"is no JSON at line 1: .*; allowed are a list of objects, or"):
+    with pytest.raises(ValueError, match=r"has the columns \['data'\]; allowed are messages or"):
         load(str(tmp_path / "a.json"))
 
 
