@@ -13,7 +13,7 @@ import html
 import io
 import logging
 import math
-import re
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,23 +26,29 @@ from threading import Event, Lock
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationOutput
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.medical_images import WINDOW_PRESETS, MedicalImage, MedicalImageError, read_medical_image
-from lladamedv.processing.nifti import AXES, is_nifti
+from lladamedv.processing.nifti import AXES
 
-from .conversation import LEVELS, MASK, NOTICE, CanvasStreamer, chat_about, level_of, pieces
+from .conversation import LEVELS, MASK, NOTICE, CanvasStreamer, chat_about, demo_notice, level_of, pieces
+from .doors import LOOPBACK_HOSTS, OwnPageOnly
 
 
 logger = logging.getLogger(__name__)
-_UPLOADS = "Upload no image that shows who somebody is."
+_UPLOADS = "Do not upload images that could identify a person."
 _MAX_PIXELS = 2**25  # of an image that is kept in memory while its conversation lasts: 100 MB
 _MAX_QUESTION = 4_000  # characters
 _SESSION_SECONDS = 3_600
 _PREVIEW = (640, 640)
-_DEFAULT_WINDOW = "default"
-# What `read_medical_image` says in its steps of which one it took, and by which argument another one is chosen.
-_COUNT = re.compile(r"(frame|page|volume|\w+ slice) (\d+) of (\d+) \(from 0\)")
-_COUNTED_BY = {"frame": "frame", "page": "page", "volume": "time_index"}  # and slices by `slice_index`
-# How its steps on the way from grey values of more than 8 bits begin.
-_GREY_VALUES = ("window ", "VOI LUT ", "percentiles ", "least and greatest value ", "no values ")
+_DEFAULT, _FULL_RANGE = "default", "full range"  # of the controls
+# What the arguments of `read_medical_image` are called here.
+_CONTROLS = {
+    "source": "The file", "frame": "Frame", "page": "Page", "slice_index": "Slice", "time_index": "Volume",
+    "axis": "Axis", "window": "Window", "full_range": f"Window ({_FULL_RANGE})", "background": "Background",
+    "allow_burned_in": "Burned-in text",
+}  # fmt: skip
+_BURNED_IN = (
+    "The file says that text is burned into its pixels, which may tell who the patient is. If you know that it does "
+    "not, tick Burned-in text."
+)
 _MASK = f'<span class="ldm-mask" title="still masked" aria-hidden="true">{2 * MASK}</span>'
 # Gradio sets the colour of all that is in its HTML, its subdued texts have too little contrast, and it does not show
 # everywhere what has the keyboard's focus.
@@ -103,6 +109,7 @@ class _Conversation:
         turns: questions and answers so far.
         source: the uploaded file, if another picture can be read from it.
         chosen: all arguments of `read_medical_image` that can be chosen for it, as they are.
+        refusal: why there is no picture, although there is a file.
         over: set when another picture has been read from the file, so that an answer on its way ends.
     """
 
@@ -110,6 +117,7 @@ class _Conversation:
     turns: tuple[_Turn, ...] = ()
     source: bytes = b""
     chosen: dict = field(default_factory=dict)
+    refusal: str = ""
     over: bool = False
 
 
@@ -163,16 +171,6 @@ def import_gradio():
     return gradio
 
 
-def _counts(picture: MedicalImage) -> dict[str, tuple[str, int, int]]:
-    """What the picture is one of: the argument that chooses it, what is counted, its index, and how many there are."""
-    found = [match.groups() for step in picture.steps if (match := _COUNT.match(step))]
-    return {
-        _COUNTED_BY.get(unit, "slice_index"): (unit, int(index), int(count))
-        for unit, index, count in found
-        if int(count) > 1
-    }
-
-
 def _begin(source: bytes, **chosen) -> _Conversation:
     """A conversation about a file; about its first page or volume where one must be chosen and is not.
 
@@ -187,30 +185,20 @@ def _begin(source: bytes, **chosen) -> _Conversation:
     try:
         picture = read()
     except MedicalImageError as error:
+        if error.missing == "allow_burned_in":
+            return _Conversation(source=source, chosen={"allow_burned_in": False}, refusal=_BURNED_IN)
         if error.missing is None:
             raise
         picture = read(**{error.missing: 0})
-    can_be_chosen: dict = {argument: index for argument, (_, index, _) in _counts(picture).items()}
-    if is_nifti(io.BytesIO(source)):
-        can_be_chosen["axis"] = chosen.get("axis", "axial")
-    if any(step.startswith(_GREY_VALUES) for step in picture.steps):
-        can_be_chosen["window"] = chosen.get("window")
+    can_be_chosen = {name: index[1] if index else chosen.get(name) for name, index in picture.choices.items()}
+    if "allow_burned_in" in chosen:
+        can_be_chosen["allow_burned_in"] = True
     return _Conversation(picture, source=source if can_be_chosen else b"", chosen=can_be_chosen)
 
 
-def _parse_window(text: str | None) -> str | tuple[float, float] | None:
-    """The window that a person has chosen or typed, for `read_medical_image`."""
-    text = (text or _DEFAULT_WINDOW).strip()
-    if text == _DEFAULT_WINDOW or text in WINDOW_PRESETS:
-        return None if text == _DEFAULT_WINDOW else text
-    try:
-        level, width = map(float, text.split("/"))
-    except ValueError:
-        raise ValueError(
-            f"The window is {text!r}; allowed are {_DEFAULT_WINDOW}, {', '.join(WINDOW_PRESETS)}, and LEVEL/WIDTH such "
-            "as 40/400."
-        ) from None
-    return level, width
+def _explain(error: Exception) -> str:
+    """An error in the names of the controls."""
+    return error.told(_CONTROLS.__getitem__) if isinstance(error, MedicalImageError) else str(error)
 
 
 def _read_upload(files: Sequence[str], max_file_size: int) -> _Conversation:
@@ -314,8 +302,6 @@ def _show_legend() -> str:
 
 
 def _show_message(message: str) -> str:
-    if message.startswith("`source`"):  # what `read_medical_image` calls it
-        message = "The file" + message.removeprefix("`source`")
     return f'<p role="alert" class="ldm-alert">{_escape(message)}</p>'
 
 
@@ -344,13 +330,16 @@ def build_app(
 
     Returns:
         A `gradio.Blocks`. Its API name `ask` takes `{"text": …, "files": […]}` and the values of the four sliders,
-        `choose` the place (frame, page or slice), volume, axis and window of another picture from the same file.
+        `choose` the place (frame, page or slice), volume, axis, window and background of another picture from the same
+        file, and whether it may be one with text burned in.
 
     Raises:
         ImportError: if Gradio is not installed.
         ValueError: if an argument is not allowed.
     """
     gradio = import_gradio()
+    from starlette.middleware import Middleware  # which Gradio brings
+
     prepare = partial(model._prepare_generation_config, None, return_dict_in_generate=True)
     defaults = prepare()
     context = model.config.get_text_config().max_position_embeddings
@@ -369,8 +358,14 @@ def build_app(
             limits = {"max_file_size": max_file_size, "state_session_capacity": 4 * queue_size}
             # Gradio's own fonts have no bold letters.
             theme = gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
+            host = options.get("server_name") or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
+            if not options.get("share") and "SPACE_ID" not in os.environ:  # others have names that only they know
+                own = Middleware(OwnPageOnly, hosts=LOOPBACK_HOSTS if host in LOOPBACK_HOSTS else None)
+                more = options.get("app_kwargs") or {}
+                options["app_kwargs"] = more | {"middleware": [own, *more.get("middleware", ())]}
             return super().launch(**(private | limits | {"theme": theme} | options))
 
+    notice = _escape(" ".join(text for text in (NOTICE, _UPLOADS, demo_notice(model)) if text))
     lock = Lock()
     mask_token_id = model.config.mask_token_id
 
@@ -401,7 +396,9 @@ def build_app(
 
     def show_choices(conversation):
         """Show the controls for what can be chosen from the file, and hide the others."""
-        counts = {} if conversation.picture is None else _counts(conversation.picture)
+        chosen = conversation.chosen
+        counts = {} if conversation.picture is None else conversation.picture.choices
+        counts = {name: index for name, index in counts.items() if index}
         volume_count = counts.pop("time_index", None)
 
         def slider(counted):
@@ -410,23 +407,29 @@ def build_app(
                 visible=counted is not None, label=f"{unit.capitalize()} (from 0)", maximum=count - 1, value=index
             )
 
-        chosen = conversation.chosen
-        shown_window = chosen.get("window") or _DEFAULT_WINDOW
-        if isinstance(shown_window, tuple):
-            shown_window = "{:g}/{:g}".format(*shown_window)
+        windows = [_DEFAULT, *([_FULL_RANGE] if "full_range" in chosen else []), *WINDOW_PRESETS]
+        shown_window = _FULL_RANGE if chosen.get("full_range") else chosen.get("window") or _DEFAULT
         return {
             place: slider(next(iter(counts.values()), None)),
             volume: slider(volume_count),
-            axis: gradio.update(visible="axis" in chosen, value=chosen.get("axis", "axial")),
-            window: gradio.update(visible="window" in chosen, value=shown_window),
-        }
+            axis: gradio.update(visible="axis" in chosen, value=chosen.get("axis") or "axial"),
+            window: gradio.update(visible="window" in chosen, choices=windows, value=shown_window),
+            background: gradio.update(visible="background" in chosen, value=chosen.get("background") or _DEFAULT),
+            burned_in: gradio.update(
+                visible="allow_burned_in" in chosen, value=bool(chosen.get("allow_burned_in")),
+            ),
+        }  # fmt: skip
 
-    def choose(conversation, place_index, volume_index, chosen_axis, chosen_window):
+    def choose(conversation, place_index, volume_index, chosen_axis, chosen_window, chosen_background, read_burned_in):
         """Read another picture from the same file and begin the conversation anew."""
-        given = {"time_index": volume_index, "axis": chosen_axis}
+        values = [(text or _DEFAULT).strip() for text in (chosen_axis, chosen_window, chosen_background)]
+        axis_name, window_name, colour = (None if value == _DEFAULT else value for value in values)
+        given = {
+            "time_index": volume_index, "axis": None if axis_name == "axial" else axis_name, "background": colour,
+            "window": None if window_name == _FULL_RANGE else window_name,
+            "full_range": window_name == _FULL_RANGE or None, "allow_burned_in": read_burned_in,
+        }  # fmt: skip
         try:
-            if "window" in conversation.chosen:
-                given["window"] = _parse_window(chosen_window)
             wanted = {argument: given.get(argument, place_index) for argument in conversation.chosen}
             # Controls change also when they are shown or emptied.
             if wanted == conversation.chosen or place_index is None or volume_index is None:
@@ -435,14 +438,14 @@ def build_app(
                 wanted.pop("slice_index", None)  # it counts along the axis
             begun = _begin(conversation.source, **wanted)
         except (ValueError, ImportError) as error:
-            return {alert: _show_message(str(error)), **show_choices(conversation)}
+            return {alert: _show_message(_explain(error)), **show_choices(conversation)}
         conversation.over = True
         restarted = "The image was read anew, so the conversation begins anew."
         changed = {
             state: begun,
             picture: _show_picture(begun.picture),
             log: _show_conversation((), nothing=restarted),
-            alert: "",
+            alert: _show_message(begun.refusal) if begun.refusal else "",
         }
         # Controls that are right stay untouched: somebody may be moving one.
         return changed if begun.chosen == wanted else changed | show_choices(begun)
@@ -460,10 +463,10 @@ def build_app(
                     alert: "",
                     **show_choices(conversation),
                 }
-                if not question:
+                if not question and conversation.picture is not None:
                     return
             if conversation.picture is None:
-                raise ValueError("There is no image yet; add one to the question.")
+                raise ValueError(conversation.refusal or "There is no image yet; add one to the question.")
             if not 0 < len(question) <= _MAX_QUESTION:
                 raise ValueError(f"The question has {len(question)} characters; allowed are 1 to {_MAX_QUESTION}.")
             options = {
@@ -488,7 +491,7 @@ def build_app(
             }
         except Exception as error:
             if isinstance(error, (ValueError, ImportError)):
-                text = str(error)
+                text = _explain(error)
             else:  # a message of a library may quote what it was given
                 text = f"This could not be answered ({type(error).__name__})."
                 logger.error("a question could not be answered: %s", type(error).__name__)
@@ -519,18 +522,26 @@ def build_app(
     with App(title=title, analytics_enabled=False, delete_cache=(60, 600)) as app:
         state = gradio.State(_Conversation(), time_to_live=_SESSION_SECONDS)
         gradio.HTML(
-            f'{_STYLE}<h1>{_escape(title)}</h1><p role="note" class="ldm-note"><b>{NOTICE} {_UPLOADS}</b></p>',
+            f'{_STYLE}<h1>{_escape(title)}</h1><p role="note" class="ldm-note"><b>{notice}</b></p>',
             label="Notice",
         )
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
                 picture = gradio.HTML(_show_picture(None), label="Image")
                 window = gradio.Dropdown(
-                    [_DEFAULT_WINDOW, *WINDOW_PRESETS], value=_DEFAULT_WINDOW, allow_custom_value=True, visible=False,
+                    [_DEFAULT, *WINDOW_PRESETS], value=_DEFAULT, allow_custom_value=True, visible=False,
                     label="Window (grey values to show)",
                     info="A preset in Hounsfield units, or LEVEL/WIDTH, such as 40/400. The default is the file's own.",
                 )  # fmt: skip
                 axis = gradio.Radio([*reversed(AXES)], value="axial", visible=False, label="Axis")
+                background = gradio.Dropdown(
+                    [_DEFAULT, "black", "white"], value=_DEFAULT, allow_custom_value=True, visible=False,
+                    label="Background (of transparent pixels)",
+                    info="A colour's name, or #rrggbb. The default shows the colours that transparency hid.",
+                )  # fmt: skip
+                burned_in = gradio.Checkbox(
+                    label="Burned-in text: read the file nonetheless", visible=False,
+                )  # fmt: skip
                 volume, place = (
                     gradio.Slider(0, 1, 0, step=1, precision=0, visible=False, label=label, buttons=[])
                     for label in ("Volume", "Frame, page or slice")
@@ -542,7 +553,7 @@ def build_app(
                     label="Image and question",
                     show_label=True,
                     info="Attach or paste a picture, DICOM or NIfTI file; press Enter to see it, or ask at once. Then "
-                    "ask on.",
+                    "ask follow-up questions.",
                     placeholder="Question about the image",
                     sources=["upload"],
                     file_count="single",
@@ -573,7 +584,7 @@ def build_app(
                         ),
                     ]  # fmt: skip
         gradio.HTML(_show_legend(), label="Legend")
-        choices = [place, volume, axis, window]
+        choices = [place, volume, axis, window, background, burned_in]
         asked = box.submit(
             ask, [box, state, *sliders], [box, picture, log, alert, state, *choices],
             api_name="ask", show_progress="hidden", concurrency_limit=1, trigger_mode="once",

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -32,26 +37,62 @@ def app_command(
     quiet()
     from lladamedv.app import build_app, import_gradio
 
-    # All that can be wrong is tried before a large model is loaded.
-    import_gradio()
-    find_device(device)
-    if ":" in host:
-        raise ValueError(f"`host` is {host!r}; allowed are names and IPv4 addresses, because Gradio serves no others.")
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        reason = error.strerror.partition(" (")[0]
-        raise ValueError(f"`port` is {port}, which cannot be listened on at {host}: {reason}.") from error
-    loaded, processor = load_model(model, dtype, device, revision)
-    app = build_app(loaded, processor)
-    if share:
-        typer.echo("Warning: everybody who has the link can use the app, and uploads pass through Gradio.", err=True)
-    if host not in LOOPBACK:
-        typer.echo(f"Warning: everybody who reaches {host} can use the app, with no password.", err=True)
-    # Both addresses are given, so that no environment variable can open the app. Gradio's own lines advise to share.
-    _, local, _ = app.launch(
-        server_name=host, server_port=port, share=share, inbrowser=False, quiet=True, prevent_thread_lock=True
-    )
-    typer.echo(f"The app is at {local}")
-    app.block_thread()  # until Ctrl-C, which it keeps to itself
+    with _own_temporary_files():
+        # All that can be wrong is tried before a large model is loaded.
+        import_gradio()
+        find_device(device)
+        if ":" in host:
+            raise ValueError(
+                f"`host` is {host!r}; allowed are names and IPv4 addresses, because Gradio serves no others."
+            )
+        try:
+            socket.create_server((host, port)).close()
+        except OSError as error:
+            reason = error.strerror.partition(" (")[0]
+            raise ValueError(f"`port` is {port}, which cannot be listened on at {host}: {reason}.") from error
+        loaded, processor = load_model(model, dtype, device, revision)
+        app = build_app(loaded, processor)
+        if share:
+            typer.echo(
+                "Warning: everybody who has the link can use the app, and uploads pass through Gradio.", err=True
+            )
+        if host not in LOOPBACK:
+            typer.echo(f"Warning: everybody who reaches {host} can use the app, with no password.", err=True)
+        try:
+            # Both addresses are given, so that no environment variable can open the app. Gradio's own lines advise to
+            # share.
+            _, local, _ = app.launch(
+                server_name=host, server_port=port, share=share, inbrowser=False, quiet=True, prevent_thread_lock=True
+            )
+            typer.echo(f"The app is at {local}")
+            app.block_thread()  # until Ctrl-C, which it keeps to itself
+        finally:
+            app.close(verbose=False)
     raise typer.Exit(130)
+
+
+@contextmanager
+def _own_temporary_files() -> Iterator[None]:
+    """A folder for the temporary files of this process, which is deleted at its end, also by SIGTERM or SIGHUP.
+
+    Uploads are among them, also those that were cut off or never asked about.
+    """
+
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    variable = "GRADIO_TEMP_DIR"
+    parent, tempdir = os.environ.get(variable), tempfile.tempdir
+    if parent is not None:
+        os.makedirs(parent, exist_ok=True)
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.signal(number, end) for number in signals}
+    try:
+        with tempfile.TemporaryDirectory(prefix="lladamedv-", dir=parent) as folder:
+            os.environ[variable] = tempfile.tempdir = folder
+            yield
+    finally:
+        tempfile.tempdir = tempdir
+        os.environ.pop(variable) if parent is None else os.environ.update({variable: parent})
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -6,6 +6,7 @@ to lead here, their `Host` does.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
@@ -36,4 +37,26 @@ def check_origin(headers: Mapping[str, str]) -> str | None:
     return f"`Origin` is {origin[:200]!r}; other web pages than this one may not use it."
 
 
-__all__ = ["LOOPBACK_HOSTS", "check_host", "check_origin"]
+class OwnPageOnly:
+    """ASGI middleware that answers other requests with status 403 and an error in JSON.
+
+    Args:
+        hosts: see [`check_host`].
+    """
+
+    def __init__(self, app, hosts: Iterable[str] | None):
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "http":
+            headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+            if wrong := check_host(headers, self._hosts) or check_origin(headers):
+                body = json.dumps({"error": {"message": wrong}}).encode()
+                kind = [(b"content-type", b"application/json")]
+                await send({"type": "http.response.start", "status": 403, "headers": kind})
+                await send({"type": "http.response.body", "body": body})
+                return
+        await self._app(scope, receive, send)
+
+
+__all__ = ["LOOPBACK_HOSTS", "OwnPageOnly", "check_host", "check_origin"]

@@ -48,7 +48,8 @@ _NEEDED = ("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated")
 _ELEMENTS = [
     *("SOPClassUID", "Modality", "BurnedInAnnotation", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PlanarConfiguration"),
-    *("PhotometricInterpretation", "PresentationLUTShape", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("PhotometricInterpretation", "PresentationLUTShape"),
+    *(f"{kind}PixelPadding{end}" for kind in ("", "Float", "DoubleFloat") for end in ("Value", "RangeLimit")),
     *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType"),
     *("ICCProfile", "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "TotalPixelMatrixRows"),
@@ -387,12 +388,8 @@ def _table(item, values: np.ndarray, signed: bool, header, name: str = "LUT") ->
     order = "<" if header.file_meta.TransferSyntaxUID.is_little_endian else ">"
     if not isinstance(data, bytes):
         data = (np.atleast_1d(data).astype(np.int64) % 2**16).astype(f"{order}u2").tobytes()
-    packed = bits <= 8 and len(data) < 2 * count
-    return (
-        first,
-        np.frombuffer(data, np.uint8 if packed else f"{order}u2", len(data) // (1 if packed else 2))[:count],
-        bits,
-    )
+    kind = np.dtype(np.uint8 if bits <= 8 and len(data) < 2 * count else f"{order}u2")
+    return first, np.frombuffer(data, kind, len(data) // kind.itemsize)[:count], bits
 
 
 def _apply_palette(pixels: np.ndarray, header) -> np.ndarray:
@@ -449,12 +446,12 @@ def _rescaling(header) -> tuple[list[float], list[float]]:
 
 def _padding(pixels: np.ndarray, header) -> np.ndarray:
     """Which pixels are padding (PS3.3, C.7.5.1.1.2)."""
-    if header.get("PixelPaddingValue") is None:
+    kind = {"float32": "Float", "float64": "DoubleFloat"}.get(pixels.dtype.name, "")
+    first, last = (header.get(f"{kind}PixelPadding{end}") for end in ("Value", "RangeLimit"))
+    if first is None:
         return np.zeros(pixels.shape, bool)
-    # As a value of the pixels' type: files write that of signed pixels unsigned, too.
-    limit = header.get("PixelPaddingRangeLimit")
-    ends = [header.PixelPaddingValue, header.PixelPaddingValue if limit is None else limit]
-    low, high = sorted(np.asarray(ends).astype(pixels.dtype).tolist())
+    # As values of the pixels' type: files write those of signed pixels unsigned, too.
+    low, high = sorted(np.asarray([first, first if last is None else last]).astype(pixels.dtype).tolist())
     return (pixels >= low) & (pixels <= high)
 
 

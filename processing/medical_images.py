@@ -98,8 +98,8 @@ class MedicalImage:
         image: RGB `PIL.Image`, upright, without metadata.
         size: original (height, width) in pixels, upright, before any reduction or stretching.
         steps: what was done, in order; never anything that identifies a patient.
-        choices: the arguments of [`read_medical_image`] by which another picture can be read from the same source. Those
-            of an index have what is counted, the index from 0, and how many there are; the others have `None`.
+        choices: the arguments of [`read_medical_image`] by which another picture can be read from the same source.
+            Those of an index have what is counted, the index from 0, and how many there are; the others have `None`.
     """
 
     image: Image.Image

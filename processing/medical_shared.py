@@ -198,7 +198,9 @@ def apply_range(values: np.ndarray, low: float, high: float) -> np.ndarray:
     values = _as_float(values)
     if low == high:
         return np.where(values > low, 255, 0).astype(np.uint8)
-    return _round((values - low) * (255 / (high - low)))
+    values = values - low
+    values *= 255 / (high - low)
+    return _round(values)
 
 
 def apply_percentiles(
@@ -220,7 +222,7 @@ def apply_percentiles(
         steps.append(f"{int((~finite).sum())} values are not finite")
     few = _few_values(values[finite])
     if few is not None:
-        steps.append(f"least and greatest value: {few[0]:g} to {few[-1]:g} ({len(few)} different ones, as in a mask)")
+        steps.append(f"least and greatest value (as of a mask, different ones: {len(few)}): {few[0]:g} to {few[-1]:g}")
         if len(np.unique(apply_range(few, few[0], few[-1]))) == len(few):
             return apply_range(values, few[0], few[-1])
         steps.append("shown in even steps: two of them would look alike")
@@ -254,4 +256,7 @@ def _as_float(values: np.ndarray) -> np.ndarray:
 
 
 def _round(values: np.ndarray) -> np.ndarray:
-    return np.rint(np.clip(np.nan_to_num(values, nan=0, posinf=255, neginf=0), 0, 255)).astype(np.uint8)
+    """As `uint8`; in place until then, because pictures may be large."""
+    np.nan_to_num(values, copy=False, nan=0, posinf=255, neginf=0)
+    np.clip(values, 0, 255, out=values)
+    return np.rint(values, out=values).astype(np.uint8)

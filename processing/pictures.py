@@ -20,6 +20,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from .medical_shared import (
+    WINDOW_PRESETS,
     MedicalImageError,
     apply_percentiles,
     apply_range,
@@ -228,6 +229,11 @@ def _convert_grey(values: np.ndarray, steps: list[str], window, full_range: bool
     """Grey values of any type, `(height, width)`, as `uint8`."""
     steps.choices |= {"window": None, "full_range": None}
     if window is not None:
+        if isinstance(window, str) and window in WINDOW_PRESETS and values.dtype.kind in "bu":
+            raise MedicalImageError(
+                f"{arg('window')} is {window!r}, a window in Hounsfield units, but {arg('source')} has no values below "
+                "0, as these have; allowed is LEVEL/WIDTH in the picture's values."
+            )
         level, width = check_window(window)
         steps.append(describe_window(window, level, width))
         return apply_window(values, level, width)

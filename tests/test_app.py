@@ -3,6 +3,7 @@
 import base64
 import io
 import logging
+import os
 import re
 import signal
 import socket
@@ -10,6 +11,7 @@ import struct
 import sys
 import time
 import zlib
+from contextlib import ExitStack
 from html.parser import HTMLParser
 from threading import Event, Lock, Semaphore, Thread
 
@@ -20,7 +22,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lladamedv import app as app_module
-from lladamedv import cli, cli_app, demo
+from lladamedv import cli, cli_app
 from lladamedv.app import build_app
 from lladamedv.conversation import LEVELS
 from lladamedv.demo import answer
@@ -82,13 +84,16 @@ class Browser:
     def _html(part):
         return part if isinstance(part, str) else None  # an update of nothing
 
-    def choose(self, place=0, volume=0, axis="axial", window="default"):
+    def choose(
+        self, place=0, volume=0, axis="axial", window="default", background="default", burned_in=False
+    ):  # fmt: skip
         """The same without the box, of choosing another picture from the file."""
-        parts = self.client.predict(place, volume, axis, window, api_name="/choose")
+        parts = self.client.predict(place, volume, axis, window, background, burned_in, api_name="/choose")
         return tuple(map(self._html, parts[:3]))
 
     def choices(self, *arguments, **options):
-        """What can be chosen after a question: (place, volume, axis, window), each as its update or `None`."""
+        """What can be chosen after a question, each as its update or `None`: (place, volume, axis, window, background,
+        burned_in)."""
         job = self.submit(*arguments, **options)
         job.result(timeout=60)
         return [choice if choice["visible"] else None for choice in job.outputs()[0][4:]]
@@ -232,7 +237,9 @@ def frames(tmp_path_factory):
     """A DICOM file of 12 bits with two frames, and what they show."""
     grey = np.stack([np.asarray(example.image.convert("L")) for example in PhantomVQA(5, 2)]).astype(np.uint16)
     path = tmp_path_factory.mktemp("dicom") / "frames.dcm"
-    path.write_bytes(to_bytes(dataset(grey * 16, bits=12, WindowCenter=2040.5, WindowWidth=4081)))
+    path.write_bytes(
+        to_bytes(dataset(grey * 16, bits=12, WindowCenter=2040.5, WindowWidth=4081, RescaleSlope=1, RescaleIntercept=0))
+    )
     return path, grey.astype(int)
 
 
@@ -262,8 +269,8 @@ def test_window(browser, frames):
     assert "window 2040.5/4081 (level/width) from the file" in browser.choose(place=1)[0]
     browser.ask("Is there a lesion?")
     for wrong, message in (
-        ("bones", "The window is 'bones'; allowed are default, lung, mediastinum"),
-        ("1/2/3", "The window is '1/2/3'"),
+        ("bones", "Window is 'bones'; allowed are lung, mediastinum"),
+        ("1/2/3", "Window is '1/2/3'"),
         ("40/-1", "with a width above 0"),
         ("40/nan", "with a width above 0"),
     ):
@@ -272,10 +279,39 @@ def test_window(browser, frames):
     assert len(answers(browser.ask("Is there a lesion?")[-1][2])) == 2, "nothing is lost"
 
 
+def test_full_range_and_background(browser, frames, tmp_path):
+    path, grey = frames
+    browser.ask("", path)
+    seen, _, _ = browser.choose(place=1, window="full range")
+    assert np.abs(shown_pixels(seen) - grey[1] * 16 * 255 / 4095).max() <= 1
+    Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(tmp_path / "red.png")
+    browser.ask("", tmp_path / "red.png")
+    assert (shown_pixels(browser.choose(background="white")[0]) == 255).all()
+    assert (shown_pixels(browser.choose(background="#000000")[0]) == 0).all()
+    shown = browser.choose(background="no colour")[2]
+    assert "Background is &#x27;no colour&#x27;; allowed are names of colours" in shown
+
+
+def test_text_burned_in_is_shown_on_request(browser, example, tmp_path):
+    grey = np.asarray(example.image.convert("L")).astype(np.uint16)
+    path = tmp_path / "burned.dcm"
+    path.write_bytes(to_bytes(dataset(grey, bits=8, BurnedInAnnotation="YES", WindowCenter=128, WindowWidth=256)))
+    *_, burned_in = browser.choices("", path)
+    assert burned_in["visible"] and burned_in["value"] is False
+    last = browser.ask("Is there a lesion?", path)[-1]
+    assert "may tell who the patient is" in Page(last[3], "ldm-alert").texts[0] and "tick Burned-in text" in last[3]
+    seen, _, message = browser.choose(burned_in=True)
+    assert np.abs(shown_pixels(seen) - grey.astype(int)).max() <= 1 and message == ""
+    assert len(answers(browser.ask("Is there a lesion?")[-1][2])) == 1
+    message = browser.choose(burned_in=False)[2]
+    assert "may tell who the patient is" in message
+
+
 def test_volumes(browser, tmp_path):
     volume = np.random.default_rng(0).uniform(0, 100, (6, 7, 8, 3)).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "volume.nii.gz")
-    place, times, axis, window = browser.choices("", tmp_path / "volume.nii.gz")
+    place, times, axis, window, *others = browser.choices("", tmp_path / "volume.nii.gz")
+    assert others == [None] * 2 and "full range" not in str(window["choices"])
     assert (place["label"], place["maximum"], place["value"]) == ("Axial slice (from 0)", 7, 4)
     assert (times["label"], times["maximum"], times["value"]) == ("Volume (from 0)", 2, 0)
     assert (axis["value"], window["value"]) == ("axial", "default")
@@ -287,7 +323,8 @@ def test_volumes(browser, tmp_path):
     options = {"window": "50/40"}
     seen = browser.choose(place=2, volume=1, **options)[0]
     assert np.abs(shown_pixels(seen) - levels(volume[:, :, 2, 1])).max() <= 1
-    seen, _, _, place, *_ = browser.client.predict(2, 1, "sagittal", "50/40", api_name="/choose")
+    chosen = (2, 1, "sagittal", "50/40", "default", False)
+    seen, _, _, place, *_ = browser.client.predict(*chosen, api_name="/choose")
     assert np.abs(shown_pixels(seen) - levels(volume[3, :, :, 1])).max() <= 1, "the middle one of the new axis"
     assert (place["label"], place["maximum"], place["value"]) == ("Sagittal slice (from 0)", 5, 3)
     seen = browser.choose(place=5, volume=1, axis="sagittal", **options)[0]
@@ -306,7 +343,7 @@ def test_pages(browser, tmp_path):
     deep = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=[pages[1], deep])
     place, *others = browser.choices("", tmp_path / "pages.tif")
-    assert (place["label"], place["maximum"], place["value"], others) == ("Page (from 0)", 2, 0, [None] * 3)
+    assert (place["label"], place["maximum"], place["value"], others) == ("Page (from 0)", 2, 0, [None] * 5)
     assert (shown_pixels(browser.choose(place=1)[0]) == 100).all()
     assert "percentiles" in browser.choose(place=2)[0]
     assert "window 32000/64000" in browser.choose(place=2, window="32000/64000")[0]
@@ -326,6 +363,7 @@ def test_pages(browser, tmp_path):
         ("colour.dcm", []),
         ("frames.dcm", ["place", "window"]),
         ("animation.gif", ["place"]),
+        ("transparent.png", ["background"]),
         ("volume.nii", ["place", "axis", "window"]),
     ],
 )
@@ -348,9 +386,13 @@ def test_only_what_can_be_chosen_is_offered(browser, tmp_path, name, offered):
     elif path.suffix == ".gif":
         colour.save(path, save_all=True, append_images=[colour.rotate(90)])
     else:
-        {"colour": colour, "grey": Image.fromarray(grey), "deep": Image.fromarray(deep)}[path.stem].save(path)
+        made = {"colour": colour, "grey": Image.fromarray(grey), "deep": Image.fromarray(deep)}
+        made["transparent"] = colour.convert("RGBA")
+        made["transparent"].putalpha(Image.fromarray(grey))
+        made[path.stem].save(path)
     choices = browser.choices("", path)
-    assert [what for what, choice in zip(("place", "volume", "axis", "window"), choices) if choice] == offered
+    names = ("place", "volume", "axis", "window", "background", "burned_in")
+    assert [what for what, choice in zip(names, choices) if choice] == offered
 
 
 def test_an_answer_about_another_frame_ends(browser, shipped, frames, monkeypatch):
@@ -619,7 +661,7 @@ def unloaded(monkeypatch):
     def load(*arguments):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(demo, "load_model", load)
+    monkeypatch.setattr(cli_app, "load_model", load)
 
 
 @pytest.mark.usefixtures("unloaded")
@@ -656,32 +698,19 @@ def test_command_line(monkeypatch, arguments, launched, warnings):
 
 @pytest.mark.usefixtures("unloaded")
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (("--device", "abacus"), "`device` is 'abacus', which cannot be used: "),
-        (("--host", "::1"), "`host` is '::1'; allowed are names and IPv4 addresses"),
-        (("--host", "203.0.113.1"), "`port` is 7860, which cannot be listened on at 203.0.113.1: "),
+        (("--model", "{empty}"), 2, "'{empty}' is a folder with neither"),
+        (("--dtype", "int8"), 2, "'int8'"),
+        (("--device", "abacus"), 2, "'abacus'; allowed are auto, cpu"),
+        (("--host", "::1"), 1, "--host is '::1'; allowed are names and IPv4 addresses"),
+        (("--host", "203.0.113.1"), 1, "--port is 7860, which cannot be listened on at 203.0.113.1: "),
     ],
 )
-def test_command_line_errors_come_before_the_model(arguments, message):
+def test_command_line_errors_come_before_the_model(tmp_path, arguments, code, message):
     pytest.importorskip("gradio")
-    result = command(*arguments)
-    assert result.exit_code == 1 and result.stderr.startswith("lladamedv: " + message)
-    assert result.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--model", "{empty}"), "`model` is '{empty}', which cannot be loaded"),
-        (("--dtype", "int8"), "`dtype` is 'int8'"),
-    ],
-)
-def test_a_model_that_cannot_be_loaded(monkeypatch, tmp_path, arguments, message):
-    pytest.importorskip("gradio")
-    monkeypatch.setattr(cli_app.socket, "create_server", lambda address: io.BytesIO())
     result = command(*(part.format(empty=tmp_path) for part in arguments))
-    assert result.exit_code == 1 and result.stderr.startswith("lladamedv: " + message.format(empty=tmp_path))
+    assert result.exit_code == code and message.format(empty=tmp_path) in result.stderr
     assert result.stderr.count("\n") == 1
 
 
@@ -690,7 +719,7 @@ def test_a_taken_port(served):
     port = served[0].rstrip("/").rpartition(":")[2]
     result = command("--port", port)
     assert result.exit_code == 1 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"lladamedv: `port` is {port}, which cannot be listened on at 127.0.0.1: ")
+    assert result.stderr.startswith(f"lladamedv: --port is {port}, which cannot be listened on at 127.0.0.1: ")
 
 
 def test_ctrl_c(tmp_path, monkeypatch):
@@ -717,3 +746,72 @@ def test_ctrl_c(tmp_path, monkeypatch):
     assert url in result.stdout and "Traceback" not in result.output
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)
+
+
+def test_uploads_are_deleted_at_the_end(tmp_path, monkeypatch):
+    """By a real SIGTERM to this process; also those that no event has read, also those cut off."""
+    gradio = pytest.importorskip("gradio")
+    import httpx
+
+    def files():
+        return [path for path in tmp_path.rglob("*") if path.is_file()]
+
+    def upload_and_end():
+        try:
+            assert serving.wait(60)
+            address = f"http://127.0.0.1:{port}/gradio_api/upload"
+            seen.append(httpx.post(address, files={"files": ("a.png", SECRET.encode())}).status_code)
+            part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="b.png"\r\n\r\n' + SECRET.encode()
+            cut = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            cut.sendall(
+                b"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9999\r\n"
+                b"Content-Type: multipart/form-data; boundary=b\r\n\r\n" + part + bytes(2_000)
+            )
+            deadline = time.monotonic() + 30
+            while len(files()) < 2 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            seen.append(len(files()))
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    seen, serving = [], Event()
+    block = gradio.Blocks.block_thread
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda self: (serving.set(), block(self)))
+    with ExitStack() as stack:
+        thread = Thread(target=upload_and_end)
+        thread.start()
+        result = command("--port", str(port))
+        thread.join()
+        assert seen == [200, 2] and result.exit_code == 128 + signal.SIGTERM
+        assert not list(tmp_path.iterdir())
+    assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path), "as it was"
+
+
+def test_foreign_names_and_pages_are_kept_out(served):
+    import httpx
+
+    url = served[0].rstrip("/")
+    own = url.partition("//")[2]
+    for path in ("/", "/config", "/gradio_api/upload"):
+        for headers in (
+            {"Host": "evil.example"}, {"Host": f"127.0.0.1.evil.example:{own.rpartition(':')[2]}"},
+            {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://127.0.0.1:1"},
+        ):  # fmt: skip
+            for method in ("GET", "POST"):
+                reply = httpx.request(method, url + path, headers=headers)
+                assert (reply.status_code == 403 and "allowed" in reply.text) or "may not" in reply.text
+    assert httpx.get(f"{url}/config", headers={"Origin": url}).status_code == 200
+    assert httpx.get(f"{url}/config", headers={"Host": own.replace("127.0.0.1", "localhost")}).status_code == 200
+
+
+def test_the_demo_model_is_called_one(served):
+    import httpx
+
+    texts = [
+        component["props"].get("value") or "" for component in httpx.get(f"{served[0]}config").json()["components"]
+    ]
+    notice = next(text for text in texts if isinstance(text, str) and 'role="note"' in text)
+    assert "it knows only the synthetic pictures" in notice

@@ -102,7 +102,8 @@ def frames(tmp_path_factory):
     """A DICOM file with two frames, and the grey values of both."""
     grey = np.stack([np.asarray(example.image.convert("L")) for example in PhantomVQA(5, 2)]).astype(np.uint16)
     path = tmp_path_factory.mktemp("dicom") / "frames.dcm"
-    path.write_bytes(to_bytes(dataset(grey * 16, bits=12, WindowCenter=2040.5, WindowWidth=4081)))
+    options = {"WindowCenter": 2040.5, "WindowWidth": 4081, "RescaleSlope": 1, "RescaleIntercept": 0}
+    path.write_bytes(to_bytes(dataset(grey * 16, bits=12, **options)))
     return path, grey.astype(int)
 
 
@@ -241,7 +242,7 @@ def test_frames_and_windows(page, shipped, frames):
     window = page.get_by_role("combobox", name="Window")
     window.fill("nonsense")
     window.press("Enter")
-    expect(page.get_by_role("alert")).to_contain_text("The window is 'nonsense'; allowed are default, lung")
+    expect(page.get_by_role("alert")).to_contain_text("Window is 'nonsense'; allowed are lung")
     expect(window).to_have_value("default")
     assert len(answers(page, 1)) == 1
     window.fill("40/40")
@@ -267,6 +268,17 @@ def test_a_frame_that_is_not_there(page, frames):
     number.press("Tab")
     expect(page.locator(".ldm-picture")).to_contain_text("frame 1 of 2 (from 0)")
     expect(number).to_have_value("1")
+
+
+def test_text_burned_in_is_shown_on_request(page, tmp_path):
+    path = tmp_path / "burned.dcm"
+    path.write_bytes(to_bytes(dataset(np.eye(8, dtype=np.uint16), bits=8, BurnedInAnnotation="YES")))
+    attach(page, path)
+    ask(page, "")
+    expect(page.get_by_role("alert")).to_contain_text("tick Burned-in text")
+    page.get_by_role("checkbox", name="Burned-in text").check()
+    expect(page.locator(".ldm-picture")).to_contain_text("8 by 8 pixels")
+    expect(page.get_by_role("alert")).to_have_count(0)
 
 
 @pytest.mark.parametrize("look", [{"permissions": ["clipboard-read", "clipboard-write"]}])

@@ -420,6 +420,8 @@ def test_floating_point_pixels():
         del data[name]
     data.add_new("FloatPixelData", "OF", raw)
     assert np.abs(grey(data, window=(0.5, 1)) - np.clip(values * 255, 0, 255)).max() <= 0.501
+    data.FloatPixelPaddingValue = float(values[-1, -1])
+    assert grey(data)[-1, -1] == 0 and read(data).steps[-1] == "1 padding pixels left out: black"
     with pytest.raises(MedicalImageError, match="`full_range` is given, but `source` has floating-point values"):
         read(data, full_range=True)
 

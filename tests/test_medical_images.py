@@ -189,6 +189,11 @@ def test_windows_in_hounsfield_units():
     level, width = published["subdural"]
     values = np.array([[level - width / 2, level, level + width / 2 - 1e-3]])
     assert np.asarray(read_medical_image(values, window="subdural").image)[0, :, 0].tolist() == [0, 128, 255]
+    for unsigned in (PIXELS, PIXELS.astype(np.uint8), Image.fromarray(PIXELS.astype(np.uint8)), FILES["PNG"]):
+        with pytest.raises(
+            MedicalImageError, match="`window` is 'lung', a window in Hounsfield units, but `source` has"
+        ):
+            read_medical_image(unsigned, window="lung")
     with pytest.raises(ValueError, match="`window` and `full_range` are both given; allowed is one of the two"):
         read_medical_image(PIXELS, window="lung", full_range=True)
 
@@ -254,7 +259,7 @@ def test_every_label_is_seen_through_every_door():
         result = read_medical_image(source)
         pixels = np.asarray(result.image)[..., 0]
         assert [pixels[0, 5], *pixels[0, :3], pixels[30, 0]] == [0, 51, 153, 255, 102]
-        assert "least and greatest value: 0 to 5 (5 different ones, as in a mask)" in result.steps
+        assert "least and greatest value (as of a mask, different ones: 5): 0 to 5" in result.steps
 
 
 def test_steps_are_logged(caplog):

@@ -153,6 +153,10 @@ def test_labels_that_are_not_finite_and_labels_by_the_hundred():
     values[:2, :2, 0] = [[np.nan, np.inf], [-np.inf, 1]]
     pixels = np.asarray(read_medical_image(nifti(values), slice_index=0).image)[::-1, ::-1, 0].T
     assert pixels[:2, :2].tolist() == [[0, 255], [0, 255]] and (pixels[2:] == 0).all()
+    values[...] = 3
+    values[0, :3, 0] = [np.nan, np.inf, -np.inf]
+    inside = np.asarray(read_medical_image(nifti(values), slice_index=0).image)[::-1, ::-1, 0].T
+    assert inside[0, :4].tolist() == [0, 255, 0, 255] and (inside[1:] == 255).all()
     atlas = np.repeat(np.arange(128) ** 2, 16).reshape(32, 64, 1).astype(np.uint16)
     assert len(np.unique(grey(nifti(atlas), slice_index=0))) == 128
 

@@ -502,7 +502,8 @@ def test_any_value_of_any_option_is_answered_or_refused(url, value):
         assert reply.status_code in (200, 400), (option, reply.text)
         if reply.status_code == 400:
             error = reply.json()["error"]
-            assert f"`generation_config.{option}`" in error["message"], (option, error)
+            named = f"`generation_config.{option}`" in error["message"]
+            assert named or "logits are not finite" in error["message"], (option, error)
 
 
 @pytest.mark.parametrize(
@@ -571,7 +572,7 @@ def animation():
         (b"\x1f\x8b broken", "cannot be read"),
         (bomb(6_000, 6_000), "6000 by 6000 pixels; allowed are 1 to 8388608"),
         (bomb(100_000, 100_000), "pixels"),
-        (bytes(128) + b"DICM", "is a DICOM file that cannot be read"),
+        (bytes(128) + b"DICM", "TransferSyntaxUID is missing"),
         (b"", "is of no known format"),
     ],
     ids=["text", "broken", "broken gzip", "large", "bomb", "DICOM", "empty"],
@@ -887,19 +888,18 @@ def test_command_line(monkeypatch, arguments, address, warnings):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--model", "{empty}"), 2, "The model '{empty}' is a folder with neither"),
+        (("--model", "{empty}"), 2, "'{empty}' is a folder with neither"),
         (("--dtype", "int8"), 2, "'int8'"),
         (("--device", "abacus"), 2, "'abacus'"),
-        (("--host", "no such host"), 1, "lladamedv: `port` is 0, which cannot be listened on at no such host"),
+        (("--host", "no such host"), 1, "lladamedv: --port is 0, which cannot be listened on at no such host"),
     ],
 )
 def test_command_line_errors_are_short(tmp_path, arguments, code, message):
     result = command("--port", 0, *(part.format(empty=tmp_path) for part in arguments))
-    lines = " ".join(result.stderr.replace("│", " ").split())
-    assert result.exit_code == code
-    assert message.format(empty="" if code == 2 else tmp_path).partition("''")[0] in lines
+    assert result.exit_code == code and message.format(empty=tmp_path) in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_taken_port_is_an_error_of_one_line(url):
     result = command("--port", url.rpartition(":")[2])
-    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1 and "`port` is" in result.stderr
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1 and "--port is" in result.stderr
