@@ -96,13 +96,16 @@ def question_about(image, question: str) -> list[dict]:
     return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
 
 
-def open_image(processor: LLaDAMedVProcessor, image):
-    """A row's image as an 8-bit RGB `PIL.Image`, read as everywhere (`fetch_images`), also out of an archive.
+def open_image(processor: LLaDAMedVProcessor, image, question_id: str):
+    """A question's image as an 8-bit RGB `PIL.Image`, read as everywhere (`fetch_images`), also out of an archive.
 
     Raises:
-        ValueError, TypeError, OSError: if it cannot be read.
+        ValueError: naming the question, if it cannot be read.
     """
-    return processor.image_processor.fetch_images(image_source(image))
+    try:
+        return processor.image_processor.fetch_images(image_source(image))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"The image of question {question_id!r} cannot be read: {error}") from error
 
 
 def undecoded(records: Sequence[dict] | Dataset) -> Sequence[dict] | Dataset:
@@ -157,7 +160,8 @@ def run_settings(
     """
     image_processor = processor.image_processor.to_dict()
     image_processor.pop("auto_map", None)  # of a checkpoint's code, whatever it computes
-    tokenizer = processor.tokenizer.backend_tokenizer.to_str().encode()
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    del tokenizer["padding"], tokenizer["truncation"]  # left there by the last call
     return {
         "model_revision": getattr(model.config, "_commit_hash", None),
         "model_sha256": model_fingerprint(model),
@@ -166,7 +170,7 @@ def run_settings(
         "decoding": decoding_in_force(model, options),
         "chat_template": processor.chat_template,
         "image_processor": image_processor,
-        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256(json.dumps(tokenizer).encode()).hexdigest(),
         "data_sha256": _fingerprint(rows),
     }
 

@@ -49,7 +49,7 @@ def answer_chat_benchmark(
 
     def answer(places: list[int]) -> list[dict]:
         rows = [records[place] for place in places]
-        images = [open_image(processor, row["image"]) for row in rows]
+        images = [open_image(processor, row["image"], row["id"]) for row in rows]
         chats = [question_about(image, row["question"]) for image, row in zip(images, rows)]
         return [
             {

@@ -283,9 +283,9 @@ class _Answers:
         }
 
     def __call__(self, places: list[int]) -> list[dict]:
+        asked = [(self.records[place]["image"], self.items[place]) for place in places]
         chats = [
-            question_about(open_image(self.processor, self.records[place]["image"]), self.items[place]["question"])
-            for place in places
+            question_about(open_image(self.processor, image, item["id"]), item["question"]) for image, item in asked
         ]
         if not self.warm:
             answer_batch(self.model, self.processor, chats, **self.options)
@@ -396,7 +396,7 @@ def _draw(folder: Path, summary: dict, processor, record: dict, place: int, text
             folder / name, {label: _lines(results, column) for label, column in counted.items()}, x_label, title
         )
         names.append(name)
-    groups, image = {}, open_image(processor, record["image"])
+    groups, image = {}, open_image(processor, record["image"], record["id"])
     for one in sorted(results, key=lambda one: -one["steps"]):
         answer = _pieces(processor.tokenizer, texts[_folder_name(one)][place])
         groups.setdefault((one["max_new_tokens"], one["block_length"]), {})[f"Z {one['steps']}"] = answer

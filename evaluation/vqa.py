@@ -125,9 +125,9 @@ def _answer_places(model, processor, dataset, places, options, scoring, seed, pr
     rows, errors = [dataset[place] for place in places], {}
     for row in rows:
         try:
-            row["image"] = open_image(processor, row["image"])
-        except (OSError, ValueError, TypeError) as error:
-            errors[row["id"]] = f"the image cannot be read: {error}"
+            row["image"] = open_image(processor, row["image"], row["id"])
+        except ValueError as error:
+            errors[row["id"]] = str(error)
     digest = hashlib.sha256("\n".join([str(seed), *(row["id"] for row in rows)]).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     given: dict[str, tuple[Answer, str]] = {}

@@ -114,7 +114,7 @@ def _check_data(benchmark: str | None, data: str | None, split: str | None, **fo
 
 def _load_questions(benchmark, data, split, invalid_records, limit, image_folder, **for_benchmarks):
     """The questions that are asked, and the report about what was loaded."""
-    from lladamedv.processing.datasets import LoadReport, load_own_vqa, load_vqa
+    from lladamedv.processing.datasets import load_own_vqa, load_vqa
 
     options = {"image_folder": image_folder, "invalid_records": invalid_records}
     if data is not None:
@@ -123,7 +123,7 @@ def _load_questions(benchmark, data, split, invalid_records, limit, image_folder
         dataset, report = load_vqa(benchmark, split or "test", **options, **for_benchmarks)
     if not len(dataset):
         raise ValueError(
-            f"No question is left of {LoadReport.summary(report)}. --image-folder says where the images are."
+            f"No question is left. {'; '.join(report.summary().splitlines())}. --image-folder says where images are."
         )
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset)))), report
 

@@ -110,7 +110,7 @@ def test_own_data(tmp_path):
     (tmp_path / "0.png").unlink(), (tmp_path / "1.png").unlink()
     result = call("eval", "vqa", "--model", "demo", "--data", table, "--output", tmp_path / "none")
     assert result.exit_code == 1 and "3 missing images: own-data/all/0 (0.png)" in result.stderr
-    assert "--image-folder says where the images are" in result.stderr
+    assert "--image-folder says where images are" in result.stderr
 
 
 @pytest.fixture

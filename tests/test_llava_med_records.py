@@ -76,13 +76,9 @@ def test_images_stand_where_they_are_named():
     assert [part["type"] for part in none["messages"][0]["content"]] == ["text"]
 
 
-@pytest.mark.parametrize("answer", [" Two\nlines. ", "It is <image> here."])
-def test_an_answer_stays_as_it_is(answer):
-    row = record_to_row(record(QUESTION) | {"conversations": [turn("human", "Q"), turn("gpt", answer)]}, "0")
-    assert [part["type"] for part in row["messages"][0]["content"]] == ["image", "text"]
-    assert row["messages"][1]["content"] == [{"type": "text", "text": answer}]
-    again = record_to_row(row_to_record(row), "0")
-    assert again == row
+def test_an_answer_stays_as_it_is():
+    row = record_to_row({"id": "a", "conversations": [turn("human", "Q"), turn("gpt", " Two\nlines. ")]}, "0")
+    assert row["messages"][1]["content"] == [{"type": "text", "text": " Two\nlines. "}]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +89,7 @@ def test_an_answer_stays_as_it_is(answer):
         ({"id": "a", "conversations": [{"value": "x"}]}, "turn 0 has no `value` or is from None"),
         ({"id": "a", "conversations": [turn("human", "x"), turn("bard", "y")]}, "turn 1 .* 'bard'"),
         ({"id": "a", "conversations": [turn("human", "x"), turn("gpt", None)]}, "turn 1"),
+        ({"id": "a", "conversations": [turn("human", "x"), turn("gpt", "<image>")]}, "<image> in turn 1"),
     ],
 )
 def test_what_is_no_conversation_is_refused(bad, message):
@@ -198,7 +195,7 @@ def test_what_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as JSON"):
         list(read_records(tmp_path / "none.json"))
     (tmp_path / "a.json").write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ValueError, match=r"is not in UTF-8 .*; save it anew in that encoding"):
+    with pytest.raises(ValueError, match="is not in UTF-8"):
         list(read_records(tmp_path / "a.json"))
 
 

@@ -199,6 +199,20 @@ def test_columns_that_are_not_known_are_named(tmp_path):
             load_own_vqa(tmp_path / "own.json")
 
 
+@pytest.mark.parametrize(
+    ("answer", "answer_type"),
+    [
+        ("Yes.", "closed"), ("**No**", "closed"), ("no, it is normal", "closed"), ("No - normal", "closed"),
+        ("FALSE", "closed"), ("No evidence of disease", "open"), ("Yes/No", "open"), ("no-contrast CT", "open"),
+        ("nodule", "open"), ("true lumen", "open"), ("", "open"),
+    ],
+)  # fmt: skip
+def test_answer_types_that_are_not_given(tmp_path, answer, answer_type):
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "own.json").write_text(json.dumps([{"question": "?", "answer": answer, "image": "a.png"}]))
+    assert rows_of(tmp_path / "own.json")[0][0][3] == answer_type
+
+
 def test_pictures_in_other_places(tmp_path):
     """In images/, in a zip archive, as a data URL, and as bytes in a list."""
     (tmp_path / "images").mkdir()

@@ -64,6 +64,7 @@ def test_report_and_files(demo, phantoms, tmp_path):
 
 
 def test_a_finished_run_is_not_asked_again(demo, phantoms, tmp_path, monkeypatch):
+    demo[1].tokenizer(["a", "a a"], truncation=True, max_length=5)  # which leaves its traces in the tokenizer
     summary = run(demo, phantoms, tmp_path)
     monkeypatch.setattr(vqa, "answer_batch", lambda *arguments, **options: pytest.fail("asked again"))
     assert run(demo, phantoms, tmp_path) == summary
@@ -169,7 +170,10 @@ def test_what_cannot_be_read_or_scored_is_counted(demo, phantoms, tmp_path):
     text = (tmp_path / "damaged" / "summary.md").read_text()
     assert f"**INCOMPLETE: 1 of 8 questions have no answer ({rows[1]['id']}).**" in text
     records = lines(tmp_path / "damaged")
-    assert records[1]["prediction"] is None and "image cannot be read" in records[1]["error"]
+    assert (
+        records[1]["prediction"] is None
+        and f"image of question {rows[1]['id']!r} cannot be read" in records[1]["error"]
+    )
     others = run(demo, (phantoms[0].select([0, 3, 4, 5, 6, 7]), phantoms[1]), tmp_path / "others")
     assert summary["scores"] == others["scores"]
 

@@ -265,7 +265,7 @@ def load_vqa(
             raise ValueError(f"`revision` is {revision!r}, but `path` names local data; allowed is one of the two.")
         report.source = str(path)
         records, images = _open_local(Path(os.path.expanduser(path)), split, image_folder, streaming)
-        first = _first_record(records, f"`path` is {str(path)!r}")
+        first = _first_record(records, f"`path` is {str(path)!r}, which has no records.")
         if source is None and any(spelling in first for spelling in SPELLINGS):
             reference = LLAVA_MED
     report.reference, report.licence = reference, sources[reference].licence
@@ -316,15 +316,15 @@ def load_own_vqa(
     else:
         records = _FileRecords(file)
     report.split = split or _ALL
-    _first_record(records, f"This is {str(data)!r}")
+    _first_record(records, f"There are no records in {str(data)!r}.")
     chosen = split if file is not None and split != file.stem else None
     return _read(_Reader(records, images, report, chosen), streaming), report
 
 
-def _first_record(records: Callable, what: str) -> dict:
+def _first_record(records: Callable, message: str) -> dict:
     first = next((record for _, record in records()), None)
     if first is None:
-        raise ValueError(f"{what}, which has no records.")
+        raise ValueError(message)
     return first
 
 

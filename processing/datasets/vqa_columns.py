@@ -38,7 +38,7 @@ ANSWER_TYPES = {
 }  # fmt: skip
 # An answer that is yes or no, or says so before a mark: "Yes.", "No, it is normal", but not "No evidence".
 _POLAR = re.compile(
-    r"\W*(?:yes|no)(?:[^\w\s]*\s*|\s*[.,;:!\u2013\u2014]\s.*)|\W*(?:true|false)\W*", re.IGNORECASE | re.DOTALL
+    r"\W*(?:yes|no)(?:[^\w\s]*\s*|\s*[.,;:!\u2013\u2014]\s.*|\s+-\s.*)|\W*(?:true|false)\W*", re.IGNORECASE | re.DOTALL
 )
 
 
