@@ -10,7 +10,7 @@ NOT_INSTALLED := { echo "installation failed: a package index that has the versi
 PYTEST := python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-oldest test-slow lint docs lock licences audit dist clean
+.PHONY: demo test test-oldest test-slow test-peers lint docs lock licences audit dist clean
 
 demo: $(VENV)/installed
 	@echo "== lladamedv demo"
@@ -31,6 +31,17 @@ test-oldest: $(OLDEST)/installed-oldest
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow
 	LLADAMEDV_HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/properties
+
+# Transformers' own tests with our classes; docs/peers.md says which of them fail or are left out.
+PEERS := build/peers/transformers-$(shell sed -n 's/^transformers==//p' constraints.txt)
+test-peers: $(VENV)/installed-test $(PEERS)/tests
+	PYTHONPATH=build/peers/packages LLADAMEDV_PEERS=$(PEERS) $(BIN)/$(PYTEST) -o addopts= tests/peers
+
+$(PEERS)/tests:
+	@$(BIN)/$(PIP) --target build/peers/packages parameterized || $(NOT_INSTALLED)
+	@$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary transformers --dest build/peers \
+		transformers==$(PEERS:build/peers/transformers-%=%) || $(NOT_INSTALLED)
+	@tar -xzf $(PEERS).tar.gz -C build/peers
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

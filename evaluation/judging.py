@@ -241,7 +241,7 @@ def judge_answers(
             outcomes = _ask_all(prompts, judge, folder / JUDGMENTS_FILE, max_concurrent, report)
     except Timeout:
         raise ValueError(
-            f"`folder` is {str(folder)!r}, in which another run is at work; wait for it or give another."
+            f"In the folder {str(folder)!r} another run is at work; wait for it or give another folder."
         ) from None
     blank = render_messages(_BLANK, "", reference_repr=reference_repr)
     judgments = {

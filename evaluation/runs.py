@@ -79,7 +79,7 @@ def run_items(
                 lock.acquire(timeout=0)
             except Timeout:
                 raise ValueError(
-                    f"`folder` is {str(folder)!r}, in which another run is at work; wait for it or give another."
+                    f"In the folder {str(folder)!r} another run is at work; wait for it or give another folder."
                 ) from None
             _check_settings(folder, settings)
             for part in folder.glob(_PARTS):
@@ -152,7 +152,7 @@ def _check_settings(folder: Path, settings: dict) -> None:
     if not file.exists():
         left = [path.name for path in (folder / PREDICTIONS_FILE, *folder.glob(_PARTS)) if path.exists()]
         if left:
-            raise ValueError(f"`folder` is {str(folder)!r}, which holds {left} but no {SETTINGS_FILE}; give another.")
+            raise ValueError(f"The folder {str(folder)!r} holds {left} but no {SETTINGS_FILE}; give another.")
         replace_file(file, json.dumps(settings, indent=2) + "\n")
         return
     try:
@@ -162,7 +162,7 @@ def _check_settings(folder: Path, settings: dict) -> None:
     differing = list(_differences(earlier, settings))
     if differing:
         shown = "; ".join(f"{name}: {there!r} there, {here!r} here" for name, there, here in differing)
-        raise ValueError(f"`folder` is {str(folder)!r}, which holds a run with other settings ({shown}); give another.")
+        raise ValueError(f"The folder {str(folder)!r} holds a run with other settings ({shown}); give another.")
 
 
 def _differences(there: dict, here: dict, within: str = "") -> Iterator[tuple[str, object, object]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -229,11 +230,14 @@ def _summarize(records: list[dict], candidates, bootstrap_samples: int, seed: in
 def _calibration(confidence: Sequence[float], correct: Sequence[float]) -> dict:
     bins = calibration_bins(confidence, correct)
     coverage, risk = risk_coverage(confidence, correct)
+    temperature = fit_confidence_temperature(confidence, correct) if len(correct) > 1 else None
     return {
         "count": len(confidence), "mean_confidence": sum(confidence) / len(confidence),
         "accuracy": sum(correct) / len(correct), "expected_calibration_error": expected_calibration_error(bins),
         "area_under_risk_coverage": area_under_risk_coverage(coverage, risk),
-        "fitted_confidence_temperature": fit_confidence_temperature(confidence, correct) if len(correct) > 1 else None,
+        "fitted_confidence_temperature": temperature,
+        # At an end of the range that is searched, it is no calibration.
+        "temperature_is_at_an_end": temperature is not None and abs(math.log(temperature)) > 4.9,
         "bins": bins, "coverage": coverage, "risk": risk,
     }  # fmt: skip
 

@@ -390,7 +390,7 @@ def write_space(
         versions = {package: version(package).partition("+")[0] for package in _SPACE_PACKAGES}
     except PackageNotFoundError as error:
         raise ValueError(
-            f"{error.name} is not installed, so that its version cannot be pinned; `pip install lladamedv[app]`."
+            f"{error.name} is not installed, so that its version cannot be pinned; `pip install \"lladamedv[app]\"`."
         ) from error
     data = SpaceCardData(
         title=title, sdk="gradio", sdk_version=versions["gradio"], app_file="app.py", license="apache-2.0",
@@ -408,6 +408,10 @@ def write_space(
         template = jinja2.Template(source, keep_trailing_newline=True)
         (out / file).write_text(template.render(facts), encoding="utf-8")
     report(f"wrote {out}; `hf upload ME/SPACE {out} --repo-type space` makes it a Space")
+    report(
+        f"its requirements.txt names lladamedv=={versions['lladamedv']}; where the package index has none, put a wheel "
+        "of it (`pip wheel --no-deps .` in its sources) into the folder and its file's name into requirements.txt"
+    )
 
 
 # The Hub

@@ -1,7 +1,7 @@
 """Build a VQA benchmark anew, as recipe.json beside this file says: `python rebuild.py OUT [PATH [IMAGE_FOLDER]]`.
 
 Every row's text must be what it was when the recipe was written. OUT gets a Parquet file for each split; PATH is the
-local copy of the data that some recipes need. `pip install lladamedv` comes first.
+local copy of the data that some recipes need. It needs the package lladamedv: `pip install .` in its sources.
 """
 
 import hashlib

@@ -41,6 +41,9 @@ from .paths import EXPLANATION_SUFFIXES, check_folder_to_fill, check_new_file, c
 # Headings of `lladamedv --help`.
 USE, MEASURE, PUBLISH = "Ask a model", "Train and measure", "Make and publish models"
 
+# In a training's process: what versions to come will change, and that there is no GPU.
+_IGNORED = "ignore::FutureWarning,ignore::DeprecationWarning,ignore:'pin_memory' argument:UserWarning"
+
 app = typer.Typer(cls=CommandLine, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -236,6 +239,8 @@ def train(
     check_flags(words)
     file = recipe_file(recipe)
     configuration = accelerate_file(accelerate)
+    if not os.environ.get(DEBUG):
+        os.environ.setdefault("PYTHONWARNINGS", _IGNORED)
     raise typer.Exit(launch(configuration, "lladamedv.trainers.sft", ["--config", str(file), *words]))
 
 

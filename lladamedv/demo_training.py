@@ -234,7 +234,7 @@ class _DemoTrainer(nn.Module):
         outputs = self.model(
             input_ids=noised.input_ids, pixel_values=pixels, attention_mask=mask, logits_to_keep=noised.masked
         )
-        features = outputs.image_hidden_states.view(len(labels), -1, outputs.image_hidden_states.shape[-1])
+        features = torch.stack(outputs.image_outputs.pooler_output)
         diffusion = masked_diffusion_loss(outputs.logits, labels, noised)
         return diffusion + AUXILIARY_WEIGHT * self.attribute_loss(features, classes)
 

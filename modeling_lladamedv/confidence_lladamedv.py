@@ -4,7 +4,13 @@ A probability of 0.9 should be right nine times out of ten. Temperature scaling 
 number, here on the scale of the answer's log-odds.
 """
 
+import logging
+
 import torch
+
+
+logger = logging.getLogger(__name__)
+_LOG_TEMPERATURES = (-5.0, 5.0)  # logarithms of those that are searched
 
 
 def answer_confidence(commit_confidence: torch.Tensor, num_tokens: torch.LongTensor) -> torch.DoubleTensor:
@@ -30,7 +36,8 @@ def calibrate_confidence(confidence: torch.Tensor, temperature: float) -> torch.
 def fit_confidence_temperature(confidence, correct) -> float:
     """The temperature at which confidences fit best how often answers are right (least negative log-likelihood).
 
-    Save it as `model.generation_config.confidence_temperature`.
+    Save it as `model.generation_config.confidence_temperature`. If the best one lies at an end of the range that is
+    searched, e^-5 to e^5 (as where all answers are right, or all wrong), a warning says so: it is no calibration then.
 
     Args:
         confidence: uncalibrated confidences of answers, each in [0, 1].
@@ -57,12 +64,18 @@ def fit_confidence_temperature(confidence, correct) -> float:
         return torch.nn.functional.binary_cross_entropy_with_logits(scaled, correct)
 
     # Along the logarithm of the temperature the loss has one valley; three nested grids find its floor to 1e-4.
-    low, high = -5.0, 5.0
+    low, high = _LOG_TEMPERATURES
     for _ in range(3):
         grid = torch.linspace(low, high, 101, dtype=torch.float64)
         best = int(torch.stack([loss(value) for value in grid]).argmin())
         low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, 100)])
-    return float(torch.tensor((low + high) / 2).exp())
+    temperature = float(torch.tensor((low + high) / 2).exp())
+    if low == _LOG_TEMPERATURES[0] or high == _LOG_TEMPERATURES[1]:
+        logger.warning(
+            "The confidence temperature that fits best, %.3g, is at the end of what is searched: these %d answers do "
+            "not tell how sure the model should be.", temperature, len(confidence),
+        )  # fmt: skip
+    return temperature
 
 
 __all__ = ["answer_confidence", "calibrate_confidence", "fit_confidence_temperature"]

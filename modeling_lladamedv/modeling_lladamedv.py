@@ -8,6 +8,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -21,8 +22,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector, unpad_image
 from transformers.utils import (
+    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     ModelOutput,
+    TransformersKwargs,
     cached_file,
     can_return_tuple,
     find_adapter_config_file,
@@ -52,8 +55,13 @@ _BROKEN = (
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
+class _NestedOutput(ModelOutput):
+    def to_tuple(self):
+        return tuple(each.to_tuple() if isinstance(each, ModelOutput) else each for each in super().to_tuple())
+
+
 @dataclass
-class LLaDAMedVModelOutput(ModelOutput):
+class LLaDAMedVModelOutput(_NestedOutput):
     """Output of [`LLaDAMedVModel`].
 
     Args:
@@ -61,28 +69,29 @@ class LLaDAMedVModelOutput(ModelOutput):
             layer.
         hidden_states, attentions (tuples of `torch.FloatTensor`, *optional*): of every layer, as of all models of
             Transformers, where `output_hidden_states` and `output_attentions` ask for them.
-        image_hidden_states (`(image tokens of all rows, hidden)`, *optional*): the projected features of the images.
+        image_outputs (`BaseModelOutputWithPooling`, *optional*): what [`LLaDAMedVModel.get_image_features`] returns,
+            with the projected features of the images in its `pooler_output`.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
-class LLaDAMedVOutput(ModelOutput):
+class LLaDAMedVOutput(_NestedOutput):
     """Output of [`LLaDAMedVForConditionalGeneration`].
 
     Args:
         logits (`(batch, positions, vocab_size)`, or `(positions wanted, vocab_size)` with a boolean `logits_to_keep`).
-        hidden_states, attentions, image_hidden_states: those of [`LLaDAMedVModelOutput`].
+        hidden_states, attentions, image_outputs: those of [`LLaDAMedVModelOutput`].
     """
 
     logits: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class LLaDAMedVPreTrainedModel(PreTrainedModel):
@@ -118,7 +127,8 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
         **kwargs,
     ):
         """As `PreTrainedModel.from_pretrained`, but a checkpoint with missing weights is an error, not a warning, and
-        checkpoints in the layouts that LLaDA, LLaDA-V and LLaDA-MedV were released in load as they are.
+        checkpoints in the layouts that LLaDA, LLaDA-V and LLaDA-MedV were released in load as they are. A folder of
+        adapters (PEFT) gives the model that they name, with the adapters in it, as the Auto classes do.
 
         Args:
             vision_tower (`str` or `Path`, *optional*): for a released checkpoint with another tower than SigLIP2
@@ -128,13 +138,26 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
             ValueError: if there is no `config.json`; if weights of the model are missing from the checkpoint, or have
                 other shapes and `ignore_mismatched_sizes` is not set (a model with random parts would still answer,
                 wrongly); if a checkpoint in a released layout holds keys that this layout does not have; if adapters
-                lie beside the model, or files of a local folder are not what [`check_folder`] allows.
+                lie beside a model, name no model, or are pickled; if files of a local folder are not what
+                [`check_folder`] allows.
         """
         vision_tower = kwargs.pop("vision_tower", None)
         kwargs.setdefault("use_safetensors", True)
         released = None
         if pretrained_model_name_or_path is not None:
             hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+            base = _find_adapted_model(pretrained_model_name_or_path, hub)
+            if base is not None:
+                try:
+                    from peft import PeftModel  # takes a second
+                except ImportError as error:
+                    raise ImportError("Adapters need PEFT: pip install peft") from error
+                own = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+                model, info = cls.from_pretrained(base, *args, output_loading_info=True, **own)
+                # Without memory for what the adapters' configuration says before their weights are seen.
+                PeftModel.from_pretrained(model, pretrained_model_name_or_path, low_cpu_mem_usage=True, **hub)
+                model._hf_peft_config_loaded = True  # the library saves adapters alone then
+                return (model.eval(), info) if output_loading_info else model.eval()
             _check_source(pretrained_model_name_or_path, hub, kwargs.get("variant"))
             if kwargs.get("config") is None and "key_mapping" not in kwargs:
                 released = _find_released_checkpoint(pretrained_model_name_or_path, vision_tower, hub)
@@ -189,22 +212,45 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
             return {name: tuple(weight.shape) for name, weight in cls(config).state_dict().items()}
 
 
+def _find_adapted_model(name, hub) -> str | None:
+    """The model that the adapters `name` belong to; `None` if these are no adapters."""
+    try:
+        adapters = find_adapter_config_file(str(name), **hub)
+    except (OSError, ValueError):
+        return None  # the library reports it better
+    if adapters is None:
+        return None
+    if os.path.isdir(name):
+        check_folder(os.path.dirname(adapters))
+    others = (CONFIG_NAME, "adapter_model.safetensors")
+    model, weights = (cached_file(name, each, **hub, _raise_exceptions_for_missing_entries=False) for each in others)
+    try:
+        base = json.loads(Path(adapters).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except _BROKEN:
+        base = None
+    reason = None
+    if model is not None:
+        reason = "beside a model (config.json); load one of them from a folder of its own"
+    elif weights is None:
+        reason = "without adapter_model.safetensors; pickled weights are not loaded"
+    elif not isinstance(base, str) or not base:
+        reason = "without the model that they belong to (`base_model_name_or_path`)"
+    elif find_adapter_config_file(base) is not None:
+        reason = f"for {base!r} (`base_model_name_or_path`), which are adapters, too"
+    if reason is not None:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` is {str(name)!r}, which holds adapters (adapter_config.json) {reason}."
+        )
+    return base
+
+
 def _check_source(name, hub, variant) -> None:
-    """Refuse files that lead elsewhere, and adapters: the library would look for their model elsewhere."""
+    """Refuse files that lead elsewhere."""
     folder = os.path.join(name, hub.get("subfolder") or "")
     if not os.path.isdir(folder):
         folder = _fetch_index(name, hub, variant)
     if folder is not None:
         check_folder(folder)
-    try:
-        adapters = find_adapter_config_file(str(name), **hub)
-    except (OSError, ValueError):
-        return  # the library reports it better
-    if adapters is not None:
-        raise ValueError(
-            f"`pretrained_model_name_or_path` is {str(name)!r}, which holds adapters (adapter_config.json); allowed "
-            "are models. Load the one that they belong to, and then the adapters with `peft.PeftModel`."
-        )
 
 
 def _fetch_index(name, hub, variant) -> str | None:
@@ -355,9 +401,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
 
     def _tile_counts(self, images, name, dimensions, image_sizes, batch_num_images, image_index) -> list[int]:
         """How many tiles of each image count."""
-        return _count_tiles(
-            self._checked_grids(images, name, dimensions, image_sizes, batch_num_images, image_index)
-        )
+        return _count_tiles(self._checked_grids(images, name, dimensions, image_sizes, batch_num_images, image_index))
 
     def _checked_grids(self, images, name, dimensions, image_sizes, batch_num_images, image_index):
         """[`_tile_grids`] of images, or of features of theirs, of the right shape."""
@@ -439,11 +483,12 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         batch_num_images: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
         vision_features: torch.FloatTensor | None = None,
-    ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
+        **kwargs,
+    ) -> tuple[torch.FloatTensor, BaseModelOutputWithPooling | None]:
         """Token embeddings `(batch, sequence, hidden)` with the image features at the image tokens.
 
         Returns:
-            The embeddings, and the features of all placeholders one after the other (`None` without images).
+            The embeddings, and what [`~LLaDAMedVModel.get_image_features`] returns (`None` without images).
 
         Raises:
             ValueError: if the number of image tokens differs from the number of features.
@@ -459,15 +504,15 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
                 )
             return embeddings, None
         images = self.get_image_features(
-            pixel_values, image_sizes, batch_num_images, image_index, vision_features, return_dict=True
-        ).pooler_output
-        features = torch.cat(images).to(embeddings)
+            pixel_values, image_sizes, batch_num_images, image_index, vision_features, return_dict=True, **kwargs
+        )
+        features = torch.cat(images.pooler_output).to(embeddings)
         if num_tokens != len(features):
             raise ValueError(
                 f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}), but the images make "
                 f"{len(features)} features; the two must be equal."
             )
-        return embeddings.masked_scatter(is_image[..., None], features), features
+        return embeddings.masked_scatter(is_image[..., None], features), images
 
     @can_return_tuple
     def forward(
@@ -486,7 +531,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         query_mask: torch.BoolTensor | None = None,
         cache: Cache | None = None,
         embeddings_only: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LLaDAMedVModelOutput:
         """One bidirectional pass.
 
@@ -507,7 +552,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
                 layer is spared the positions that no row of the batch wants.
             cache (`Cache`, *optional*): that of the denoising loop, which knows which positions this pass runs.
             embeddings_only: return what [`~LLaDAMedVModel.get_multimodal_embeddings`] makes, as `last_hidden_state`
-                and `image_hidden_states`, and run no layer. Weights that accelerate has offloaded come back for a
+                and `image_outputs`, and run no layer. Weights that accelerate has offloaded come back for a
                 forward pass only.
 
         Returns:
@@ -520,15 +565,16 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        features = None
+        images = None
         if inputs_embeds is None:
-            inputs_embeds, features = self.get_multimodal_embeddings(
-                input_ids, pixel_values, image_sizes, batch_num_images, image_index, vision_features
+            recorded = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
+            inputs_embeds, images = self.get_multimodal_embeddings(
+                input_ids, pixel_values, image_sizes, batch_num_images, image_index, vision_features, **recorded
             )
         elif pixel_values is not None or vision_features is not None:
             raise ValueError("Images need `input_ids`: `inputs_embeds` must already hold the image features.")
         if embeddings_only:
-            return LLaDAMedVModelOutput(last_hidden_state=inputs_embeds, image_hidden_states=features)
+            return LLaDAMedVModelOutput(last_hidden_state=inputs_embeds, image_outputs=images)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         if turn_ids is not None or segment_ids is not None:
@@ -547,7 +593,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             last_hidden_state=hidden if query_mask is None else hidden[query_mask],
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=features,
+            image_outputs=images,
         )
 
     def _structured_mask(self, inputs_embeds, attention_mask, turn_ids, segment_ids):
@@ -632,7 +678,7 @@ class LLaDAMedVForConditionalGeneration(
         vision_features: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LLaDAMedVOutput:
         """One bidirectional pass and the logits: `logits[:, i]` predicts the token AT position `i` (no shift).
 
@@ -685,7 +731,7 @@ class LLaDAMedVForConditionalGeneration(
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
     def _query_mask(self, logits_to_keep, output_attentions=None, output_hidden_states=None, **kwargs):

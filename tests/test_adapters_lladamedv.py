@@ -1,9 +1,15 @@
 """PEFT's adapters: what works gives what the merged weights give, and what would be ignored is refused."""
 
+import json
+
 import peft
 import pytest
 import torch
+import transformers
+from packaging.version import Version
+from transformers import AutoModelForImageTextToText as Auto
 
+from lladamedv import LLaDAMedVForConditionalGeneration as Ours
 from tests.test_modeling_lladamedv import pixels
 from tests.tiny import image_prompt, tiny_model
 
@@ -40,6 +46,59 @@ def test_adapters_of_layers_change_all_answers(config):
     got, merged = results(adapted.eval()), results(adapted.merge_and_unload())
     torch.testing.assert_close(got, merged, atol=1e-4, rtol=1e-3)
     assert not torch.allclose(got[1], plain[1]) and not torch.allclose(got[2], plain[2])
+
+
+@torch.no_grad()
+def test_a_folder_of_adapters_is_a_model(tmp_path):
+    """Through this package's class, the Auto classes and PEFT's: the logits that were saved. What of Transformers' own
+    methods for adapters needs a newer PEFT says so."""
+    inputs = {"input_ids": image_prompt(), "pixel_values": pixels()}
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = Auto.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["q_proj"], **CAUSAL, init_lora_weights=False)
+    adapted = peft.get_peft_model(base, config)
+    expected = adapted(**inputs).logits
+    adapted.save_pretrained(tmp_path / "adapters")
+    plain = Auto.from_pretrained(tmp_path / "base")
+    loaded, info = Ours.from_pretrained(tmp_path / "adapters", output_loading_info=True)
+    assert type(loaded) is Ours and not loaded.training and not info["missing_keys"]
+    models = [
+        loaded, Auto.from_pretrained(tmp_path / "adapters"),
+        peft.PeftModel.from_pretrained(plain, tmp_path / "adapters"),
+        peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapters"),
+    ]  # fmt: skip
+    models.append(Auto.from_pretrained(tmp_path / "base"))
+    models[-1].load_adapter(tmp_path / "adapters")
+    for model in models:
+        torch.testing.assert_close(model(**inputs).logits, expected)
+    if Version(peft.__version__) < Version("0.22") and Version(transformers.__version__) >= Version("5.24"):
+        for method in (loaded.active_adapters, lambda: loaded.save_pretrained(tmp_path / "again")):
+            with pytest.raises(ValueError, match=r"PEFT .* >= 0\.22"):
+                method()
+    else:
+        loaded.save_pretrained(tmp_path / "again")
+        assert (tmp_path / "again" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{}"), "beside a model"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "pickled weights are not loaded"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "without the model that they belong to"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text(
+                json.dumps({"base_model_name_or_path": str(folder)})
+            ),
+            "which are adapters, too",
+        ),
+    ],
+)
+def test_folders_of_adapters_that_are_refused(tmp_path, change, message):
+    peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Ours.from_pretrained(tmp_path)
 
 
 PROMPT = {"num_virtual_tokens": 3, **CAUSAL}

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lladamedv.chat import say
 from lladamedv.cli import app
-from lladamedv.conversation import MASK
+from lladamedv.conversation import DEMO_NOTICE, MASK
 from lladamedv.evaluation.answering import answer_batch
 from lladamedv.processing.phantoms import PhantomVQA
 
@@ -60,7 +60,8 @@ def test_in_a_pipe(shipped, example, picture):
     assert second != alone, "the first turn must matter in this test"
     result = chat(picture, lines=[DESCRIBE, "", "  ", CLOSED, "/new", CLOSED, f"/image {picture}", DESCRIBE, CLOSED])
     assert result.exit_code == 0 and result.stdout.splitlines() == [first, second, alone, first, second]
-    notice, image, again = result.stderr.splitlines()
+    notice, about_the_demo, image, again = result.stderr.splitlines()
+    assert about_the_demo == DEMO_NOTICE
     assert notice.startswith("Research only. Not a medical device") and image == again == "image: 64 by 64 pixels"
 
     result = chat(lines=[CLOSED, f"/image {picture}", CLOSED, "/quit", CLOSED])

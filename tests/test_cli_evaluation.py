@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from lladamedv import cli_evaluation
 from lladamedv.cli import app
+from lladamedv.processing.datasets import BENCHMARKS
+from lladamedv.processing.datasets.vqa_sources import SPLITS
 from lladamedv.processing.phantoms import PhantomVQA
 from tests.judge_stub import Fault, benchmark_row, running_judge, write_rows
 
@@ -51,23 +54,63 @@ def test_one_and_two_processes_give_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "code", "message"),
     [
-        (["--benchmark", "vqa-med"], "`benchmark` is 'vqa-med'; allowed are"),
-        (["--benchmark", "phantoms", "--split", "dev"], "`split` is 'dev'; allowed"),
-        (["--benchmark", "slake", "--source", "x/y"], "`source` is 'x/y'; allowed"),
-        (["--benchmark", "phantoms", "--option", "steps"], "`--option` is 'steps'; allowed is NAME=VALUE"),
-        (["--benchmark", "phantoms", "--scoring", "x"], "`scoring` is 'x'; allowed are"),
-        (["--benchmark", "phantoms", "--dtype", "float8"], "`dtype` is 'float8'; allowed are"),
-        (["--benchmark", "phantoms", "--limit", "2", "--steps", "7"], "`steps` is 7"),
-        (["--benchmark", "phantoms", "--limit", "2", "--option", "step=7"], "Unknown generation arguments ['step']"),
+        (["--benchmark", "vqa-med"], 2, "'--benchmark': 'vqa-med'; allowed are vqa-rad, slake, path-vqa, phantoms"),
+        (["--benchmark", "phantoms", "--split", "dev"], 2, "--split: 'dev'; allowed are train, validation, test"),
+        (["--benchmark", "slake", "--source", "x/y"], 1, "--source is 'x/y'; allowed"),
+        (["--benchmark", "slake", "--path", "none.json"], 2, "--path: 'none.json'; there is no such file or folder"),
+        (["--benchmark", "phantoms", "--option", "steps"], 2, "'--option': 'steps'; allowed is NAME=VALUE"),
+        (["--benchmark", "phantoms", "--option", "step=7"], 2, "did you mean steps"),
+        (["--benchmark", "phantoms", "--scoring", "x"], 2, "'--scoring': 'x'; allowed are generate, likelihood"),
+        (["--benchmark", "phantoms", "--dtype", "float8"], 2, "'--dtype'"),
+        (["--benchmark", "phantoms", "--limit", "2", "--steps", "7"], 1, "--steps is 7"),
+        (["--benchmark", "phantoms", "--steps", "0"], 2, "'--steps'"),
+        (["--benchmark", "phantoms", "--output", __file__], 2, "'--output'"),
+        (["--benchmark", "phantoms", "--data", "."], 2, "--benchmark, --data: both given; exactly one is needed"),
+        ([], 2, "--benchmark, --data: none given; exactly one is needed"),
+        (["--data", "none.csv"], 2, "'--data': 'none.csv'; there is no such file or folder"),
+        (["--data", ".", "--revision", "x"], 2, "--revision: 'x'; it goes with --benchmark"),
+        (["--data", ".", "--image-folder", "none"], 2, "'--image-folder': 'none'; there is no such file or folder"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, words, message):
-    result = call("eval", "vqa", "--model", "demo", "--output", tmp_path / "run", *SHORT[:4], *words)
-    assert result.exit_code == 1
+def test_bad_input_is_one_line(tmp_path, words, code, message):
+    output = [] if "--output" in words else ["--output", tmp_path / "run"]
+    result = call("eval", "vqa", "--model", "demo", *output, *SHORT[:4], *words)
+    assert result.exit_code == code, result.output
     assert message in result.stderr and "Traceback" not in result.output
     assert not (tmp_path / "run" / "predictions.jsonl").exists()
+
+
+def test_names_are_those_of_the_loaders():
+    assert cli_evaluation.BENCHMARKS == BENCHMARKS and cli_evaluation.SPLITS == SPLITS
+
+
+def test_own_data(tmp_path):
+    """A table with pictures beside it, one of which is not there; then the same questions for the analysis."""
+    for number, example in enumerate(PhantomVQA(9000, 2)):
+        example.image.save(tmp_path / f"{number}.png")
+    table = tmp_path / "own.csv"
+    table.write_text("Image,Question,Label\n0.png,Is there a lesion?,yes\n1.png,Which?,left\n2.png,Which?,left\n")
+    words = ["--model", "demo", "--data", table, *SHORT, "--device", "cpu", "--bootstrap-samples", "0"]
+    result = call("eval", "vqa", *words, "--output", tmp_path / "run", "--json")
+    assert result.exit_code == 3, result.output
+    summary = json.loads(result.stdout)
+    assert summary["benchmark"] == "own-data" and summary["left_out"] == ["own-data/all/2"]
+    assert (summary["scores"]["num_closed"], summary["scores"]["num_open"]) == (1, 1)
+    text = (tmp_path / "run" / "summary.md").read_text()
+    assert "**INCOMPLETE: 1 of 3 records" in text and "answer from 'Label'" in text
+    assert "licence" not in text and "table 2" not in text and "train" not in text
+    words[4:9] = ["--max-new-tokens", "8", "--block-length", "8", "--steps", "1"]
+    words = [word for word in words if not str(word).startswith("confidence_threshold")]
+    words = [word for word in words if word not in ("--option", "24")]
+    result = call("analyze", "decoding", *words, "--output", tmp_path / "decoding", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["num_questions"] == 2 and "1 missing images" in result.stderr
+    (tmp_path / "0.png").unlink(), (tmp_path / "1.png").unlink()
+    result = call("eval", "vqa", "--model", "demo", "--data", table, "--output", tmp_path / "none")
+    assert result.exit_code == 1 and "3 missing images: own-data/all/0 (0.png)" in result.stderr
+    assert "--image-folder says where the images are" in result.stderr
 
 
 @pytest.fixture
@@ -125,13 +168,13 @@ def test_chat_with_published_answers(chat_benchmark, tmp_path):
         assert call(*words, *judge).exit_code == 0
         write_rows(answers, rows[:5])
         result = call(*words, *judge)
-        assert result.exit_code == 1 and "`answers` lacks questions: 1 (5)" in result.stderr
+        assert result.exit_code == 1 and "--answers lacks questions: 1 (5)" in result.stderr
         assert call(*words, *judge, "--allow-partial").exit_code == 3
         assert len(stub.requests) == 6  # the five are known
     for more, message in (
         ([], "give --judge-model to have them judged"),
-        (["--model", "demo"], "exactly one of the two is needed"),
-        (["--judge-model", "judge"], "`base_url` and `api_key` are both missing"),
+        (["--model", "demo"], "--model, --answers: both given; exactly one is needed"),
+        (["--judge-model", "judge"], "--judge-model: needs --judge-url or --judge-key-env"),
         (["--judge-model", "judge", "--judge-key-env", "NOT_THERE"], "no such environment variable"),
     ):
         assert message in call(*words, *more).output

@@ -90,3 +90,15 @@ def test_bad_input(confidence, correct, message):
 def test_bad_options(model, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "correct", "warned"),
+    [([0.9, 0.8, 0.7], [1, 1, 1], True), ([0.9, 0.8], [0, 0], True), ([0.9, 0.9, 0.9, 0.9], [1, 1, 1, 0], False)],
+)
+def test_a_temperature_at_the_end_of_the_range_is_no_calibration(caplog, confidence, correct, warned):
+    """If all answers are right, the likelihood rises until the temperature is 0; if all are wrong, infinity."""
+    temperature = fit_confidence_temperature(confidence, correct)
+    assert ("at the end of what is searched" in caplog.text) == warned
+    if not warned:  # three of four right, of which each is 0.9 sure: log 9 / T = log 3
+        assert temperature == pytest.approx(2, abs=1e-3)

@@ -1,5 +1,6 @@
 """The trainer: what is trained and with which noise, resumed, accumulated, packed, with adapters; and bad rows."""
 
+import copy
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -38,6 +39,7 @@ def tiny_model(seed=0):
     narrow = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config["text_config"] |= narrow | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
     config["vision_config"] |= narrow
+    torch.manual_seed(seed)  # of the tower's biases
     model = LLaDAMedVForConditionalGeneration(LLaDAMedVConfig(**config))
     randomize(model, seed)
     with torch.no_grad():  # small logits, so that a few steps change them smoothly
@@ -169,6 +171,61 @@ def test_lora(tmp_path, variant, checkpointing):
     assert torch.equal(*answers) and answers[0].shape[1] > inputs["input_ids"].shape[1]
 
 
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["multi_modal_projector"]}, {"use_dora": True}], ids=str)
+def test_given_adapters_stay_what_is_trained(tmp_path, options):
+    """Two sets of them, of which the second goes on training; what is saved gives the logits of what was trained."""
+    base = tiny_model()
+    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q|v)_proj", task_type="CAUSAL_LM", **options)
+    model = get_peft_model(copy.deepcopy(base), config, "first")
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    before = weights_of(model)
+    trainer = make_trainer(tmp_path, model=model)
+    trainer.train()
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad} == trainable
+    assert changed and changed <= trainable and all(".second." in name for name in changed)
+    trainer.save_model()
+    again = PeftModel.from_pretrained(base, tmp_path / "second")
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(**inputs).logits, model.eval()(**inputs).logits, atol=1e-5, rtol=1e-5)
+    trainer.create_model_card("adapters")
+
+
+def test_what_was_frozen_stays_so(tmp_path):
+    """As in TRL: `trainable` never unfreezes."""
+    model = tiny_model()
+    model.model.language_model.layers[0].requires_grad_(False)
+    before = weights_of(model)
+    make_trainer(tmp_path, model=model).train()
+    for name, weight in model.named_parameters():
+        if ".layers.0." in name or "vision_tower" in name:
+            assert torch.equal(weight, before[name]), name
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+
+
+def test_training_leaves_the_special_tokens_alone(tmp_path):
+    """In the model, its checkpoints and what is saved; the tokenizer's own end token is another one."""
+    model = tiny_model()
+    ids = {"eos_token_id": [586], "bos_token_id": 571, "pad_token_id": 572}
+    model.generation_config.update(**ids)
+    model.config.text_config.pad_token_id = 572
+    generation, text = model.generation_config.to_dict(), model.config.text_config.to_dict()
+    trainer = make_trainer(tmp_path, model=model, save_strategy="steps", save_steps=2)
+    assert trainer.processing_class.tokenizer.eos_token_id not in ids["eos_token_id"]
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path / "checkpoint-2", tmp_path):
+        saved = json.loads((folder / "generation_config.json").read_text())
+        assert {name: saved[name] for name in ids} == ids
+        assert json.loads((folder / "config.json").read_text())["text_config"]["pad_token_id"] == 572
+    assert model.generation_config.to_dict() == generation and model.config.text_config.to_dict() == text
+    assert isinstance(trainer.processing_class, LLaDAMedVProcessor)
+
+
 def test_a_lora_target_that_matches_nothing(tmp_path):
     config = LoraConfig(r=4, target_modules=["no_such_layer"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="no_such_layer"):
@@ -244,6 +301,59 @@ def test_resumed_when_all_is_done(tmp_path, steps):
         assert torch.equal(weight, first.model.get_parameter(name)), name
 
 
+@pytest.mark.parametrize(("count", "accumulation", "checkpoint"), [(4, 1, 3), (7, 4, 2)])
+def test_a_stream_begins_anew_and_resumes(tmp_path, count, accumulation, checkpoint):
+    """A stream of fewer rows than the steps need, in batches of two: each pass gives every row once, in the order of
+    that pass; a run that is resumed behind its end sees the rows that an uninterrupted one sees."""
+    runs = []
+    for resume in (None, str(tmp_path / f"checkpoint-{checkpoint}")):
+        stream = rows(count).to_iterable_dataset().shuffle(seed=1, buffer_size=count)
+        trainer = make_trainer(
+            tmp_path, model=tiny_model(seed=5 if resume else 0), dataset=stream, max_steps=6, save_strategy="steps",
+            save_steps=1, gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        collate, seen = trainer.data_collator.torch_call, []
+        trainer.data_collator.torch_call = lambda batch, collate=collate, seen=seen: (
+            seen.extend(row["id"] for row in batch) or collate(batch)
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        runs.append((losses(trainer), seen, [each.get("num_tokens") for each in trainer.state.log_history]))
+    (expected, seen, tokens), (resumed, _, resumed_tokens) = runs
+    for begin in range(0, len(seen) - count + 1, count):
+        assert sorted(seen[begin : begin + count]) == [f"row-{number}" for number in range(count)]
+    assert len({tuple(seen[begin : begin + count]) for begin in range(0, len(seen) - count + 1, count)}) > 1
+    assert resumed == pytest.approx(expected, rel=1e-5) and len(expected) == 6
+    assert resumed_tokens[:-1] == tokens[:-1] and tokens[0] > 0  # the last entry is about this part of the run
+
+
+def test_a_step_at_the_end_of_a_stream(tmp_path):
+    """Three rows in two accumulated batches of two: the same step as one of a data set of these three."""
+    results = []
+    for dataset in (rows(3), rows(3).to_iterable_dataset()):
+        trainer = make_trainer(
+            tmp_path, dataset=dataset, max_steps=2, gradient_accumulation_steps=4, optim="sgd",
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        trainer.train()
+        results.append((losses(trainer), weights_of(trainer.model)))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    for name, weight in results[1][1].items():
+        torch.testing.assert_close(weight, results[0][1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_tokens_are_counted_on_after_a_resumption(tmp_path):
+    """The sum of what the collator gives, whatever the step of the checkpoint and of the last log."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
+    first, seen = make_trainer(tmp_path, **options), []
+    collate = first.data_collator.torch_call
+    first.data_collator.torch_call = lambda rows: seen.extend(map(first.data_collator.row_length, rows)) or collate(rows)
+    first.train()
+    again = make_trainer(tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    counted = [entry["num_tokens"] for entry in again.state.log_history if "num_tokens" in entry and "loss" in entry]
+    assert counted == [sum(seen[:6]), sum(seen)] and len(seen) == 12
+
+
 def run_worker(folder, options, *flags, processes=1, kill_when=None):
     """A training in other processes; the appearance of the file `kill_when` kills it. Returns the losses by step."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
@@ -276,6 +386,24 @@ def test_killed_and_resumed(tmp_path):
         assert resumed[step] == pytest.approx(loss, rel=1e-4), step
 
 
+FSDP = {
+    "fsdp": "full_shard",
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "LLaDAMedVLastDecoderLayer"]},
+    "save_strategy": "steps", "save_steps": 2,
+}  # fmt: skip
+
+
+def check_fsdp2(tmp_path, options, expected, file):
+    """Sharded over two processes: the losses and weights of DDP's in `two`, and of a run resumed from a checkpoint."""
+    assert run_worker(tmp_path / "fsdp", options | FSDP, "twice", processes=2) == pytest.approx(expected, rel=1e-6)
+    ddp = load_file(tmp_path / "two" / file)
+    for folder in (tmp_path / "fsdp", tmp_path / "fsdp" / "resumed"):
+        weights = load_file(folder / file)
+        assert weights.keys() == ddp.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, ddp[name], atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"complementary_masking": True, "loss_normalization": "tokens"}], ids=str)
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, options):
     options = {"max_steps": 4, "optim": "sgd", **options}
@@ -286,6 +414,15 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, options):
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, atol=1e-5, rtol=1e-3)
+    if "complementary_masking" not in options:
+        check_fsdp2(tmp_path, options, two, "model.safetensors")
+
+
+@pytest.mark.slow
+def test_adapters_in_shards(tmp_path):
+    lora = {"r": 4, "target_modules": r".*language_model.*\.(q|v)_proj", "task_type": "CAUSAL_LM"}
+    options = {"max_steps": 4, "ddp_backend": "gloo", "lora": lora}
+    check_fsdp2(tmp_path, options, run_worker(tmp_path / "two", options, processes=2), "adapter_model.safetensors")
 
 
 def labels_of(lengths, padding=0):
@@ -498,6 +635,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     record = json.loads((tmp_path / "not_finite.json").read_text())
     assert len(record["row_ids"]) == 2 and all(name.startswith("row-") for name in record["row_ids"])
     assert "assistant" in record["texts"][0] and "<image>" not in record["texts"][0]
+
+
+def test_an_evaluation_that_is_not_finite_stops(tmp_path):
+    """Transformers would average over the finite rest."""
+    model = tiny_model()
+    trainer = make_trainer(tmp_path, model=model, eval_dataset=rows(4), per_device_eval_batch_size=1)
+    bad = next(iter(trainer.data_collator([trainer.eval_dataset[1]])["input_ids"][0, -3:]))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[bad] = math.nan
+    with pytest.raises(ValueError, match="The loss is nan at step 0"):
+        trainer.evaluate()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The last step of a run has a finite loss and ruins the weights."""
+    trainer = make_trainer(tmp_path, max_steps=1, optim="sgd", learning_rate=1e30, warmup_steps=0, save_strategy="no")
+    trainer.train()
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1e30)
+    with pytest.raises(ValueError, match=r"After step 1, .* holds values that are not finite; nothing is saved"):
+        trainer.save_model()
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_text_only_rows_and_streams(tmp_path):

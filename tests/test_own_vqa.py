@@ -228,7 +228,7 @@ def test_splits(tmp_path):
     assert "1 records of other splits left out" in report.summary()
     assert len(rows_of(tmp_path / "own.json")[0]) == 3
     (tmp_path / "plain.json").write_text(json.dumps([{"question": "?", "answer": "1", "image": "a.png"}]))
-    with pytest.raises(ValueError, match=r"`split` is 'test', but .* has no column `split`"):
+    with pytest.raises(ValueError, match=r"The split 'test' is asked for, but .* has no column of that name"):
         load_own_vqa(tmp_path / "plain.json", "test")
     with pytest.raises(ValueError, match=r"a folder with \['own.json', 'plain.json'\]; name one"):
         load_own_vqa(tmp_path)
@@ -237,9 +237,9 @@ def test_splits(tmp_path):
     assert len(rows_of(tmp_path)[0]) == 2
     table = datasets.Dataset.from_list(RECORDS)
     datasets.DatasetDict({"a": table, "b": table}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"`split` is missing; .*saved' has \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"The split has to be chosen: .*saved' has \['a', 'b'\]"):
         load_own_vqa(tmp_path / "saved")
-    with pytest.raises(ValueError, match="there is no such file or folder"):
+    with pytest.raises(ValueError, match="There is no file or folder"):
         load_own_vqa(tmp_path / "none.json")
 
 

@@ -122,7 +122,7 @@ def test_without_gradio(tmp_path, monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(hub, "version", version)
-    with pytest.raises(ValueError, match=r"is not installed, .* `pip install lladamedv\[app\]`"):
+    with pytest.raises(ValueError, match=r'is not installed, .* `pip install "lladamedv\[app\]"`'):
         write_space("x", tmp_path / "space", "demo", report=quiet)
     assert not (tmp_path / "space").exists()
 
@@ -135,4 +135,4 @@ def test_command_line(tmp_path):
     assert json.loads(done.stdout) == {"output": str(tmp_path / "json"), "model": "me/model", "revision": "v1"}
     assert "hf upload" in done.stderr and (tmp_path / "json" / "app.py").is_file()
     failed = CliRunner().invoke(app, ["space", "Demo", str(tmp_path / "space")])
-    assert failed.exit_code == 1 and failed.stderr.startswith("lladamedv: `out` is")
+    assert failed.exit_code == 2 and f"'OUT': '{tmp_path / 'space'}' exists already" in failed.stderr

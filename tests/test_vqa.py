@@ -5,12 +5,15 @@ import json
 import pytest
 from datasets import Dataset, Image
 
-from lladamedv.demo import load_model
 from lladamedv.evaluation import vqa
+from lladamedv.evaluation.answering import answer_batch, question_about
+from lladamedv.evaluation.decoding_analysis import analyze_decoding
 from lladamedv.evaluation.published_vqa import LLADA_MEDV, PUBLISHED_VQA
+from lladamedv.loading import load_model
 from lladamedv.processing.datasets import VQA_FEATURES, VQAReport, load_vqa
 
 
+ONE_STEP = {"max_new_tokens": 8, "block_length": 8, "steps": 1}
 SHORT = {"max_new_tokens": 24, "block_length": 8, "steps": 24, "confidence_threshold": 0.9}
 
 
@@ -68,6 +71,68 @@ def test_a_finished_run_is_not_asked_again(demo, phantoms, tmp_path, monkeypatch
         run(demo, phantoms, tmp_path, options=SHORT | {"steps": 12})
     with pytest.raises(ValueError, match="scoring: 'generate' there, 'likelihood' here"):
         run(demo, phantoms, tmp_path, scoring="likelihood")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda model, processor: setattr(model.generation_config, "cfg_scale", 0.5),
+            "decoding.cfg_scale: None there, 0.5",
+        ),
+        (
+            lambda model, processor: setattr(model.generation_config, "eos_token_id", [586, 574]),
+            "decoding.eos_token_id",
+        ),
+        (
+            lambda model, processor: setattr(processor.image_processor, "vision_aspect_ratio", "pad"),
+            "vision_aspect_ratio",
+        ),
+        (lambda model, processor: setattr(processor, "chat_template", processor.chat_template + " "), "chat_template"),
+        (lambda model, processor: processor.tokenizer.add_tokens(["lesion"]), "tokenizer_sha256"),
+        (lambda model, processor: model.lm_head.weight.data.mul_(2), "model_sha256"),
+        (lambda model, processor: model.double(), "dtype: 'float32' there, 'float64' here"),
+    ],
+)
+def test_a_run_does_not_go_on_with_what_else_is_in_force(phantoms, tmp_path, change, told):
+    """Whatever answers depend on is recorded as it is, and not as the caller asked for it."""
+    model, processor = load_model()
+    run((model, processor), phantoms, tmp_path, options=ONE_STEP)
+    change(model, processor)
+    with pytest.raises(ValueError, match=told):
+        run((model, processor), phantoms, tmp_path, options=ONE_STEP)
+
+
+@pytest.mark.parametrize("change", ["question", "answer", "image", "answer_type"])
+def test_a_run_does_not_go_on_with_other_data(demo, phantoms, tmp_path, change):
+    """Of the same ids: an answer that was mended must be scored anew, another picture seen anew."""
+    run(demo, phantoms, tmp_path, options=ONE_STEP)
+    rows = phantoms[0].cast_column("image", Image(decode=False)).to_list()
+    rows[3][change] = rows[4][change] if change == "image" else "open" if change == "answer_type" else "other"
+    rows[3]["answer_type"] = {"answer_type": {"open": "closed", "closed": "open"}[phantoms[0][3]["answer_type"]]}.get(
+        change, rows[3]["answer_type"]
+    )
+    data = Dataset.from_list(rows, features=VQA_FEATURES), phantoms[1]
+    with pytest.raises(ValueError, match="data_sha256"):
+        run(demo, data, tmp_path, options=ONE_STEP)
+
+
+def test_models_in_training_answer_as_in_evaluation(demo, phantoms, tmp_path):
+    """Dropout would make each answer a matter of chance."""
+    model, processor = load_model()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    chats = [question_about(row["image"], row["question"]) for row in phantoms[0]]
+    expected = [answer.text for answer in answer_batch(*demo, chats, **SHORT)]
+    assert [answer.text for answer in answer_batch(model.train(), processor, chats, **SHORT)] == expected
+    analyze_decoding(
+        model.train(), processor, phantoms[0], tmp_path, steps=[24], max_new_tokens=[24], block_length=[8],
+        report=lambda line: None, bootstrap_samples=0,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "L24-B8-Z24" / "predictions.jsonl").open()]
+    slow = {**SHORT, "confidence_threshold": None}
+    assert [row["prediction"] for row in rows] == [answer.text for answer in answer_batch(*demo, chats, **slow)]
 
 
 def test_closed_questions_by_likelihood(demo, phantoms, tmp_path):

@@ -100,8 +100,9 @@ class MaskedDiffusionSFTConfig(SFTConfig):
             What to do with rows of more than `max_length` tokens (by default the model's context): stop (`"error"`) or
             leave them out and report how many (`"drop"`). Nothing is ever cut.
         invalid_rows (`str`, *optional*, defaults to `"error"`):
-            What to do with rows without an answer, without an image that they name, or with more `<image>` than images:
-            stop (`"error"`) or leave them out and report how many (`"skip"`).
+            What to do with rows that cannot be trained on, such as rows without an answer, with messages of another form,
+            with an image that is missing or broken, or with more `<image>` than images: stop (`"error"`) or leave them
+            out and report how many (`"skip"`).
 
         > What is trained
 

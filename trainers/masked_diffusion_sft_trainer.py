@@ -142,7 +142,8 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
                 options["quantization_config"] = quantization_config
             model = LLaDAMedVForConditionalGeneration.from_pretrained(model, **options)
             args.model_init_kwargs = quantization_config = None  # TRL would say that they are ignored
-        if getattr(model.config, "model_type", None) != LLaDAMedVForConditionalGeneration.config_class.model_type:
+        config = getattr(model, "config", None)
+        if getattr(config, "model_type", None) != LLaDAMedVForConditionalGeneration.config_class.model_type:
             raise ValueError(f"`model` is a {type(model).__name__}; needed is a LLaDAMedVForConditionalGeneration.")
         if processing_class is None:
             processing_class = LLaDAMedVProcessor.from_pretrained(model.config._name_or_path)
@@ -253,15 +254,15 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["messages", "image", "images", "id", self.args.length_column_name]
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        """As in `Trainer`; rows that are not yet looked at are, as those given to the trainer were."""
-        if isinstance(eval_dataset, (datasets.Dataset, datasets.IterableDataset)):
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        """As in `Trainer`; rows that are given here are looked at, as those given to the trainer were."""
+        if eval_dataset is not None and not isinstance(eval_dataset, (dict, str)):  # of a dict, each comes by itself
             eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def get_test_dataloader(self, test_dataset):
-        """As in `Trainer`, of rows that are looked at first."""
-        return super().get_test_dataloader(self._prepare_rows(test_dataset, "test_dataset"))
+    def predict(self, test_dataset, *args, **kwargs):
+        """As in `Trainer`, of rows that are looked at; there are metrics and no predictions."""
+        return super().predict(self._prepare_rows(test_dataset, "test_dataset"), *args, **kwargs)
 
     # How a run begins, goes on and ends
 

@@ -1,6 +1,6 @@
 """The plug-in for lmms-eval: this model under the name `llada_medv`, and medical VQA tasks scored as everywhere here.
 
-    pip install "lladamedv[lmms]"
+    pip install ".[lmms]"    # in the folder of the sources
     lmms-eval --model llada_medv --model_args pretrained=FOLDER_OR_HUB_ID --tasks lladamedv_vqa --batch_size 8 \\
         --include_path "$(python -c 'from lladamedv.evaluation.lmms import TASKS; print(TASKS)')"
 

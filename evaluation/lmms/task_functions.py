@@ -12,11 +12,11 @@ from datasets import Dataset, Image
 
 from lladamedv.evaluation.medical_vqa.medical_vqa import (
     ANSWER_TYPES,
-    POLARITY,
     complete_reference,
     score_closed,
     score_open,
 )
+from lladamedv.processing.datasets.vqa_columns import answer_text, derived_answer_type
 
 
 _SCORE = dict(zip(ANSWER_TYPES, (score_open, score_closed)))
@@ -30,19 +30,18 @@ def process_docs(dataset: Dataset) -> Dataset:
 
     Args:
         dataset: has at least `image`, `question` and `answer`. Without `answer_type`, questions answered by yes or no
-            count as closed. Without a name of the picture, `image_id` is the SHA-256 of its file.
+            count as closed, as in `load_vqa`. Without a name of the picture, `image_id` is the SHA-256 of its file.
 
     Raises:
         ValueError: naming the row, for a blank question or answer or an answer type that is not known.
     """
     names = dataset.column_names
-    questions, answers = (
-        ["" if text is None else str(text).strip() for text in dataset[name]] for name in ("question", "answer")
-    )
+    questions = ["" if text is None else str(text).strip() for text in dataset["question"]]
+    answers = [answer_text(answer) for answer in dataset["answer"]]
     if "answer_type" in names:
         types = dataset["answer_type"]
     else:
-        types = ["closed" if answer.lower() in POLARITY else "open" for answer in answers]
+        types = [derived_answer_type(answer) for answer in answers]
     checked = []
     for row, (question, answer, answer_type) in enumerate(zip(questions, answers, types)):
         if not question:

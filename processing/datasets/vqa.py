@@ -121,12 +121,13 @@ class VQAReport(LoadReport):
         names = dict.fromkeys((*self.unused_columns, *map(str, fields.record)))
         self.unused_columns = [name for name in names if name not in used]
 
-    def add(self, row: dict, derived: bool) -> None:
+    def add(self, row: dict, derived: bool, was_truth_value: bool) -> None:
         """Count a row."""
         self.rows += 1
         self.open += row["answer_type"] == "open"
         self.closed += row["answer_type"] == "closed"
         self.derived_answer_types += derived
+        self.truth_values += was_truth_value
         if not row["answer"]:
             self.empty_answers.append(row["id"])
         self._image_ids.add(row["image_id"])
@@ -305,7 +306,7 @@ def load_own_vqa(
     """
     path = Path(os.path.expanduser(data))
     if not os.path.exists(path):
-        raise ValueError(f"`data` is {str(data)!r}; there is no such file or folder.")
+        raise ValueError(f"There is no file or folder {str(data)!r}.")
     report = VQAReport(str(data), invalid_records, benchmark=OWN_DATA, local=True)
     images = _image_files(path if path.is_dir() else path.parent, image_folder)
     file = _own_file(path, split)
@@ -315,7 +316,7 @@ def load_own_vqa(
     else:
         records = _FileRecords(file)
     report.split = split or _ALL
-    _first_record(records, f"`data` is {str(data)!r}")
+    _first_record(records, f"This is {str(data)!r}")
     chosen = split if file is not None and split != file.stem else None
     return _read(_Reader(records, images, report, chosen), streaming), report
 
@@ -362,10 +363,10 @@ def _own_split(folder: Path) -> str:
         else:
             splits = datasets.get_dataset_split_names(str(folder))
     except Exception as error:  # `datasets` raises many kinds
-        raise ValueError(f"`data` is {str(folder)!r}, a folder that cannot be loaded: {error}") from error
+        raise ValueError(f"The folder {str(folder)!r} cannot be loaded: {error}") from error
     if len(splits) == 1 or TEST in splits:
         return TEST if TEST in splits else splits[0]
-    raise ValueError(f"`split` is missing; {str(folder)!r} has {splits}.")
+    raise ValueError(f"The split has to be chosen: {str(folder)!r} has {splits}.")
 
 
 def _newest_revision(hub_id: str) -> str | None:
@@ -560,7 +561,7 @@ class _Reader:
             except InvalidRecordError as error:
                 report.leave_out(name, error, where)
                 continue
-            for row, derived in rows:
+            for row, *counted in rows:
                 if row["id"] in ids:
                     raise ValueError(
                         f"{report.source!r} has two questions of the id {row['id']!r:.200}; ids must differ. "
@@ -568,26 +569,27 @@ class _Reader:
                     )
                 ids.add(row["id"])
                 if is_new:
-                    report.add(row, derived)
+                    report.add(row, *counted)
                 yield number, row
 
     def _is_of_the_split(self, fields: Fields) -> bool:
         if (there := fields.get("split")) is None:
             raise ValueError(
-                f"`split` is {self.split!r}, but {self.report.source!r} has no column `split`: {list(fields.record)}."
+                f"The split {self.split!r} is asked for, but {self.report.source!r} has no column of that name: "
+                f"{list(fields.record)}."
             )
         return squash(there) == squash(self.split)
 
-    def _row(self, fields: Fields, name: str, question, answer, language: str) -> tuple[dict, bool]:
-        """A question of a record as a row, and whether its answer type had to be derived."""
+    def _row(self, fields: Fields, name: str, question, answer, language: str) -> tuple[dict, bool, bool]:
+        """A question of a record as a row; whether its answer type was derived, and its answer a truth value."""
         text = text_of(question) or ""
         if text.count(IMAGE_PLACEHOLDER) > 1:
             raise InvalidRecordError(f"its question is about {text.count(IMAGE_PLACEHOLDER)} images; allowed is one")
         text = text.replace(IMAGE_PLACEHOLDER, "").strip()
         if not text:
             raise InvalidRecordError(f"`question` is {question!r:.200}")
-        self.report.truth_values += isinstance(answer, bool)
-        answer, answer_type = answer_text(answer), fields.get("answer_type")
+        was_truth_value, answer_type = isinstance(answer, bool), fields.get("answer_type")
+        answer = answer_text(answer)
         derived = answer_type is None or not str(answer_type).strip()
         if derived:
             answer_type = derived_answer_type(answer)
@@ -609,7 +611,7 @@ class _Reader:
             "language": language,
             "meta": {column: None if value is None else str(value).strip() for column, value in meta.items()},
         }
-        return row, derived
+        return row, derived, was_truth_value
 
     def _image(self, fields: Fields) -> tuple[dict, str | None]:
         """The image as `datasets.Image` holds it, and the name of its file unless its bytes are there."""

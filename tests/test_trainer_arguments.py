@@ -1,0 +1,338 @@
+"""Everything that TRL's SFTTrainer and SFTConfig take: it works as TRL says, or it is refused before any work."""
+
+import inspect
+import os
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from lladamedv.demo import DEMO_MODEL
+from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
+from lladamedv.trainers import DataCollatorForMaskedDiffusion, MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer
+from lladamedv.trainers.masked_diffusion_sft_config import NOT_APPLICABLE
+from tests.test_masked_diffusion_sft_trainer import (
+    QUESTIONS,
+    arguments,
+    losses,
+    make_trainer,
+    rows,
+    tiny_model,
+    tiny_processor,
+)
+
+
+# Every field of SFTConfig that is not refused. A new one fails the test below until it is found to work, or refused.
+WORKS = set(
+    """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16 bf16_full_eval fp16_full_eval tf32
+    activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
+    torch_compile torch_compile_backend torch_compile_mode neftune_noise_alpha torch_empty_cache_steps
+    auto_find_batch_size logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter
+    log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+    trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only
+    eval_on_start eval_do_concat_batches eval_use_gather_object eval_accumulation_steps save_only_model save_strategy
+    save_steps save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo
+    hub_model_id hub_revision load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip
+    restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu accelerator_config
+    parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order remove_unused_columns
+    train_sampling_strategy length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+    ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics do_train do_eval
+    do_predict resume_from_checkpoint local_rank model_init_kwargs trust_remote_code chat_template_path dataset_kwargs
+    dataset_num_proc max_length shuffle_dataset pad_to_multiple_of assistant_only_loss activation_offloading
+    """.split()
+)
+ASKED = {
+    "packing": True, "packing_strategy": "wrapped", "padding_free": True, "eval_packing": True,
+    "completion_only_loss": True, "loss_type": "dft", "label_smoothing_factor": 0.1, "router_aux_loss_coef": 0.01,
+    "dataset_text_field": "prompt", "truncation_mode": "keep_end", "eos_token": "<|eot_id|>",
+    "pad_token": "<|eot_id|>", "use_cache": True, "use_liger_kernel": True, "liger_kernel_config": {"rope": True},
+    "average_tokens_across_devices": False, "include_num_input_tokens_seen": "all", "label_names": ["labels"],
+    "include_for_metrics": ["inputs"], "batch_eval_metrics": True, "hub_strategy": "every_save",
+    "hub_always_push": True,
+}  # fmt: skip
+
+
+def test_every_field_is_known():
+    """Without this a field that TRL adds would be accepted and do nothing."""
+    inherited = {each.name for each in fields(SFTConfig)}
+    assert not WORKS & NOT_APPLICABLE.keys() and inherited == WORKS | NOT_APPLICABLE.keys()
+    assert ASKED.keys() == NOT_APPLICABLE.keys()
+
+
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_means_nothing_here_is_refused(tmp_path, name):
+    """In our own arguments and in TRL's, by name, value and reason."""
+    for kind in (MaskedDiffusionSFTConfig, SFTConfig)[: 1 + (name != "hub_strategy")]:  # it is TRL's default
+        with pytest.raises(ValueError, match=rf"`{name}` is .*{ASKED[name]!r}.*, which does not apply.*: .{{10,}}\.$"):
+            args = kind(str(tmp_path), use_cpu=True, **{name: ASKED[name]})
+            MaskedDiffusionSFTTrainer(tiny_model(), args, train_dataset=rows(2), processing_class=tiny_processor())
+
+
+def test_neutral_values_pass(tmp_path):
+    defaults = {each.name: each.default for each in fields(SFTConfig) if each.default is not MISSING}
+    neutral = {name: defaults[name] for name in NOT_APPLICABLE if name in defaults and name != "hub_strategy"}
+    neutral |= {"eval_packing": False, "router_aux_loss_coef": 0.0, "include_num_input_tokens_seen": "non_padding"}
+    neutral |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+    neutral |= {"assistant_only_loss": True, "prediction_loss_only": True}
+    plain, other = make_trainer(tmp_path, max_steps=1), make_trainer(tmp_path, max_steps=1, **neutral)
+    for trainer in (plain, other):
+        trainer.train()
+    assert losses(other) == losses(plain)
+
+
+def test_the_constructor_is_that_of_trl():
+    """In names and order, so that nothing is taken for something else, and nothing new is passed on unseen."""
+    ours, theirs = (inspect.signature(each.__init__) for each in (MaskedDiffusionSFTTrainer, SFTTrainer))
+    assert list(ours.parameters) == list(theirs.parameters)
+
+
+def refused(tmp_path, error, message, model=None, **options):
+    defaults = {"args": arguments(tmp_path / "out"), "train_dataset": rows(2), "processing_class": tiny_processor()}
+    options = defaults | options
+    with pytest.raises(error, match=message):
+        MaskedDiffusionSFTTrainer(tiny_model() if model is None else model, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"compute_loss_func": print}, ValueError, "`compute_loss_func` does not apply.*`loss_weighting`"),
+        ({"compute_metrics": print}, ValueError, "`compute_metrics` does not apply.*`log_answers`"),
+        ({"preprocess_logits_for_metrics": print}, ValueError, "`preprocess_logits_for_metrics` does not apply"),
+        ({"formatting_func": print}, ValueError, "`formatting_func` does not apply.*`messages`"),
+        ({"data_collator": print}, TypeError, "`data_collator` is a builtin.*; needed is a DataC"),
+        ({"train_dataset": None}, ValueError, "`train_dataset` is required"),
+        ({"train_dataset": rows(2).to_list()}, TypeError, r"`train_dataset` is of type list; .*Dataset.from_list\(rows"),
+        ({"train_dataset": datasets.DatasetDict(train=rows(2))}, TypeError, "`train_dataset` is of type DatasetDict"),
+        ({"eval_dataset": rows(2).to_list()}, TypeError, "`eval_dataset` is of type list"),
+        ({"eval_dataset": {"a": [1]}}, TypeError, r"`eval_dataset\['a'\]` is of type list"),
+        ({"eval_dataset": rows(2).select([])}, ValueError, "`eval_dataset` is empty|of which none can be trained on"),
+        ({"train_dataset": datasets.IterableDataset.from_generator(lambda: iter(()))}, ValueError, "is empty"),
+        ({"args": {"max_steps": 1}}, TypeError, "`args` is of type dict; allowed are MaskedDiffusionSFTConfig"),
+        ({"processing_class": tiny_processor().tokenizer}, TypeError, "needed is the processor .*AutoProcessor"),
+        ({"model": torch.nn.Linear(2, 2)}, ValueError, "`model` is a Linear; needed is a LLaDAMedVForConditionalGen"),
+        ({"peft_config": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, ValueError, "PREFIX_TUNING"),
+        ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, ValueError, "PROMPT_TUNING"),
+        (
+            {"optimizers": (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), None)}, ValueError,
+            "`optimizers` holds an optimizer of none of the weights",
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_constructor_refuses(tmp_path, options, error, message):
+    refused(tmp_path, error, message, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chat_template_path": "Qwen/Qwen3"}, "`chat_template_path` is 'Qwen/Qwen3'; allowed is a Jinja file"),
+        ({"dataset_kwargs": {"text": "a"}}, "`dataset_kwargs` is .*; allowed is 'skip_prepare_dataset'"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True, which would part images"),
+        ({"activation_offloading": True}, "`activation_offloading` is True, but there is no GPU"),
+        ({"train_sampling_strategy": "group_by_length", "max_steps": 1}, "but `train_dataset` is a stream"),
+    ],
+)
+def test_values_that_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, dataset=rows(2).to_iterable_dataset(), **options)
+
+
+# What TRL accepts instead of our own classes
+
+
+def test_a_model_by_name_and_no_arguments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (str(DEMO_MODEL), Path(DEMO_MODEL)):
+        trainer = MaskedDiffusionSFTTrainer(name, train_dataset=rows(2))
+        assert trainer.args.output_dir == f"{Path(DEMO_MODEL).name}-SFT"
+        assert isinstance(trainer.args, MaskedDiffusionSFTConfig)
+        assert trainer.model.dtype == torch.float32  # TRL's default, whatever the checkpoint's
+    args = arguments(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
+    assert MaskedDiffusionSFTTrainer(str(DEMO_MODEL), args, train_dataset=rows(2)).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [TrainingArguments, SFTConfig])
+def test_arguments_of_others(tmp_path, kind):
+    """Their values are kept, in training too; what TRL cuts at is no limit here."""
+    given = {"max_steps": 2, "learning_rate": 3e-3, "logging_steps": 1, "seed": 3, "hub_token": "secret", "bf16": False}
+    given |= {"per_device_train_batch_size": 2, "lr_scheduler_type": "constant", "warmup_steps": 0, "report_to": []}
+    args = kind(str(tmp_path), use_cpu=True, save_strategy="no", **given)
+    theirs = MaskedDiffusionSFTTrainer(tiny_model(), args, train_dataset=rows(4), processing_class=tiny_processor())
+    kept = {name: getattr(theirs.args, name) for name in given}
+    assert kept == given and theirs.args.max_length is None and theirs.args.hub_private_repo is True
+    ours = make_trainer(tmp_path, dataset=rows(4), **given)
+    for trainer in (theirs, ours):
+        trainer.train()
+    assert losses(theirs) == pytest.approx(losses(ours), rel=1e-5)
+
+
+def test_a_collator_of_ones_own_must_not_contradict(tmp_path):
+    collator = DataCollatorForMaskedDiffusion(processor=tiny_processor(), max_length=400, eos_padding=2)
+    trainer = MaskedDiffusionSFTTrainer(
+        tiny_model(), arguments(tmp_path), collator, rows(2), processing_class=tiny_processor()
+    )
+    assert trainer.data_collator is collator
+    refused(
+        tmp_path, ValueError, "`args` ask for eos_padding=4, but `data_collator` has 2", data_collator=collator,
+        args=arguments(tmp_path / "out", eos_padding=4),
+    )  # fmt: skip
+
+
+def test_the_template_of_a_file_is_trained_with_and_saved(tmp_path):
+    """The tokens of a batch are those that the template renders, as plain Jinja would."""
+    template = next(text for name, text in CHAT_TEMPLATES.items() if text != tiny_processor().chat_template)
+    file = tmp_path / "chat.jinja"
+    file.write_text(template)
+    trainer = make_trainer(tmp_path, chat_template_path=str(file), max_steps=1, dataset=rows(1))
+    processor = tiny_processor()
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0][0]}]},
+        {"role": "assistant", "content": [{"type": "text", "text": QUESTIONS[0][1]}]},
+    ]
+    text = processor.apply_chat_template(messages, chat_template=template, tokenize=False)
+    expected = processor(text=text, images=rows(1)[0]["images"], add_special_tokens=False, return_tensors="pt")
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    trainer.save_model()
+    assert type(processor).from_pretrained(tmp_path).chat_template == template
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_rows_of_a_length_come_together(tmp_path, strategy):
+    """Lengths are those of the tokens with the images; two long rows among six short ones share a batch."""
+    data = rows(8).to_list()
+    for number in (1, 6):
+        data[number]["messages"][0]["content"] = "Why is that so? " * 12
+    trainer = make_trainer(
+        tmp_path, dataset=datasets.Dataset.from_list(data), train_sampling_strategy=strategy, num_train_epochs=1,
+        max_steps=-1, gradient_accumulation_steps=4, eval_dataset=rows(4),
+    )  # fmt: skip
+    collate, seen = trainer.data_collator.torch_call, []
+    assert trainer.train_dataset["length"] == [len(collate([row])["input_ids"][0]) for row in data]
+    trainer.data_collator.torch_call = lambda batch: seen.append({row["id"] for row in batch}) or collate(batch)
+    trainer.train()
+    assert {"row-1", "row-6"} in seen
+    assert sorted(name for batch in seen for name in batch) == [f"row-{number}" for number in range(8)]
+    trainer.evaluate()
+
+
+def test_rows_given_to_evaluate_are_looked_at(tmp_path):
+    """As those given to the trainer: packed, and refused when they are bad."""
+    trainer = make_trainer(tmp_path, pack_questions=4, eval_dataset=rows(4))
+    expected = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate(rows(4))["eval_loss"] == trainer.predict(rows(4)).metrics["test_loss"] == expected
+    assert trainer.row_reports["eval_dataset"].packed_into == 1
+    bad = rows(2).to_list()
+    bad[1]["messages"] = bad[1]["messages"][:1]
+    with pytest.raises(ValueError, match="row-1 has a problem: no assistant turn"):
+        trainer.evaluate({"new": datasets.Dataset.from_list(bad)})
+
+
+# Processes that do not know of each other
+
+
+SCRIPT = """
+from lladamedv.trainers import MaskedDiffusionSFTConfig
+MaskedDiffusionSFTConfig("out", bf16=False, use_cpu=USE_CPU)
+"""
+MULTI_CPU = "distributed_type: MULTI_CPU\nnum_machines: 1\nnum_processes: 2\nuse_cpu: true\n"
+
+
+def start(tmp_path, launcher, use_cpu):
+    (tmp_path / "script.py").write_text(SCRIPT.replace("USE_CPU", str(use_cpu)))
+    (tmp_path / "multi_cpu.yaml").write_text(MULTI_CPU)
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, str(tmp_path / "script.py")], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, timeout=240,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "use_cpu", "processes"),
+    [
+        (["torch.distributed.run", "--standalone", "--nproc_per_node=2"], False, 2),
+        (["accelerate.commands.launch", "--config_file", "multi_cpu.yaml"], True, "several"),
+    ],
+)
+def test_processes_that_would_train_apart(tmp_path, launcher, use_cpu, processes):
+    if not use_cpu and torch.accelerator.is_available():
+        pytest.skip("two processes find each other on GPUs")
+    result = start(tmp_path, launcher, use_cpu)
+    assert result.returncode and f"one of {processes}, but trains as one of 1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "started as one of 2, but trains as one of 1.*--use_cpu true"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "started as one of 4, but trains as one of 1"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "started as one of several, but trains as one of 1.*MULTI_CPU starts one"),
+        ({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"}, None),
+    ],
+)
+def test_an_environment_of_several_processes(tmp_path, monkeypatch, environment, message):
+    """With `use_cpu=True` such processes would find each other, and wait for each other here."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if message is None:
+        assert MaskedDiffusionSFTConfig(str(tmp_path), bf16=False).world_size == 1
+    else:
+        with pytest.raises(ValueError, match=message):
+            MaskedDiffusionSFTConfig(str(tmp_path), bf16=False)
+
+
+# Adapters and frozen weights that come with the model
+
+
+def lora(**options):
+    return LoraConfig(r=4, target_modules=r".*language_model.*\.(q|v)_proj", task_type="CAUSAL_LM", **options)
+
+
+def adapted(**options):
+    return get_peft_model(tiny_model(), lora(**options))
+
+
+def projector_unfrozen():
+    model = adapted()
+    model.get_base_model().model.multi_modal_projector.requires_grad_(True)
+    return model
+
+
+def injected():
+    model = tiny_model()
+    model._hf_peft_config_loaded = True  # what `AutoModel.from_pretrained(adapters)` leaves
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: adapted().requires_grad_(False), {}, "adapters, all of them frozen; .*is_trainable=True"),
+        (projector_unfrozen, {}, "multi_modal_projector.* is trainable, but not saved .*`modules_to_save`"),
+        (injected, {}, "`model` holds adapters of its own; .*`PeftModel.from_pretrained"),
+        (adapted, {"trainable": "projector"}, "`trainable` is 'projector', but adapters are trained instead"),
+        (adapted, {"peft_config": lora()}, "`PeftModel` instance together with a `peft_config`"),
+        (
+            lambda: get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), {},
+            "PROMPT_TUNING puts learned tokens",
+        ),
+        (lambda: tiny_model().requires_grad_(False), {}, "comes with a projector that is frozen; .*requires_grad_"),
+    ],
+)  # fmt: skip
+def test_weights_that_could_not_be_trained_or_saved(tmp_path, make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model=make(), **options)
