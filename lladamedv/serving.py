@@ -26,7 +26,7 @@ from threading import Event
 from urllib.parse import unquote_to_bytes
 
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers import GenerationConfig
 
 
@@ -62,7 +62,8 @@ _MAX_IMAGES = 4
 _MAX_PIXELS = 2**23  # of one, while it is read
 _MAX_PIXELS_TOGETHER = 2**24
 _PIXELS_KEPT = 2**22  # of all of them, for the model; the rest is left out by reducing them
-_LAST_FRAME = 99  # of animations, whose frames are decoded one after the other
+_JPEG_2000 = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")  # slow, and can be decoded reduced: down to what is kept
+_LAST_FRAME = 49  # of animations, whose frames are decoded one after the other
 _LONGEST_SIDE = 2**12  # pixels, for the model: some checkpoints have pictures padded to squares
 _READING_SECONDS = 2  # of the processor's time
 _MAX_CHARACTERS = 100_000  # of a request's texts
@@ -72,7 +73,7 @@ _HEADER_SECONDS = 10
 _UPLOAD_SECONDS = 60
 _SLOWEST_UPLOAD = 20_000  # bytes a second, after the first seconds
 _FIRST_SECONDS = 5
-_STOPPING_SECONDS = 60  # that the answer under way has to come to an end when the server stops
+_STOPPING_SECONDS = 300  # that the answer under way has to come to an end when the server stops
 _MAX_MESSAGE = 1_000  # characters of an error, which may quote what was given
 _SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can hold them alone, and no text can
 _BASE64 = re.compile(r";\s*base64\s*$", re.IGNORECASE)  # at the end of what stands before a data URL's data
@@ -311,11 +312,13 @@ class _Timed(BytesIO):
 
     def __init__(self, content: bytes, until: float):
         super().__init__(content)
-        self._until = until
+        self._until, self._jpeg = until, content.startswith(b"\xff\xd8\xff")
 
     def read(self, size: int | None = -1) -> bytes:
         if time.thread_time() > self._until:
             raise TimeoutError
+        if self._jpeg and size == ImageFile.MAXBLOCK:  # Pillow takes less, too, and a scan has only some 20 bytes
+            size = 1024
         return super().read(size)
 
 
@@ -352,6 +355,8 @@ def _read_image(part: dict, max_pixels: int, until: float) -> Image.Image:
             place = part["places"]["page"]
             message = f"`{place}` is {part['options']['page']}; allowed are 0 to {_LAST_FRAME}, but for TIFF files."
             raise _RefusedError(message, place)
+        if content.startswith(_JPEG_2000):
+            max_pixels = min(max_pixels, _PIXELS_KEPT)
         return read_medical_image(_Timed(content, until), max_pixels=max_pixels, **part["options"]).image
     except _RefusedError:
         raise
@@ -963,13 +968,15 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets=None) -> None:
         self.config.app.state.desk.stop()
         await super().shutdown(sockets)
+        if self.server_state.tasks and not self.force_exit:  # which were cancelled, and reply
+            await asyncio.wait(self.server_state.tasks, timeout=1)
 
 
 def make_server(api: FastAPI) -> uvicorn.Server:
     """A server that logs no requests and takes nobody's word for who they are.
 
     Told to end (`should_exit`, SIGTERM, SIGINT), it answers those that wait with status 503 and finishes the answer
-    under way, if that takes less than a minute. `run(sockets=[…])` of it runs it on sockets that listen already.
+    under way, if that takes less than five minutes. `run(sockets=[…])` of it runs it on sockets that listen already.
     """
     return _Server(
         uvicorn.Config(

@@ -305,6 +305,20 @@ def test_reading_that_takes_too_long(url, shipped, image, monkeypatch):
     assert "takes more than 0.03 seconds" in refused(url, json=content(picture))["message"]
 
 
+def test_a_jpeg_of_a_thousand_scans_is_not_read_to_its_end(url, monkeypatch):
+    from lladamedv import serving
+
+    monkeypatch.setattr(serving, "_READING_SECONDS", 0.3)
+    file = io.BytesIO()
+    Image.new("L", (1_600, 1_600), 7).save(file, "JPEG", progressive=True)
+    whole = file.getvalue()
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    part = {"type": "image_url", "image_url": {"url": data_url(whole[:-2] + scan * 1_000 + whole[-2:])}}
+    started = time.process_time()
+    assert "takes more than 0.3 seconds" in refused(url, json=content(part))["message"]
+    assert time.process_time() - started < 1.5, "all scans take more than 2 seconds"
+
+
 def test_the_model_is_not_held_by_reading(shipped, image, monkeypatch):
     """While one answer is denoised, the images of the next are read."""
     from lladamedv import serving
@@ -323,13 +337,18 @@ def test_the_model_is_not_held_by_reading(shipped, image, monkeypatch):
 # The end
 
 
-def test_who_waits_is_told_that_the_server_ends_and_what_runs_is_finished(shipped, image, truth, monkeypatch):
+@pytest.mark.parametrize("finishes", [True, False])
+def test_who_waits_is_told_that_the_server_ends_and_what_runs_is_finished(
+    shipped, image, truth, monkeypatch, finishes
+):  # fmt: skip
     import socket
     from threading import Thread
 
     from lladamedv import serving
     from tests.test_serving import HEAD, connect, received
 
+    if not finishes:
+        monkeypatch.setattr(serving, "_STOPPING_SECONDS", 2)
     listening = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     server = serving.make_server(serving.build_api(*shipped))
@@ -349,7 +368,11 @@ def test_who_waits_is_told_that_the_server_ends_and_what_runs_is_finished(shippe
         assert [reply.status_code for reply in replies] == [503] * 3
         assert all(reply.json()["error"]["type"] == "server_error" for reply in replies)
         assert not running.done()
-        gate.let(1_000)
-        assert text_of(running.result(60)).strip() == truth
+        if finishes:
+            gate.let(1_000)
+            assert text_of(running.result(60)).strip() == truth
+        else:
+            assert running.result(60).status_code == 503
+            gate.let(1_000)
     thread.join(30)
     assert not thread.is_alive()
