@@ -49,13 +49,13 @@ WORKS = set(
     train_sampling_strategy length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
     ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics do_train do_eval
     do_predict resume_from_checkpoint local_rank model_init_kwargs trust_remote_code chat_template_path dataset_kwargs
-    dataset_num_proc max_length shuffle_dataset pad_to_multiple_of assistant_only_loss activation_offloading
+    max_length shuffle_dataset pad_to_multiple_of assistant_only_loss activation_offloading
     """.split()
 )
 ASKED = {
     "packing": True, "packing_strategy": "wrapped", "padding_free": True, "eval_packing": True,
     "completion_only_loss": True, "loss_type": "dft", "label_smoothing_factor": 0.1, "router_aux_loss_coef": 0.01,
-    "dataset_text_field": "prompt", "truncation_mode": "keep_end", "eos_token": "<|eot_id|>",
+    "dataset_text_field": "prompt", "dataset_num_proc": 2, "truncation_mode": "keep_end", "eos_token": "<|eot_id|>",
     "pad_token": "<|eot_id|>", "use_cache": True, "use_liger_kernel": True, "liger_kernel_config": {"rope": True},
     "average_tokens_across_devices": False, "include_num_input_tokens_seen": "all", "label_names": ["labels"],
     "include_for_metrics": ["inputs"], "batch_eval_metrics": True, "hub_strategy": "every_save",
@@ -98,6 +98,9 @@ def test_the_constructor_is_that_of_trl():
     assert list(ours.parameters) == list(theirs.parameters)
 
 
+VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+
+
 def refused(tmp_path, error, message, model=None, **options):
     defaults = {"args": arguments(tmp_path / "out"), "train_dataset": rows(2), "processing_class": tiny_processor()}
     options = defaults | options
@@ -114,7 +117,7 @@ def refused(tmp_path, error, message, model=None, **options):
         ({"formatting_func": print}, ValueError, "`formatting_func` does not apply.*`messages`"),
         ({"data_collator": print}, TypeError, "`data_collator` is a builtin.*; needed is a DataC"),
         ({"train_dataset": None}, ValueError, "`train_dataset` is required"),
-        ({"train_dataset": rows(2).to_list()}, TypeError, r"`train_dataset` is of type list; .*Dataset.from_list\(rows"),
+        ({"train_dataset": rows(2).to_list()}, TypeError, r"`train_dataset` is of type list.*Dataset.from_list\(rows"),
         ({"train_dataset": datasets.DatasetDict(train=rows(2))}, TypeError, "`train_dataset` is of type DatasetDict"),
         ({"eval_dataset": rows(2).to_list()}, TypeError, "`eval_dataset` is of type list"),
         ({"eval_dataset": {"a": [1]}}, TypeError, r"`eval_dataset\['a'\]` is of type list"),
@@ -123,8 +126,8 @@ def refused(tmp_path, error, message, model=None, **options):
         ({"args": {"max_steps": 1}}, TypeError, "`args` is of type dict; allowed are MaskedDiffusionSFTConfig"),
         ({"processing_class": tiny_processor().tokenizer}, TypeError, "needed is the processor .*AutoProcessor"),
         ({"model": torch.nn.Linear(2, 2)}, ValueError, "`model` is a Linear; needed is a LLaDAMedVForConditionalGen"),
-        ({"peft_config": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, ValueError, "PREFIX_TUNING"),
-        ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, ValueError, "PROMPT_TUNING"),
+        ({"peft_config": PrefixTuningConfig(**VIRTUAL)}, ValueError, "Adapters that learn a prompt"),
+        ({"peft_config": PromptTuningConfig(**VIRTUAL)}, ValueError, "Adapters that learn a prompt"),
         (
             {"optimizers": (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), None)}, ValueError,
             "`optimizers` holds an optimizer of none of the weights",
@@ -237,7 +240,7 @@ def test_rows_given_to_evaluate_are_looked_at(tmp_path):
     assert trainer.row_reports["eval_dataset"].packed_into == 1
     bad = rows(2).to_list()
     bad[1]["messages"] = bad[1]["messages"][:1]
-    with pytest.raises(ValueError, match="row-1 has a problem: no assistant turn"):
+    with pytest.raises(ValueError, match=r"row-1.* has a problem: no assistant turn"):
         trainer.evaluate({"new": datasets.Dataset.from_list(bad)})
 
 
@@ -326,13 +329,9 @@ def injected():
         (injected, {}, "`model` holds adapters of its own; .*`PeftModel.from_pretrained"),
         (adapted, {"trainable": "projector"}, "`trainable` is 'projector', but adapters are trained instead"),
         (adapted, {"peft_config": lora()}, "`PeftModel` instance together with a `peft_config`"),
-        (
-            lambda: get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), {},
-            "PROMPT_TUNING puts learned tokens",
-        ),
         (lambda: tiny_model().requires_grad_(False), {}, "comes with a projector that is frozen; .*requires_grad_"),
     ],
-)  # fmt: skip
+)
 def test_weights_that_could_not_be_trained_or_saved(tmp_path, make, options, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, model=make(), **options)

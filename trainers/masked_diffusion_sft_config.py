@@ -29,6 +29,7 @@ NOT_APPLICABLE = {
     "label_smoothing_factor": "the loss has no smoothed form",
     "router_aux_loss_coef": "the model has no experts",
     "dataset_text_field": "rows hold `messages`",
+    "dataset_num_proc": "rows are checked by several threads of one process",
     "truncation_mode": "nothing is ever cut, see `long_rows`",
     "eos_token": "the chat template ends a turn, and `eos_padding_token` is what follows the last",
     "pad_token": "set `pad_token` of the processor's tokenizer",

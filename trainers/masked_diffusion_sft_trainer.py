@@ -165,15 +165,12 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         elif eval_dataset is not None:
             eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
         self.noise = AnswerNoise(args.seed if args.noise_seed is None else args.noise_seed, args.time_sampling)
-        try:
-            super().__init__(
-                model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
-                eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
-                optimizers=optimizers, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-                quantization_config=quantization_config, peft_config=peft_config,
-            )  # fmt: skip
-        except StopIteration:  # TRL takes the first row of a stream
-            raise ValueError("`train_dataset` is a stream without any row that can be trained on.") from None
+        super().__init__(
+            model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
+            eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks, optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs, quantization_config=quantization_config,
+            peft_config=peft_config,
+        )  # fmt: skip
         parallel = self.accelerator.parallelism_config
         if parallel is not None and max(parallel.tp_size, parallel.cp_size, parallel.sp_size) > 1:
             raise ValueError(f"`parallelism_config` is {parallel}; rows and layers cannot be split, dp_* may be > 1.")
@@ -550,19 +547,12 @@ def _freeze(model, trainable: str, peft_config) -> None:
     Raises:
         ValueError: for adapters that cannot be trained or would not be saved, and for a part that is frozen already.
     """
-    adapters = [*(model.peft_config.values() if isinstance(model, PeftModel) else ()), peft_config]
-    for config in adapters:
-        if getattr(config, "is_prompt_learning", False):
-            raise ValueError(
-                f"{config.peft_type.value} puts learned tokens before the prompt, which generation does not; allowed "
-                "are adapters of the weights, such as LoraConfig."
-            )
     if not isinstance(model, PeftModel) and getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             "`model` holds adapters of its own; to train them, load them into the plain model by "
             "`PeftModel.from_pretrained(model, folder, is_trainable=True)`."
         )
-    if any(adapters):
+    if peft_config is not None or isinstance(model, PeftModel):
         if trainable != MaskedDiffusionSFTConfig.trainable:
             raise ValueError(
                 f"`trainable` is {trainable!r}, but adapters are trained instead of the model's own weights; to train "
