@@ -371,14 +371,14 @@ def _normalize_chat(chat) -> list[dict]:
     if not isinstance(chat, (list, tuple)) or not chat:
         raise ValueError(f"`conversation` is {chat!r:.200}; allowed are lists of messages with at least one.")
     normalized = []
-    for message in map(_as_dict, chat):
+    for message in map(as_dict, chat):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role not in _ROLES:
             raise ValueError(
                 f"`conversation` holds the message {message!r:.200}; allowed are dicts whose `role` is one of {_ROLES}."
             )
         images, text, beside = [], "", True
-        for part in map(_as_dict, _as_parts(content)):
+        for part in map(as_dict, _as_parts(content)):
             kind, words = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
             is_text = kind == "text" and isinstance(words, str) and _is_utf8(words)
             is_image = kind in ("image", "image_url") and sum(part.get(key) is not None for key in _IMAGE_KEYS) <= 1
@@ -402,11 +402,11 @@ def _normalize_chat(chat) -> list[dict]:
     return normalized
 
 
-def _as_dict(value):
-    """A message or a part of one, which may be a dataclass or a pydantic model."""
-    if dataclasses.is_dataclass(value):
+def as_dict(value):
+    """A message or a part of one as a dict, of a dataclass or a pydantic model, too; anything else as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if hasattr(value, "model_dump"):
+    if callable(getattr(value, "model_dump", None)):
         return value.model_dump()
     return dict(value) if isinstance(value, Mapping) else value
 

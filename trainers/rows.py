@@ -5,7 +5,6 @@ A row is what TRL calls conversational: `messages`, `images` (or `image`), and p
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import random
@@ -21,6 +20,8 @@ import fsspec
 import numpy as np
 from PIL import Image
 from torch.utils.data import get_worker_info
+
+from lladamedv.processing.processing_lladamedv import as_dict
 
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,9 @@ def normalize_messages(messages: list, num_images: int) -> list[dict]:
         raise _unreadable(f"they are of type {type(messages).__name__}, not a list")
     normalized = []
     for number, message in enumerate(messages):
-        message = _as_dict(message, f"message {number}")
+        message = as_dict(message)
+        if not isinstance(message, dict):
+            raise _unreadable(f"message {number} is of type {type(message).__name__}, not a dict")
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
             raise _unreadable(f"message {number} has the role {role!r:.50}; allowed are {', '.join(_ROLES)}")
@@ -116,7 +119,9 @@ def normalize_messages(messages: list, num_images: int) -> list[dict]:
             raise _unreadable(f"the content of message {number} is {content!r:.50}; allowed are texts and lists")
         parts = []
         for part in content:
-            part = _as_dict(part, f"a part of message {number}")
+            part = as_dict(part)
+            if not isinstance(part, dict):
+                raise _unreadable(f"a part of message {number} is of type {type(part).__name__}, not a dict")
             kind, text = part.get("type"), part.get("text")
             if kind == "text" and isinstance(text, str):
                 if role == "user" and IMAGE_PLACEHOLDER in text:
@@ -143,17 +148,6 @@ def normalize_messages(messages: list, num_images: int) -> list[dict]:
 
 def _unreadable(detail: str) -> RowError:
     return RowError("its messages cannot be read", detail)
-
-
-def _as_dict(value, name: str) -> dict:
-    """A message or a part, as Transformers reads them."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    elif callable(getattr(value, "model_dump", None)):
-        value = value.model_dump()
-    if not isinstance(value, dict):
-        raise _unreadable(f"{name} is of type {type(value).__name__}, not a dict")
-    return value
 
 
 def count_placeholders(messages: list[dict]) -> int:
