@@ -108,8 +108,8 @@ class MaskedDiffusionSFTConfig(SFTConfig):
         > What is trained
 
         trainable (`str`, *optional*, defaults to `"projector+language_model"`):
-            `"projector"` (stage 1 of LLaDA-MedV), `"projector+language_model"` (its stages 2 and 3) or `"all"`. With a
-            `peft_config` the adapters are trained instead, and whatever its `modules_to_save` names.
+            `"projector"` (stage 1 of LLaDA-MedV), `"projector+language_model"` (its stages 2 and 3) or `"all"`. What is
+            frozen in the model stays so. With adapters these are trained instead, and whatever `modules_to_save` names.
         projector_learning_rate, vision_learning_rate, language_model_learning_rate (`float`, *optional*):
             Learning rates of these parts; by default `learning_rate`. Adapters belong to the part that they adapt.
         cache_image_features (`str`, *optional*):
