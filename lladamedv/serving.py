@@ -61,10 +61,10 @@ _CHAT, _RESPONSES = "/v1/chat/completions", "/v1/responses"
 _MAX_IMAGES = 4
 _MAX_PIXELS = 2**23  # of one, while it is read
 _MAX_PIXELS_TOGETHER = 2**24
-_PIXELS_KEPT = 2**22  # of all of them, for the model; the rest is left out by reducing them
-_JPEG_2000 = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")  # slow, and can be decoded reduced: down to what is kept
+_JPEG_2000 = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")  # slow, and can be decoded reduced
+_JPEG_2000_PIXELS = 2**22
 _LAST_FRAME = 49  # of animations, whose frames are decoded one after the other
-_LONGEST_SIDE = 2**12  # pixels, for the model: some checkpoints have pictures padded to squares
+_LONGEST_SIDE = 2**12  # pixels, of pictures that are padded to squares
 _READING_SECONDS = 2  # of the processor's time
 _MAX_CHARACTERS = 100_000  # of a request's texts
 _MAX_VALUES = 300_000  # of a request's JSON, roughly
@@ -356,7 +356,7 @@ def _read_image(part: dict, max_pixels: int, until: float) -> Image.Image:
             message = f"`{place}` is {part['options']['page']}; allowed are 0 to {_LAST_FRAME}, but for TIFF files."
             raise _RefusedError(message, place)
         if content.startswith(_JPEG_2000):
-            max_pixels = min(max_pixels, _PIXELS_KEPT)
+            max_pixels = min(max_pixels, _JPEG_2000_PIXELS)
         return read_medical_image(_Timed(content, until), max_pixels=max_pixels, **part["options"]).image
     except _RefusedError:
         raise
@@ -372,10 +372,10 @@ def _read_image(part: dict, max_pixels: int, until: float) -> Image.Image:
     raise _RefusedError(f"`{part['place']}` cannot be read: {reason}", part["place"])
 
 
-def _reduce(image: Image.Image, most: int) -> Image.Image:
-    """The image, or a smaller one of the same proportions if it has more than `most` pixels or is too long."""
+def _reduce(image: Image.Image) -> Image.Image:
+    """The image, or a smaller one of the same proportions if it is too long to become a square."""
     width, height = image.size
-    scale = min((most / (width * height)) ** 0.5, _LONGEST_SIDE / max(width, height))
+    scale = _LONGEST_SIDE / max(width, height)
     if scale >= 1:
         return image
     size = max(1, int(width * scale)), max(1, int(height * scale))
@@ -425,7 +425,8 @@ class _Generation(BaseGenerateManager):
                 return
             image = _read_image(part, max(1, min(left, _MAX_PIXELS)), until)
             left -= image.width * image.height
-            part["image"] = _reduce(image, _PIXELS_KEPT // len(parts))
+            padded = len(parts) > 1 or self._processor.image_processor.vision_aspect_ratio == "pad"
+            part["image"] = _reduce(image) if padded else image
             del part["url"]
 
     def run(self) -> None:
