@@ -352,3 +352,10 @@ def test_a_disk_that_fills_up_ends_a_run_in_one_line(tmp_path):
             train(tmp_path, max_steps=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_an_image_part_with_reading_options_is_refused():
+    image = {"type": "image", "window": "lung"}
+    with pytest.raises(ValueError, match="a part of type 'image' with `window`"):
+        normalize_messages([{"role": "user", "content": [image]}], 1)
+    assert normalize_messages([{"role": "user", "content": [{**image, "window": None}]}], 1)

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import get_worker_info
 
+from lladamedv.processing.medical_images import READING_OPTIONS
 from lladamedv.processing.processing_lladamedv import as_dict
 
 
@@ -30,7 +31,8 @@ _ROLES = ("system", "user", "assistant")
 # What may stand in messages and rows, and would change what is learned if it were read.
 _NOT_READ_IN_MESSAGES = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "weight")
 _NOT_READ_IN_ROWS = ("tools", "videos", "audios")
-_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
+# An image's place in a message says neither which image it is nor how to read it.
+_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", *(option.name for option in READING_OPTIONS))
 _CHUNK = 256  # rows in memory at a time
 _SHOWN = 5
 
