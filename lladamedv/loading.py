@@ -5,6 +5,7 @@ Nothing heavy is imported before a model is loaded: the command line reads what 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,7 +87,8 @@ def find_folder(name: str | Path) -> Path | None:
         ValueError: if there is no such folder and it is no Hub id, or the folder holds no model.
     """
     folder = DEMO_MODEL if str(name) == DEMO else check_name(name)
-    if folder is not None and not any((folder / file).is_file() for file in (_CONFIG, _ADAPTERS)):
+    # Whatever has the name counts: what is no regular file is refused, by name, when the folder is checked.
+    if folder is not None and not any(os.path.lexists(folder / file) for file in (_CONFIG, _ADAPTERS)):
         inside = sorted(file.parent.name for config in (_CONFIG, _ADAPTERS) for file in folder.glob(f"*/{config}"))
         raise ValueError(
             f"{str(name)!r} is a folder with neither {_CONFIG} (a model) nor {_ADAPTERS} (adapters)."
