@@ -45,6 +45,8 @@ _PALETTE_TABLES = [
 _SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
 _OVERLAYS = [(group, 0x0010) for group in range(0x6000, 0x6020, 2)]  # the rows of each
 _NEEDED = ("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated")
+_NEEDED_FOR_WHOLE_NUMBERS = ("BitsStored", "PixelRepresentation")
+_PIXEL_DATA = (b"\xe0\x7f\x10\0", b"\x7f\xe0\0\x10")  # its tag; floating-point pixels have others
 _ELEMENTS = [
     *("SOPClassUID", "Modality", "BurnedInAnnotation", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PlanarConfiguration"),
@@ -102,7 +104,7 @@ def read_dicom(
     header = _read_header(file)
     # pydicom reads single frames only from files whose elements are written as the transfer syntax says; some are not.
     as_stated = header.get_item("Rows").is_implicit_VR == header.file_meta.TransferSyntaxUID.is_implicit_VR
-    if header.get("BurnedInAnnotation") == "YES" and not allow_burned_in:
+    if str(header.get("BurnedInAnnotation")).strip().upper() == "YES" and not allow_burned_in:
         raise MedicalImageError(
             f"{arg('source')} says that text is burned into its pixels (BurnedInAnnotation is YES), which may tell who "
             f"the patient is; allowed are files that do not say so, or {arg('allow_burned_in')}.",
@@ -155,7 +157,8 @@ def _to_8_bits(pixels: np.ndarray, header, window, full_range: bool, steps: list
     if photometric in _COLOUR:
         if photometric != "RGB":
             steps.append(f"{photometric} to RGB")
-        return pixels if header.BitsStored == 8 else apply_range(pixels, 0, 2**header.BitsStored - 1)
+        as_it_is = pixels.dtype == np.uint8 and header.BitsStored == 8
+        return pixels if as_it_is else apply_range(pixels, 0, 2**header.BitsStored - 1)
     steps.choices |= dict.fromkeys(("window",) if pixels.dtype.kind == "f" else ("window", "full_range"))
     padding = _padding(pixels, header)
     if full_range:
@@ -258,13 +261,15 @@ def _read_header(file: BinaryIO):
         raise MedicalImageError(f"{arg('source')} is deflated as a whole; allowed are the transfer syntaxes of images.")
     file.seek(0)
     header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_ELEMENTS, *_OVERLAYS])
-    if "Rows" not in header or "Columns" not in header or not file.read(1):  # it stopped at the pixels, or at the end
+    tag = file.read(4)  # it stopped at the pixels, or at the end
+    if "Rows" not in header or "Columns" not in header or not tag:
         kind = header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")
         name = kind.name if kind and kind.type else "an unknown class"
         raise MedicalImageError(
             f"{arg('source')} is a DICOM file without pixels ({name}); allowed are files that hold a picture."
         )
-    missing = [name for name in _NEEDED if header.get(name) in (None, "")]
+    needed = _NEEDED + _NEEDED_FOR_WHOLE_NUMBERS * (tag in _PIXEL_DATA)
+    missing = [name for name in needed if header.get(name) in (None, "")]
     if missing:
         raise MedicalImageError(
             f"{arg('source')} is a DICOM file without {', '.join(missing)}; allowed are whole files."

@@ -1,4 +1,4 @@
-"""Medical image files into 8-bit RGB pictures: DICOM, NIfTI slices, TIFF, 16-bit PNG and whatever else Pillow reads.
+"""Medical image files into 8-bit RGB pictures: DICOM, NIfTI slices, TIFF, 16-bit PNG and common picture formats.
 
 `Image.open(...).convert("RGB")` clips 16 bits at 255, shows what transparency hid and knows no Hounsfield units, all
 without a word. [`read_medical_image`] does each of these things on purpose and tells in `steps` what was done.

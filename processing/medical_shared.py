@@ -204,7 +204,11 @@ def apply_range(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def apply_percentiles(
-    values: np.ndarray, steps: list[str], percentiles: tuple[float, float], used: np.ndarray | None = None
+    values: np.ndarray,
+    steps: list[str],
+    percentiles: tuple[float, float],
+    used: np.ndarray | None = None,
+    foreground: bool = False,
 ) -> np.ndarray:
     """Grey values as `uint8`, linear between two percentiles.
 
@@ -214,24 +218,31 @@ def apply_percentiles(
     Args:
         values: numbers of any shape.
         percentiles: the percentages, such as `(0.5, 99.5)`.
-        used: boolean, of the same shape: which values the percentiles are taken from. Values that are not finite are
-            always left out, and become black if they are not a number.
+        used: boolean, of the same shape: which values decide. Values that are not finite are always left out, and
+            become black if they are not a number.
+        foreground: take the percentiles from the values above the least one.
     """
     finite = np.isfinite(values)
     if not finite.all():
         steps.append(f"{int((~finite).sum())} values are not finite")
-    few = _few_values(values[finite])
+    sample = values[finite if used is None else finite & used]
+    few = _few_values(sample)
+    if few is not None and len(few) == 1:  # the inside of a mask is not black as what is outside
+        steps.append(f"least and greatest value (equal): {few[0]:g}, shown {'white' if few[0] > 0 else 'black'}")
+        return np.where((values >= few[0]) & (values > 0), np.uint8(255), np.uint8(0))
     if few is not None:
         steps.append(f"least and greatest value (as of a mask, different ones: {len(few)}): {few[0]:g} to {few[-1]:g}")
         if len(np.unique(apply_range(few, few[0], few[-1]))) == len(few):
             return apply_range(values, few[0], few[-1])
         steps.append("shown in even steps: two of them would look alike")
-        ranks = np.where(np.isfinite(values), np.searchsorted(few, values), values)
+        ranks = np.where(finite, np.searchsorted(few, values), values)
         return apply_range(ranks, 0, len(few) - 1)
-    sample = values[finite if used is None else finite & used]
     if not sample.size:
         steps.append("no values to take percentiles from: black")
         return np.zeros(values.shape, np.uint8)
+    if foreground:
+        steps.append("foreground: the slice's values above its least")
+        sample = sample[sample > sample.min()]
     low, high = np.percentile(sample, percentiles).tolist()
     name = "percentiles {:g}-{:g}".format(*percentiles)
     if low == high:
@@ -243,7 +254,7 @@ def apply_percentiles(
 
 def _few_values(values: np.ndarray) -> np.ndarray | None:
     """The different values in ascending order, if they are as few as in a mask or a map of labels, or else `None`."""
-    most = min(_MOST_LABELS, values.size // 3)
+    most = max(min(_MOST_LABELS, values.size // 3), 1)
     if len(np.unique(values[:: values.size // 4096 + 1])) > most:  # most pictures need not be sorted as a whole
         return None
     few = np.unique(values)

@@ -118,13 +118,7 @@ def read_nifti(
         if isinstance(window, str) and window in WINDOW_PRESETS:
             steps.append("values taken as Hounsfield units: NIfTI does not say what they are")
         return apply_window(values, level, width), spacing
-    numbers = values[np.isfinite(values)]
-    least, most = (numbers.min(), numbers.max()) if numbers.size else (0, 0)
-    if least == most > 0:  # the inside of a mask is not black as what is outside
-        steps.append(f"least and greatest value (equal): {most:g}, shown white")
-        return np.where(values >= most, np.uint8(255), np.uint8(0)), spacing
-    steps.append("foreground: the slice's values above its least")
-    return apply_percentiles(values, steps, PERCENTILES, values > least), spacing
+    return apply_percentiles(values, steps, PERCENTILES, foreground=True), spacing
 
 
 def _affine(header, steps: list[str]) -> np.ndarray:

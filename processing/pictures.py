@@ -111,7 +111,7 @@ def read_picture(
             image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         if head.startswith(_TIFF):
-            return _read_tiff(file, steps, page, window, full_range, max_pixels)
+            return _read_tiff(file, steps, page, window, full_range, background, max_pixels)
         raise MedicalImageError(
             f"{arg('source')} is of no known format; allowed are DICOM (with the marker DICM), NIfTI, "
             f"{', '.join(FORMATS)}."
@@ -125,7 +125,7 @@ def read_picture(
     if image.format == "TIFF":
         if not _pillow_reads(image):
             steps.clear()
-            return _read_tiff(file, steps, page, window, full_range, max_pixels)
+            return _read_tiff(file, steps, page, window, full_range, background, max_pixels)
     width, height = image.size
     reduced = _reduce(image, max_pixels, steps)
     if not reduced:
@@ -153,6 +153,10 @@ def convert_picture(
     image: Image.Image, steps: list[str], *, window, full_range: bool, background
 ) -> tuple[Image.Image, tuple[int, int]]:
     """The same for a picture that is open already."""
+    if isinstance(image, TiffImageFile) and not _pillow_reads(image):
+        raise MedicalImageError(
+            f"{arg('source')} is an open TIFF file whose samples Pillow misreads; give its path or bytes instead."
+        )
     # What is asked now is gone once the picture is loaded and turned.
     tiles = image.tile if image.format in ("PNG", "TIFF") else []
     deep_colour = any(";16" in (tile[3] if isinstance(tile[3], str) else tile[3][0]) for tile in tiles)
@@ -200,6 +204,8 @@ def convert_array(
     array: np.ndarray, steps: list[str], *, window, full_range: bool, background, max_pixels: int
 ) -> tuple[Image.Image, tuple[int, int]]:
     """The same for an array."""
+    if np.ma.isMaskedArray(array):
+        array = array.astype(np.float64).filled(np.nan)
     if array.ndim == 3 and array.shape[-1] not in (1, 2, 3, 4) and array.shape[0] in (1, 3, 4):
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[-1] == 1:
@@ -301,7 +307,9 @@ def _to_srgb(image: Image.Image, profile: bytes, steps: list[str]) -> Image.Imag
     return converted
 
 
-def _read_tiff(file: BinaryIO, steps, page, window, full_range, max_pixels) -> tuple[Image.Image, tuple[int, int]]:
+def _read_tiff(
+    file: BinaryIO, steps, page, window, full_range, background, max_pixels
+) -> tuple[Image.Image, tuple[int, int]]:
     """TIFF of a sample type that Pillow does not read, such as 64-bit floating point."""
     tifffile = require("tifffile")
     file.seek(0)
@@ -323,10 +331,15 @@ def _read_tiff(file: BinaryIO, steps, page, window, full_range, max_pixels) -> t
         if array.ndim == 3:  # without samples that are neither colour nor transparency
             array = array[..., : (1 if grey else 3) + (extra[:1] == [_ALPHA])]
         steps.append(f"TIFF of {array.dtype}")
-        image, size = convert_array(
-            array, steps, window=window, full_range=full_range, background=None, max_pixels=max_pixels
+        image, _ = convert_array(
+            array, steps, window=window, full_range=full_range, background=background, max_pixels=max_pixels
         )
         if chosen.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
             steps.append("inverted: PhotometricInterpretation WhiteIsZero")
             image = ImageOps.invert(image)
-    return image, size
+        orientation = chosen.tags.valueof(_ORIENTATION)
+        if orientation in range(2, 9):
+            image.getexif()[_ORIENTATION] = orientation
+            image = ImageOps.exif_transpose(image)
+            steps.append(f"turned upright (EXIF orientation {orientation})")
+    return image, (image.height, image.width)

@@ -11,6 +11,8 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens, render_jinja_template
 
+from .medical_images import READING_OPTIONS
+
 
 logger = logging.get_logger(__name__)
 _ABILITIES = (
@@ -387,6 +389,12 @@ def _normalize_chat(chat) -> list[dict]:
                     f"`conversation` holds the content {part!r:.200}; allowed are texts without lone surrogates, and "
                     'lists of {"type": "text", "text": …} and of {"type": "image", …} with one of '
                     f"{_IMAGE_KEYS}."
+                )
+            options = [option.name for option in READING_OPTIONS if is_image and part.get(option.name) is not None]
+            if options:
+                raise ValueError(
+                    f"`conversation` holds an image with {', '.join(options)}, which would have no effect here; read "
+                    "it by `read_medical_image` with these options first, and give its `image`."
                 )
             if is_image:
                 part = {key: value for key, value in part.items() if value is not None}

@@ -674,3 +674,33 @@ def test_empty_elements_count_as_absent():
     for name in ("ModalityLUTSequence", "VOILUTSequence", "SharedFunctionalGroupsSequence"):
         setattr(data, name, [])
     assert read(data).steps == read(dataset(GRADIENT)).steps == ["percentiles 0.5-99.5: 1.275 to 253.725"]
+
+
+def test_padding_does_not_decide_about_labels():
+    stored = np.repeat(np.int16([-2000, 0, 10, 20, 290]), 20).reshape(10, 10)
+    shown = grey(dataset(stored, PixelPaddingValue=-2000))
+    assert np.array_equal(shown, np.rint(np.clip(stored, 0, None) / 290 * 255))
+
+
+@pytest.mark.parametrize("value", (0, 1))
+def test_a_slice_within_a_segment_is_white(value):
+    assert (grey(dataset(np.full((4, 4), value, np.uint8))) == 255 * value).all()
+
+
+def test_colour_of_8_bits_in_words_of_16():
+    colour = np.random.default_rng(0).integers(0, 256, (4, 4, 3)).astype(np.uint16)
+    assert np.array_equal(np.asarray(read(dataset(colour, "RGB", bits=8)).image), colour)
+
+
+@pytest.mark.parametrize("name", ("BitsStored", "PixelRepresentation"))
+def test_elements_that_are_missing_are_named(name):
+    data = dataset(STORED, bits=12)
+    del data[name]
+    with pytest.raises(MedicalImageError, match=f"without {name}; allowed are whole files"):
+        read(data)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value")
+def test_burned_in_text_is_declared_in_any_case():
+    with pytest.raises(MedicalImageError, match="BurnedInAnnotation"):
+        read(dataset(STORED, bits=12, BurnedInAnnotation="Yes"))

@@ -95,7 +95,8 @@ def test_few_marked_pixels_are_seen():
     assert np.argwhere(grey(mask)).tolist() == [[50, 50]] and grey(mask).max() == 255
     mask[0, 0] = 2
     assert (grey(mask)[50, 50], grey(mask)[0, 0]) == (128, 255)
-    assert (grey(np.full((3, 3), 7, np.uint16)) == 0).all()
+    assert (grey(np.full((3, 3), 7, np.uint16)) == 255).all()  # within a mask
+    assert (grey(np.zeros((3, 3), np.uint16)) == 0).all()
     assert (grey(np.full((3, 3), np.nan, np.float32)) == 0).all()
 
 
@@ -337,3 +338,39 @@ def test_arrays_that_are_no_pictures():
             read_medical_image(array)
     with pytest.raises(ValueError, match="0 by 3 pixels"):
         read_medical_image(np.zeros((3, 0), np.uint16))
+
+
+def test_tiff_that_pillow_does_not_read_is_treated_as_others_are():
+    rgba = RNG.integers(0, 256, (4, 3, 5)).astype(np.uint8)
+    planar = encode_tiff(rgba, photometric="rgb", planarconfig="separate", extrasamples=["unassalpha"])
+    picture = Image.fromarray(np.moveaxis(rgba, 0, -1))
+    expected = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    assert np.array_equal(pixels(planar, background="white"), np.asarray(expected))
+    assert np.array_equal(pixels(planar), np.moveaxis(rgba[:3], 0, -1))
+
+    values = np.arange(600, dtype=np.float64).reshape(20, 30)
+    upright = grey(encode_tiff(values))
+    turns = (0, upright), (3, upright[::-1, ::-1]), (6, np.rot90(upright, -1)), (8, np.rot90(upright))
+    for orientation, expected in turns:
+        tags = [(0x0112, "H", 1, orientation, True)]
+        for kind in (np.float64, np.float32):  # tifffile, Pillow
+            read = read_medical_image(encode_tiff(values.astype(kind), extratags=tags))
+            assert np.array_equal(np.asarray(read.image)[..., 0], expected) and read.size == expected.shape
+
+
+def test_an_open_tiff_that_pillow_misreads_is_refused():
+    deep = RNG.integers(0, 65536, (3, 4, 5)).astype(np.uint16)
+    planar = encode_tiff(deep, photometric="rgb", planarconfig="separate")
+    image = Image.open(io.BytesIO(planar))
+    for _ in range(2):  # not loaded yet, and loaded
+        with pytest.raises(MedicalImageError, match="misreads; give its path or bytes"):
+            pixels(image)
+        image.load()
+    assert np.array_equal(pixels(planar), np.moveaxis(deep >> 8, 0, -1))
+
+
+def test_what_an_array_masks_is_black():
+    values = np.arange(1000, 1600).reshape(20, 30)
+    values[0, 0] = 60000
+    masked = np.ma.masked_greater(values, 50000)
+    assert grey(masked)[0, 0] == 0 and grey(masked)[-1, -1] == 255 and grey(masked)[10, 0] == pytest.approx(128, abs=2)

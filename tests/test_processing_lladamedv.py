@@ -102,3 +102,12 @@ def test_images_must_belong_to_their_prompt(processor):
     image = random_image()
     with pytest.raises(ValueError, match=r"holds \[2, 1\] images, but the prompts hold \[1, 2\]"):
         processor(images=[[image, image], [image]], text=["<image> one", "<image><image> two"])
+
+
+def test_an_image_part_with_reading_options_is_refused(processor):
+    """They mean something in the server's requests, and would be ignored here."""
+    image = {"type": "image", "image": random_image(), "detail": "low", "window": "lung"}
+    chat = [{"role": "user", "content": [image, {"type": "text", "text": "Why?"}]}]
+    with pytest.raises(ValueError, match="an image with window, which would have no effect"):
+        processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    assert processor.apply_chat_template([{**chat[0], "content": [{**image, "window": None}]}], tokenize=True)
