@@ -21,7 +21,7 @@ from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedConfig, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
@@ -33,10 +33,17 @@ from lladamedv.modeling_lladamedv import (
     LLaDAMedVForConditionalGeneration,
     LLaDAMedVGenerationConfig,
 )
-from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import RELEASED_MODEL_TYPES, check_folder
-from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
+from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import (
+    RELEASED_MODEL_TYPES,
+    SPECIAL_TOKENS,
+    check_folder,
+    preset_of,
+    resolve_source,
+)
+from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
+from lladamedv.processing.released import load_processor
 
 from .data import STOPPING_STRATEGIES, DataSource, load_dataset_mixture
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
@@ -386,7 +393,9 @@ def load_model(
         raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be loaded: {error}") from error
     try:
         if script_args.processor is None and model_type in RELEASED_MODEL_TYPES:
-            processor = _processor_of_released(name, model.config, model_args.model_revision)
+            folder = resolve_source(name, model_args.model_revision)
+            template = preset_of(name, model.config).chat_template
+            processor = load_processor(folder, model.config, template, SPECIAL_TOKENS)
         elif script_args.processor is None:
             processor = LLaDAMedVProcessor.from_pretrained(name, revision=model_args.model_revision)
         else:
@@ -398,22 +407,6 @@ def load_model(
         several = isinstance(processor.chat_template, dict)
         processor.chat_template = {**processor.chat_template, "default": template} if several else template
     return model, processor
-
-
-def _processor_of_released(name, config, revision) -> LLaDAMedVProcessor:
-    """The processor of a checkpoint in a released layout, which carries only a tokenizer."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
-    for token in ("bos", "eos", "pad"):
-        token_id = getattr(config.text_config, f"{token}_token_id")
-        setattr(tokenizer, f"{token}_token", tokenizer.convert_ids_to_tokens(token_id))
-    images = LLaDAMedVImageProcessor()
-    if not config.text_only:
-        side = config.vision_config.image_size
-        images = LLaDAMedVImageProcessor(
-            size={"height": side, "width": side}, patch_size=config.vision_config.patch_size,
-            vision_aspect_ratio=config.vision_aspect_ratio, image_grid_pinpoints=config.image_grid_pinpoints,
-        )  # fmt: skip
-    return LLaDAMedVProcessor(images, tokenizer)
 
 
 def quantization_config(script_args: SFTScriptArguments, model_args: ModelConfig):
