@@ -586,6 +586,7 @@ def broken(**changes):
     [
         ({"messages": [{"role": "user", "content": "Is it?"}]}, "no assistant turn"),
         ({"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": " "}]}, "no assistant"),
+        ({"messages": [*chat("Is it?", "")["messages"], *chat("Where?", "Left.")["messages"]]}, "an assistant turn is"),
         ({"messages": chat("<image> or <image>?", "No.")["messages"]}, "2 <image> for 1 images"),
         ({"images": [{"path": "gone.png", "bytes": None}]}, "an image cannot be read: .*no such file"),
         ({"images": []} | chat("<image>?", "No."), "1 <image> for 0 images"),
@@ -626,7 +627,12 @@ def test_long_rows(tmp_path):
         ({"pack_questions": 4, "turn_mask": True}, "only one of the two is allowed"),
         ({"pack_questions": 4, "dataset": rows(4, images=False)}, "`pack_questions` is 4, but row-0 has 0 images"),
         ({"max_loss_weight": 0.5}, "`max_loss_weight` is 0.5"),
+        ({"max_loss_weight": 5.0}, "`max_loss_weight` is 5.0, but `loss_weighting` is 'inverse_probability'"),
         ({"eval_time_steps": 0}, "`eval_time_steps` is 0"),
+        ({"eos_padding": 1.5}, "`eos_padding` is 1.5; allowed are whole numbers"),
+        ({"pad_to_multiple_of": -8}, "`pad_to_multiple_of` is -8; allowed are"),
+        ({"max_length": 0}, "`max_length` is 0; allowed are"),
+        ({"vision_learning_rate": 0.1}, "`vision_learning_rate` is 0.1, but nothing of that part is trained, only pro"),
         ({"vision_learning_rate": -1.0}, "`vision_learning_rate` is -1.0"),
     ],
 )

@@ -281,6 +281,9 @@ def test_from_scratch(tmp_path):
     trained = sft.load_model(script, model_args)[0]
     script.from_scratch = True
     new, _ = sft.load_model(script, model_args)
+    model_args.dtype, model_args.attn_implementation = "bfloat16", "eager"
+    other = sft.load_model(script, model_args)[0]
+    assert other.dtype == torch.bfloat16 and other.config._attn_implementation == "eager"
     for name, weight in new.state_dict().items():
         assert weight.shape == trained.state_dict()[name].shape
     assert not torch.equal(trained.lm_head.weight, new.lm_head.weight)
@@ -384,6 +387,7 @@ def test_which_checkpoint(tmp_path):
         ({"eval_strategy": "steps", "eval_steps": 1}, "`eval_data` is empty"),
         ({"log_answers": 2}, "`log_answers` is 2, but there is no `eval_dataset`"),
         ({"shuffle_buffer": 0}, "`shuffle_buffer` is 0"),
+        ({"lora_r": 8}, "`lora_r` is given, but `use_peft` is False"),
         ({"resume_from_checkpoint": "none"}, "`resume_from_checkpoint` is 'none'"),
         ({"trainable": "stage1"}, "invalid choice: 'stage1'"),
         ({"stage": "1"}, "--stage"),

@@ -13,10 +13,11 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 
+import torch
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -57,6 +58,7 @@ DEMO = "demo"  # as a model: the tiny one that comes with the package
 LORA_TARGET_MODULES = r"model\.language_model\.layers\.\d+\.\w+\.(q|k|v|o|gate|up|down)_proj"
 # In full, because Transformers matches a name from its beginning. What is not here is the language model's layers.
 QUANTIZATION_SKIP_MODULES = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+ADAPTER_FLAGS = {each.name for each in fields(ModelConfig) if "lora" in each.name or "dora" in each.name}
 PROJECTOR_FILE = "mm_projector.safetensors"
 _FULL = 2**20  # bytes that are free on a full disk, at most
 
@@ -152,6 +154,12 @@ class _Parser(TrlParser):
         script, training, model = super().parse_args_and_config(args, *others, **options)
         flags = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in args if word.startswith("--")}
         _settle_evaluation(script, training, flags)
+        adapters = sorted(flags & ADAPTER_FLAGS)
+        if adapters and not model.use_peft:
+            raise ValueError(
+                f"`{adapters[0]}` is given, but `use_peft` is False, so that the weights themselves would be trained; "
+                "add --use_peft, or leave it out."
+            )
         return script, training, model
 
 
@@ -377,13 +385,17 @@ def load_model(
             if quantization is not None or model_type in RELEASED_MODEL_TYPES:
                 raise ValueError("`from_scratch` needs a folder of this package's own format, without quantisation.")
             config = LLaDAMedVConfig.from_pretrained(name, revision=model_args.model_revision)
-            model = LLaDAMedVForConditionalGeneration(config)
+            model = LLaDAMedVForConditionalGeneration._from_config(
+                config, attn_implementation=model_args.attn_implementation
+            )
             # SigLIP's own random position embeddings drown what small patches show; these are a ViT's.
             if not config.text_only:
                 nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.02)
             model.generation_config = LLaDAMedVGenerationConfig.from_pretrained(
                 name, revision=model_args.model_revision
             )
+            if model_args.dtype not in (None, "auto"):
+                model.to(getattr(torch, model_args.dtype))
         else:
             model = LLaDAMedVForConditionalGeneration.from_pretrained(
                 name, revision=model_args.model_revision, dtype=model_args.dtype,
