@@ -166,13 +166,15 @@ def _load_whole(name: str, dtype: str, revision: str | None, with_processor: boo
 
 def _released_processor(name: str, config, revision: str | None) -> LLaDAMedVProcessor:
     """The processor of a released checkpoint, which has only a tokenizer; as `lladamedv convert` makes it."""
-    from lladamedv.conversion import build_processor, check_ids, load_tokenizer
-    from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import PRESETS, choose_preset, resolve_source
+    from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import (
+        SPECIAL_TOKENS,
+        preset_of,
+        resolve_source,
+    )
+    from lladamedv.processing.released import load_processor
 
-    tokenizer, _ = load_tokenizer(resolve_source(name, revision), None)
-    check_ids(tokenizer, config)
-    preset = PRESETS[choose_preset(name, "llada" if config.text_only else "llava_llada")]
-    return build_processor(config, tokenizer, preset.chat_template)
+    template = preset_of(name, config).chat_template
+    return load_processor(resolve_source(name, revision), config, template, SPECIAL_TOKENS)
 
 
 __all__ = ["DEMO", "DEMO_MODEL", "DTYPES", "check_name", "find_device", "find_folder", "load_model"]

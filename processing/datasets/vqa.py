@@ -39,7 +39,7 @@ from .records import (
     read_records,
     text_of,
 )
-from .vqa_columns import ANSWER_TYPES, COLUMNS, Fields, answer_text, derived_answer_type, squash
+from .vqa_columns import ANSWER_TYPES, COLUMNS, Fields, answer_text, derived_answer_type, squash, unwrapped
 from .vqa_sources import BENCHMARKS, COUNTED, LEAKAGE, LLAVA_MED, PHANTOMS, SOURCES, SPLITS, TEST, VQASource
 
 
@@ -56,7 +56,6 @@ VQA_FEATURES = Features(
 PHANTOM_SEED, PHANTOM_COUNT = 9000, 300
 OWN_DATA = "own-data"  # what is no benchmark
 _ALL = "all"  # the split of data that has none
-_WRAPPERS = {"data", "rows", "records", "items", "examples", "samples", "questions", "annotations", *SPLITS}
 
 
 @dataclass
@@ -388,19 +387,8 @@ class _FileRecords:
 
     def __call__(self) -> Iterator[tuple[str, dict]]:
         for line, record in read_records(self.file):
-            for each in _unwrapped(record):
+            for each in unwrapped(record):
                 yield f" at line {line}", each
-
-
-def _unwrapped(record: dict) -> list[dict]:
-    """The records in an object such as `{"data": [{…}, …]}`; or the record itself."""
-    held = [
-        value
-        for name, value in record.items()
-        if name in _WRAPPERS and isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
-    ]
-    fields = Fields(record)
-    return held[0] if len(held) == 1 and fields.name("question") in (None, *_WRAPPERS) else [record]
 
 
 @dataclass

@@ -10,6 +10,7 @@ import math
 import re
 
 from .records import InvalidRecordError, text_of
+from .vqa_sources import SPLITS
 
 
 # Of each column the first name that a record has counts: for questions and answers whatever stands there, and for all
@@ -31,6 +32,8 @@ COLUMNS = {
     "organ": ("organ", "image_organ"),
     "split": ("split",),
 }  # fmt: skip
+_WRAPPERS = {"data", "rows", "records", "items", "examples", "samples", "questions", "annotations", *SPLITS}
+_TURNS = {"messages", "conversations", "conversatons"}
 _FIRST_THAT_IS_THERE = ("question", "answer")
 ANSWER_TYPES = {
     "open": "open", "openended": "open", "freeform": "open", "other": "open", "number": "open",
@@ -75,6 +78,17 @@ class Fields:
         return default if name is None else self.record[name]
 
 
+def unwrapped(record: dict) -> list[dict]:
+    """The records in an object such as `{"data": [{…}, …]}`; or the record itself."""
+    held = [
+        value
+        for name, value in record.items()
+        if name in _WRAPPERS and isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
+    ]
+    is_record = Fields(record).name("question") not in (None, *_WRAPPERS) or not _TURNS.isdisjoint(record)
+    return held[0] if len(held) == 1 and not is_record else [record]
+
+
 def _is_gap(value) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or value in ("", [])
 
@@ -102,4 +116,4 @@ def derived_answer_type(answer: str) -> str:
     return "closed" if _POLAR.fullmatch(answer) else "open"
 
 
-__all__ = ["ANSWER_TYPES", "COLUMNS", "Fields", "answer_text", "derived_answer_type", "squash"]
+__all__ = ["ANSWER_TYPES", "COLUMNS", "Fields", "answer_text", "derived_answer_type", "squash", "unwrapped"]
