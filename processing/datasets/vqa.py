@@ -13,13 +13,14 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
 import fsspec
-from datasets import Dataset, Features, Image, IterableDataset, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from huggingface_hub import HfApi, hf_hub_download
 
 from lladamedv.processing.phantoms import PhantomVQA, parse_phantoms
@@ -317,7 +318,8 @@ def load_own_vqa(
         records = _FileRecords(file)
     report.split = split or _ALL
     _first_record(records, f"There are no records in {str(data)!r}.")
-    chosen = split if file is not None and split != file.stem else None
+    named = file is None or split is None or re.fullmatch(rf"{re.escape(split)}(-\d+-of-\d+)?", file.stem)
+    chosen = None if named else split
     return _read(_Reader(records, images, report, chosen), streaming), report
 
 
@@ -393,14 +395,16 @@ class _FileRecords:
 
 
 def _unwrapped(record: dict) -> list[dict]:
-    """The records in an object such as `{"data": [{…}, …]}`; or the record itself."""
-    held = [
-        value
+    """The records in an object such as `{"data": [{…}, …]}` or `{"train": […], "test": […]}`; or the record itself."""
+    held = {
+        name: value
         for name, value in record.items()
         if name in _WRAPPERS and isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
-    ]
-    fields = Fields(record)
-    return held[0] if len(held) == 1 and fields.name("question") in (None, *_WRAPPERS) else [record]
+    }
+    wrapped = len(held) == 1 or (held and {*held} <= {*SPLITS})
+    if not wrapped or Fields(record).name("question") not in (None, *_WRAPPERS):
+        return [record]
+    return [{"split": name, **each} if name in SPLITS else each for name, value in held.items() for each in value]
 
 
 @dataclass
@@ -408,8 +412,14 @@ class _TableRecords:
     table: Dataset | IterableDataset
 
     def __call__(self) -> Iterator[tuple[str, dict]]:
+        labels = {name: each for name, each in (self.table.features or {}).items() if isinstance(each, ClassLabel)}
         for record in self.table:
-            yield "", record
+            # A class is stored as its number, and -1 where there is none.
+            named = {
+                name: None if record[name] in (None, -1) else label.int2str(record[name])
+                for name, label in labels.items()
+            }
+            yield "", {**record, **named}
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 
 from .records import InvalidRecordError, text_of
 
@@ -36,9 +37,11 @@ ANSWER_TYPES = {
     "open": "open", "openended": "open", "freeform": "open", "other": "open", "number": "open",
     "closed": "closed", "closeended": "closed", "closedended": "closed", "yesno": "closed", "binary": "closed",
 }  # fmt: skip
-# An answer that is yes or no, or says so before a mark: "Yes.", "No, it is normal", but not "No evidence".
+# An answer that is yes or no, or says so before a mark: "Yes.", "No, it is normal", but not "No evidence" or "No-go".
 _POLAR = re.compile(
-    r"\W*(?:yes|no)(?:[^\w\s]*\s*|\s*[.,;:!\u2013\u2014]\s.*|\s+-\s.*)|\W*(?:true|false)\W*", re.IGNORECASE | re.DOTALL
+    r"\W*(?:yes|no)(?:\W*|\s*[.,;:!(\u3001\u3002\u060c\u061b](?!\d).*|\s*[\u2013\u2014]\s.*|\s+-\s.*)"
+    r"|\W*(?:true|false)\W*",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -99,7 +102,7 @@ def answer_text(value) -> str:
 
 def derived_answer_type(answer: str) -> str:
     """The type of a question that has none: "closed" if its true answer is yes or no, or begins so before a mark."""
-    return "closed" if _POLAR.fullmatch(answer) else "open"
+    return "closed" if _POLAR.fullmatch(unicodedata.normalize("NFKC", answer)) else "open"
 
 
 __all__ = ["ANSWER_TYPES", "COLUMNS", "Fields", "answer_text", "derived_answer_type", "squash"]
