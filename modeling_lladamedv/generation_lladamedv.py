@@ -491,6 +491,12 @@ class LLaDAMedVGenerationMixin:
                 f"`steps` is {options.steps}, {options.steps // blocks} for each block of {options.block_length} "
                 f"(`block_length`); allowed are at most {_LARGEST_SCHEDULE} as the product of the two."
             )
+        vocab_size = self.config.get_text_config().vocab_size
+        for name in ("eos_token_id", "suppress_tokens"):
+            ids = getattr(options, name)
+            beyond = [token for token in ([ids] if isinstance(ids, int) else ids or []) if token >= vocab_size]
+            if beyond:
+                raise ValueError(f"`{name}` holds {beyond[:5]}; the model has ids below {vocab_size} only.")
         self._check_combinations(options)
         return options
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, TextIteratorStreamer, TextStreamer
@@ -217,6 +218,11 @@ def test_config_round_trip(model, tmp_path):
         ({"stop_strings": ["x"]}, "needs the `tokenizer` argument"),
         ({"generation_suffix": "x"}, "needs the `tokenizer` argument"),
         ({"stop_strings": [""], "tokenizer": _Tokenizer()}, "which has no tokens"),
+        ({"stop_strings": [5], "tokenizer": _Tokenizer()}, "`stop_strings` is \\[5\\]; allowed is a text or a list"),
+        ({"generation_suffix": 5, "tokenizer": _Tokenizer()}, "`generation_suffix` is 5; allowed is a text"),
+        ({"suppress_tokens": [3, 100]}, "`suppress_tokens` holds \\[100\\]; the model has ids below 100 only"),
+        ({"eos_token_id": 100}, "`eos_token_id` holds \\[100\\]"),
+        ({"inputs_embeds": torch.zeros(1, 2, 16)}, "`inputs_embeds` is"),
     ],
 )
 def test_bad_options_fail_before_the_first_forward(model, monkeypatch, options, message):
@@ -318,6 +324,7 @@ NEUTRAL = {
     "sequence_bias": None, "temperature": 1.0,
 }  # fmt: skip
 NEUTRAL_ARGUMENTS = {"synced_gpus": False, "logits_processor": LogitsProcessorList(), "assistant_model": None}
+NEUTRAL_ARGUMENTS |= dict.fromkeys(("inputs_embeds", "past_key_values", "position_ids", "token_type_ids"))
 
 
 @torch.no_grad()
@@ -330,6 +337,16 @@ def test_what_asks_for_nothing_passes(model):
     for options in (everything, {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}):
         options |= {"max_new_tokens": 8}
         assert torch.equal(model.generate(image_prompt(PROMPT), pixel_values=PIXELS, **options), expected)
+
+
+@torch.no_grad()
+def test_numbers_of_other_libraries(model):
+    prompt = image_prompt(PROMPT)
+    ends = model.generate(prompt, pixel_values=PIXELS, max_new_tokens=8, eos_token_id=None)[0, -3:].tolist()
+    expected = model.generate(prompt, pixel_values=PIXELS, max_new_tokens=8, eos_token_id=ends)
+    for numbers in (torch.tensor(ends), np.array(ends)):
+        options = {"eos_token_id": numbers, "max_new_tokens": np.int64(8), "do_sample": np.bool_(False)}
+        assert torch.equal(model.generate(prompt, pixel_values=PIXELS, **options), expected)
 
 
 @torch.no_grad()
