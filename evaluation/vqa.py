@@ -271,7 +271,7 @@ def render_summary(summary: dict) -> str:
         (summary["failed"], f"of {total} questions have no answer"),
         (
             left_out,
-            f"of {total + len(left_out)} records were not asked: no image, or invalid",
+            f"of {summary['data']['questions'] + len(left_out)} records were not asked: no image, or invalid",
         ),
     ):
         if names:
