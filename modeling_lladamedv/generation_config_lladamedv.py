@@ -165,7 +165,8 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
             No run of this many tokens occurs twice in the answer. Needs steps that commit one token each, because
             tokens that are committed together do not know of each other.
         stop_strings (`str` or `list[str]`, *optional*):
-            Texts that end the answer; they need the `tokenizer=` argument of `generate`.
+            Texts that end the answer; they need the `tokenizer=` argument of `generate`. Each is looked for as the
+            tokens that it becomes by itself, as in the authors' code: " x" and "x" are two texts.
         eos_token_id (`int` or `list[int]`, *optional*):
             Ids that end the answer. LLaDA-MedV ends a turn with `<|eot_id|>`.
         min_new_tokens (`int`, *optional*):

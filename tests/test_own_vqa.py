@@ -169,8 +169,8 @@ def test_forms_and_columns(tmp_path, name):
     assert report.as_dict()["licence"] == report.as_dict()["leakage"] == "not known"
 
 
-def test_a_class_is_its_name(tmp_path):
-    """Tables hold the numbers of classes: 0 is no answer to a question."""
+def test_what_tables_mean_by_numbers(tmp_path):
+    """0 is a class, and no answer to a question; 5.599999904632568 is the float32 of 5.6."""
     label = datasets.ClassLabel(names=["no", "yes"])
     features = {"question": datasets.Value("string"), "image": datasets.Image(), "label": label}
     rows = [{"question": "?", "image": {"bytes": picture()}, "label": each} for each in (1, 0, -1, None)]
@@ -178,6 +178,14 @@ def test_a_class_is_its_name(tmp_path):
     table.to_parquet(tmp_path / "own.parquet")
     found, _ = rows_of(tmp_path / "own.parquet")
     assert [row[2:] for row in found] == [("yes", "closed"), ("no", "closed"), ("", "open"), ("", "open")]
+    in_lists = datasets.Features({**features, "label": [label]})
+    listed = table.map(lambda row: {"label": [row["label"]]}, features=in_lists)
+    listed.select([0, 1]).to_parquet(tmp_path / "listed.parquet")
+    assert [row[2] for row in rows_of(tmp_path / "listed.parquet")[0]] == ["yes", "no"]
+    for dtype in ("float16", "float32", "float64"):
+        numbers = table.select([0]).cast_column("label", datasets.Value(dtype)).map(lambda row: {"label": 5.6})
+        numbers.to_parquet(tmp_path / f"{dtype}.parquet")
+        assert rows_of(tmp_path / f"{dtype}.parquet")[0][0][2] == "5.6"
 
 
 @pytest.mark.parametrize("options", [{"type": "pandas"}, {"type": "arrow"}, {"columns": ["Query"]}])

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import datasets
 import fsspec
+import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from huggingface_hub import HfApi, hf_hub_download
 
@@ -412,14 +413,20 @@ class _TableRecords:
     table: Dataset | IterableDataset
 
     def __call__(self) -> Iterator[tuple[str, dict]]:
-        labels = {name: each for name, each in (self.table.features or {}).items() if isinstance(each, ClassLabel)}
+        features = self.table.features or {}
         for record in self.table:
-            # A class is stored as its number, and -1 where there is none.
-            named = {
-                name: None if record[name] in (None, -1) else label.int2str(record[name])
-                for name, label in labels.items()
-            }
-            yield "", {**record, **named}
+            yield "", {name: _as_meant(value, features.get(name)) for name, value in record.items()}
+
+
+def _as_meant(value, feature):
+    """The name of a class where a table stores its number, or -1 for none; 5.6 where float32 stores 5.599999904…"""
+    if isinstance(value, list):
+        return [_as_meant(each, getattr(feature, "feature", None)) for each in value]
+    if isinstance(feature, ClassLabel):
+        return None if value in (None, -1) else feature.int2str(value)
+    if isinstance(value, float) and getattr(feature, "dtype", None) in ("float16", "float32"):
+        return float(str(np.dtype(feature.dtype).type(value)))
+    return value
 
 
 @dataclass
