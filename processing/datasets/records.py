@@ -472,6 +472,7 @@ def open_table(
                 if split not in dataset:
                     raise ValueError(f"`split` is {split!r}; allowed are {sorted(dataset)}")
                 dataset = dataset[split]
+            dataset = dataset.with_format(None)  # it was saved with one, as of PyTorch or of some columns alone
             return dataset.to_iterable_dataset() if streaming else dataset
         if path.startswith(("/", ".")) or path.lower().endswith((*RECORD_SUFFIXES, PARQUET_SUFFIX)):
             raise ValueError("no such file or folder")

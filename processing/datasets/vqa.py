@@ -13,13 +13,15 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
 import fsspec
-from datasets import Dataset, Features, Image, IterableDataset, Value
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from huggingface_hub import HfApi, hf_hub_download
 
 from lladamedv.processing.phantoms import PhantomVQA, parse_phantoms
@@ -316,7 +318,8 @@ def load_own_vqa(
         records = _FileRecords(file)
     report.split = split or _ALL
     _first_record(records, f"There are no records in {str(data)!r}.")
-    chosen = split if file is not None and split != file.stem else None
+    named = file is None or split is None or re.fullmatch(rf"{re.escape(split)}(-\d+-of-\d+)?", file.stem)
+    chosen = None if named else split
     return _read(_Reader(records, images, report, chosen), streaming), report
 
 
@@ -387,7 +390,7 @@ class _FileRecords:
 
     def __call__(self) -> Iterator[tuple[str, dict]]:
         for line, record in read_records(self.file):
-            for each in unwrapped(record):
+            for each in unwrapped(record, with_splits=True):
                 yield f" at line {line}", each
 
 
@@ -396,8 +399,20 @@ class _TableRecords:
     table: Dataset | IterableDataset
 
     def __call__(self) -> Iterator[tuple[str, dict]]:
+        features = self.table.features or {}
         for record in self.table:
-            yield "", record
+            yield "", {name: _as_meant(value, features.get(name)) for name, value in record.items()}
+
+
+def _as_meant(value, feature):
+    """The name of a class where a table stores its number, or -1 for none; 5.6 where float32 stores 5.599999904…"""
+    if isinstance(value, list):
+        return [_as_meant(each, getattr(feature, "feature", None)) for each in value]
+    if isinstance(feature, ClassLabel):
+        return None if value in (None, -1) else feature.int2str(value)
+    if isinstance(value, float) and getattr(feature, "dtype", None) in ("float16", "float32"):
+        return float(str(np.dtype(feature.dtype).type(value)))
+    return value
 
 
 @dataclass
