@@ -17,6 +17,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import align_module_device
 from datasets import Dataset
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
@@ -25,6 +26,9 @@ from lladamedv.processing.datasets import image_source
 
 
 _VALUES_PER_TENSOR = 256
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of a value in bytes
+_OF_ADAPTERS = ("scaling", "_active_adapter", "_disable_adapters")  # attributes of PEFT's layers
+_NO_MATTER_IN_CONFIG = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
 _ALWAYS_TOLD = {"max_new_tokens", "block_length", "steps", "remasking"}
 # These change what else is returned, or say where the options are from.
 _NO_MATTER = {
@@ -116,15 +120,34 @@ def undecoded(records: Sequence[dict] | Dataset) -> Sequence[dict] | Dataset:
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """sha256 of the names, shapes and some values of all weights: tells checkpoints apart in seconds."""
+    """sha256 of the names, shapes and some values of all weights and of the sum of their bits, and of what adapters are
+    scaled by and which are active: tells checkpoints apart in seconds, also where little differs."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        values = tensor.detach().reshape(-1)
-        if len(values):
-            places = torch.linspace(0, len(values) - 1, _VALUES_PER_TENSOR, device=values.device).round().long()
-            digest.update(values[places].float().cpu().numpy().tobytes())
+    for place, module in model.named_modules():
+        digest.update(f"{place} {[vars(module).get(name) for name in _OF_ADAPTERS]}".encode())
+        weights = {}
+        with align_module_device(module):  # which fetches what is offloaded
+            module._save_to_state_dict(weights, f"{place}.", keep_vars=False)
+            for name, tensor in weights.items():
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                values = tensor.detach().reshape(-1)
+                if len(values):
+                    places = torch.linspace(0, len(values) - 1, _VALUES_PER_TENSOR, device=values.device).round().long()
+                    digest.update(values[places].float().cpu().numpy().tobytes())
+                    if type(values) is torch.Tensor:  # a sum of whole numbers is the same on every device
+                        digest.update(str(int(values.view(_BITS[values.itemsize]).sum(dtype=torch.int64))).encode())
     return digest.hexdigest()
+
+
+def _config_in_force(config: dict) -> dict:
+    """A model's configuration without what changes no answer, or is recorded elsewhere."""
+    return {
+        name: _config_in_force(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _NO_MATTER_IN_CONFIG
+    }
 
 
 def decoding_in_force(model: LLaDAMedVForConditionalGeneration, options: dict) -> dict:
@@ -165,6 +188,7 @@ def run_settings(
     return {
         "model_revision": getattr(model.config, "_commit_hash", None),
         "model_sha256": model_fingerprint(model),
+        "config": _config_in_force(json.loads(model.config.to_json_string(use_diff=False))),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "decoding": decoding_in_force(model, options),

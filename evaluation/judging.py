@@ -45,7 +45,7 @@ score of Assistant 1 and then that of Assistant 2, separated by a space."""
 # What may stand behind a score is named, so that "2 errors", "4/5", "7-8" and "8,5" are none.
 _SCORE = r"(\d+(?:\.\d+)?)(?:\s*/\s*10\b|\s+out\s+of\s+10\b)?(?:\s+points?\b)?"
 _END = (
-    r"(?=\s*(?:$|[;()\[\]|!\u2013\u2014]|[,.-](?!\d)"
+    r"(?=\s*(?:$|[;()\[\]|!]|[,.](?!\d)|[\u2013\u2014-](?!\s*\d)"
     r"|(?:and|but|while|whereas|because|since|as|vs|assistant|score\s+of\s+assistant)\b))"
 )
 _PREFIX = r"(?:(?:(?:final|overall|my|the)\s+)*(?:scores?|ratings?)\s*(?:are\b)?\s*[:=]?\s*)?[\[(|]?\s*"
@@ -105,8 +105,10 @@ def parse_scores(text: str) -> tuple[float, float] | None:
     text = unicodedata.normalize("NFKC", _THOUGHTS.sub("", text))
     lines = [line.strip() for line in _MARKDOWN.sub("", text).lower().splitlines() if line.strip()]
     found = _scores_in_json(re.sub(r"```[\w-]*", "", text).strip()) or _scores_in_lines(lines)
-    if found is None:
-        found = _labelled(label_and_score.groups() for line in lines for label_and_score in _LABELLED.finditer(line))
+    named = _labelled(label_and_score.groups() for line in lines for label_and_score in _LABELLED.finditer(line))
+    if found is not None and named is not None and [*map(float, found)] != [*map(float, named)]:
+        return None
+    found = found or named
     if found is None:
         return None
     first, second = map(float, found)

@@ -271,7 +271,7 @@ def render_summary(summary: dict) -> str:
         (summary["failed"], f"of {total} questions have no answer"),
         (
             left_out,
-            f"of {total + len(left_out)} records were not asked: no image, or invalid",
+            f"of {summary['data']['questions'] + len(left_out)} records were not asked: no image, or invalid",
         ),
     ):
         if names:
@@ -290,12 +290,13 @@ def render_summary(summary: dict) -> str:
         rows.append([name, f"{value:.2f}", interval, str(count)])
     lines += markdown_table(["score", "value", "95 % interval", "n"], rows)
     counts = {name.removeprefix("num_").replace("_", " "): scores[name] for name in scores if name.startswith("num_")}
-    if summary["num_questions"] < summary["data"]["questions"]:
+    asked_a_part = summary["num_questions"] < summary["data"]["questions"]
+    if asked_a_part:
         counts[f"asked of {summary['data']['questions']} questions"] = summary["num_questions"]
     lines += ["Counts: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".", ""]
     if summary["without_reference"]:
         lines += [f"Left out, because their true answer is empty: {', '.join(summary['without_reference'])}.", ""]
-    if summary["data"]["is_published"]:
+    if summary["data"]["is_published"] and not asked_a_part:
         lines += _render_published(summary["benchmark"], summary["model"], scores)
     if summary["calibration"]:
         names = ("mean_confidence", "accuracy", "expected_calibration_error", "area_under_risk_coverage")

@@ -3,7 +3,6 @@
 Importing this package registers the classes with Transformers' Auto classes.
 """
 
-import logging
 import sys
 from pathlib import Path
 
@@ -12,10 +11,6 @@ from pathlib import Path
 # uninstalled checkout (or when Python runs from the repository root) they are one level up.
 if (Path(__file__).parent.parent / "pyproject.toml").exists():
     __path__.append(str(Path(__file__).parent.parent))
-
-# Whoever imports Transformers is told which extensions of torchao and bitsandbytes were built for other machines.
-for _name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
 
 # The command line checks its arguments before it waits for torch, and imports the rest in `cli_common.quiet`. While
 # Python looks for the module of `python -m lladamedv.cli`, sys.argv begins with "-m".

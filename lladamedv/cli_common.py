@@ -194,7 +194,9 @@ def quiet() -> None:
             os.environ.setdefault(variable, value)
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
-        logging.getLogger().setLevel(logging.ERROR)
+        # Some set levels of their own, to say which of their extensions were built for other machines.
+        for name in (None, "torchao", "bitsandbytes", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     ours = logging.getLogger("lladamedv")
     ours.setLevel(logging.WARNING)
     if not ours.handlers:

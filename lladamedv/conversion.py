@@ -25,7 +25,6 @@ import lladamedv
 from lladamedv.hub_cards import Component, ModelFacts, find_component, hash_files, save_model_card
 from lladamedv.hub_cards.push import check_target, push_folder
 from lladamedv.modeling_lladamedv import (
-    LLaDAMedVConfig,
     LLaDAMedVForConditionalGeneration,
     LLaDAMedVGenerationConfig,
 )
@@ -46,7 +45,8 @@ from lladamedv.modeling_lladamedv.convert_checkpoint import (
     write_weights,
 )
 from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
-from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
+from lladamedv.processing.released import build_processor, check_ids
+from lladamedv.processing.released import load_tokenizer as read_tokenizer
 
 from .loading import DTYPES
 from .paths import check_new_folder
@@ -101,7 +101,7 @@ def convert_checkpoint(
     tower = None if vision_tower is None else resolve_source(vision_tower)
     loaded, ids = load_tokenizer(folder, tokenizer)
     plan = plan_conversion(folder, tower, **ids)
-    check_ids(loaded, plan.config)
+    check_ids(loaded, plan.config, SPECIAL_TOKENS)
     preset = preset or choose_preset(source, plan.layout)
     if (PRESETS[preset].chat_template == "llada") != plan.config.text_only:
         kind = "text-only" if plan.config.text_only else "vision-language"
@@ -152,7 +152,7 @@ def initialize_checkpoint(
     text, tower = resolve_source(language_model), resolve_source(vision_tower)
     loaded, ids = load_tokenizer(text, tokenizer)
     plan = plan_initialization(text, tower, projector, aspect_ratio, seed, **ids)
-    check_ids(loaded, plan.config)
+    check_ids(loaded, plan.config, SPECIAL_TOKENS)
     sources = {
         "language model": language_model,
         "vision tower": vision_tower,
@@ -187,39 +187,15 @@ def load_tokenizer(weights: Path, source: str | Path | None) -> tuple[PreTrained
     read_config(weights)
     read_weights(weights)
     folder = weights if source is None else check_folder(resolve_source(source))
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"The folder {str(folder)!r} holds no tokenizer.json; give `tokenizer`.")
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # tokenizers raises bare Exception for files that it cannot read
-        raise ValueError(f"The tokenizer in {str(folder)!r} cannot be read: {error}") from error
-    vocabulary = tokenizer.get_vocab()
-    if absent := [token for token in SPECIAL_TOKENS if token not in vocabulary]:
-        raise ValueError(f"The tokenizer in {str(folder)!r} lacks the special tokens {', '.join(absent)}.")
-    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|startoftext|>", "<|endoftext|>", "<|endoftext|>"
-    tokenizer.chat_template = None  # the processor carries the templates
-    image_id = LLaDAMedVProcessor(LLaDAMedVImageProcessor(), tokenizer).image_token_id
-    if max(tokenizer.get_vocab().values()) != len(tokenizer) - 1:
-        raise ValueError(
-            f"The tokenizer in {str(folder)!r} has {len(vocabulary)} tokens but ids up to {max(vocabulary.values())}; "
-            f"with unused ids among them, <image> would get the id {image_id} of another token."
-        )
-    ids = {"mask_token_id": vocabulary["<|mdm_mask|>"], "image_token_id": image_id}
-    return tokenizer, ids | {
+    tokenizer = read_tokenizer(folder, SPECIAL_TOKENS)
+    processor = LLaDAMedVProcessor(LLaDAMedVImageProcessor(), tokenizer)
+    return tokenizer, {
+        "mask_token_id": tokenizer.convert_tokens_to_ids("<|mdm_mask|>"),
+        "image_token_id": processor.image_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-
-
-def check_ids(tokenizer: PreTrainedTokenizerFast, config) -> None:
-    """LLaDA's weights mean something with LLaDA's ids only."""
-    if config.text_config.vocab_size == LLaDAMedVConfig().text_config.vocab_size:
-        found = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-        moved = [f"{token} {found[token]} instead of {wanted}" for token, wanted in SPECIAL_TOKENS.items()
-                 if found[token] != wanted]  # fmt: skip
-        if moved:
-            raise ValueError(f"The tokenizer is not the one of these weights: it has {', '.join(moved)}.")
 
 
 def _write_folder(
@@ -285,20 +261,6 @@ def _components(preset: str, initialized: bool, trained: bool) -> list[Component
 def _public_name(name: str | Path) -> str:
     """A Hub id as it is; of a local folder only the last part, because cards are read by others."""
     return Path(name).name if Path(name).exists() else str(name)
-
-
-def build_processor(config, tokenizer, template: str) -> LLaDAMedVProcessor:
-    images = LLaDAMedVImageProcessor()
-    if not config.text_only:
-        side = config.vision_config.image_size
-        images = LLaDAMedVImageProcessor(
-            size={"height": side, "width": side},
-            patch_size=config.vision_config.patch_size,
-            vision_aspect_ratio=config.vision_aspect_ratio,
-            image_grid_pinpoints=config.image_grid_pinpoints,
-        )
-    templates = {"default": CHAT_TEMPLATES[template], **CHAT_TEMPLATES}
-    return LLaDAMedVProcessor(images, tokenizer, chat_template=templates)
 
 
 def _write_config(plan: ConversionPlan, folder: Path, dtype) -> None:

@@ -5,6 +5,7 @@ Nothing heavy is imported before a model is loaded: the command line reads what 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,7 +87,8 @@ def find_folder(name: str | Path) -> Path | None:
         ValueError: if there is no such folder and it is no Hub id, or the folder holds no model.
     """
     folder = DEMO_MODEL if str(name) == DEMO else check_name(name)
-    if folder is not None and not any((folder / file).is_file() for file in (_CONFIG, _ADAPTERS)):
+    # Whatever has the name counts: what is no regular file is refused, by name, when the folder is checked.
+    if folder is not None and not any(os.path.lexists(folder / file) for file in (_CONFIG, _ADAPTERS)):
         inside = sorted(file.parent.name for config in (_CONFIG, _ADAPTERS) for file in folder.glob(f"*/{config}"))
         raise ValueError(
             f"{str(name)!r} is a folder with neither {_CONFIG} (a model) nor {_ADAPTERS} (adapters)."
@@ -164,13 +166,15 @@ def _load_whole(name: str, dtype: str, revision: str | None, with_processor: boo
 
 def _released_processor(name: str, config, revision: str | None) -> LLaDAMedVProcessor:
     """The processor of a released checkpoint, which has only a tokenizer; as `lladamedv convert` makes it."""
-    from lladamedv.conversion import build_processor, check_ids, load_tokenizer
-    from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import PRESETS, choose_preset, resolve_source
+    from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import (
+        SPECIAL_TOKENS,
+        preset_of,
+        resolve_source,
+    )
+    from lladamedv.processing.released import load_processor
 
-    tokenizer, _ = load_tokenizer(resolve_source(name, revision), None)
-    check_ids(tokenizer, config)
-    preset = PRESETS[choose_preset(name, "llada" if config.text_only else "llava_llada")]
-    return build_processor(config, tokenizer, preset.chat_template)
+    template = preset_of(name, config).chat_template
+    return load_processor(resolve_source(name, revision), config, template, SPECIAL_TOKENS)
 
 
 __all__ = ["DEMO", "DEMO_MODEL", "DTYPES", "check_name", "find_device", "find_folder", "load_model"]

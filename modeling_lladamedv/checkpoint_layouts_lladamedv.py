@@ -155,6 +155,11 @@ def choose_preset(source: str | Path, layout: str) -> str:
     return default if (preset == "llada") != (default == "llada") else preset
 
 
+def preset_of(source: str | Path, config) -> Preset:
+    """The preset for a released checkpoint whose configuration is read."""
+    return PRESETS[choose_preset(source, "llada" if config.text_only else "llava_llada")]
+
+
 # What the released networks are; anything else would load and answer wrongly.
 _FIXED_FIELDS = {
     "llada": {

@@ -1,5 +1,7 @@
 """The options of `generate` and `infill`: names, defaults, and what each allows by itself."""
 
+import numpy as np
+import torch
 from transformers import CompileConfig, GenerationConfig
 
 from .commit_rules_lladamedv import CountRuleConfig, EntropyBoundRuleConfig, FactorRuleConfig, ThresholdRuleConfig
@@ -30,7 +32,7 @@ _DEFAULTS = {
 _FOREIGN = {
     *vars(GenerationConfig()), "assistant_model", "custom_generate", "inputs", "logits_processor",
     "negative_prompt_attention_mask", "negative_prompt_ids", "prefix_allowed_tokens_fn", "stopping_criteria",
-    "synced_gpus",
+    "synced_gpus", "inputs_embeds", "past_key_values", "position_ids", "token_type_ids",
 } - {*_DEFAULTS}  # fmt: skip
 # … the values that ask for nothing, beside None, False and what is empty: its defaults, but for two that do something …
 _NEUTRAL = GenerationConfig._get_default_generation_params() | {
@@ -66,6 +68,11 @@ def native_options(options: dict) -> dict:
     unknown = sorted(set(options) - {*_DEFAULTS} - _FOREIGN)
     if unknown:
         raise ValueError(f"Unknown generation arguments {unknown}; allowed are {sorted(_DEFAULTS)}.")
+    # Numbers of NumPy and PyTorch are as good as Python's, for a file, too.
+    options = {
+        name: value.tolist() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
+        for name, value in options.items()
+    }
     native = {name: options[name] for name in _DEFAULTS if name in options}
     native = {name: value for name, value in native.items() if value is not None or _DEFAULTS[name] is None}
     for name in ("min_new_tokens", "no_repeat_ngram_size"):  # off, as in Transformers
@@ -158,7 +165,8 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
             No run of this many tokens occurs twice in the answer. Needs steps that commit one token each, because
             tokens that are committed together do not know of each other.
         stop_strings (`str` or `list[str]`, *optional*):
-            Texts that end the answer; they need the `tokenizer=` argument of `generate`.
+            Texts that end the answer; they need the `tokenizer=` argument of `generate`. Each is looked for as the
+            tokens that it becomes by itself, as in the authors' code: " x" and "x" are two texts.
         eos_token_id (`int` or `list[int]`, *optional*):
             Ids that end the answer. LLaDA-MedV ends a turn with `<|eot_id|>`.
         min_new_tokens (`int`, *optional*):
@@ -261,6 +269,12 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
             tokens = [] if value is None else value if several else [value]
             if not all(_is_whole(token) and token >= 0 for token in tokens):
                 raise ValueError(f"`{name}` is {value!r:.200}; allowed are ids, whole numbers of at least 0.")
+        for name in ("stop_strings", "generation_suffix"):
+            value = getattr(self, name)
+            several = value if isinstance(value, (list, tuple)) and name == "stop_strings" else [value or ""]
+            if not all(isinstance(text, str) for text in several):
+                what = "a text or a list of texts" if name == "stop_strings" else "a text"
+                raise ValueError(f"`{name}` is {value!r:.200}; allowed is {what}.")
         for name in ("temperature", "cfg_scale"):
             if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are finite numbers of at least 0.")

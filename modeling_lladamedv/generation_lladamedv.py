@@ -135,7 +135,8 @@ class LLaDAMedVGenerationMixin:
         options = self._prepare_generation_config(generation_config, **kwargs)
         stops = self._prepare_stop_sequences(options, tokenizer)
         suffix = self._prepare_suffix(options, tokenizer)
-        attention_mask = self._check_prompt(input_ids, attention_mask, options.max_new_tokens, len(suffix))
+        attention_mask = self._check_prompt(input_ids, attention_mask)
+        self._check_context(attention_mask, options.max_new_tokens, len(suffix))
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"`streamer` works with one prompt; `input_ids` holds {len(input_ids)}.")
         canvas = torch.full((len(input_ids), options.max_new_tokens), self.config.mask_token_id).to(input_ids)
@@ -491,8 +492,19 @@ class LLaDAMedVGenerationMixin:
                 f"`steps` is {options.steps}, {options.steps // blocks} for each block of {options.block_length} "
                 f"(`block_length`); allowed are at most {_LARGEST_SCHEDULE} as the product of the two."
             )
+        for name in ("eos_token_id", "suppress_tokens"):
+            self._check_ids(name, getattr(options, name))
         self._check_combinations(options)
         return options
+
+    def _check_ids(self, name: str, ids) -> list[int]:
+        """The ids as a list. One that the model does not have would be an error without a name, or do nothing."""
+        ids = ids.flatten().tolist() if isinstance(ids, torch.Tensor) else [ids] if isinstance(ids, int) else ids or []
+        size = self.config.get_text_config().vocab_size
+        strange = [token for token in ids if not 0 <= token < size]
+        if strange:
+            raise ValueError(f"`{name}` holds {strange[0]}; the model has ids from 0 to {size - 1}.")
+        return [*ids]
 
     @staticmethod
     def _check_combinations(options) -> None:
@@ -552,11 +564,16 @@ class LLaDAMedVGenerationMixin:
             self.model.language_model.compile(**settings)
             self._language_model_compiled_with = settings
 
-    def _check_prompt(self, input_ids, attention_mask, canvas_length, suffix_length) -> torch.Tensor:
+    def _check_prompt(self, input_ids, attention_mask) -> torch.Tensor:
         """The attention mask to use, after checks that need no forward pass."""
-        if input_ids is None or input_ids.dim() != 2 or 0 in input_ids.shape:
-            shape = None if input_ids is None else tuple(input_ids.shape)
-            raise ValueError(f"`input_ids` has shape {shape}; allowed is (batch, prompt) with at least one token.")
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype != torch.long:
+            kind = getattr(input_ids, "dtype", type(input_ids).__name__)
+            raise ValueError(f"`input_ids` is of type {kind}; allowed are tensors of torch.int64.")
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise ValueError(
+                f"`input_ids` has shape {tuple(input_ids.shape)}; allowed is (batch, prompt) with at least one token."
+            )
+        self._check_ids("input_ids", input_ids)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if attention_mask.shape != input_ids.shape:
@@ -564,22 +581,27 @@ class LLaDAMedVGenerationMixin:
                 f"`attention_mask` has shape {tuple(attention_mask.shape)}; it must be that of `input_ids`, "
                 f"{tuple(input_ids.shape)}."
             )
+        strange = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+        if len(strange):
+            raise ValueError(f"`attention_mask` holds {strange[0].item()}; allowed are 1 for tokens and 0 for padding.")
         attention_mask = attention_mask.to(torch.long)
-        lengths = attention_mask.sum(dim=1)
-        if int(lengths.min()) == 0:
+        if int(attention_mask.sum(dim=1).min()) == 0:
             raise ValueError("`attention_mask` leaves a prompt without any token; every prompt needs at least one.")
         if bool(((input_ids == self.config.mask_token_id) & attention_mask.bool()).any()):
             raise ValueError(
                 f"`input_ids` holds the mask token {self.config.mask_token_id}; masks are allowed in the canvas only."
             )
-        total = int(lengths.max()) + canvas_length + suffix_length
+        return attention_mask
+
+    def _check_context(self, attention_mask, canvas_length, suffix_length) -> None:
+        longest = int(attention_mask.sum(dim=1).max())
+        total = longest + canvas_length + suffix_length
         context = self.config.get_text_config().max_position_embeddings
         if total > context:
             raise ValueError(
-                f"The prompt ({int(lengths.max())} tokens), the canvas (`max_new_tokens`, {canvas_length}) and the "
-                f"suffix ({suffix_length}) need {total} positions; the model's context allows {context}."
+                f"The prompt ({longest} tokens), the canvas (`max_new_tokens`, {canvas_length}) and the suffix "
+                f"({suffix_length}) need {total} positions; the model's context allows {context}."
             )
-        return attention_mask
 
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, **kwargs

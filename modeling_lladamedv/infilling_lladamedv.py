@@ -191,7 +191,8 @@ class LLaDAMedVInfillingMixin:
         kwargs = {**_DECIDED_BY_TEMPLATE, **kwargs, "max_new_tokens": length, "block_length": block_length}
         options = self._prepare_generation_config(generation_config, **kwargs)
         self._check_choices(options, blanks, tokenizer)
-        attention_mask = self._check_prompt(input_ids, attention_mask, length, 0)
+        attention_mask = self._check_prompt(input_ids, attention_mask)
+        self._check_context(attention_mask, length, 0)
 
         batch, device = len(input_ids), input_ids.device
         # What fills the last block up is not there.

@@ -111,6 +111,16 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": "LlamaDecoderLayer", "attentions": "LlamaAttention"}
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: the device of the weights, and of offloaded ones the device that they are run on."""
+        device = super().device
+        if device.type == "meta":
+            hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+            devices = (getattr(hook, "execution_device", None) for hook in hooks)
+            return next((torch.device(each) for each in devices if each is not None), device)
+        return device
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -9,6 +9,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers.utils import ModelOutput
 
@@ -88,8 +89,7 @@ class LLaDAMedVScoringMixin:
             if not number or value < least or (top is not None and value > top):
                 bound = f"of at least {least}" if top is None else f"from {least} to {top}"
                 raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers {bound}.")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        attention_mask = self._check_prompt(input_ids, attention_mask)
         answers = self._prepare_candidates(candidates, len(input_ids), tokenizer)
         ends = self._ends() if append_eos else [[]]
         longest = max(len(answer) for row in answers for answer in row) + len(ends[0])
@@ -138,7 +138,7 @@ class LLaDAMedVScoringMixin:
     def _ends(self) -> list[list[int]]:
         """The ids that may end an answer, each as a list, in ascending order; one empty list if there are none."""
         config = self.generation_config
-        ids = {config.eos_token_id} if isinstance(config.eos_token_id, int) else {*(config.eos_token_id or ())}
+        ids = {*self._check_ids("eos_token_id", config.eos_token_id)}
         return [[end] for end in sorted(ids - {config.pad_token_id} or ids)] or [[]]
 
     def _prepare_candidates(self, candidates, batch, tokenizer) -> list[list[list[int]]]:
@@ -160,14 +160,15 @@ class LLaDAMedVScoringMixin:
                     if tokenizer is None:
                         raise ValueError(f"`candidates` holds the text {candidate!r}; texts need `tokenizer`.")
                     ids = tokenizer(candidate, add_special_tokens=False).input_ids
-                ids = [int(token) for token in ids]
+                ids = ids.tolist() if isinstance(ids, (np.ndarray, torch.Tensor)) else ids
                 size = self.config.get_text_config().vocab_size
-                if not ids or self.config.mask_token_id in ids or not all(0 <= token < size for token in ids):
+                known = isinstance(ids, (list, tuple)) and ids and all(token in range(size) for token in ids)
+                if not known or self.config.mask_token_id in ids:
                     raise ValueError(
                         f"`candidates` holds {candidate!r}; allowed are non-empty answers of ids below {size} without "
                         f"the mask token {self.config.mask_token_id}."
                     )
-                prepared[-1].append(ids)
+                prepared[-1].append([int(token) for token in ids])
         return prepared
 
     def _masked_log_probability(self, prompt, answer, masks, batch_size) -> torch.DoubleTensor:

@@ -1,5 +1,6 @@
 """What every test needs: no network, one thread, and models."""
 
+import logging
 import os
 import signal
 
@@ -20,6 +21,16 @@ from tests.tiny import tiny_model, tiny_processor
 torch.set_num_threads(1)
 # A shell has what it runs in the background ignore Ctrl-C, which some tests press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def levels():
+    """A command that a test runs in this process keeps the libraries quiet, and would do so for the tests after it."""
+    loggers = [logging.getLogger(name) for name in (None, "lladamedv", "torch", "torchao", "bitsandbytes")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before):
+        logger.setLevel(level)
 
 
 @pytest.fixture

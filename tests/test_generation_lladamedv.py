@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, TextIteratorStreamer, TextStreamer
@@ -217,6 +218,11 @@ def test_config_round_trip(model, tmp_path):
         ({"stop_strings": ["x"]}, "needs the `tokenizer` argument"),
         ({"generation_suffix": "x"}, "needs the `tokenizer` argument"),
         ({"stop_strings": [""], "tokenizer": _Tokenizer()}, "which has no tokens"),
+        ({"stop_strings": [5], "tokenizer": _Tokenizer()}, "`stop_strings` is \\[5\\]; allowed is a text or a list"),
+        ({"generation_suffix": 5, "tokenizer": _Tokenizer()}, "`generation_suffix` is 5; allowed is a text"),
+        ({"suppress_tokens": [3, 100]}, "`suppress_tokens` holds 100; the model has ids from 0 to 99"),
+        ({"eos_token_id": 100}, "`eos_token_id` holds 100"),
+        ({"inputs_embeds": torch.zeros(1, 2, 16)}, "`inputs_embeds` is"),
     ],
 )
 def test_bad_options_fail_before_the_first_forward(model, monkeypatch, options, message):
@@ -232,6 +238,11 @@ def test_bad_options_fail_before_the_first_forward(model, monkeypatch, options, 
         (torch.zeros(1, 0, dtype=torch.long), {}, "`input_ids` has shape \\(1, 0\\)"),
         (torch.tensor([5, 6]), {}, "`input_ids` has shape \\(2,\\)"),
         (torch.tensor([[5, 98]]), {}, "`input_ids` holds the mask token 98"),
+        (torch.tensor([[5, 100]]), {}, "`input_ids` holds 100; the model has ids from 0 to 99"),
+        (torch.tensor([[5, -1]]), {}, "`input_ids` holds -1"),
+        (torch.tensor([[5, 6]], dtype=torch.int32), {}, "`input_ids` is of type torch.int32"),
+        ([[5, 6]], {}, "`input_ids` is of type list"),
+        (torch.tensor([[5, 6]]), {"attention_mask": torch.tensor([[2, 2]])}, "`attention_mask` holds 2; allowed are 1"),
         (torch.tensor([[5, 6]]), {"attention_mask": torch.zeros(1, 2)}, "without any token"),
         (torch.tensor([[5, 6]]), {"attention_mask": torch.ones(1, 3)}, "`attention_mask` has shape \\(1, 3\\)"),
         (torch.tensor([[5, 6], [7, 8]]), {"streamer": object()}, "`streamer` works with one prompt"),
@@ -318,6 +329,7 @@ NEUTRAL = {
     "sequence_bias": None, "temperature": 1.0,
 }  # fmt: skip
 NEUTRAL_ARGUMENTS = {"synced_gpus": False, "logits_processor": LogitsProcessorList(), "assistant_model": None}
+NEUTRAL_ARGUMENTS |= dict.fromkeys(("inputs_embeds", "past_key_values", "position_ids", "token_type_ids"))
 
 
 @torch.no_grad()
@@ -330,6 +342,16 @@ def test_what_asks_for_nothing_passes(model):
     for options in (everything, {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}):
         options |= {"max_new_tokens": 8}
         assert torch.equal(model.generate(image_prompt(PROMPT), pixel_values=PIXELS, **options), expected)
+
+
+@torch.no_grad()
+def test_numbers_of_other_libraries(model):
+    prompt = image_prompt(PROMPT)
+    ends = model.generate(prompt, pixel_values=PIXELS, max_new_tokens=8, eos_token_id=None)[0, -3:].tolist()
+    expected = model.generate(prompt, pixel_values=PIXELS, max_new_tokens=8, eos_token_id=ends)
+    for numbers in (torch.tensor(ends), np.array(ends)):
+        options = {"eos_token_id": numbers, "max_new_tokens": np.int64(8), "do_sample": np.bool_(False)}
+        assert torch.equal(model.generate(prompt, pixel_values=PIXELS, **options), expected)
 
 
 @torch.no_grad()

@@ -820,7 +820,7 @@ BOMBS = {
     "own-deep": "lacks 1782 weights",
     "own-tower": "has the wrong shapes for 2 weights",
     "own-devices": "bytes, too few for the",
-    "own-gigabytes": "is no regular file of at most",
+    "own-gigabytes": "bytes; allowed are at most",
     "adapter-rank": "cannot be loaded: ",
     "merge-rank": "cannot be loaded",
     "released-wide": "holds weights of the wrong shape",

@@ -123,6 +123,11 @@ def statuses(judged):
         ("Assistant 1: 8\nAssistant 2: 9\nOn reflection, Assistant 1: 7", None),
         ("Assistant 1: 8,5\nAssistant 2: 7", None),
         ("Assistant 1: 7-8\nAssistant 2: 9", None),
+        ("Assistant 1: 7 - 8\nAssistant 2: 9", None),
+        ("Assistant 1: 7\u20138\nAssistant 2: 9", None),
+        ("Assistant 1: 10 - 2 = 8, Assistant 2: 9", None),
+        ("1 2\nAssistant 1: 8\nAssistant 2: 9", None),  # two scores of each
+        ("8 9\nAssistant 1: 8\nAssistant 2: 9", (8, 9)),
         ("Assistant 1 of 2: 8, Assistant 2 of 2: 9", None),
         ("8 for Assistant 1 and 9 for Assistant 2", None),
         # JSON

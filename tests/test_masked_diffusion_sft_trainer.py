@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
 from lladamedv.demo import DEMO_MODEL
@@ -355,36 +356,39 @@ def test_tokens_are_counted_on_after_a_resumption(tmp_path):
     assert counted == [sum(seen[:6]), sum(seen[:12])]  # a batch more is fetched
 
 
-def run_worker(folder, options, *flags, processes=1, kill_when=None):
-    """A training in other processes; the appearance of the file `kill_when` kills it. Returns the losses by step."""
+def start_workers(runs, processes=1):
+    """Trainings in other processes: `runs` are the arguments of `tests.training_worker`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    worker = [*launcher, "-m", "tests.training_worker", str(folder), json.dumps(options), *flags]
-    process = subprocess.Popen(
-        [sys.executable, *worker], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "tests.training_worker", json.dumps(runs)],
+        cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
-    if kill_when is not None:
-        while not kill_when.exists():
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.01)
-        process.kill()
-        process.communicate()
-        return None
+
+
+def run_two_processes(runs):
+    """Train in two processes. Returns the losses of each run."""
+    process = start_workers(runs, processes=2)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output[-3000:]
-    return json.loads((folder / "losses.json").read_text())
+    return [json.loads((Path(folder) / "losses.json").read_text()) for folder, _ in runs]
 
 
 def test_killed_and_resumed(tmp_path):
     """SIGKILL while the run goes on behind its second checkpoint; the loss curve is that of an uninterrupted run."""
-    options = {"max_steps": 30, "save_strategy": "steps", "save_steps": 2}
-    expected = run_worker(tmp_path / "whole", options)
-    run_worker(tmp_path / "killed", options, kill_when=tmp_path / "killed" / "checkpoint-4" / "trainer_state.json")
+    options = {"max_steps": 16, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path / "whole", **(options | {"save_strategy": "no"}))
+    whole.train()
+    process = start_workers([(str(tmp_path / "killed"), options)])
+    while not (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
     assert not (tmp_path / "killed" / "losses.json").exists()
-    resumed = run_worker(tmp_path / "killed", options, "resume")
-    assert len(expected) == 30 and resumed.keys() == expected.keys()
-    for step, loss in expected.items():
-        assert resumed[step] == pytest.approx(loss, rel=1e-4), step
+    resumed = make_trainer(tmp_path / "killed", **options)
+    resumed.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "killed")))
+    assert len(losses(whole)) == 16 and losses(resumed) == pytest.approx(losses(whole), rel=1e-4)
 
 
 FSDP = {
@@ -394,36 +398,41 @@ FSDP = {
 }  # fmt: skip
 
 
-def check_fsdp2(tmp_path, options, expected, file):
-    """Sharded over two processes: the losses and weights of DDP's in `two`, and of a run resumed from a checkpoint."""
-    assert run_worker(tmp_path / "fsdp", options | FSDP, "twice", processes=2) == pytest.approx(expected, rel=1e-6)
-    ddp = load_file(tmp_path / "two" / file)
+def check_sharded(tmp_path, file):
+    """The weights of a sharded run, and of one resumed from its checkpoint, are those of the run in `two`."""
+    expected = load_file(tmp_path / "two" / file)
     for folder in (tmp_path / "fsdp", tmp_path / "fsdp" / "resumed"):
         weights = load_file(folder / file)
-        assert weights.keys() == ddp.keys()
+        assert weights.keys() == expected.keys()
         for name, weight in weights.items():
-            torch.testing.assert_close(weight, ddp[name], atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"complementary_masking": True, "loss_normalization": "tokens"}], ids=str)
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, options):
-    options = {"max_steps": 4, "optim": "sgd", **options}
-    one = run_worker(tmp_path / "one", options | {"per_device_train_batch_size": 4})
-    options |= {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
-    two = run_worker(tmp_path / "two", options, processes=2)
-    assert two == pytest.approx(one, rel=1e-4) and len(one) == 4
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for name, weight in first.items():
-        torch.testing.assert_close(second[name], weight, atol=1e-5, rtol=1e-3)
-    if "complementary_masking" not in options:
-        check_fsdp2(tmp_path, options, two, "model.safetensors")
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+    """Copied to two processes (DDP), with either loss, and sharded over them (FSDP2), also resumed."""
+    variants = {"two": {}, "tokens": {"complementary_masking": True, "loss_normalization": "tokens"}, "fsdp": FSDP}
+    common = {"max_steps": 4, "optim": "sgd"}
+    half = common | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    found = run_two_processes([(str(tmp_path / name), half | options) for name, options in variants.items()])
+    for (name, options), two in zip(variants.items(), found):
+        if name == "fsdp":
+            assert two == pytest.approx(found[0], rel=1e-6)
+            continue
+        one = make_trainer(tmp_path / "one", **common, per_device_train_batch_size=4, **options)
+        one.train()
+        assert list(two.values()) == pytest.approx(losses(one), rel=1e-4) and len(two) == 4
+        for key, weight in load_file(tmp_path / name / "model.safetensors").items():
+            torch.testing.assert_close(weight, one.model.get_parameter(key), atol=1e-5, rtol=1e-3)
+    check_sharded(tmp_path, "model.safetensors")
 
 
 @pytest.mark.slow
 def test_adapters_in_shards(tmp_path):
     lora = {"r": 4, "target_modules": r".*language_model.*\.(q|v)_proj", "task_type": "CAUSAL_LM"}
     options = {"max_steps": 4, "ddp_backend": "gloo", "lora": lora}
-    check_fsdp2(tmp_path, options, run_worker(tmp_path / "two", options, processes=2), "adapter_model.safetensors")
+    two, sharded = run_two_processes([(str(tmp_path / "two"), options), (str(tmp_path / "fsdp"), options | FSDP)])
+    assert sharded == pytest.approx(two, rel=1e-6)
+    check_sharded(tmp_path, "adapter_model.safetensors")
 
 
 def labels_of(lengths, padding=0):
@@ -577,6 +586,7 @@ def broken(**changes):
     [
         ({"messages": [{"role": "user", "content": "Is it?"}]}, "no assistant turn"),
         ({"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": " "}]}, "no assistant"),
+        ({"messages": [*chat("Is it?", "")["messages"], *chat("Where?", "Left.")["messages"]]}, "an assistant turn is"),
         ({"messages": chat("<image> or <image>?", "No.")["messages"]}, "2 <image> for 1 images"),
         ({"images": [{"path": "gone.png", "bytes": None}]}, "an image cannot be read: .*no such file"),
         ({"images": []} | chat("<image>?", "No."), "1 <image> for 0 images"),
@@ -617,7 +627,12 @@ def test_long_rows(tmp_path):
         ({"pack_questions": 4, "turn_mask": True}, "only one of the two is allowed"),
         ({"pack_questions": 4, "dataset": rows(4, images=False)}, "`pack_questions` is 4, but row-0 has 0 images"),
         ({"max_loss_weight": 0.5}, "`max_loss_weight` is 0.5"),
+        ({"max_loss_weight": 5.0}, "`max_loss_weight` is 5.0, but `loss_weighting` is 'inverse_probability'"),
         ({"eval_time_steps": 0}, "`eval_time_steps` is 0"),
+        ({"eos_padding": 1.5}, "`eos_padding` is 1.5; allowed are whole numbers"),
+        ({"pad_to_multiple_of": -8}, "`pad_to_multiple_of` is -8; allowed are"),
+        ({"max_length": 0}, "`max_length` is 0; allowed are"),
+        ({"vision_learning_rate": 0.1}, "`vision_learning_rate` is 0.1, but nothing of that part is trained, only pro"),
         ({"vision_learning_rate": -1.0}, "`vision_learning_rate` is -1.0"),
     ],
 )

@@ -117,6 +117,8 @@ def test_every_mark_of_unicode_separates(code):
             for text in (f"{mark}{answer}{mark}", f"{answer}{mark}evidence", f"{answer}{mark} it is"):
                 assert code.score_closed(text, answer)["closed_accuracy"] == 1, repr(text)
         assert code.score_open(f"the liver{mark}", f"{mark}liver")["open_exact_match"] == 1, repr(mark)
+    for letters in ("\uff39\uff25\uff33", "\U0001d5ec\U0001d5d8\U0001d5e6"):  # wide ones, bold ones
+        assert code.score_closed(letters, "Yes")["closed_accuracy"] == 1
     for invisible in "\u200b\ufeff\u00ad\u2060":
         assert code.normalize_answer(f"{invisible}y{invisible}es{invisible}") == "yes"
 

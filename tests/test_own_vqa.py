@@ -169,6 +169,33 @@ def test_forms_and_columns(tmp_path, name):
     assert report.as_dict()["licence"] == report.as_dict()["leakage"] == "not known"
 
 
+def test_what_tables_mean_by_numbers(tmp_path):
+    """0 is a class, and no answer to a question; 5.599999904632568 is the float32 of 5.6."""
+    label = datasets.ClassLabel(names=["no", "yes"])
+    features = {"question": datasets.Value("string"), "image": datasets.Image(), "label": label}
+    rows = [{"question": "?", "image": {"bytes": picture()}, "label": each} for each in (1, 0, -1, None)]
+    table = datasets.Dataset.from_list(rows, datasets.Features(features))
+    table.to_parquet(tmp_path / "own.parquet")
+    found, _ = rows_of(tmp_path / "own.parquet")
+    assert [row[2:] for row in found] == [("yes", "closed"), ("no", "closed"), ("", "open"), ("", "open")]
+    in_lists = datasets.Features({**features, "label": [label]})
+    listed = table.map(lambda row: {"label": [row["label"]]}, features=in_lists)
+    listed.select([0, 1]).to_parquet(tmp_path / "listed.parquet")
+    assert [row[2] for row in rows_of(tmp_path / "listed.parquet")[0]] == ["yes", "no"]
+    for dtype in ("float16", "float32", "float64"):
+        numbers = table.select([0]).cast_column("label", datasets.Value(dtype)).map(lambda row: {"label": 5.6})
+        numbers.to_parquet(tmp_path / f"{dtype}.parquet")
+        assert rows_of(tmp_path / f"{dtype}.parquet")[0][0][2] == "5.6"
+
+
+@pytest.mark.parametrize("options", [{"type": "pandas"}, {"type": "arrow"}, {"columns": ["Query"]}])
+def test_a_saved_format_does_not_matter(tmp_path, options):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(picture())
+    datasets.Dataset.from_list(RECORDS).with_format(**options).save_to_disk(tmp_path / "saved")
+    assert rows_of(tmp_path / "saved", image_folder=tmp_path)[0] == ROWS
+
+
 def test_tables_say_text(tmp_path):
     """What a table reader would take for a gap, a number or a truth value is an answer."""
     (tmp_path / "a.png").write_bytes(picture())
@@ -203,7 +230,9 @@ def test_columns_that_are_not_known_are_named(tmp_path):
     ("answer", "answer_type"),
     [
         ("Yes.", "closed"), ("**No**", "closed"), ("no, it is normal", "closed"), ("No - normal", "closed"),
-        ("FALSE", "closed"), ("No evidence of disease", "open"), ("Yes/No", "open"), ("no-contrast CT", "open"),
+        ("FALSE", "closed"), ("Yes,it is", "closed"), ("no !", "closed"), ("\uff39\uff45\uff53", "closed"),
+        ("No (normal)", "closed"), ("Yes\u060c left", "closed"), ("No.1", "open"),
+        ("No evidence of disease", "open"), ("Yes/No", "open"), ("no-contrast CT", "open"),
         ("nodule", "open"), ("true lumen", "open"), ("", "open"),
     ],
 )  # fmt: skip
@@ -249,7 +278,13 @@ def test_splits(tmp_path):
     assert len(rows_of(tmp_path, "plain")[0]) == 1
     (tmp_path / "test.json").write_text(json.dumps(records[:2]))
     assert len(rows_of(tmp_path)[0]) == 2
+    plain = [{name: record[name] for name in ("question", "answer", "image")} for record in records]
+    (tmp_path / "wrapped.json").write_text(json.dumps({"train": plain[:1], "test": plain[1:2], "notes": []}))
+    assert [row[2] for row in rows_of(tmp_path / "wrapped.json", "test")[0]] == ["1"]
     table = datasets.Dataset.from_list(RECORDS)
+    (tmp_path / "shard").mkdir()
+    table.to_parquet(tmp_path / "shard" / "test-00000-of-00001.parquet")
+    assert len(rows_of(tmp_path / "shard", "test", image_folder=tmp_path)[0]) == 2
     datasets.DatasetDict({"a": table, "b": table}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"The split has to be chosen: .*saved' has \['a', 'b'\]"):
         load_own_vqa(tmp_path / "saved")
@@ -304,5 +339,7 @@ def test_what_was_left_out_makes_a_report_incomplete(demo, tmp_path, caplog):
     data = load_own_vqa(CASES / "pq" / "odd.json")
     summary = vqa.evaluate_vqa(*demo, *data, tmp_path, model_name="demo", options=SHORT, bootstrap_samples=0)
     assert not summary["complete"] and summary["left_out"] == ["4"]
-    assert "**INCOMPLETE: 1 of 5 records were not asked: no image, or invalid (4).**" in vqa.render_summary(summary)
+    for asked in (4, 1):  # all that are left, or a part of them
+        text = vqa.render_summary(summary | {"num_questions": asked})
+        assert "**INCOMPLETE: 1 of 5 records were not asked: no image, or invalid (4).**" in text
     assert not EvaluationResults.from_file(tmp_path / "summary.json").complete

@@ -90,7 +90,7 @@ def test_padding_is_not_penalised(model, side):
     [
         ({"no_repeat_ngram_size": 2, "steps": 4, "max_new_tokens": 8}, "and `steps` is 4: tokens that are committed"),
         ({"no_repeat_ngram_size": 2, "confidence_threshold": 0.9}, "and `confidence_threshold` is 0.9: tokens"),
-        ({"no_repeat_ngram_size": 0}, "`no_repeat_ngram_size` is 0; allowed are whole numbers"),
+        ({"no_repeat_ngram_size": -1}, "`no_repeat_ngram_size` is -1; allowed are whole numbers"),
         ({"repetition_penalty": 0}, "`repetition_penalty` is 0; allowed are finite numbers above 0"),
     ],
 )

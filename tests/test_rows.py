@@ -101,6 +101,7 @@ ODD_MESSAGES = [
     chat([{"type": "image", "image": "a.png"}, {"type": "text", "text": "x"}]), chat([{"type": "video"}]),
     chat(answer=[{"type": "image"}, {"type": "text", "text": "x"}]),
     [*chat()[:1], {"role": "assistant", "content": "x", "tool_calls": [{"name": "look"}]}],
+    [*chat()[:1], {"role": "assistant", "content": "x", "loss": False}],
 ]  # fmt: skip
 ODD_IMAGES = [
     "gone.png", 5, [5], [None], [""], [b""], [{}], [{"url": "x"}], object(), [float("nan")], ["\0"], [["a"]],
@@ -113,6 +114,7 @@ def test_odd_rows_are_named_and_left_out(demo, tmp_path):
     """A stream of anything at all: as many rows are left out as are odd, each by its number, and none stops the run."""
     odd = [row(messages=messages) | {"messages": messages} for messages in ODD_MESSAGES]
     odd += [row(images) for images in ODD_IMAGES] + [row(image=GOOD["images"][0]), row(tools=["look"])]
+    odd.append(row(chat_template_kwargs={"thinking": True}))
     content = [each for pair in zip(odd, [GOOD] * len(odd)) for each in pair]
     stream = datasets.IterableDataset.from_generator(lambda: iter(content))
     trainer = make_trainer(demo, tmp_path, stream, invalid_rows="skip")

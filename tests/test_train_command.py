@@ -20,7 +20,7 @@ from lladamedv.cli import app
 from lladamedv.demo import DEMO_MODEL, load_model
 from lladamedv.processing.phantoms import PhantomVQA
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
-from lladamedv.trainers import recipes, sft
+from lladamedv.trainers import DataCollatorForMaskedDiffusion, recipes, sft
 from tests import released
 from tests.hub_stub import environment as hub_environment
 from tests.hub_stub import running_hub
@@ -281,6 +281,9 @@ def test_from_scratch(tmp_path):
     trained = sft.load_model(script, model_args)[0]
     script.from_scratch = True
     new, _ = sft.load_model(script, model_args)
+    model_args.dtype, model_args.attn_implementation = "bfloat16", "eager"
+    other = sft.load_model(script, model_args)[0]
+    assert other.dtype == torch.bfloat16 and other.config._attn_implementation == "eager"
     for name, weight in new.state_dict().items():
         assert weight.shape == trained.state_dict()[name].shape
     assert not torch.equal(trained.lm_head.weight, new.lm_head.weight)
@@ -294,7 +297,7 @@ def test_a_released_checkpoint_loads_as_it_is(tmp_path):
     model, processor = sft.load_model(script, model_args)
     assert processor.image_token_id == model.config.image_token_id
     assert processor.tokenizer.convert_tokens_to_ids("<|startoftext|>") == processor.tokenizer.bos_token_id
-    assert processor.chat_template == CHAT_TEMPLATES["llava_llada"]
+    assert processor.chat_template["default"] == CHAT_TEMPLATES["llava_llada"]
     assert processor.image_processor.vision_aspect_ratio == "anyres_max_4"
     assert processor.image_processor.image_grid_pinpoints == model.config.image_grid_pinpoints
     processor.save_pretrained(tmp_path / "processor")
@@ -312,6 +315,12 @@ def test_a_released_language_model_without_eyes(tmp_path):
     script, _, model_args = arguments(model_name_or_path=folder, output_dir=tmp_path)
     model, processor = sft.load_model(script, model_args)
     assert model.config.text_only and processor.tokenizer.eos_token_id == model.config.text_config.eos_token_id
+    # Without a system prompt, in training as in the model's own inference.
+    user, collator = [{"role": "user", "content": "Where?"}], DataCollatorForMaskedDiffusion(processor)
+    prompt = processor.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+    assert prompt.startswith("<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nWhere?")
+    row = collator([{"messages": [*user, {"role": "assistant", "content": "Left."}]}])["input_ids"][0]
+    assert processor.tokenizer.decode(row).startswith(prompt)
 
 
 # Adapters and checkpoints
@@ -378,6 +387,7 @@ def test_which_checkpoint(tmp_path):
         ({"eval_strategy": "steps", "eval_steps": 1}, "`eval_data` is empty"),
         ({"log_answers": 2}, "`log_answers` is 2, but there is no `eval_dataset`"),
         ({"shuffle_buffer": 0}, "`shuffle_buffer` is 0"),
+        ({"lora_r": 8}, "`lora_r` is given, but `use_peft` is False"),
         ({"resume_from_checkpoint": "none"}, "`resume_from_checkpoint` is 'none'"),
         ({"trainable": "stage1"}, "invalid choice: 'stage1'"),
         ({"stage": "1"}, "--stage"),

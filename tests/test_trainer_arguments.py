@@ -126,7 +126,11 @@ def refused(tmp_path, error, message, model=None, **options):
         ({"args": {"max_steps": 1}}, TypeError, "`args` is of type dict; allowed are MaskedDiffusionSFTConfig"),
         ({"processing_class": tiny_processor().tokenizer}, TypeError, "needed is the processor .*AutoProcessor"),
         ({"model": torch.nn.Linear(2, 2)}, ValueError, "`model` is a Linear; needed is a LLaDAMedVForConditionalGen"),
-        ({"peft_config": PrefixTuningConfig(**VIRTUAL)}, ValueError, "Adapters that learn a prompt"),
+        ({"model": torch.nn.Linear(2, 2), "args": None}, ValueError, "`model` is a Linear; needed is a LLaDAMedVFor"),
+        (  # before any row is read
+            {"peft_config": PrefixTuningConfig(**VIRTUAL), "train_dataset": rows(2).select([])}, ValueError,
+            "Adapters that learn a prompt",
+        ),
         ({"peft_config": PromptTuningConfig(**VIRTUAL)}, ValueError, "Adapters that learn a prompt"),
         (
             {"optimizers": (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), None)}, ValueError,

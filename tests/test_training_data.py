@@ -180,10 +180,28 @@ def test_numbers_are_answers(folder, tmp_path):
         assert [row["messages"][1]["content"][0]["text"] for row in rows] == ["5", "5.6"] and len(report.invalid) == 1
 
 
-def test_an_object_around_the_records(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({"data": [qa(0)]}, indent=1))
-    with pytest.raises(ValueError, match=r"has the columns \['data'\]; allowed are messages, or"):
-        load(str(tmp_path / "a.json"))
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_an_object_around_the_records(folder, tmp_path, streaming):
+    for make in (qa, chat, llava):
+        content = {"version": 1, "data": [make(number, name) | {"id": None} for number, name in enumerate(NAMES)]}
+        (tmp_path / "a.json").write_text(json.dumps(content, indent=1))
+        rows = load(DataSource(str(tmp_path / "a.json"), image_folder=str(folder)), streaming=streaming)
+        check_rows(rows, range(6), [f"a/{number}" for number in range(6)])
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_lines_that_cannot_be_read_are_left_out_when_asked(folder, tmp_path, streaming):
+    (tmp_path / "a.csv").write_text("image,question,answer\n0.png,Q0?,A0\n1.png,large, or small?,No\n2.png,Q2?,A2\n")
+    lines = [json.dumps(qa(number, NAMES[number])) for number in (0, 2)]
+    (tmp_path / "a.jsonl").write_text(f'{lines[0]}\n{{"question": "Q\n{lines[1]}\n')
+    for file, reason in (("a.csv", "it has 4 cells at line 3, and 3 columns"), ("a.jsonl", "it is no JSON")):
+        source = DataSource(str(tmp_path / file), image_folder=str(folder))
+        with pytest.raises(ValueError, match="at line"):
+            list(load(source, streaming=streaming))
+        dataset, (report,) = load_dataset_mixture([source], streaming=streaming, invalid_records="skip")
+        check_rows(dataset, [0, 2], ["a/0", "a/2"])
+        ((name, why),) = report.invalid
+        assert report.rows == 2 and name == "a/1" and why.startswith(reason)
 
 
 def test_chats_with_parts_and_lists_of_images(folder, tmp_path):

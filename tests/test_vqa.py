@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
+from accelerate import cpu_offload
 from datasets import Dataset, Image
+from peft import LoraConfig, get_peft_model
 
 from lladamedv.evaluation import vqa
-from lladamedv.evaluation.answering import answer_batch, question_about
+from lladamedv.evaluation.answering import answer_batch, model_fingerprint, question_about
 from lladamedv.evaluation.decoding_analysis import analyze_decoding
 from lladamedv.evaluation.published_vqa import LLADA_MEDV, PUBLISHED_VQA
 from lladamedv.loading import load_model
@@ -92,6 +95,8 @@ def test_a_finished_run_is_not_asked_again(demo, phantoms, tmp_path, monkeypatch
         (lambda model, processor: setattr(processor, "chat_template", processor.chat_template + " "), "chat_template"),
         (lambda model, processor: processor.tokenizer.add_tokens(["lesion"]), "tokenizer_sha256"),
         (lambda model, processor: model.lm_head.weight.data.mul_(2), "model_sha256"),
+        (lambda model, processor: model.lm_head.weight.data[586].mul_(2), "model_sha256"),  # one id of all
+        (lambda model, processor: setattr(model.config.text_config, "rms_norm_eps", 0.1), "rms_norm_eps: 1e-05 there"),
         (lambda model, processor: model.double(), "dtype: 'float32' there, 'float64' here"),
     ],
 )
@@ -102,6 +107,21 @@ def test_a_run_does_not_go_on_with_what_else_is_in_force(phantoms, tmp_path, cha
     change(model, processor)
     with pytest.raises(ValueError, match=told):
         run((model, processor), phantoms, tmp_path, options=ONE_STEP)
+
+
+def test_adapters_are_told_apart_by_their_strength():
+    digests = []
+    for alpha in (8, 8, 16):
+        torch.manual_seed(0)
+        adapters = LoraConfig(target_modules=["q_proj"], lora_alpha=alpha, init_lora_weights=False)
+        digests.append(model_fingerprint(get_peft_model(load_model()[0], adapters)))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_offloaded_models_are_evaluated(demo, phantoms, tmp_path):
+    expected = run(demo, phantoms, tmp_path / "whole", options=ONE_STEP)
+    summary = run((cpu_offload(load_model()[0]), demo[1]), phantoms, tmp_path / "offloaded", options=ONE_STEP)
+    assert summary["scores"] == expected["scores"] and summary["model_sha256"] == expected["model_sha256"]
 
 
 @pytest.mark.parametrize("change", ["question", "answer", "image", "answer_type"])
@@ -217,3 +237,5 @@ def test_published_results_stand_beside_ones_own(demo, phantoms, tmp_path):
     scores = summary["scores"]
     own = f"| **demo** | {scores['open_recall_llava_med']:.2f} | {scores['closed_accuracy_llava_med']:.2f} |"
     assert own in text and "| LLaDA-MedV | 68.85 | 92.31 |" in text and "| PubMedCLIP | 78.40 | 82.50 |" in text
+    report.rows = summary["num_questions"] + 1  # a part of the questions has no place in the table
+    assert "table 2" not in vqa.render_summary(summary | {"benchmark": "slake", "data": report.as_dict()})

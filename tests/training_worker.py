@@ -1,6 +1,6 @@
-"""A tiny training in a process of its own, for tests that kill it or run two: `FOLDER JSON-OPTIONS [FLAG …]`.
+"""Tiny trainings in a process of their own, for tests that kill it or run two: `[[FOLDER, OPTIONS], …]`, as JSON.
 
-`resume` goes on from the last checkpoint; `twice` trains again from `checkpoint-2`, into `FOLDER/resumed`.
+A sharded run is trained again from its `checkpoint-2`, into `FOLDER/resumed`.
 """
 
 import json
@@ -9,25 +9,30 @@ import weakref
 from pathlib import Path
 
 from peft import LoraConfig
-from transformers.trainer_utils import get_last_checkpoint
 
 from tests.test_masked_diffusion_sft_trainer import make_trainer, tiny_model
 
 
-def main() -> None:
-    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+def train(folder: Path, options: dict, checkpoint: Path | None = None):
+    options = dict(options)
     adapters = LoraConfig(**options.pop("lora")) if "lora" in options else None
-    trainer = make_trainer(folder, peft_config=adapters, **options)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if "resume" in sys.argv else None)
+    # What is resumed does not depend on the weights that it starts from; adapters do on those beneath them.
+    model = tiny_model(seed=0 if adapters or checkpoint is None else 5)
+    trainer = make_trainer(folder, model=model, peft_config=adapters, **options)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-        (folder / "losses.json").write_text(json.dumps(losses))
-    if "twice" in sys.argv:
-        model = tiny_model(seed=0 if adapters else 5)  # what is resumed does not depend on the weights it starts from
-        trainer = make_trainer(folder / "resumed", model=model, peft_config=adapters, **options)
-        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-        trainer.save_model()
+    return trainer
+
+
+def main() -> None:
+    for folder, options in json.loads(sys.argv[1]):
+        folder = Path(folder)
+        trainer = train(folder, options)
+        if trainer.is_world_process_zero():
+            losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+            (folder / "losses.json").write_text(json.dumps(losses))
+        if "fsdp" in options:
+            trainer = train(folder / "resumed", options, folder / "checkpoint-2")
     wrapped = weakref.ref(trainer.model_wrapped)
     trainer.end()
     assert wrapped() in (trainer.model, None)  # DDP's wrapper would hold the process group

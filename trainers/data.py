@@ -34,7 +34,7 @@ from lladamedv.processing.datasets.records import (
     text_of,
 )
 from lladamedv.processing.datasets.vqa import load_vqa, record_to_messages
-from lladamedv.processing.datasets.vqa_columns import Fields, answer_text
+from lladamedv.processing.datasets.vqa_columns import Fields, answer_text, unwrapped
 from lladamedv.processing.phantoms import PhantomVQA, parse_phantoms
 
 from .rows import RowError, normalize_messages, undecoded
@@ -167,12 +167,13 @@ def _load(source: DataSource, streaming: bool, invalid_records: str, argument: s
     elif source.path.startswith(_VQA):
         dataset, report = _load_benchmark(source, streaming, invalid_records, argument)
     elif (path := _records_file(source)) is not None:
-        first = next((record for _, record in read_records(path)), None)
+        records = (record for _, record in read_records(path, invalid_records == "skip") if isinstance(record, dict))
+        first = next((each for record in records for each in unwrapped(record)), None)
         if first is None:
             raise ValueError(f"`{argument}` holds {str(source)!r}, which has no records.")
         images = ImageFiles(path.parent if source.image_folder is None else source.image_folder)
         convert = partial(_to_row, kind=_kind_of(first, source, argument), images=images)
-        dataset = from_rows(partial(rows_of, path, convert, report), ROW_FEATURES, streaming)
+        dataset = from_rows(partial(rows_of, path, convert, report, unwrapped), ROW_FEATURES, streaming)
     else:
         dataset = _from_table(_open(source, streaming, argument), source, report, argument)
     if isinstance(dataset, Dataset) and not len(dataset):

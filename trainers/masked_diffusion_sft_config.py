@@ -216,15 +216,21 @@ class MaskedDiffusionSFTConfig(SFTConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {allowed}.")
         for name, least in (("eos_padding", 0), ("eos_padding_to_multiple_of", 1), ("pack_questions", 2),
-                            ("eval_time_steps", 1), ("log_answers", 0)):  # fmt: skip
+                            ("eval_time_steps", 1), ("log_answers", 0), ("max_length", 1),
+                            ("pad_to_multiple_of", 1)):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and (value != int(value) or value < least):
                 raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers of at least {least}.")
         for name in ("max_loss_weight", "projector_learning_rate", "vision_learning_rate",
                      "language_model_learning_rate"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` is {value!r}; allowed are numbers above 0.")
+        if self.loss_weighting != "clipped" and self.max_loss_weight != type(self).max_loss_weight:
+            raise ValueError(
+                f"`max_loss_weight` is {self.max_loss_weight}, but `loss_weighting` is {self.loss_weighting!r}, which "
+                "has no largest weight; it belongs to 'clipped'."
+            )
         if self.max_loss_weight < 1:
             raise ValueError(f"`max_loss_weight` is {self.max_loss_weight}; below 1 it would weigh all tokens alike.")
         for each in fields(SFTConfig):

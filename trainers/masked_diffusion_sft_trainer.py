@@ -129,7 +129,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         if isinstance(model, PathLike):
             model = fspath(model)
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
+            name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
             name = f"{Path(name).name or 'LLaDA-MedV'}-SFT"
             args = MaskedDiffusionSFTConfig(name, use_cpu=not torch.accelerator.is_available())
         elif not isinstance(args, MaskedDiffusionSFTConfig):
@@ -178,6 +178,12 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             part for part in _PARTS
             if any(each.requires_grad and part_of(name) == part for name, each in self.model.named_parameters())
         ]  # fmt: skip
+        for part in _PARTS:
+            if (rate := getattr(args, f"{part}_learning_rate")) is not None and part not in self.trained_parts:
+                raise ValueError(
+                    f"`{part}_learning_rate` is {rate}, but nothing of that part is trained, only "
+                    f"{' and '.join(self.trained_parts)}; leave it out, or see `trainable`."
+                )
         if self.optimizer is not None:
             held = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
             if not any(each.requires_grad and id(each) in held for each in self.model.parameters()):
@@ -213,7 +219,8 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
                 f"`{name}` is of type {type(dataset).__name__}; allowed are `datasets.Dataset`, which "
                 "`Dataset.from_list(rows)` makes of a list, and `datasets.IterableDataset`."
             )
-        columns = dataset.column_names or list(next(iter(dataset), {}))
+        made = isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"  # by a transform
+        columns = (not made and dataset.column_names) or list(next(iter(dataset), {}))
         if not columns:
             raise ValueError(f"`{name}` is empty; at least one row is needed.")
         if "messages" not in columns:
@@ -552,6 +559,8 @@ def _freeze(model, trainable: str, peft_config) -> None:
             "`model` holds adapters of its own; to train them, load them into the plain model by "
             "`PeftModel.from_pretrained(model, folder, is_trainable=True)`."
         )
+    if getattr(peft_config, "is_prompt_learning", False):
+        model.get_submodule("embeddings.word_embeddings")  # says why not; PEFT asks for it when all rows are checked
     if peft_config is not None or isinstance(model, PeftModel):
         if trainable != MaskedDiffusionSFTConfig.trainable:
             raise ValueError(

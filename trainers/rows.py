@@ -29,8 +29,10 @@ logger = logging.getLogger(__name__)
 IMAGE_PLACEHOLDER = "<image>"
 _ROLES = ("system", "user", "assistant")
 # What may stand in messages and rows, and would change what is learned if it were read.
-_NOT_READ_IN_MESSAGES = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "weight")
-_NOT_READ_IN_ROWS = ("tools", "videos", "audios")
+_NOT_READ_IN_MESSAGES = (
+    "tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "weight", "loss", "train",
+)  # fmt: skip
+_NOT_READ_IN_ROWS = ("tools", "videos", "audios", "chat_template_kwargs")
 # An image's place in a message says neither which image it is nor how to read it.
 _IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", *(option.name for option in READING_OPTIONS))
 _CHUNK = 256  # rows in memory at a time
@@ -112,7 +114,7 @@ def normalize_messages(messages: list, num_images: int) -> list[dict]:
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
             raise _unreadable(f"message {number} has the role {role!r:.50}; allowed are {', '.join(_ROLES)}")
-        ignored = [key for key in _NOT_READ_IN_MESSAGES if message.get(key) not in (None, [], "")]
+        ignored = [key for key in _NOT_READ_IN_MESSAGES if message.get(key) not in (None, [], "", 1)]
         if ignored:
             raise _unreadable(f"message {number} has `{ignored[0]}`, which is not trained on")
         if isinstance(content, str):
@@ -226,8 +228,11 @@ def check_row(row: dict) -> None:
     images = images_of(row)
     messages = normalize_messages(row["messages"], len(images))
     answers = [message for message in messages if message["role"] == "assistant"]
-    if not any(part["text"].strip() for answer in answers for part in answer["content"]):
+    told = [any(part["text"].strip() for part in answer["content"]) for answer in answers]
+    if not any(told):
         raise RowError("no assistant turn")
+    if not all(told):
+        raise RowError("an assistant turn is empty")
     if answers[-1] is messages[0]:
         raise RowError("no turn before the answer")
     shown = count_placeholders(messages)
@@ -292,7 +297,7 @@ def pixels_of(row: dict, open_image: Callable, seen: dict[str, tuple | Exception
             except Exception as error:  # libraries raise many kinds for broken files
                 seen[key] = error
         if isinstance(seen[key], Exception):
-            raise RowError("an image cannot be read", " ".join(str(seen[key]).split()))
+            raise RowError("an image cannot be read", " ".join(str(seen[key]).split()).rstrip("."))
         pixels.append(seen[key])
     return pixels
 

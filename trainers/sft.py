@@ -13,15 +13,16 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 
+import torch
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedConfig, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
@@ -33,10 +34,17 @@ from lladamedv.modeling_lladamedv import (
     LLaDAMedVForConditionalGeneration,
     LLaDAMedVGenerationConfig,
 )
-from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import RELEASED_MODEL_TYPES, check_folder
-from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
+from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import (
+    RELEASED_MODEL_TYPES,
+    SPECIAL_TOKENS,
+    check_folder,
+    preset_of,
+    resolve_source,
+)
+from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
+from lladamedv.processing.released import load_processor
 
 from .data import STOPPING_STRATEGIES, DataSource, load_dataset_mixture
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
@@ -50,6 +58,7 @@ DEMO = "demo"  # as a model: the tiny one that comes with the package
 LORA_TARGET_MODULES = r"model\.language_model\.layers\.\d+\.\w+\.(q|k|v|o|gate|up|down)_proj"
 # In full, because Transformers matches a name from its beginning. What is not here is the language model's layers.
 QUANTIZATION_SKIP_MODULES = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+ADAPTER_FLAGS = {each.name for each in fields(ModelConfig) if "lora" in each.name or "dora" in each.name}
 PROJECTOR_FILE = "mm_projector.safetensors"
 _FULL = 2**20  # bytes that are free on a full disk, at most
 
@@ -145,6 +154,12 @@ class _Parser(TrlParser):
         script, training, model = super().parse_args_and_config(args, *others, **options)
         flags = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in args if word.startswith("--")}
         _settle_evaluation(script, training, flags)
+        adapters = sorted(flags & ADAPTER_FLAGS)
+        if adapters and not model.use_peft:
+            raise ValueError(
+                f"`{adapters[0]}` is given, but `use_peft` is False, so that the weights themselves would be trained; "
+                "add --use_peft, or leave it out."
+            )
         return script, training, model
 
 
@@ -370,13 +385,17 @@ def load_model(
             if quantization is not None or model_type in RELEASED_MODEL_TYPES:
                 raise ValueError("`from_scratch` needs a folder of this package's own format, without quantisation.")
             config = LLaDAMedVConfig.from_pretrained(name, revision=model_args.model_revision)
-            model = LLaDAMedVForConditionalGeneration(config)
+            model = LLaDAMedVForConditionalGeneration._from_config(
+                config, attn_implementation=model_args.attn_implementation
+            )
             # SigLIP's own random position embeddings drown what small patches show; these are a ViT's.
             if not config.text_only:
                 nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.02)
             model.generation_config = LLaDAMedVGenerationConfig.from_pretrained(
                 name, revision=model_args.model_revision
             )
+            if model_args.dtype not in (None, "auto"):
+                model.to(getattr(torch, model_args.dtype))
         else:
             model = LLaDAMedVForConditionalGeneration.from_pretrained(
                 name, revision=model_args.model_revision, dtype=model_args.dtype,
@@ -386,7 +405,9 @@ def load_model(
         raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be loaded: {error}") from error
     try:
         if script_args.processor is None and model_type in RELEASED_MODEL_TYPES:
-            processor = _processor_of_released(name, model.config, model_args.model_revision)
+            folder = resolve_source(name, model_args.model_revision)
+            template = preset_of(name, model.config).chat_template
+            processor = load_processor(folder, model.config, template, SPECIAL_TOKENS)
         elif script_args.processor is None:
             processor = LLaDAMedVProcessor.from_pretrained(name, revision=model_args.model_revision)
         else:
@@ -398,22 +419,6 @@ def load_model(
         several = isinstance(processor.chat_template, dict)
         processor.chat_template = {**processor.chat_template, "default": template} if several else template
     return model, processor
-
-
-def _processor_of_released(name, config, revision) -> LLaDAMedVProcessor:
-    """The processor of a checkpoint in a released layout, which carries only a tokenizer."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
-    for token in ("bos", "eos", "pad"):
-        token_id = getattr(config.text_config, f"{token}_token_id")
-        setattr(tokenizer, f"{token}_token", tokenizer.convert_ids_to_tokens(token_id))
-    images = LLaDAMedVImageProcessor()
-    if not config.text_only:
-        side = config.vision_config.image_size
-        images = LLaDAMedVImageProcessor(
-            size={"height": side, "width": side}, patch_size=config.vision_config.patch_size,
-            vision_aspect_ratio=config.vision_aspect_ratio, image_grid_pinpoints=config.image_grid_pinpoints,
-        )  # fmt: skip
-    return LLaDAMedVProcessor(images, tokenizer)
 
 
 def quantization_config(script_args: SFTScriptArguments, model_args: ModelConfig):

@@ -58,7 +58,7 @@ def _plain(character: str) -> str:
         return ""
     if character in _APOSTROPHES:
         return "'"
-    return character if _is_mark(character) else unicodedata.normalize("NFKC", character)
+    return character if _is_mark(character) else unicodedata.normalize("NFKC", character).lower()
 
 
 def normalize_answer(text: str, normalizer: str = "vqa_v2_fixed") -> str:

@@ -64,7 +64,7 @@ def record_to_row(record: dict, record_id: str, images: ImageFiles | None = None
                 message["content"] = [{"type": "image", "text": None} for _ in names] + message["content"]
                 break
     found = [images.find(name) if images is not None else name for name in names]
-    return {"id": str(record.get("id", record_id)), "messages": messages, "images": found}
+    return {"id": record_id if record.get("id") is None else str(record["id"]), "messages": messages, "images": found}
 
 
 def row_to_record(row: dict, image_folder: str | Path | None = None) -> dict:

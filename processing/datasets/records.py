@@ -220,12 +220,13 @@ def _is_plain(member: zipfile.ZipInfo) -> bool:
     )
 
 
-def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
+def read_records(path: str | Path, keep_invalid: bool = False) -> Iterator[tuple[int, dict]]:
     """The records of a JSON list, of JSON lines, or of a table of texts, one at a time.
 
     Args:
         path: file of one list of objects, or of one object a line; .csv or .tsv: of one record a row, below a row of
             names. What it says there is text, also "5", "None" and "NA"; an empty cell is `None`.
+        keep_invalid: yield an [`InvalidRecordError`] instead of a line that alone cannot be read, and go on.
 
     Yields:
         The line on which a record begins (in a table: ends), from 1, and the record.
@@ -246,34 +247,38 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
                 # Excel writes semicolons where the comma is the decimal mark, and tabs into "Unicode text".
                 separator = max("\t,;" if suffix == ".tsv" else ",;\t", key=file.readline().count)
                 file.seek(0)
-                yield from _read_table(csv.reader(file, delimiter=separator, strict=True), path)
+                yield from _read_table(csv.reader(file, delimiter=separator, strict=True), path, keep_invalid)
             return
         with open(path, encoding=encoding) as file:
             first = file.read(1)
             while first.isspace():
                 first = file.read(1)
             file.seek(0)
-            yield from _read_list(file, path) if first == "[" else _read_lines(file, path)
+            yield from _read_list(file, path) if first == "[" else _read_lines(file, path, keep_invalid)
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not in UTF-8 ({error}); save it anew in that encoding.") from error
     except (OSError, csv.Error) as error:
         raise ValueError(f"{str(path)!r} cannot be read as {form}: {error}") from error
 
 
-def _read_table(reader, path) -> Iterator[tuple[int, dict]]:
+def _read_table(reader, path, keep_invalid: bool) -> Iterator[tuple[int, dict]]:
     names = next(reader, [])
     if len(set(names)) < len(names):
         raise ValueError(f"{str(path)!r} has the columns {names}, of which two have one name.")
     for values in filter(None, reader):  # without empty lines
         if len(values) != len(names):
-            raise ValueError(
-                f"{str(path)!r} has {len(values)} cells at line {reader.line_num}, and {len(names)} columns: {names}. "
-                "Texts that hold the separator need quotation marks."
+            problem = (
+                f"{len(values)} cells at line {reader.line_num}, and {len(names)} columns: {names}. Texts that hold "
+                "the separator need quotation marks."
             )
+            if not keep_invalid:
+                raise ValueError(f"{str(path)!r} has {problem}")
+            yield reader.line_num, InvalidRecordError(f"it has {problem}")
+            continue
         yield reader.line_num, {name: value or None for name, value in zip(names, values)}
 
 
-def _read_lines(file: TextIO, path) -> Iterator[tuple[int, dict]]:
+def _read_lines(file: TextIO, path, keep_invalid: bool) -> Iterator[tuple[int, dict]]:
     number = 0
     while line := file.readline(_LONGEST + 1):
         number += 1
@@ -289,6 +294,9 @@ def _read_lines(file: TextIO, path) -> Iterator[tuple[int, dict]]:
                     record = json.loads(line + file.read(_LONGEST)) if number == 1 else None
                 except (ValueError, RecursionError):
                     record = None
+                if record is None and number > 1 and keep_invalid:
+                    yield number, InvalidRecordError(f"it is no JSON, {_reason(error)}")
+                    continue
                 if record is None:
                     raise problem from None
             yield number, _as_object(record, line, path, number)
@@ -380,21 +388,36 @@ def text_of(value) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def rows_of(path: str | Path, convert: Callable[[dict, str], dict], report: LoadReport) -> Iterator[dict]:
+def rows_of(
+    path: str | Path,
+    convert: Callable[[dict, str], dict],
+    report: LoadReport,
+    unwrap: Callable[[dict], list[dict]] = lambda record: [record],
+) -> Iterator[dict]:
     """The rows that a file's records become.
 
     Args:
         path: see [`read_records`].
         convert: makes a row of a record and what to call it if it has no `id`.
-        report: decides about records that `convert` refuses, and is told what became of each.
+        report: decides about records that `convert` refuses or that cannot be read, and is told what became of each.
+        unwrap: the records in one object of the file, by default itself.
 
     Raises:
         ValueError: for a file that is no JSON, or a malformed record if that is what the report says.
     """
-    for number, (line, record) in enumerate(read_records(path)):
+    keep_invalid = report.invalid_records == "skip"
+    records = (
+        (line, each)
+        for line, record in read_records(path, keep_invalid)
+        for each in (unwrap(record) if isinstance(record, dict) else [record])
+    )
+    for number, (line, record) in enumerate(records):
         is_new = report.begin(number)
-        record_id = str(record.get("id", f"{Path(path).stem}/{number}"))
+        record_id = f"{Path(path).stem}/{number}"
         try:
+            if isinstance(record, InvalidRecordError):
+                raise record
+            record_id = record_id if record.get("id") is None else str(record["id"])
             row = convert(record, record_id)
         except InvalidRecordError as error:
             report.leave_out(record_id, error, f" at line {line}")
@@ -449,6 +472,7 @@ def open_table(
                 if split not in dataset:
                     raise ValueError(f"`split` is {split!r}; allowed are {sorted(dataset)}")
                 dataset = dataset[split]
+            dataset = dataset.with_format(None)  # it was saved with one, as of PyTorch or of some columns alone
             return dataset.to_iterable_dataset() if streaming else dataset
         if path.startswith(("/", ".")) or path.lower().endswith((*RECORD_SUFFIXES, PARQUET_SUFFIX)):
             raise ValueError("no such file or folder")

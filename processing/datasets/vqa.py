@@ -13,13 +13,15 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
 import fsspec
-from datasets import Dataset, Features, Image, IterableDataset, Value
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from huggingface_hub import HfApi, hf_hub_download
 
 from lladamedv.processing.phantoms import PhantomVQA, parse_phantoms
@@ -39,7 +41,7 @@ from .records import (
     read_records,
     text_of,
 )
-from .vqa_columns import ANSWER_TYPES, COLUMNS, Fields, answer_text, derived_answer_type, squash
+from .vqa_columns import ANSWER_TYPES, COLUMNS, Fields, answer_text, derived_answer_type, squash, unwrapped
 from .vqa_sources import BENCHMARKS, COUNTED, LEAKAGE, LLAVA_MED, PHANTOMS, SOURCES, SPLITS, TEST, VQASource
 
 
@@ -56,7 +58,6 @@ VQA_FEATURES = Features(
 PHANTOM_SEED, PHANTOM_COUNT = 9000, 300
 OWN_DATA = "own-data"  # what is no benchmark
 _ALL = "all"  # the split of data that has none
-_WRAPPERS = {"data", "rows", "records", "items", "examples", "samples", "questions", "annotations", *SPLITS}
 
 
 @dataclass
@@ -317,7 +318,8 @@ def load_own_vqa(
         records = _FileRecords(file)
     report.split = split or _ALL
     _first_record(records, f"There are no records in {str(data)!r}.")
-    chosen = split if file is not None and split != file.stem else None
+    named = file is None or split is None or re.fullmatch(rf"{re.escape(split)}(-\d+-of-\d+)?", file.stem)
+    chosen = None if named else split
     return _read(_Reader(records, images, report, chosen), streaming), report
 
 
@@ -388,19 +390,8 @@ class _FileRecords:
 
     def __call__(self) -> Iterator[tuple[str, dict]]:
         for line, record in read_records(self.file):
-            for each in _unwrapped(record):
+            for each in unwrapped(record, with_splits=True):
                 yield f" at line {line}", each
-
-
-def _unwrapped(record: dict) -> list[dict]:
-    """The records in an object such as `{"data": [{…}, …]}`; or the record itself."""
-    held = [
-        value
-        for name, value in record.items()
-        if name in _WRAPPERS and isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
-    ]
-    fields = Fields(record)
-    return held[0] if len(held) == 1 and fields.name("question") in (None, *_WRAPPERS) else [record]
 
 
 @dataclass
@@ -408,8 +399,20 @@ class _TableRecords:
     table: Dataset | IterableDataset
 
     def __call__(self) -> Iterator[tuple[str, dict]]:
+        features = self.table.features or {}
         for record in self.table:
-            yield "", record
+            yield "", {name: _as_meant(value, features.get(name)) for name, value in record.items()}
+
+
+def _as_meant(value, feature):
+    """The name of a class where a table stores its number, or -1 for none; 5.6 where float32 stores 5.599999904…"""
+    if isinstance(value, list):
+        return [_as_meant(each, getattr(feature, "feature", None)) for each in value]
+    if isinstance(feature, ClassLabel):
+        return None if value in (None, -1) else feature.int2str(value)
+    if isinstance(value, float) and getattr(feature, "dtype", None) in ("float16", "float32"):
+        return float(str(np.dtype(feature.dtype).type(value)))
+    return value
 
 
 @dataclass

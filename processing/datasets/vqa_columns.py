@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 
 from .records import InvalidRecordError, text_of
+from .vqa_sources import SPLITS
 
 
 # Of each column the first name that a record has counts: for questions and answers whatever stands there, and for all
@@ -31,14 +33,18 @@ COLUMNS = {
     "organ": ("organ", "image_organ"),
     "split": ("split",),
 }  # fmt: skip
+_WRAPPERS = {"data", "rows", "records", "items", "examples", "samples", "questions", "annotations", *SPLITS}
+_TURNS = {"messages", "conversations", "conversatons"}
 _FIRST_THAT_IS_THERE = ("question", "answer")
 ANSWER_TYPES = {
     "open": "open", "openended": "open", "freeform": "open", "other": "open", "number": "open",
     "closed": "closed", "closeended": "closed", "closedended": "closed", "yesno": "closed", "binary": "closed",
 }  # fmt: skip
-# An answer that is yes or no, or says so before a mark: "Yes.", "No, it is normal", but not "No evidence".
+# An answer that is yes or no, or says so before a mark: "Yes.", "No, it is normal", but not "No evidence" or "No-go".
 _POLAR = re.compile(
-    r"\W*(?:yes|no)(?:[^\w\s]*\s*|\s*[.,;:!\u2013\u2014]\s.*|\s+-\s.*)|\W*(?:true|false)\W*", re.IGNORECASE | re.DOTALL
+    r"\W*(?:yes|no)(?:\W*|\s*[.,;:!(\u3001\u3002\u060c\u061b](?!\d).*|\s*[\u2013\u2014]\s.*|\s+-\s.*)"
+    r"|\W*(?:true|false)\W*",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -75,6 +81,24 @@ class Fields:
         return default if name is None else self.record[name]
 
 
+def unwrapped(record: dict, with_splits: bool = False) -> list[dict]:
+    """The records in an object such as `{"data": [{…}, …]}`; or the record itself.
+
+    Args:
+        with_splits: also of `{"train": […], "test": […]}`, where each record gets its `split`.
+    """
+    held = {
+        name: value
+        for name, value in record.items()
+        if name in _WRAPPERS and isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
+    }
+    wrapped = len(held) == 1 or (with_splits and held and {*held} <= {*SPLITS})
+    if not wrapped or Fields(record).name("question") not in (None, *_WRAPPERS) or not _TURNS.isdisjoint(record):
+        return [record]
+    named = {*SPLITS} if with_splits else set()
+    return [{"split": name, **each} if name in named else each for name, value in held.items() for each in value]
+
+
 def _is_gap(value) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or value in ("", [])
 
@@ -99,7 +123,7 @@ def answer_text(value) -> str:
 
 def derived_answer_type(answer: str) -> str:
     """The type of a question that has none: "closed" if its true answer is yes or no, or begins so before a mark."""
-    return "closed" if _POLAR.fullmatch(answer) else "open"
+    return "closed" if _POLAR.fullmatch(unicodedata.normalize("NFKC", answer)) else "open"
 
 
-__all__ = ["ANSWER_TYPES", "COLUMNS", "Fields", "answer_text", "derived_answer_type", "squash"]
+__all__ = ["ANSWER_TYPES", "COLUMNS", "Fields", "answer_text", "derived_answer_type", "squash", "unwrapped"]
