@@ -521,8 +521,10 @@ class Recorder(TrainerCallback):
 
 def test_answers_are_logged(tmp_path):
     """To every callback that reports, as a table, and to a file; they are the answers that `generate` gives."""
+    model = tiny_model()
+    model.generation_config.update(max_new_tokens=8, block_length=8, steps=8)
     trainer = make_trainer(
-        tmp_path, eval_dataset=rows(4), log_answers=3, eval_strategy="steps", eval_steps=2, max_steps=4
+        tmp_path, model, eval_dataset=rows(4), log_answers=3, eval_strategy="steps", eval_steps=2, max_steps=4
     )
     recorder = Recorder()
     trainer.add_callback(recorder)

@@ -149,11 +149,11 @@ def test_ctrl_c(tmp_path):
 
 
 def test_a_model_is_pushed(tmp_path):
-    """Through `accelerate launch` alone, without the command: privately, complete, and nothing of the run itself."""
+    """Through the script alone, without the command: privately, complete, and nothing of the run itself."""
     with running_hub() as hub:
         options = {"push_to_hub": True, "hub_model_id": "me/tuned", "max_steps": 1, "trainable": "projector"}
         words = flags(train_data="phantoms:1:8", output_dir=tmp_path / "out", **options)
-        command = [sys.executable, "-m", "accelerate.commands.launch", "-m", "lladamedv.trainers.sft", *words]
+        command = [sys.executable, "-m", "lladamedv.trainers.sft", *words]
         result = subprocess.run(
             command, capture_output=True, text=True, cwd=tmp_path, env=environment() | hub_environment(hub, tmp_path)
         )
