@@ -175,7 +175,8 @@ def test_own_data(shipped, truth, seen, folder, monkeypatch):
     rows = [{"image": str(number), "question": QUESTION, "answer": "yes"} for number in range(len(FILES))]
     (folder / "data.json").write_text(json.dumps(rows))
     monkeypatch.setattr("lladamedv.loading.load_model", lambda *arguments, **options: shipped)
-    command = ["eval", "vqa", "--data", str(folder / "data.json"), "--output", str(folder / "run"), "--batch-size", "1"]
+    command = ["eval", "vqa", "--model", "demo", "--data", str(folder / "data.json"), "--output", str(folder / "run")]
+    command += ["--batch-size", "1"]
     run = CliRunner().invoke(cli.app, [*command, "--max-new-tokens", "1", "--block-length", "1", "--steps", "1"])
     assert run.exit_code == 0, run.output
     check(seen, truth)
