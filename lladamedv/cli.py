@@ -24,6 +24,7 @@ from .cli_common import (
     Model,
     Options,
     Revision,
+    check_generation,
     checked,
     one_of,
     parse_options,
@@ -32,10 +33,10 @@ from .cli_common import (
     quiet,
 )
 from .cli_evaluation import analyze_app, eval_app
-from .cli_hub import push, push_dataset, space
+from .cli_hub import check_repo, push, push_dataset, space
 from .cli_serve import serve
 from .loading import DEMO, DTYPES, check_name, load_model
-from .paths import EXPLANATION_SUFFIXES, check_folder_to_fill, check_new_file, check_new_folder
+from .paths import EXPLANATION_SUFFIXES, check_folder_to_fill, check_new_file, check_new_folder, check_shard_size
 
 
 # Headings of `lladamedv --help`.
@@ -90,11 +91,13 @@ def demo(
     train: Annotated[
         bool, typer.Option("--train", help="Train the demo model anew (about 80 minutes of 2 cores).")
     ] = False,
-    questions: Annotated[int, typer.Option(min=3, help="How many held-out questions to ask.")] = 300,
+    questions: Annotated[
+        int | None, typer.Option(min=3, help="How many held-out questions to ask.", show_default="300")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="The .png sheet to write, or with --train the folder of the new model.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of --train.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of --train.", show_default="0")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the shipped tiny model on synthetic images, sighted and blind, and show how it denoises answers.
@@ -105,6 +108,9 @@ def demo(
       lladamedv demo --questions 1000 --output sheet.png
       lladamedv demo --train --output my_model
     """
+    for flag, value, goes in (("--questions", questions, not train), ("--seed", seed, train)):
+        if value is not None and not goes:
+            raise typer.BadParameter(f"{value}; it goes {'without' if train else 'with'} --train.", param_hint=flag)
     output = output or Path("lladamedv_demo_model" if train else "lladamedv_demo.png")
     check = check_folder_to_fill if train else partial(check_new_file, suffixes=(".png",))
     try:
@@ -117,10 +123,10 @@ def demo(
     from lladamedv.demo_training import train_demo
 
     if train:
-        train_demo(output, seed, report=progress(as_json))
+        train_demo(output, seed or 0, report=progress(as_json))
         result = {"output": output}
     else:
-        result = {"output": output, "scores": run_demo(questions, output, report=progress(as_json))}
+        result = {"output": output, "scores": run_demo(questions or 300, output, report=progress(as_json))}
     if as_json:
         print_json(result)
 
@@ -165,6 +171,7 @@ def ask(
     if not question.strip():
         raise typer.BadParameter("it is empty.", param_hint="QUESTION")
     options = parse_options(option)
+    check_generation(model, options)
     read = read_picture(image, reading)
     quiet()
     from lladamedv.conversation import demo_notice
@@ -248,11 +255,13 @@ app.add_typer(eval_app, name="eval", rich_help_panel=MEASURE)
 app.add_typer(analyze_app, name="analyze", rich_help_panel=MEASURE)
 
 
-def _check_shard_size(size: str) -> None:
-    if not re.fullmatch(r"0*[1-9]\d*(\.\d+)?([KMGT]B)?", size.upper()):
-        raise ValueError(f"{size!r}; allowed are bytes, or a size such as 500MB or 2GB.")
+def _check_aspect_ratio(ratio: str) -> None:
+    if not re.fullmatch(r"square|pad|anyres_max_0*[1-9]\d*", ratio):
+        raise ValueError(f"{ratio!r}; allowed are square, pad and anyres_max_N with a whole number N of at least 1.")
 
 
+# As `modeling_lladamedv.checkpoint_layouts_lladamedv` has them, which is slow to import.
+PRESETS = ("llada-medv", "llada-medv-vqa", "llada-v", "llada")
 _NAME = checked(check_name)
 _Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.", callback=checked(check_new_folder))]
 _Tokenizer = Annotated[
@@ -264,7 +273,7 @@ _Dtype = Annotated[
     typer.Option(help=f"{', '.join(DTYPES[1:])}; by default the source's.", callback=checked(one_of(DTYPES[1:]))),
 ]
 _ShardSize = Annotated[
-    str, typer.Option(help="Largest shard; at most one is held in memory.", callback=checked(_check_shard_size))
+    str, typer.Option(help="Largest shard; at most one is held in memory.", callback=checked(check_shard_size))
 ]
 
 
@@ -289,12 +298,13 @@ def convert(
         str | None,
         typer.Option(
             help="Prompt and generation options: llada-medv, llada-medv-vqa, llada-v or llada; by default known from "
-            "the source's name, or else from its layout."
+            "the source's name, or else from its layout.",
+            callback=checked(one_of(PRESETS)),
         ),
     ] = None,
     max_shard_size: _ShardSize = "2GB",
     revision: Annotated[str | None, typer.Option(help="Revision of SOURCE on the Hub.")] = None,
-    push: Annotated[str | None, typer.Option(help="Hub id to upload OUT to.")] = None,
+    push: Annotated[str | None, typer.Option(help="Hub id to upload OUT to.", callback=checked(check_repo))] = None,
     public: Annotated[bool, typer.Option("--public", help="Create that repository as a public one.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -305,6 +315,8 @@ def convert(
       lladamedv convert LLaDAMedV-2A4E converted
       lladamedv convert SLAKE_10E slake --preset llada-medv-vqa --push ME/llada-medv-slake
     """
+    if public and push is None:
+        raise typer.BadParameter("it goes with --push.", param_hint="--public")
     quiet()
     from lladamedv.conversion import convert_checkpoint
 
@@ -332,7 +344,9 @@ def init(
     ] = None,
     tokenizer: _Tokenizer = None,
     dtype: _Dtype = None,
-    aspect_ratio: Annotated[str, typer.Option(help="square, pad or anyres_max_N.")] = "anyres_max_4",
+    aspect_ratio: Annotated[
+        str, typer.Option(help="square, pad or anyres_max_N.", callback=checked(_check_aspect_ratio))
+    ] = "anyres_max_4",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the untrained weights.")] = 0,
     max_shard_size: _ShardSize = "2GB",
     as_json: AsJson = False,

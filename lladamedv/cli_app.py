@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import LOOPBACK, Device, Dtype, Host, Model, Revision, quiet
+from .cli_common import LOOPBACK, Device, Dtype, Host, Model, Revision, listen, quiet
 from .loading import DEMO, find_device, load_model
 
 
@@ -34,6 +33,9 @@ def app_command(
       lladamedv app
       lladamedv app --model path/or/hub-id
     """
+    if ":" in host:
+        raise ValueError(f"`host` is {host!r}; allowed are names and IPv4 addresses, because Gradio serves no others.")
+    listen(host, port).close()
     quiet()
     from lladamedv.app import build_app, import_gradio
 
@@ -41,15 +43,6 @@ def app_command(
         # All that can be wrong is tried before a large model is loaded.
         import_gradio()
         find_device(device)
-        if ":" in host:
-            raise ValueError(
-                f"`host` is {host!r}; allowed are names and IPv4 addresses, because Gradio serves no others."
-            )
-        try:
-            socket.create_server((host, port)).close()
-        except OSError as error:
-            reason = error.strerror.partition(" (")[0]
-            raise ValueError(f"`port` is {port}, which cannot be listened on at {host}: {reason}.") from error
         loaded, processor = load_model(model, dtype, device, revision)
         app = build_app(loaded, processor)
         if share:

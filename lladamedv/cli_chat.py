@@ -21,7 +21,7 @@ from lladamedv.processing.medical_images import (
     read_medical_image,
 )
 
-from .cli_common import Device, Dtype, Model, Options, Revision, parse_options, quiet
+from .cli_common import Device, Dtype, Model, Options, Revision, check_generation, parse_options, quiet
 from .loading import DEMO, load_model
 
 
@@ -109,6 +109,7 @@ def chat(
       lladamedv chat picture.png --json < questions.txt > answers.jsonl
     """
     options = parse_options(option)
+    check_generation(model, options)
     picture = None if image is None else read_picture(image, reading)
     quiet()
     from lladamedv.chat import Chat, say

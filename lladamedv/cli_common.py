@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
+# Options of `generate` that change no answer, and whose results no command shows.
+_NOT_SHOWN = ("return_dict_in_generate", "output_history", "output_cache_drift", "compile_config")
 # What JSON has for the types in the documentation of `generate`.
 _TYPES = {
     "int": (int,), "float": (float, int), "str": (str,), "bool": (bool,), "list[int]": (list,), "list[str]": (list,),
@@ -46,7 +49,7 @@ def checked(check: Callable[[Any], object]) -> Callable[[Any], Any]:
             if value is not None:
                 check(value)
         except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
+            raise typer.BadParameter(re.sub(r"^`\w+` is ", "", str(error))) from error  # which Typer names
         return value
 
     return callback
@@ -67,6 +70,29 @@ def _check_device_name(device: str) -> None:
         raise ValueError(f"{device!r}; allowed are auto, cpu, cuda, mps and xpu, also with a number, as in cuda:1.")
 
 
+def _check_host_name(host: str) -> None:
+    if not host.strip():
+        raise ValueError("it is empty; allowed are names and addresses of this computer.")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ValueError: if the address is none of this computer's, or the port is taken or not permitted.
+    """
+    try:
+        socket.getaddrinfo(host, port)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"`host` is {host!r}, which cannot be listened on: {reason}.") from error
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0]
+        raise ValueError(f"`port` is {port}, which cannot be listened on at {host}: {reason}.") from error
+
+
 def parse_options(given: list[str] | None, **named) -> dict:
     """Options of `generate` from the command line; values are JSON where they can be read so, or else text.
 
@@ -74,12 +100,38 @@ def parse_options(given: list[str] | None, **named) -> dict:
         ValueError: for one without a value, of a name that `generate` does not know, or of another type than it takes.
     """
     options = {name: value for name, value in named.items() if value is not None}
+    parsed = {}
     for each in given or []:
         name, separator, value = each.partition("=")
         if not separator or not name:
             raise ValueError(f"{each!r}; allowed is NAME=VALUE.")
-        options[name] = _parse_value(name, value)
-    return options
+        if name in parsed:
+            raise ValueError(f"{name} is given twice.")
+        parsed[name] = _parse_value(name, value)
+    return options | parsed
+
+
+def check_generation(model: str | None, options: dict) -> None:
+    """Check options of `generate` without PyTorch: by themselves, and with a model whether they suit its own.
+
+    The own of a model that is not here, or that is adapters or as released, are not known yet.
+
+    Raises:
+        ValueError: for a value that is not allowed.
+    """
+    if not options:
+        return
+    _silence()
+    from lladamedv.modeling_lladamedv.generation_config_lladamedv import LLaDAMedVGenerationConfig, complete_options
+
+    LLaDAMedVGenerationConfig(**options)
+    folder = None if model is None else loading.find_folder(model)
+    if folder is not None and all((folder / file).is_file() for file in ("processor_config.json", "config.json")):
+        try:
+            own = LLaDAMedVGenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError):  # loading the model tells what is wrong with it
+            return
+        complete_options(own, own, options | {"return_dict_in_generate": True})
 
 
 def _parse_value(name: str, text: str) -> Any:
@@ -92,6 +144,8 @@ def _parse_value(name: str, text: str) -> Any:
     classes = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
     found = re.findall(r"^ +(\w+(?:, \w+)*) \((`.*?`)(?:, |\))", ast.get_docstring(classes[-1]), re.MULTILINE)
     types = {each: described for names, described in found for each in names.split(", ")}
+    if name in _NOT_SHOWN:
+        raise ValueError(f"{name!r} changes nothing that a command shows.")
     if name not in types:
         # Options of Transformers' own `generate`, which are not imported either; ours knows which values are allowed.
         theirs = Path(find_spec("transformers").origin).parent / "generation" / "configuration_utils.py"
@@ -133,7 +187,10 @@ Device = Annotated[
     typer.Option(help="cpu, cuda, cuda:1, mps…; auto is a GPU if there is one.", callback=checked(_check_device_name)),
 ]
 Revision = Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")]
-Host = Annotated[str, typer.Option(help="Address to listen on; others than 127.0.0.1 let others in.")]
+Host = Annotated[
+    str,
+    typer.Option(help="Address to listen on; others than 127.0.0.1 let others in.", callback=checked(_check_host_name)),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; all else goes to standard error.")]
 
 
@@ -159,6 +216,8 @@ class CommandLine(TyperGroup):
         except _UsageError as error:
             if text := error.format_message():  # else help was asked for, and given
                 text = " ".join(text.split())
+                if errors := getattr(error.__cause__, "errors", None):  # Typer's own: pydantic knows what was given
+                    text += f" ({errors()[0]['input']!r})"
                 text += "" if text.endswith((".", "?")) else "."
                 see = f" See {error.ctx.command_path} --help." if error.ctx else ""
                 typer.echo(f"lladamedv: {text}{see}", err=True)
@@ -180,7 +239,7 @@ class CommandLine(TyperGroup):
             name = max(parameter.opts, key=len) if is_option else parameter.metavar or parameter.name.upper()
             for each in (parameter.name, name.lstrip("-").replace("-", "_")):
                 text = text.replace(f"`{each}`", name)
-        return text
+        return re.sub(r"`(\w+)`", r"\1", text)
 
 
 def quiet() -> None:
@@ -189,14 +248,7 @@ def quiet() -> None:
     To be called when the arguments have been checked, and before other modules are imported. Errors of the libraries
     and what this package reports are shown; `--debug`, Python's `-W` and the libraries' own variables show more.
     """
-    if not os.environ.get(DEBUG):
-        for variable, value in _QUIET.items():
-            os.environ.setdefault(variable, value)
-        if not sys.warnoptions:
-            warnings.simplefilter("ignore")
-        # Some set levels of their own, to say which of their extensions were built for other machines.
-        for name in (None, "torchao", "bitsandbytes", "torch.utils._pytree"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+    _silence()
     ours = logging.getLogger("lladamedv")
     ours.setLevel(logging.WARNING)
     if not ours.handlers:
@@ -210,6 +262,19 @@ def quiet() -> None:
 
     transformers.logging.disable_progress_bar()
     from . import auto_classes  # noqa: F401
+
+
+def _silence() -> None:
+    """Have libraries that are imported later be quiet."""
+    if os.environ.get(DEBUG):
+        return
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    # Some set levels of their own, to say which of their extensions were built for other machines.
+    for name in (None, "torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class _ToStandardError(logging.Handler):

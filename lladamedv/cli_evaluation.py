@@ -16,6 +16,7 @@ from .cli_common import (
     Model,
     Options,
     Revision,
+    check_generation,
     checked,
     one_of,
     parse_options,
@@ -200,11 +201,12 @@ def vqa(
     """
     of_benchmark = {"source": source, "path": path, "revision": revision}
     _check_data(benchmark, data, split, **of_benchmark)
+    options = parse_options(option, max_new_tokens=max_new_tokens, block_length=block_length, steps=steps)
+    check_generation(model, options)
     quiet()
     from lladamedv.evaluation.vqa import evaluate_vqa, render_summary
     from lladamedv.processing.datasets import training_open_answers
 
-    options = parse_options(option, max_new_tokens=max_new_tokens, block_length=block_length, steps=steps)
     given = {"image_folder": image_folder, "invalid_records": invalid_records, **of_benchmark}
     dataset, report = _load_questions(benchmark, data, split, limit=limit, **given)
     candidates = None
@@ -296,6 +298,9 @@ def chat(
         raise typer.BadParameter(
             "needs --judge-url or --judge-key-env: nothing is sent anywhere without one.", param_hint="--judge-model"
         )
+    options = parse_options(option, max_new_tokens=max_new_tokens, block_length=block_length, steps=steps)
+    if model is not None:
+        check_generation(model, options)
     quiet()
     from lladamedv.evaluation.chat_answers import answer_chat_benchmark
     from lladamedv.evaluation.chat_benchmark import read_answers, summarize, to_markdown, write_summary
@@ -310,7 +315,6 @@ def chat(
     asked, _ = load_chat_benchmark(questions)
     asked = asked[:limit]
     if model is not None:
-        options = parse_options(option, max_new_tokens=max_new_tokens, block_length=block_length, steps=steps)
         records, report = load_chat_benchmark(questions, image_folder)
         known = {record["id"] for record in asked}
         records = [record for record in records if record["id"] in known]
@@ -383,6 +387,8 @@ def decoding(
     benchmark = "phantoms" if benchmark is None and data is None else benchmark
     of_benchmark = {"source": source, "path": path, "revision": revision}
     _check_data(benchmark, data, split, **of_benchmark)
+    extra = parse_options(option)
+    check_generation(None, extra)
     quiet()
     from lladamedv.evaluation.decoding_analysis import analyze_decoding, noise_pictures, to_markdown
 
@@ -391,7 +397,6 @@ def decoding(
     if report.missing_images or report.invalid:
         typer.echo(report.summary(), err=True)
     records = noise_pictures(dataset, seed) if noise else dataset
-    extra = parse_options(option)
     loaded, processor = _load(model, model_revision, dtype, device)
     summary = analyze_decoding(
         loaded, processor, records, output, steps=steps, max_new_tokens=max_new_tokens, block_length=block_length,

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import AsJson, Revision, checked, print_json, progress, quiet
+from .cli_common import AsJson, Revision, checked, one_of, print_json, progress, quiet
+from .cli_evaluation import BENCHMARKS, SPLITS
+from .loading import DEMO
 from .paths import check_new_folder
 
 
@@ -17,9 +19,19 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"there is no folder {str(folder)!r}.")
 
 
-def _check_repo(repo: str) -> None:
-    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repo):
+def check_repo(repo: str) -> None:
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repo) or "--" in repo or ".." in repo:
         raise ValueError(f"{repo!r} is no Hub id, OWNER/NAME.")
+
+
+def _check_space_model(model: str) -> None:
+    if model != DEMO and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        raise ValueError(f"{model!r}; allowed are a Hub id, OWNER/NAME, and {DEMO}.")
+
+
+def _check_splits(splits: list[str]) -> None:
+    for split in splits:
+        one_of(SPLITS)(split)
 
 
 _Repo = Annotated[
@@ -27,7 +39,7 @@ _Repo = Annotated[
     typer.Argument(
         metavar="REPO",
         help="Hub id, OWNER/NAME; created as a private one if there is none.",
-        callback=checked(_check_repo),
+        callback=checked(check_repo),
     ),
 ]
 _Public = Annotated[bool, typer.Option("--public", help="Create a public repository, or push to one.")]
@@ -81,10 +93,18 @@ def push(
 
 
 def push_dataset(
-    benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help="vqa-rad, slake, path-vqa or phantoms.")],
+    benchmark: Annotated[
+        str,
+        typer.Argument(
+            metavar="BENCHMARK",
+            help="vqa-rad, slake, path-vqa or phantoms.",
+            callback=checked(one_of(BENCHMARKS)),
+        ),
+    ],
     repo: _Repo,
     splits: Annotated[
-        list[str] | None, typer.Option("--split", help="train, validation or test; by default all.")
+        list[str] | None,
+        typer.Option("--split", help="train, validation or test; by default all.", callback=checked(_check_splits)),
     ] = None,
     source: Annotated[str | None, typer.Option(help="Which publication of the benchmark, by its Hub id.")] = None,
     path: Annotated[str | None, typer.Option(help="Local data instead of the Hub's; for phantoms SEED:COUNT.")] = None,
@@ -121,7 +141,12 @@ def push_dataset(
 def space(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The Space's title.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.", callback=checked(check_new_folder))],
-    model: Annotated[str, typer.Option(help="Hub id of a model, or `demo` for the one that comes with this.")] = "demo",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Hub id of a model, or `demo` for the one that comes with this.", callback=checked(_check_space_model)
+        ),
+    ] = DEMO,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:

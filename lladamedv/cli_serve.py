@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import LOOPBACK, Device, Dtype, Host, Model, Revision, quiet
+from .cli_common import LOOPBACK, Device, Dtype, Host, Model, Revision, listen, quiet
 from .loading import DEMO, find_device, load_model
 
 
@@ -31,16 +31,12 @@ def serve(
       lladamedv serve
       lladamedv serve --model path/or/hub-id
     """
+    # All that can be wrong is tried before a large model is loaded.
+    listening = listen(host, port)
     quiet()
     from lladamedv.serving import build_api, make_server
 
-    # All that can be wrong is tried before a large model is loaded.
     find_device(device)
-    try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        reason = (error.strerror or str(error)).partition(" (")[0]
-        raise ValueError(f"`port` is {port}, which cannot be listened on at {host}: {reason}.") from error
     # Inherited by connections; without it each part of a stream would wait for the one before to be acknowledged.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     loaded, processor = load_model(model, dtype, device, revision)

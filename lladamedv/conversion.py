@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +48,7 @@ from lladamedv.processing.released import build_processor, check_ids
 from lladamedv.processing.released import load_tokenizer as read_tokenizer
 
 from .loading import DTYPES
-from .paths import check_new_folder
+from .paths import check_new_folder, check_shard_size
 
 
 _SPARE_BYTES = 2**26  # for everything that is not a weight
@@ -95,7 +94,7 @@ def convert_checkpoint(
     out = check_new_folder(out)
     _check_choice("dtype", dtype, DTYPES[1:])
     _check_choice("preset", preset, PRESETS)
-    _check_shard_size(max_shard_size)
+    check_shard_size(max_shard_size)
     _check_push(push, public)
     folder = resolve_source(source, revision)
     tower = None if vision_tower is None else resolve_source(vision_tower)
@@ -148,7 +147,7 @@ def initialize_checkpoint(
     """
     out = check_new_folder(out)
     _check_choice("dtype", dtype, DTYPES[1:])
-    _check_shard_size(max_shard_size)
+    check_shard_size(max_shard_size)
     text, tower = resolve_source(language_model), resolve_source(vision_tower)
     loaded, ids = load_tokenizer(text, tokenizer)
     plan = plan_initialization(text, tower, projector, aspect_ratio, seed, **ids)
@@ -166,12 +165,6 @@ def initialize_checkpoint(
 def _check_choice(name: str, value: str | None, allowed) -> None:
     if value is not None and value not in allowed:
         raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(allowed)}.")
-
-
-def _check_shard_size(size: int | str) -> None:
-    text = str(size).upper()
-    if not re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB|TB)|[1-9]\d*", text) or float(text.rstrip("KMGTB")) == 0:
-        raise ValueError(f"`max_shard_size` is {size!r}; allowed are bytes or a text such as '500MB' or '2GB'.")
 
 
 def _check_push(repo: str | None, public: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,4 +76,18 @@ def check_folder_to_fill(folder: Path) -> None:
         raise ValueError(f"The folder {str(folder)!r} cannot be used: {str(there)!r} {what}.")
 
 
-__all__ = ["EXPLANATION_SUFFIXES", "check_folder_to_fill", "check_new_file", "check_new_folder", "whole_file"]
+def check_shard_size(size: int | str) -> None:
+    """Find out whether a size of shards is one.
+
+    Raises:
+        ValueError: if it is neither bytes nor a text such as "2GB", or is none at all.
+    """
+    text = str(size).upper()
+    if not re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB|TB)|[1-9]\d*", text) or float(text.rstrip("KMGTB")) == 0:
+        raise ValueError(f"`max_shard_size` is {size!r}; allowed are bytes, or a size such as 500MB or 2GB.")
+
+
+__all__ = [
+    "EXPLANATION_SUFFIXES", "check_folder_to_fill", "check_new_file", "check_new_folder", "check_shard_size",
+    "whole_file",
+]  # fmt: skip

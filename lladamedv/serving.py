@@ -8,7 +8,6 @@ and nothing is fetched for one. Errors are JSON in OpenAI's form and name the fi
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import logging
 import math
@@ -23,7 +22,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from io import BytesIO
 from threading import Event
-from urllib.parse import unquote_to_bytes
 
 import torch
 from PIL import Image, ImageFile
@@ -48,8 +46,9 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import BaseGenerateManager, BaseHandler, GenerationState
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
+from lladamedv.modeling_lladamedv.generation_config_lladamedv import FOREIGN_OPTIONS
 from lladamedv.processing import LLaDAMedVProcessor
-from lladamedv.processing.medical_images import READING_OPTIONS, MedicalImageError, read_medical_image
+from lladamedv.processing.medical_images import READING_OPTIONS, MedicalImageError, read_data_url, read_medical_image
 
 from .doors import LOOPBACK_HOSTS, check_host
 
@@ -76,7 +75,6 @@ _FIRST_SECONDS = 5
 _STOPPING_SECONDS = 300  # that the answer under way has to come to an end when the server stops
 _MAX_MESSAGE = 1_000  # characters of an error, which may quote what was given
 _SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can hold them alone, and no text can
-_BASE64 = re.compile(r";\s*base64\s*$", re.IGNORECASE)  # at the end of what stands before a data URL's data
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # and their own names
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image_url", "input_image")
@@ -98,7 +96,8 @@ _NEUTRAL = {
     "ignore_eos": (False,), "include": (["reasoning.encrypted_content"],), "length_penalty": (1,), "logit_bias": (),
     "logprobs": (False,), "max_tool_calls": ..., "metadata": ..., "min_p": (0,), "min_tokens": (0,),
     "modalities": (["text"],), "n": (1,), "parallel_tool_calls": ..., "presence_penalty": (0,),
-    "prompt_cache_key": ..., "prompt_cache_retention": ..., "reasoning": (), "reasoning_effort": ("none",),
+    "prompt_cache_key": ..., "prompt_cache_retention": ..., "reasoning": ({"effort": "none"},),
+    "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},), "safety_identifier": ..., "service_tier": ..., "skip_special_tokens":
     (True,), "stop_token_ids": (), "store": ..., "text": (_PLAIN, _MEDIUM, _PLAIN | _MEDIUM), "tool_choice": ("none",
     "auto"), "tools": (), "top_k": (-1, 0), "top_logprobs": (0,), "top_p": (1,), "truncation": ("disabled",),
@@ -113,6 +112,7 @@ _TEXT_NEUTRAL = {"annotations": ..., "cache_control": ..., "logprobs": ...}
 _IMAGE_NEUTRAL = {"cache_control": ..., "detail": ("auto", "low", "high", "original"), "file_id": (), "format": ...}
 _STREAM_OPTIONS_NEUTRAL = {"include_obfuscation": ...}
 _READING_FIELDS = {option.name: option for option in READING_OPTIONS}
+_JSON_NAMES = {None: "null", True: "true", False: "false"}
 _JSON_TYPES = {int: "whole numbers", str: "texts", bool: "true and false"}
 _ERROR_TYPES = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 # Set when the reply to the request that is being handled is complete, or nobody waits for it any more.
@@ -159,7 +159,10 @@ def _refusal(error: Exception, names: Mapping[str, str]) -> _RefusedError:
 
 
 def _wrong(place: str, value: object, allowed: str) -> _RefusedError:
-    return _RefusedError(f"`{place}` is {reprlib.repr(value)}; allowed are {allowed}.", place)
+    shown = _JSON_NAMES[value] if value is None or isinstance(value, bool) else reprlib.repr(value)
+    if isinstance(value, str) and _SURROGATES.search(value):
+        shown += ", with half a character (a lone surrogate)"
+    return _RefusedError(f"`{place}` is {shown}; allowed are {allowed}.", place)
 
 
 def _is_text(value: object) -> bool:
@@ -227,9 +230,14 @@ def _check_fields(given: dict, known: Collection[str], neutral: Mapping[str, obj
         if name not in neutral:
             raise _RefusedError(f"`{where}` is no field that is known here; allowed are {sorted(known)}.", where)
         values = neutral[name]
-        if values is not ... and _without_nulls(value) not in ([], {}, *values):
+        if values is not ... and not any(_is_same(_without_nulls(value), each) for each in ([], {}, *values)):
             raise _wrong(where, value, " and ".join(map(json.dumps, (None, *values))))
     return fields
+
+
+def _is_same(value: object, other: object) -> bool:
+    """Whether two values of JSON are equal; there true is no number."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _without_nulls(value: object) -> object:
@@ -248,9 +256,9 @@ def _read_message(message: object, place: str) -> dict:
     fields = _check_fields(message, ("role", "content"), _MESSAGE_NEUTRAL, place)
     if role is None:
         raise _wrong(f"{place}.role", role, ", ".join(map(repr, _ROLES)))
-    if role == "assistant" and fields.get("content") == "":  # what this model said itself may be empty
-        return {"role": role, "content": [{"type": "text", "text": ""}]}
-    content = _read_content(fields.get("content"), f"{place}.content")
+    may_be_empty = role == "assistant"  # what this model said itself
+    content = fields.get("content", "" if may_be_empty else None)
+    content = _read_content(content, f"{place}.content", may_be_empty)
     for part in content:
         if part["type"] == "image" and role != "user":
             place = part["place"]
@@ -258,14 +266,14 @@ def _read_message(message: object, place: str) -> dict:
     return {"role": _ROLES[role], "content": content}
 
 
-def _read_content(content: object, place: str) -> list[dict]:
+def _read_content(content: object, place: str, may_be_empty: bool = False) -> list[dict]:
     if not _is_text(content) and not isinstance(content, list):
         raise _wrong(place, content, "texts and lists of parts")
     if isinstance(content, str):
         parts = [{"type": "text", "text": content}]
     else:
         parts = [_read_part(part, f"{place}[{number}]") for number, part in enumerate(content)]
-    if all(part["type"] == "text" and _says_nothing(part["text"]) for part in parts):
+    if not may_be_empty and all(part["type"] == "text" and _says_nothing(part["text"]) for part in parts):
         raise _RefusedError(f"`{place}` is empty; it must hold a text or an image.", place)
     return parts
 
@@ -322,24 +330,6 @@ class _Timed(BytesIO):
         return super().read(size)
 
 
-def _read_data_url(url: str) -> bytes:
-    """What a data URL holds, in base64 of either alphabet, with or without its padding, or percent-encoded.
-
-    Raises:
-        ValueError: for data that is none.
-
-    Source: RFC 2397 and https://fetch.spec.whatwg.org/#data-url-processor.
-    """
-    head, comma, data = url.strip().partition(",")
-    if not comma:
-        raise ValueError("it has no comma before its data")
-    content = unquote_to_bytes(data)
-    if not _BASE64.search(head):
-        return content
-    content = b"".join(content.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
-    return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
-
-
 def _read_image(part: dict, max_pixels: int, until: float) -> Image.Image:
     """The picture of a part."""
     named = []
@@ -350,7 +340,7 @@ def _read_image(part: dict, max_pixels: int, until: float) -> Image.Image:
 
     reason: object
     try:
-        content = _read_data_url(part["url"])
+        content = read_data_url(part["url"])
         if part["options"].get("page", 0) > _LAST_FRAME and not content.startswith((b"II", b"MM")):
             place = part["places"]["page"]
             message = f"`{place}` is {part['options']['page']}; allowed are 0 to {_LAST_FRAME}, but for TIFF files."
@@ -690,7 +680,7 @@ class _Handler(BaseHandler):
             raise _wrong("generation_config", given, "JSON objects, also as a text")
         names = {name: f"generation_config.{name}" for name in given}  # in the request
         for name in given:
-            if name not in _OPTIONS:
+            if name not in _OPTIONS and (name in _NOT_OPTIONS or name not in FOREIGN_OPTIONS):
                 raise _RefusedError(f"`{names[name]}` is not known; allowed are {_OPTIONS}.", names[name])
         for field, name in self._renamed.items():
             if field in body:
@@ -802,7 +792,8 @@ class _Gate:
 
     async def _admit(self, headers, scope, receive, send):
         self._check_room()  # before all of it is sent
-        if not re.fullmatch(r"application/([\w.-]+\+)?json", headers.get("content-type", "").partition(";")[0].strip()):
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not re.fullmatch(r"application/([\w.-]+\+)?json", kind):
             raise _RefusedError("`Content-Type` must be application/json.", "Content-Type", 415)
         if headers.get("content-encoding", "identity") != "identity":
             raise _RefusedError("`Content-Encoding` must be identity: compressed bodies are not read.",

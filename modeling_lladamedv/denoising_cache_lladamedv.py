@@ -10,9 +10,6 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 
-CACHE_IMPLEMENTATIONS = ("prefix", "dual")
-
-
 class DenoisingCacheLayer(CacheLayerMixin):
     """One layer's keys and values, `(rows, heads, row length, head width)` each."""
 
@@ -86,4 +83,4 @@ class DenoisingCache(Cache):
         return self
 
 
-__all__ = ["CACHE_IMPLEMENTATIONS", "DenoisingCache"]
+__all__ = ["DenoisingCache"]

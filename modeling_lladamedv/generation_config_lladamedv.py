@@ -1,13 +1,21 @@
-"""The options of `generate` and `infill`: names, defaults, and what each allows by itself."""
+"""The options of `generate` and `infill`: names, defaults, and what they allow, by themselves and together.
 
-import numpy as np
-import torch
+Nothing here needs PyTorch: the command line checks options before it waits for that.
+"""
+
+import copy
+
 from transformers import CompileConfig, GenerationConfig
 
-from .commit_rules_lladamedv import CountRuleConfig, EntropyBoundRuleConfig, FactorRuleConfig, ThresholdRuleConfig
-from .denoising_cache_lladamedv import CACHE_IMPLEMENTATIONS
+from .commit_rule_configs_lladamedv import (
+    CountRuleConfig,
+    EntropyBoundRuleConfig,
+    FactorRuleConfig,
+    ThresholdRuleConfig,
+)
 
 
+CACHE_IMPLEMENTATIONS = ("prefix", "dual")
 # Options that replace the schedule, and the rules that they stand for.
 ADAPTIVE_RULES = {
     "confidence_threshold": ThresholdRuleConfig,
@@ -17,6 +25,9 @@ ADAPTIVE_RULES = {
 
 
 _LARGEST_COUNT = 2**20  # beyond every context
+_LARGEST_SCHEDULE = 2**28  # counts of a block's schedule, of 8 bytes each
+_DEFAULT_MAX_NEW_TOKENS = 256
+_DEFAULT_BLOCK_LENGTH = 64
 _DEFAULTS = {
     "max_new_tokens": None, "block_length": None, "steps": None, "initial_canvas_length": None, "suffix_blocks": None,
     "temperature": 0.0, "cfg_scale": 0.0, "remasking": "low_confidence", "schedule_shift": None,
@@ -29,7 +40,7 @@ _DEFAULTS = {
     "transformers_version": None,
 }  # fmt: skip
 # What Transformers' autoregressive `generate` takes besides …
-_FOREIGN = {
+FOREIGN_OPTIONS = {
     *vars(GenerationConfig()), "assistant_model", "custom_generate", "inputs", "logits_processor",
     "negative_prompt_attention_mask", "negative_prompt_ids", "prefix_allowed_tokens_fn", "stopping_criteria",
     "synced_gpus", "inputs_embeds", "past_key_values", "position_ids", "token_type_ids",
@@ -65,12 +76,12 @@ def native_options(options: dict) -> dict:
     Raises:
         ValueError: for an option that does not exist, or an autoregressive one that asks for something.
     """
-    unknown = sorted(set(options) - {*_DEFAULTS} - _FOREIGN)
+    unknown = sorted(set(options) - {*_DEFAULTS} - FOREIGN_OPTIONS)
     if unknown:
         raise ValueError(f"Unknown generation arguments {unknown}; allowed are {sorted(_DEFAULTS)}.")
     # Numbers of NumPy and PyTorch are as good as Python's, for a file, too.
     options = {
-        name: value.tolist() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
+        name: value.tolist() if callable(getattr(value, "tolist", None)) else value
         for name, value in options.items()
     }
     native = {name: options[name] for name in _DEFAULTS if name in options}
@@ -79,7 +90,7 @@ def native_options(options: dict) -> dict:
         if native.get(name) == 0:
             native[name] = None
     temperature = native.get("temperature", 0.0)
-    for name in sorted(set(options) & _FOREIGN):
+    for name in sorted(set(options) & FOREIGN_OPTIONS):
         value, neutral = options[name], _NEUTRAL.get(name)
         if name == "do_sample" and value is True and temperature != 0:
             continue  # says the same twice
@@ -124,7 +135,7 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
         remasking (`str`, *optional*, defaults to `"low_confidence"`):
             Which masked tokens stay masked at each step: those of the lowest probability (`"low_confidence"`), of the
             smallest lead over the second-best token (`"margin"`), of the highest entropy (`"entropy"`), or `"random"`
-            ones. See `CountRuleConfig` in `commit_rules_lladamedv.py`, and there for the next four.
+            ones. See `CountRuleConfig` in `commit_rule_configs_lladamedv.py`, and there for the next four.
         schedule_shift (`float`, *optional*):
             LaViDa's α: below 1 commits more tokens in a block's early steps, above 1 in its late ones.
         confidence_threshold (`float`, *optional*):
@@ -287,7 +298,8 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
         self.commit_rule_config()
         if self.cache_implementation not in (None, *CACHE_IMPLEMENTATIONS):
             raise ValueError(
-                f"`cache_implementation` is {self.cache_implementation!r}; allowed are {CACHE_IMPLEMENTATIONS}."
+                f"`cache_implementation` is {self.cache_implementation!r}; allowed are "
+                f"{' and '.join(CACHE_IMPLEMENTATIONS)}."
             )
         for name in ("cache_implementation", "cache_refresh_interval", "cache_drift_bound", "output_cache_drift"):
             if getattr(self, name) and not self.use_cache:
@@ -297,6 +309,94 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are True and False.")
         if not isinstance(self.compile_config, (CompileConfig, type(None))):
             raise ValueError(f"`compile_config` is {self.compile_config!r}; allowed is a transformers.CompileConfig.")
+
+
+def complete_options(
+    base: GenerationConfig, own: GenerationConfig, given: dict, anew: bool = False
+) -> LLaDAMedVGenerationConfig:
+    """The options of one call: those that are given over `base`, filled in and checked.
+
+    Args:
+        base: the model's own options, or others that were given in their place.
+        own: the model's own.
+        given: arguments of `generate`.
+        anew: whether `base` is given: then its lengths are taken literally.
+
+    Raises:
+        ValueError: for values that are not allowed, or do not go together.
+    """
+    # Made anew, because anything can have been set on it; what is autoregressive is refused there.
+    values = {name: value for name, value in vars(base).items() if not name.startswith("_")}
+    options = LLaDAMedVGenerationConfig.from_dict(copy.deepcopy(values))
+    given = native_options(given)
+    options.update(**given)
+    for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
+        if getattr(options, name) is None and name not in given and anew:
+            setattr(options, name, getattr(own, name))
+
+    length = options.max_new_tokens = options.max_new_tokens or _DEFAULT_MAX_NEW_TOKENS
+    inherited = not anew and "max_new_tokens" in given
+    if options.block_length is None or (inherited and "block_length" not in given):
+        at_most = min(options.block_length or _DEFAULT_BLOCK_LENGTH, length)
+        options.block_length = next(size for size in range(at_most, 0, -1) if length % size == 0)
+    if length % options.block_length:
+        raise ValueError(
+            f"`block_length` is {options.block_length}, which does not divide `max_new_tokens` ({length}); allowed "
+            f"are {[size for size in range(1, length + 1) if length % size == 0]}."
+        )
+    for name in ("min_new_tokens", "defer_eos"):
+        if getattr(options, name) and options.eos_token_id is None:
+            raise ValueError(f"`{name}` is {getattr(options, name)}, but there is no `eos_token_id` to hold back.")
+    if (options.min_new_tokens or 0) > length:
+        raise ValueError(
+            f"`min_new_tokens` is {options.min_new_tokens}; it must be at most `max_new_tokens` ({length})."
+        )
+    blocks = length // options.block_length
+    if options.steps is None:
+        options.steps = length
+    elif inherited and "steps" not in given:
+        per_token = options.steps / (base.max_new_tokens or _DEFAULT_MAX_NEW_TOKENS)
+        options.steps = max(1, round(per_token * options.block_length)) * blocks
+    if options.steps % blocks:
+        raise ValueError(
+            f"`steps` is {options.steps}, which is no multiple of the number of blocks ({blocks} = "
+            f"`max_new_tokens` {length} / `block_length` {options.block_length}); allowed are {blocks}, "
+            f"{2 * blocks}, …"
+        )
+    # The schedule of a block is a table with a row for each number of masks and a column for each step.
+    if (options.block_length + 1) * (options.steps // blocks) > _LARGEST_SCHEDULE:
+        raise ValueError(
+            f"`steps` is {options.steps}, {options.steps // blocks} for each block of {options.block_length} "
+            f"(`block_length`); allowed are at most {_LARGEST_SCHEDULE} as the product of the two."
+        )
+    _check_combinations(options)
+    return options
+
+
+def _check_combinations(options) -> None:
+    """What must fit together, once everything is filled in."""
+    initial, block = options.initial_canvas_length, options.block_length
+    if initial is not None and (initial % block or initial > options.max_new_tokens):
+        raise ValueError(
+            f"`initial_canvas_length` is {initial}; allowed are multiples of `block_length` ({block}) up to "
+            f"`max_new_tokens` ({options.max_new_tokens})."
+        )
+    if options.abstention_threshold is not None and not options.return_dict_in_generate:
+        raise ValueError(
+            f"`abstention_threshold` is {options.abstention_threshold}; it needs return_dict_in_generate=True, or "
+            "nobody would see which answers are below it."
+        )
+    if options.no_repeat_ngram_size is not None:
+        several = [name for name in ADAPTIVE_RULES if getattr(options, name) is not None]
+        if options.steps < options.max_new_tokens:
+            several.append("steps")
+        if several:
+            raise ValueError(
+                f"`no_repeat_ngram_size` is {options.no_repeat_ngram_size} and `{several[0]}` is "
+                f"{getattr(options, several[0])}: tokens that are committed in one step do not know of each other. "
+                f"Allowed are steps of one token: `steps` of at least `max_new_tokens` ({options.max_new_tokens}) "
+                f"and no {', '.join(ADAPTIVE_RULES)}."
+            )
 
 
 def _is_whole(value: object) -> bool:

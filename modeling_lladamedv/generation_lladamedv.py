@@ -4,7 +4,6 @@
 the same numbers. Sources: LLaDA (arXiv 2502.09992, algorithms 4 and 5), LLaDA-MedV (arXiv 2508.01617).
 """
 
-import copy
 import json
 from dataclasses import dataclass
 
@@ -16,13 +15,10 @@ from .commit_rules_lladamedv import CandidateScores
 from .confidence_lladamedv import answer_confidence, calibrate_confidence
 from .denoising_cache_lladamedv import DenoisingCache
 from .denoising_state_lladamedv import DenoisingState, ForwardPass
-from .generation_config_lladamedv import ADAPTIVE_RULES, LLaDAMedVGenerationConfig, native_options
+from .generation_config_lladamedv import LLaDAMedVGenerationConfig, complete_options
 from .repetition_lladamedv import ban_repeated_ngrams
 
 
-_DEFAULT_MAX_NEW_TOKENS = 256
-_DEFAULT_BLOCK_LENGTH = 64
-_LARGEST_SCHEDULE = 2**28  # counts of a block's schedule, of 8 bytes each
 # Logits that are turned into probabilities at a time, without a second copy of them all: on a CPU what fits into its
 # cache, on a GPU what keeps it busy.
 _ELEMENTS_CPU = 2**18
@@ -448,53 +444,9 @@ class LLaDAMedVGenerationMixin:
                 f"`generation_config` is a {type(base).__name__}; allowed are a LLaDAMedVGenerationConfig and a "
                 "GenerationConfig."
             )
-        # Made anew, because anything can have been set on it; what is autoregressive is refused there.
-        given = {name: value for name, value in vars(base).items() if not name.startswith("_")}
-        options = self.generation_config_class.from_dict(copy.deepcopy(given))
-        kwargs = native_options(kwargs)
-        options.update(**kwargs)
-        for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
-            if getattr(options, name) is None and name not in kwargs and generation_config is not None:
-                setattr(options, name, getattr(self.generation_config, name))
-
-        length = options.max_new_tokens = options.max_new_tokens or _DEFAULT_MAX_NEW_TOKENS
-        inherited = generation_config is None and "max_new_tokens" in kwargs
-        if options.block_length is None or (inherited and "block_length" not in kwargs):
-            at_most = min(options.block_length or _DEFAULT_BLOCK_LENGTH, length)
-            options.block_length = next(size for size in range(at_most, 0, -1) if length % size == 0)
-        if length % options.block_length:
-            raise ValueError(
-                f"`block_length` is {options.block_length}, which does not divide `max_new_tokens` ({length}); allowed "
-                f"are {[size for size in range(1, length + 1) if length % size == 0]}."
-            )
-        for name in ("min_new_tokens", "defer_eos"):
-            if getattr(options, name) and options.eos_token_id is None:
-                raise ValueError(f"`{name}` is {getattr(options, name)}, but there is no `eos_token_id` to hold back.")
-        if (options.min_new_tokens or 0) > length:
-            raise ValueError(
-                f"`min_new_tokens` is {options.min_new_tokens}; it must be at most `max_new_tokens` ({length})."
-            )
-        blocks = length // options.block_length
-        if options.steps is None:
-            options.steps = length
-        elif inherited and "steps" not in kwargs:
-            per_token = options.steps / (base.max_new_tokens or _DEFAULT_MAX_NEW_TOKENS)
-            options.steps = max(1, round(per_token * options.block_length)) * blocks
-        if options.steps % blocks:
-            raise ValueError(
-                f"`steps` is {options.steps}, which is no multiple of the number of blocks ({blocks} = "
-                f"`max_new_tokens` {length} / `block_length` {options.block_length}); allowed are {blocks}, "
-                f"{2 * blocks}, …"
-            )
-        # The schedule of a block is a table with a row for each number of masks and a column for each step.
-        if (options.block_length + 1) * (options.steps // blocks) > _LARGEST_SCHEDULE:
-            raise ValueError(
-                f"`steps` is {options.steps}, {options.steps // blocks} for each block of {options.block_length} "
-                f"(`block_length`); allowed are at most {_LARGEST_SCHEDULE} as the product of the two."
-            )
+        options = complete_options(base, self.generation_config, kwargs, anew=generation_config is not None)
         for name in ("eos_token_id", "suppress_tokens"):
             self._check_ids(name, getattr(options, name))
-        self._check_combinations(options)
         return options
 
     def _check_ids(self, name: str, ids) -> list[int]:
@@ -505,32 +457,6 @@ class LLaDAMedVGenerationMixin:
         if strange:
             raise ValueError(f"`{name}` holds {strange[0]}; the model has ids from 0 to {size - 1}.")
         return [*ids]
-
-    @staticmethod
-    def _check_combinations(options) -> None:
-        """What must fit together, once everything is filled in."""
-        initial, block = options.initial_canvas_length, options.block_length
-        if initial is not None and (initial % block or initial > options.max_new_tokens):
-            raise ValueError(
-                f"`initial_canvas_length` is {initial}; allowed are multiples of `block_length` ({block}) up to "
-                f"`max_new_tokens` ({options.max_new_tokens})."
-            )
-        if options.abstention_threshold is not None and not options.return_dict_in_generate:
-            raise ValueError(
-                f"`abstention_threshold` is {options.abstention_threshold}; it needs return_dict_in_generate=True, or "
-                "nobody would see which answers are below it."
-            )
-        if options.no_repeat_ngram_size is not None:
-            several = [name for name in ADAPTIVE_RULES if getattr(options, name) is not None]
-            if options.steps < options.max_new_tokens:
-                several.append("steps")
-            if several:
-                raise ValueError(
-                    f"`no_repeat_ngram_size` is {options.no_repeat_ngram_size} and `{several[0]}` is "
-                    f"{getattr(options, several[0])}: tokens that are committed in one step do not know of each other. "
-                    f"Allowed are steps of one token: `steps` of at least `max_new_tokens` ({options.max_new_tokens}) "
-                    f"and no {', '.join(ADAPTIVE_RULES)}."
-                )
 
     def _prepare_stop_sequences(self, options, tokenizer) -> list[list[int]]:
         """Token sequences that end an answer: the end-of-sequence ids and the tokenised stop strings."""

@@ -6,14 +6,17 @@ without a word. [`read_medical_image`] does each of these things on purpose and 
 
 from __future__ import annotations
 
+import base64
 import io
 import logging
 import math
 import os
+import re
 import stat
 from dataclasses import dataclass
 from os import PathLike
 from typing import BinaryIO, NamedTuple
+from urllib.parse import unquote_to_bytes
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -27,6 +30,7 @@ from .pictures import convert_array, convert_picture, read_picture
 
 logger = logging.getLogger(__name__)
 _URL_HEADERS = {"User-Agent": "lladamedv"}  # hosts refuse Python's own
+_BASE64 = re.compile(r";\s*base64\s*$", re.IGNORECASE)  # at the end of what stands before a data URL's data
 _URL_TIMEOUT = 60  # seconds; without one, a server that says nothing is waited for for ever
 _DICOM, _NIFTI, _PICTURE, _DECODED = "DICOM file", "NIfTI volume", "picture file", "decoded picture"
 _MOST_STRETCHED = 100  # what is stated beyond is hardly meant
@@ -234,7 +238,25 @@ def check_options(*, window=None, background=None, full_range: bool = False, **o
 
 def is_url(source: object) -> bool:
     """Whether a text is a URL from which [`fetch_url`] may get an image."""
-    return isinstance(source, str) and source.partition(":")[0].lower() in ("http", "https", "data")
+    return isinstance(source, str) and source.strip().partition(":")[0].lower() in ("http", "https", "data")
+
+
+def read_data_url(url: str) -> bytes:
+    """What a data URL holds, in base64 of either alphabet, with or without its padding, or percent-encoded.
+
+    Raises:
+        ValueError: for data that is none.
+
+    Source: RFC 2397 and https://fetch.spec.whatwg.org/#data-url-processor.
+    """
+    head, comma, data = url.strip().partition(",")
+    if not comma:
+        raise ValueError("it has no comma before its data")
+    content = unquote_to_bytes(data)
+    if not _BASE64.search(head):
+        return content
+    content = b"".join(content.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
+    return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
 
 
 def fetch_url(url: str) -> bytes:
@@ -244,6 +266,8 @@ def fetch_url(url: str) -> bytes:
         MedicalImageError: if it cannot be had.
     """
     try:
+        if url.strip()[:5].lower() == "data:":
+            return read_data_url(url)
         with urlopen(Request(url, headers=_URL_HEADERS), timeout=_URL_TIMEOUT) as answer:
             return answer.read()
     except Exception as error:  # of many kinds
@@ -339,6 +363,7 @@ __all__ = [
     "check_options",
     "fetch_url",
     "is_url",
+    "read_data_url",
     "read_dicom_series",
     "read_medical_image",
 ]

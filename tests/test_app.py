@@ -22,7 +22,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lladamedv import app as app_module
-from lladamedv import cli, cli_app
+from lladamedv import cli, cli_app, cli_common
 from lladamedv.app import build_app
 from lladamedv.conversation import LEVELS
 from lladamedv.demo import answer
@@ -687,7 +687,7 @@ def test_command_line(monkeypatch, arguments, launched, warnings):
     served = "http://127.0.0.1:7860/"
     monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **options: seen.update(options) or (None, served, None))
     monkeypatch.setattr(gradio.Blocks, "block_thread", lambda self: None)
-    monkeypatch.setattr(cli_app.socket, "create_server", lambda address: tried.append(address) or io.BytesIO())
+    monkeypatch.setattr(cli_common.socket, "create_server", lambda address, **_: tried.append(address) or io.BytesIO())
     result = command(*arguments, GRADIO_SERVER_NAME="0.0.0.0", GRADIO_SHARE="True")
     assert result.exit_code == 130 and result.stdout == f"The app is at {served}\n"  # whereupon Ctrl-C ended it
     assert launched.items() <= seen.items() and seen["run_history"] is False and seen["max_file_size"] == 100_000_000

@@ -114,8 +114,9 @@ def test_a_url_is_read_as_the_file(example, tmp_path):
     file = tmp_path / "grey.png"
     Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16).save(file)
     url = f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+    other = f" DATA:;base64,{base64.urlsafe_b64encode(file.read_bytes()).decode().rstrip('=')}"
     for words in ([], ["--full-range"]):
-        here, there = (json.loads(call(source, "What?", *words, "--json").stdout) for source in (file, url))
-        assert here == there and here["image"]
+        here, *there = (json.loads(call(source, "What?", *words, "--json").stdout) for source in (file, url, other))
+        assert there == [here, here] and here["image"]
     result = call("http://localhost:1/x.png", "What?")
     assert result.exit_code == 1 and "'http://localhost:1/x.png' is a URL that cannot be fetched" in result.stderr

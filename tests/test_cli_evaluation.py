@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lladamedv import cli_evaluation
+from lladamedv import cli, cli_evaluation
 from lladamedv.cli import app
+from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import PRESETS
 from lladamedv.processing.datasets import BENCHMARKS
 from lladamedv.processing.datasets.vqa_sources import SPLITS
 from lladamedv.processing.phantoms import PhantomVQA
@@ -76,13 +77,14 @@ def test_one_and_two_processes_give_the_same(tmp_path):
 )
 def test_bad_input_is_one_line(tmp_path, words, code, message):
     output = [] if "--output" in words else ["--output", tmp_path / "run"]
-    result = call("eval", "vqa", "--model", "demo", *output, *SHORT[:4], *words)
+    result = call("eval", "vqa", "--model", "demo", *output, *SHORT[:6], *words)
     assert result.exit_code == code, result.output
     assert message in result.stderr and "Traceback" not in result.output
     assert not (tmp_path / "run" / "predictions.jsonl").exists()
 
 
 def test_names_are_those_of_the_loaders():
+    assert cli.PRESETS == tuple(PRESETS)
     assert cli_evaluation.BENCHMARKS == BENCHMARKS and cli_evaluation.SPLITS == SPLITS
 
 

@@ -61,7 +61,8 @@ def test_a_complete_folder(tmp_path, source, tokenizer):
     report = convert(source, out, tokenizer, max_shard_size=3_000_000)
     expected = {
         "README.md", "additional_chat_templates", "chat_template.jinja", "checkpoint_layouts_lladamedv.py",
-        "commit_rules_lladamedv.py", "confidence_lladamedv.py", "config.json", "configuration_lladamedv.py",
+        "commit_rule_configs_lladamedv.py", "commit_rules_lladamedv.py", "confidence_lladamedv.py", "config.json",
+        "configuration_lladamedv.py",
         "conversion_report.json", "decoder_layer_lladamedv.py", "denoising_cache_lladamedv.py",
         "denoising_state_lladamedv.py", "generation_config.json", "generation_config_lladamedv.py",
         "generation_lladamedv.py", "image_processing_lladamedv.py", "infilling_lladamedv.py",

@@ -522,6 +522,7 @@ def test_other_content_types(url):
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
         error = refused(url, 415, content=json.dumps(TEXT), headers={"content-type": kind})
         assert error["param"] == "Content-Type"
+    assert http.post(url + CHAT, json=TEXT, headers={"content-type": "Application/JSON"}).status_code == 200
     compressed = {"content-type": "application/json", "content-encoding": "gzip"}
     error = refused(url, 415, content=gzip.compress(json.dumps(TEXT).encode()), headers=compressed)
     assert error["param"] == "Content-Encoding"
@@ -891,7 +892,7 @@ def test_command_line(monkeypatch, arguments, address, warnings):
         (("--model", "{empty}"), 2, "'{empty}' is a folder with neither"),
         (("--dtype", "int8"), 2, "'int8'"),
         (("--device", "abacus"), 2, "'abacus'"),
-        (("--host", "no such host"), 1, "lladamedv: --port is 0, which cannot be listened on at no such host"),
+        (("--host", "no such host"), 1, "lladamedv: --host is 'no such host', which cannot be listened on"),
     ],
 )
 def test_command_line_errors_are_short(tmp_path, arguments, code, message):

@@ -75,7 +75,7 @@ def truth(shipped, image):
 
 def quick(url, body):
     """The text of a quick answer."""
-    reply = http.post(f"{url}{CHAT}", json=body | {"generation_config": FAST})
+    reply = http.post(f"{url}{CHAT}", json={"generation_config": FAST} | body)
     assert reply.status_code == 200, reply.text
     return text_of(reply).strip()
 
@@ -130,11 +130,31 @@ def test_requests_of_real_clients(url, shipped, image, name):
         {"text": {"format": {"type": "text"}, "verbosity": "medium"}}, {"truncation": "disabled"},
         dict.fromkeys(("seed", "stop", "temperature", "logprobs", "response_format", "tools", "n", "audio")),
         {"temperature": 0}, {"stop": []}, {"modalities": ["text"]}, {"reasoning_effort": "none"},
+        {"reasoning": {"effort": "none"}}, {"generation_config": FAST | {"do_sample": False, "num_beams": 1}},
     ],
     ids=str,
 )  # fmt: skip
 def test_values_that_ask_for_nothing_pass(url, image, truth, fields):
     assert quick(url, {"messages": chat(image)} | fields) == truth
+
+
+@pytest.mark.parametrize("field", ["n", "top_p", "best_of"])
+def test_true_is_no_number(url, field):
+    assert refused(url, json=TEXT | {field: True})["message"].startswith(f"`{field}` is true; allowed are ")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"content": None, "refusal": None}, {}, {"content": []}, {"content": ""},
+     {"content": [{"type": "output_text", "text": "", "annotations": []}], "id": "m", "status": "completed"}],
+    ids=str,
+)  # fmt: skip
+def test_an_empty_answer_can_be_sent_back(url, shipped, image, said):
+    """As clients send it; the model sees an empty turn."""
+    question = {"role": "user", "content": QUESTION}
+    turns = [*question_about(image, QUESTION), {"role": "assistant", "content": ""}, question]
+    truth = answer_batch(*shipped, [turns], **FAST)[0].text
+    assert quick(url, {"messages": [*chat(image), {"role": "assistant"} | said, question]}) == truth
 
 
 def test_developer_is_system(url, shipped, image):

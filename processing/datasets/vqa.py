@@ -239,14 +239,14 @@ def load_vqa(
             arguments say, or two records of one id.
     """
     if benchmark not in SOURCES:
-        raise ValueError(f"`benchmark` is {benchmark!r}; allowed are {BENCHMARKS}.")
+        raise ValueError(f"`benchmark` is {benchmark!r}; allowed are {', '.join(BENCHMARKS)}.")
     sources = SOURCES[benchmark]
     if source is not None and source not in sources:
-        raise ValueError(f"`source` is {source!r}; allowed for {benchmark} are {tuple(sources)}.")
+        raise ValueError(f"`source` is {source!r}; allowed for {benchmark} are {', '.join(sources)}.")
     reference = source or next(iter(sources))
     allowed = sources[reference].splits if path is None else SPLITS
     if split not in allowed:
-        raise ValueError(f"`split` is {split!r}; allowed for {reference} are {allowed}.")
+        raise ValueError(f"`split` is {split!r}; allowed for {reference} are {', '.join(allowed)}.")
     report = VQAReport("", invalid_records, benchmark=benchmark, split=split, leakage=LEAKAGE[benchmark])
     report.local = path is not None or benchmark == PHANTOMS
     if benchmark == PHANTOMS:
