@@ -217,6 +217,9 @@ class LLaDAMedVProcessor(ProcessorMixin):
         masked = kwargs.pop("return_assistant_tokens_mask", False)
         if masked and not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             raise ValueError("`return_assistant_tokens_mask` is True; it needs tokenize=True and return_dict=True.")
+        for name in ("tools", "documents"):
+            if kwargs.get(name) and name not in self._resolve_chat_template(chat_template):
+                raise ValueError(f"`{name}` is given, but the chat template does not use it; leave it out.")
         if kwargs.get("tokenize"):
             kwargs.setdefault("sanitize_control_tokens", True)
         else:

@@ -111,3 +111,9 @@ def test_an_image_part_with_reading_options_is_refused(processor):
     with pytest.raises(ValueError, match="an image with window, which would have no effect"):
         processor.apply_chat_template(chat, tokenize=True, return_dict=True)
     assert processor.apply_chat_template([{**chat[0], "content": [{**image, "window": None}]}], tokenize=True)
+
+
+@pytest.mark.parametrize("name", ["tools", "documents"])
+def test_what_the_template_does_not_use_is_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}` is given, but the chat template does not use it"):
+        tiny_processor().apply_chat_template([{"role": "user", "content": "Hello"}], **{name: [{"title": "x"}]})
