@@ -667,7 +667,9 @@ def unloaded(monkeypatch):
 @pytest.mark.usefixtures("unloaded")
 def test_without_gradio(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    result = command()
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # the usual port may be another test's
+        port = taken.getsockname()[1]
+    result = command("--port", str(port))
     assert result.exit_code == 1
     assert result.stderr == 'lladamedv: The app needs Gradio: pip install "lladamedv[app]".\n'
 
