@@ -9,8 +9,9 @@ import ctypes
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ContextDecorator, ExitStack, contextmanager, nullcontext
 from io import BytesIO
+from threading import Lock
 from typing import BinaryIO
 
 import numpy as np
@@ -58,8 +59,7 @@ _PILLOW_SAMPLES = {*((1, bits) for bits in range(1, 17)), (2, 16), (2, 32), (3, 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Pillow, libtiff and tifffile print about a broken file: it is refused in one sentence, or read."""
+def _silence() -> Iterator[None]:
     handlers = []
     for setter in _LIBTIFF:
         setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
@@ -75,11 +75,32 @@ def _quiet() -> Iterator[None]:
             setter(handler)
 
 
+class _Quiet(ContextDecorator):
+    """Without what Pillow, libtiff and tifffile print about a broken file: it is refused in one sentence, or read.
+
+    That is set for the whole process, so of readers in several threads the first one sets it and the last one ends it.
+    """
+
+    _lock, _inside, _silence = Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with _Quiet._lock:
+            if not _Quiet._inside:
+                _Quiet._silence.enter_context(_silence())
+            _Quiet._inside += 1
+
+    def __exit__(self, *error) -> None:
+        with _Quiet._lock:
+            _Quiet._inside -= 1
+            if not _Quiet._inside:
+                _Quiet._silence.close()
+
+
 def _nothing(record: logging.LogRecord) -> bool:
     return False
 
 
-@_quiet()
+@_Quiet()
 def read_picture(
     file: BinaryIO,
     steps: list[str],
@@ -163,7 +184,7 @@ def convert_picture(
     white_is_zero = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0
     orientation = image.getexif().get(_ORIENTATION, 1)
     try:
-        with _quiet() if image.format == "TIFF" else nullcontext():
+        with _Quiet() if image.format == "TIFF" else nullcontext():
             image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for truncated and broken files
         raise MedicalImageError(f"{arg('source')} is a broken picture: {error}.") from None

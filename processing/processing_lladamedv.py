@@ -229,6 +229,8 @@ class LLaDAMedVProcessor(ProcessorMixin):
                 return super().apply_chat_template(chats if several else chats[0], chat_template, **kwargs)
             template = get_training_chat_template(self._resolve_chat_template(chat_template))
             tensors = kwargs.pop("return_tensors", None)
+            if tensors is not None and "padding" not in kwargs:  # the masks become tensors with the rest, afterwards
+                kwargs["processor_kwargs"] = {"padding": True, **(kwargs.get("processor_kwargs") or {})}
             inputs = super().apply_chat_template(chats, template, **kwargs)
             inputs["assistant_masks"] = self._assistant_masks(inputs, chats, template, kwargs)
             return inputs.convert_to_tensors(tensors)
@@ -322,7 +324,8 @@ class LLaDAMedVProcessor(ProcessorMixin):
 
     def _warn_of_bare_texts(self, prompts) -> None:
         """Say that a bare question about an image is no question to a model that was trained on turns."""
-        template = self._resolve_chat_template(None)
+        template = self.chat_template
+        template = template.get("default", "") if isinstance(template, dict) else template
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         turns = [token for token in special - {self.image_token, self.tokenizer.bos_token} if token in template]
         for prompt in prompts:

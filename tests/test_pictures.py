@@ -1,7 +1,10 @@
 """Pictures of every depth, mode and format become 8-bit RGB by arithmetic that can be done by hand."""
 
 import io
+import sys
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -171,6 +174,19 @@ def test_broken_tiff_files_print_nothing(capfd):
         with pytest.raises(ValueError, match="broken"):
             read_medical_image(data)
     assert capfd.readouterr() == ("", "")
+
+
+def test_readers_in_threads_leave_the_warnings_of_others_alone():
+    """As rows are checked; a reader that ends last must not bring back the silence that another one made."""
+    file, before, interval = encode_tiff(VALUES), warnings.filters[:], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(read_medical_image, [file] * 200))
+    finally:
+        sys.setswitchinterval(interval)
+        after, warnings.filters[:] = warnings.filters[:], before
+    assert after == before
 
 
 def test_avif():

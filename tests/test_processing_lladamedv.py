@@ -117,3 +117,20 @@ def test_an_image_part_with_reading_options_is_refused(processor):
 def test_what_the_template_does_not_use_is_refused(name):
     with pytest.raises(ValueError, match=f"`{name}` is given, but the chat template does not use it"):
         tiny_processor().apply_chat_template([{"role": "user", "content": "Hello"}], **{name: [{"title": "x"}]})
+
+
+def test_assistant_masks_of_a_batch_are_tensors():
+    chats = [
+        [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}] for answer in ("Yes", "No, no")
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    batch = tiny_processor().apply_chat_template(chats, return_tensors="pt", **options)
+    for chat, mask, seen in zip(chats, batch["assistant_masks"], batch["attention_mask"]):
+        alone = tiny_processor().apply_chat_template(chat, **options)["assistant_masks"][0]
+        assert mask[seen.bool()].tolist() == alone and mask.sum() == sum(alone)
+
+
+def test_bare_texts_without_a_default_template():
+    processor = tiny_processor()
+    processor.chat_template = {"mine": "<|eot_id|>"}
+    assert processor(text="<image> What?", images=random_image(), return_tensors="pt")["input_ids"].shape[0] == 1
