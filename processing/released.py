@@ -40,22 +40,19 @@ def load_tokenizer(folder: Path, special_tokens: dict[str, int]) -> PreTrainedTo
     return tokenizer
 
 
-def check_ids(tokenizer: PreTrainedTokenizerFast, config, special_tokens: dict[str, int]) -> None:
-    """LLaDA's weights mean something with LLaDA's ids only.
+def build_processor(
+    config, tokenizer: PreTrainedTokenizerFast, template: str, special_tokens: dict[str, int]
+) -> LLaDAMedVProcessor:
+    """The processor of a model, with all templates, of which `template` is the default.
 
     Raises:
-        ValueError: for a tokenizer that has others, if the vocabulary is LLaDA's.
+        ValueError: if the vocabulary has LLaDA's size, but the tokenizer other ids than LLaDA's.
     """
     if config.text_config.vocab_size == type(config)().text_config.vocab_size:
-        found = {token: tokenizer.convert_tokens_to_ids(token) for token in special_tokens}
-        moved = [f"{token} {found[token]} instead of {wanted}" for token, wanted in special_tokens.items()
-                 if found[token] != wanted]  # fmt: skip
+        moved = [f"{token} {found} instead of {wanted}" for token, wanted in special_tokens.items()
+                 if (found := tokenizer.convert_tokens_to_ids(token)) != wanted]  # fmt: skip
         if moved:
             raise ValueError(f"The tokenizer is not the one of these weights: it has {', '.join(moved)}.")
-
-
-def build_processor(config, tokenizer: PreTrainedTokenizerFast, template: str) -> LLaDAMedVProcessor:
-    """The processor of a model, with all templates, of which `template` is the default."""
     images = LLaDAMedVImageProcessor()
     if not config.text_only:
         side = config.vision_config.image_size
@@ -67,10 +64,3 @@ def build_processor(config, tokenizer: PreTrainedTokenizerFast, template: str) -
         )
     templates = {"default": CHAT_TEMPLATES[template], **CHAT_TEMPLATES}
     return LLaDAMedVProcessor(images, tokenizer, chat_template=templates)
-
-
-def load_processor(folder: Path, config, template: str, special_tokens: dict[str, int]) -> LLaDAMedVProcessor:
-    """The processor of a released checkpoint, as `lladamedv convert` writes it."""
-    tokenizer = load_tokenizer(folder, special_tokens)
-    check_ids(tokenizer, config, special_tokens)
-    return build_processor(config, tokenizer, template)

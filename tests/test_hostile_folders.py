@@ -31,9 +31,9 @@ from lladamedv import (
 )
 from lladamedv.conversion import convert_checkpoint
 from lladamedv.demo import DEMO_MODEL, load_model
-from lladamedv.hub_cards.checked_files import check_model_files
+from lladamedv.hub_cards.checks import check_model_files
 from lladamedv.hub_cards.push import push_folder
-from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import read_checkpoint, read_header
+from lladamedv.modeling_lladamedv.released_lladamedv import read_checkpoint, read_header
 from lladamedv.modeling_lladamedv.convert_checkpoint import plan_conversion, plan_initialization
 from lladamedv.processing.datasets import load_vqa
 from lladamedv.trainers.image_feature_cache import ImageFeatureCache

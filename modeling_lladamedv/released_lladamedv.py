@@ -1,26 +1,26 @@
 """The layouts in which LLaDA, LLaDA-V and LLaDA-MedV were released: what their weights and configs are called here.
 
-`read_checkpoint` looks at a folder without loading a weight and says what each of its keys becomes; `from_pretrained`
-and the conversion (`convert_checkpoint.py`) both follow it.
+A layout is data: a mapping of names, a mapping of fields, and presets for what the released models are run with.
+`read_checkpoint` reads a folder's config, and `Checkpoint.compare` its headers; loading and conversion follow both.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import SiglipVisionConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers import PreTrainedConfig, SiglipVisionConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, find_adapter_config_file
 
 from .configuration_lladamedv import MAX_GRIDS, LLaDAMedVConfig
+from .generation_config_lladamedv import LLaDAMedVGenerationConfig
 
 
 _OLMO = r"^model\.transformer\."
@@ -30,6 +30,7 @@ _TOWER = "model.vision_tower."
 # Per layout: released names -> ours, as regular expressions for `from_pretrained(key_mapping=…)`, which understands one
 # group per expression.
 KEY_MAPPINGS = {
+    "lladamedv": {},  # this package's own names
     # LLaDA-8B as published: OLMo's names.
     "llada": {
         _OLMO + r"wte\.": "model.language_model.embed_tokens.",
@@ -148,16 +149,15 @@ _PRESET_OF_NAME = {
 }
 
 
-def choose_preset(source: str | Path, layout: str) -> str:
-    """Name of the preset for a released checkpoint, by the name it was released under or else by its layout."""
-    default = "llada" if layout in TEXT_LAYOUTS else "llada-medv"
-    preset = _PRESET_OF_NAME.get(Path(source).name, default)
-    return default if (preset == "llada") != (default == "llada") else preset
+def choose_preset(source: str | Path, text_only: bool) -> str:
+    """Name of the preset for a released checkpoint: by the name it was released under, or by whether it sees."""
+    preset = _PRESET_OF_NAME.get(Path(source).name, "llada-medv")
+    return "llada" if text_only else preset if preset != "llada" else "llada-medv"
 
 
-def preset_of(source: str | Path, config) -> Preset:
-    """The preset for a released checkpoint whose configuration is read."""
-    return PRESETS[choose_preset(source, "llada" if config.text_only else "llava_llada")]
+def preset_of(source: str | Path, config: LLaDAMedVConfig) -> Preset:
+    """The preset for a released checkpoint."""
+    return PRESETS[choose_preset(source, config.text_only)]
 
 
 # What the released networks are; anything else would load and answer wrongly.
@@ -186,10 +186,12 @@ _VISION_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
     "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout",
 )  # fmt: skip
-_COMPUTED = r"(rotary_emb\.inv_freq|embeddings\.position_ids)$"
-# What is downloaded of a repository, and may be read of a folder.
-_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
-_LARGEST_JSON = 2**24  # bytes of a configuration or an index: Python takes about twenty times that to read it
+# SigLIP's parts behind the second-to-last layer, whose output the features are, by their names behind the tower's.
+_BEHIND_FEATURES = {
+    "encoder.layers.{layers}.": "last layer", "post_layernorm.": "final norm (post-layernorm)", "head.": "pooling head",
+}  # fmt: skip
+# What is downloaded of a repository.
+FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,11 @@ class KeyReport:
         self.layout += f" + {part.layout}"
         self.mapped |= part.mapped
         self.ignored |= part.ignored
+        self.missing = [name for name in self.missing if name not in part.mapped.values()]
+
+    def add_misshaped(self, weights: Iterable[tuple]) -> None:
+        """Account for weights, each as a key, the shape that it has and the one that it should have."""
+        self.misshaped |= {key: f"{tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in weights}
 
     def check(self, source: object) -> None:
         """Raise ValueError, naming keys, unless every weight is there, known and of the right shape."""
@@ -238,7 +245,10 @@ class KeyReport:
         for problem, keys in problems.items():
             if keys:
                 shown = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-                raise ValueError(f"The checkpoint {str(source)!r} (layout {self.layout}) {problem}: {shown}.")
+                hint = ""
+                if all("mm_projector." in key for key in self.mapped):
+                    hint = " A projector is no model: `lladamedv init --projector` makes one with it."
+                raise ValueError(f"The checkpoint {str(source)!r} (layout {self.layout}) {problem}: {shown}.{hint}")
 
     def summary(self) -> list[str]:
         """Lines for people: counts, and the reasons for what was ignored."""
@@ -246,60 +256,37 @@ class KeyReport:
             f"layout {self.layout}: {len(self.mapped)} keys mapped, {len(self.ignored)} ignored, "
             f"{len(self.missing)} missing"
         ]
-        for reason, count in Counter(self.ignored.values()).items():
-            lines.append(f"  ignored {count}: {reason}")
-        return lines
+        return lines + [f"  ignored {count}: {reason}" for reason, count in Counter(self.ignored.values()).items()]
 
 
-@dataclass
-class ReleasedCheckpoint:
-    """A folder in a released layout, as read from its headers: our configuration, and where each weight is."""
-
-    folder: Path
-    layout: str
-    config: LLaDAMedVConfig
-    stored: dict[str, StoredWeight]  # by source key
-
-    @property
-    def key_mapping(self) -> dict[str, str]:
-        return KEY_MAPPINGS[self.layout]
-
-    def match(self, expected: dict[str, tuple[int, ...]]) -> tuple[dict[str, StoredWeight], KeyReport]:
-        """The weight for each of our names, and the report; `expected` gives our names and shapes."""
-        return match_keys(self.layout, self.stored, expected, self.config)
-
-
-def match_keys(
-    layout: str, stored: dict[str, StoredWeight], expected: dict[str, tuple[int, ...]], config: LLaDAMedVConfig
-) -> tuple[dict[str, StoredWeight], KeyReport]:
-    """Find the stored weight for each of our weights.
+def compare(
+    layout: str, stored: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], config: LLaDAMedVConfig
+) -> KeyReport:
+    """Compare names and shapes of stored weights with those of the model.
 
     Args:
         layout: one of `KEY_MAPPINGS`.
-        stored: the source's weights by key.
-        expected: our names and shapes.
+        stored: shapes by the source's keys.
+        expected: shapes by our names.
         config: ours, to know which parts of SigLIP are not built.
-
-    Returns:
-        The weights by our name, and the report, which the caller checks.
     """
-    report = KeyReport(layout)
-    found = {}
-    for key, weight in stored.items():
+    report, sources = KeyReport(layout), {}
+    for key, shape in stored.items():
         ours = rename(key, layout)
-        if ours in expected:
-            report.mapped[key] = ours
-            if ours in found:
-                report.unexpected.append(f"{key} (which means the same as {found[ours].key})")
-            elif weight.shape != tuple(expected[ours]):
-                report.misshaped[key] = f"{weight.shape} instead of {tuple(expected[ours])}"
-            found[ours] = weight
-        elif reason := _reason_to_ignore(key, ours, layout, config):
-            report.ignored[key] = reason
-        else:
-            report.unexpected.append(key)
-    report.missing = [name for name in expected if name not in found]
-    return found, report
+        if ours not in expected:
+            if reason := _reason_to_ignore(key, ours, layout, config):
+                report.ignored[key] = reason
+            else:
+                report.unexpected.append(key)
+            continue
+        report.mapped[key] = ours
+        if ours in sources:
+            report.unexpected.append(f"{key} (which means the same as {sources[ours]})")
+        elif tuple(shape) != tuple(expected[ours]):
+            report.add_misshaped([(key, shape, expected[ours])])
+        sources[ours] = key
+    report.missing = [name for name in expected if name not in sources]
+    return report
 
 
 def rename(key: str, layout: str) -> str:
@@ -312,120 +299,165 @@ def rename(key: str, layout: str) -> str:
 
 
 def _reason_to_ignore(key: str, ours: str, layout: str, config: LLaDAMedVConfig) -> str | None:
-    if re.search(_COMPUTED, key):
+    if key.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
         return "computed from the configuration"
-    if layout == "siglip" and re.match(r"text_model\.|logit_(scale|bias)$", key):
+    if layout == "siglip" and key.startswith(("text_model.", "logit_scale", "logit_bias")):
         return "SigLIP's text half: only its vision tower is used"
-    if ours.startswith(_TOWER) and config.vision_config is not None:
-        last = f"{_TOWER}encoder.layers.{config.vision_config.num_hidden_layers}."
-        for prefix, part in ((last, "last layer"), (f"{_TOWER}post_layernorm.", "final norm (post-layernorm)"),
-                             (f"{_TOWER}head.", "pooling head")):  # fmt: skip
-            if ours.startswith(prefix):
+    if not config.text_only:
+        for prefix, part in _BEHIND_FEATURES.items():
+            if ours.startswith(_TOWER + prefix.format(layers=config.vision_config.num_hidden_layers)):
                 return f"SigLIP's {part}: the features are the output of the second-to-last layer"
-    if ours == "model.image_newline" and not config.text_only and config.max_anyres_tiles is None:
-        return "newline embedding: images of one tile have no rows to end"
+        if ours == "model.image_newline" and config.max_anyres_tiles is None:
+            return "newline embedding: images of one tile have no rows to end"
     return None
 
 
-def read_checkpoint(folder: str | Path, vision_tower: str | Path | None = None, **ids: int) -> ReleasedCheckpoint:
-    """Look at a local folder in one of the released layouts, without loading a weight.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local folder of a model: its `config.json` as it is, and that of its vision tower, if there is one."""
+
+    folder: Path
+    layout: str  # "llada", "llada_hf", "llava_llada" as released, or "lladamedv"
+    original: dict
+    tower: dict | None = None
+
+    @property
+    def is_released(self) -> bool:
+        return self.layout != LLaDAMedVConfig.model_type
+
+    def build_config(self, **ids: int) -> LLaDAMedVConfig:
+        """Our configuration; see [`convert_config`].
+
+        Raises:
+            ValueError: if it describes no network of this kind.
+        """
+        try:
+            return convert_config(self.original, self.layout, self.tower, **ids)
+        except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"The config.json of {str(self.folder)!r} describes no model: {reason}") from error
+
+    def compare(
+        self, expected: dict[str, tuple[int, ...]], config: LLaDAMedVConfig
+    ) -> tuple[dict[str, StoredWeight], KeyReport]:
+        """Compare the headers of the weights with the model's names and shapes.
+
+        Returns:
+            The weight for each of our names, and the report, which the caller checks.
+
+        Raises:
+            ValueError: for the reasons of [`read_weights`].
+        """
+        stored = read_weights([*self.folder.iterdir()])
+        report = compare(self.layout, {key: weight.shape for key, weight in stored.items()}, expected, config)
+        return {ours: stored[key] for key, ours in report.mapped.items()}, report
+
+    def loading_options(self, source: str | Path, config: LLaDAMedVConfig) -> dict:
+        """Arguments with which Transformers' `from_pretrained` loads this checkpoint.
+
+        Args:
+            source: folder or Hub id, by whose name the preset is chosen.
+            config: from [`~Checkpoint.build_config`].
+        """
+        options = {"config": config}
+        if self.is_released:
+            # The generation_config.json beside released weights is one for autoregressive models.
+            generation = LLaDAMedVGenerationConfig(**preset_of(source, config).generation_options())
+            options |= {"key_mapping": KEY_MAPPINGS[self.layout], "generation_config": generation}
+        return options
+
+
+def read_checkpoint(folder: str | Path, vision_tower: str | Path | None = None) -> Checkpoint:
+    """Read the configuration of a local folder with a model, released or of this package's own format.
 
     Args:
         folder: `config.json` and safetensors weights, with an index if there is more than one file.
         vision_tower: folder with the `config.json` of the stand-alone SigLIP model. By default the subfolder that
             `mm_vision_tower` names, and where there is none, SigLIP2 so400m/14-384 is meant.
-        ids: `mask_token_id`, `image_token_id`, and `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer;
-            by default those of the released one. (The released configs' own are not reliable.)
 
     Raises:
-        ValueError: if the folder holds no complete checkpoint in one of these layouts, or one of a network that the
-            released models do not have.
+        ValueError: if there is no such configuration.
     """
     folder = Path(folder)
-    original = read_config(folder)
-    stored = read_weights(folder)
-    layout = detect_layout(stored, original, folder)
-    tower = None
-    if layout == "llava_llada":
-        tower_folder = Path(vision_tower) if vision_tower is not None else None
-        named = original.get("mm_vision_tower")
-        if tower_folder is None and named and (folder / str(named) / "config.json").is_file():
-            tower_folder = folder / str(named)
-            if not _is_within(tower_folder, folder):
-                raise ValueError(
-                    f"`mm_vision_tower` is {named!r}, which is outside of {str(folder)!r}; allowed are its subfolders. "
-                    "Name the folder with `vision_tower`, if it can be trusted."
-                )
-        tower = read_config(tower_folder) if tower_folder is not None else None
-    try:
-        config = convert_config(original, layout, tower, **ids)
-    except (StrictDataclassError, ArithmeticError, AttributeError, TypeError) as error:  # for values of other types
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The config.json of {str(folder)!r} describes no model: {reason}") from error
-    return ReleasedCheckpoint(folder, layout, config, stored)
+    original = read_json(folder / "config.json")
+    layout = original.get("model_type")
+    if layout not in (LLaDAMedVConfig.model_type, *RELEASED_MODEL_TYPES):
+        raise ValueError(
+            f"The config.json of {str(folder)!r} is of a model of type {layout!r}; allowed are "
+            f"{LLaDAMedVConfig.model_type!r}, and as released {', '.join(map(repr, RELEASED_MODEL_TYPES))}."
+        )
+    if layout == "llada" and "d_model" not in original:  # d_model is OLMo's
+        layout = "llada_hf"
+    if layout != "llava_llada":
+        return Checkpoint(folder, layout, original)
+    tower, named = vision_tower, str(original.get("mm_vision_tower") or "")
+    if tower is None and named and (folder / named / "config.json").is_file():
+        tower = folder / named
+        if not tower.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"`mm_vision_tower` is {named!r}, which is outside of {str(folder)!r}; allowed are its subfolders. "
+                "Name the folder with `vision_tower`, if it can be trusted."
+            )
+    return Checkpoint(folder, layout, original, tower and read_json(Path(tower, "config.json")))
 
 
-def check_folder(folder: str | Path) -> Path:
-    """See that the files of a local folder, whoever made it, keep to that folder, and that its JSON can be read.
-
-    Links may lead to other files of the folder. The Hub's cache is made of links, which lead to the blobs of the same
-    repository or of the whole cache.
+def find_released(source: str | Path, vision_tower: str | Path | None = None, **hub_options) -> Checkpoint | None:
+    """The checkpoint that a folder or Hub id means, downloaded if need be; `None` if it is in no released layout.
 
     Args:
-        folder: of a model, of a part of one, or of a tokenizer.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: for a file that is a link to elsewhere or none that can be read, such as a pipe; an index that names
-            files elsewhere; or a `config.json` or index of more than 16 MB or that is no JSON object.
-    """
-    folder = Path(folder)
-    for file in (file for pattern in _FILES for file in folder.glob(pattern)):
-        if not _is_within(file, folder):
-            raise ValueError(
-                f"{str(file)!r} is a link to {os.path.realpath(file)!r}; allowed are links to what is within the same "
-                "folder. Copy what it leads to, if that can be trusted."
-            )
-        if not file.is_file() and not file.is_dir():  # reading a pipe may never end
-            raise ValueError(f"{str(file)!r} is no regular file; no others are allowed.")
-        is_read = file.name.endswith("config.json") or ".index." in file.name
-        if is_read and file.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"{str(file)!r} has {file.stat().st_size} bytes; allowed are at most {_LARGEST_JSON}.")
-    if (folder / "config.json").is_file():
-        _read_json(folder / "config.json")
-    for index in folder.glob("*.safetensors.index*.json"):  # also those of variants
-        _read_index(index)
-    return folder
-
-
-def _is_within(file: Path, folder: Path) -> bool:
-    """Whether a file, or what it is a link to, is where the files of a folder may be."""
-    # Not `Path.resolve`, which raises RuntimeError for links in a circle.
-    place, home = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
-    homes = [home]
-    for repository in home.parents:  # models--OWNER--NAME/snapshots/REVISION
-        if repository.name.startswith("models--") and home.relative_to(repository).parts[0] == "snapshots":
-            homes += [repository, repository.parent / "blobs"]
-    return any(place.is_relative_to(home) for home in homes)
-
-
-def read_config(folder: Path) -> dict:
-    """`config.json` of a local folder.
+        source: as of `from_pretrained`.
+        vision_tower: see [`read_checkpoint`].
+        hub_options: `revision`, `subfolder`, `cache_dir` and the like, as of `from_pretrained`.
 
     Raises:
-        ValueError: if it is missing or not JSON, or for the reasons of [`check_folder`].
+        ValueError: if `source` has no `config.json`, or for the reasons of [`read_checkpoint`].
     """
-    file = check_folder(folder) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"The folder {str(folder)!r} holds no config.json: it is no checkpoint.")
-    return _read_json(file)
+    original, _ = PreTrainedConfig.get_config_dict(source, **hub_options)
+    if not original:  # Transformers would go on with the defaults and initialise eight billion weights
+        raise ValueError(f"`pretrained_model_name_or_path` is {str(source)!r}, which holds no config.json.")
+    if original.get("model_type") not in RELEASED_MODEL_TYPES:
+        return None
+    subfolder = hub_options.pop("subfolder", None) or ""
+    return read_checkpoint(resolve_source(source, **hub_options) / subfolder, vision_tower)
 
 
-def _read_json(file: Path) -> dict:
+def find_adapters(source: str | Path, **hub_options) -> dict | None:
+    """The configuration of a folder or Hub repository of adapters (PEFT), or `None` if there is none.
+
+    Raises:
+        ValueError: if it is not clear which model the adapters belong to, or their weights are pickled.
+    """
+    if find_adapter_config_file(str(source), **hub_options) is None:
+        return None
+    subfolder = hub_options.pop("subfolder", None) or ""
+    folder = resolve_source(source, **hub_options) / subfolder
+    config = read_json(folder / "adapter_config.json")
+    base = config.get("base_model_name_or_path")
+    if (folder / "config.json").exists():
+        reason = "beside a model (config.json); load one of them from a folder of its own"
+    elif not (folder / "adapter_model.safetensors").exists():
+        reason = "without adapter_model.safetensors; pickled weights are not loaded"
+    elif not isinstance(base, str) or not base:
+        reason = "without the model that they belong to (`base_model_name_or_path`)"
+    elif Path(base).is_absolute() and not Path(base).is_dir():
+        reason = f"for {base!r} (`base_model_name_or_path`); there is no such model here"
+    elif find_adapter_config_file(base) is not None:
+        reason = f"for {base!r} (`base_model_name_or_path`), which are adapters, too"
+    else:
+        return config
+    raise ValueError(f"{str(source)!r} holds adapters (adapter_config.json) {reason}.")
+
+
+def read_json(file: Path) -> dict:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: if there is no such file, or it holds something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"The folder {str(file.parent)!r} holds no {file.name}.") from error
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise ValueError(f"{str(file)!r} is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -433,56 +465,49 @@ def _read_json(file: Path) -> dict:
     return content
 
 
-def _read_index(file: Path) -> dict[str, str]:
-    """The file that holds each weight."""
-    promised = _read_json(file).get("weight_map")
-    if not isinstance(promised, dict):
-        raise ValueError(f"{str(file)!r} is not an index of weights: it has no object `weight_map`.")
-    for name in promised.values():
-        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
-            raise ValueError(
-                f"`weight_map` in {str(file)!r} holds {name!r}; allowed are names of files in the same folder."
-            )
-    return promised
+def read_weights(files: list[Path]) -> dict[str, StoredWeight]:
+    """Names, shapes and dtypes of all weights of a model, from the headers of its files.
 
-
-def read_weights(folder: Path) -> dict[str, StoredWeight]:
-    """Names, shapes and dtypes of all weights of a local folder, from the headers of its files.
+    Args:
+        files: of one folder; those that are called `model*.safetensors`, and their index, are looked at.
 
     Raises:
-        ValueError: if there are none, a shard is missing, cut off or not in the index, or the index is wrong; or for
-            the reasons of [`check_folder`].
+        ValueError: if there are none, a shard is missing, cut off or not in the index, or the index is wrong.
     """
-    folder = check_folder(folder)
-    files = sorted(path.name for path in folder.glob("model*.safetensors"))
-    indexed = (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
-    if not files and not indexed:
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    where = files[0].parent if files else "."
+    files = {file.name: file for file in sorted(files)}
+    shards = {name: file for name, file in files.items() if Path(name).match("model*.safetensors")}
+    index = files.get(SAFE_WEIGHTS_INDEX_NAME)
+    if not shards and index is None:
+        pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
         hint = f" It holds {pickled[:3]}, but pickled weights are not loaded." if pickled else ""
-        raise ValueError(f"The folder {str(folder)!r} holds no weights: no model*.safetensors.{hint}")
-    if indexed:
-        promised = _read_index(folder / SAFE_WEIGHTS_INDEX_NAME)
-        if absent := sorted(set(promised.values()) - set(files)):
-            raise ValueError(f"The folder {str(folder)!r} lacks files that its index names: {', '.join(absent)}.")
-        if extra := sorted(set(files) - set(promised.values())):
-            raise ValueError(f"The index of {str(folder)!r} does not name {', '.join(extra)}; which is right?")
-    elif files == ["model.safetensors"]:
-        promised = None
-    else:
+        raise ValueError(f"The folder {str(where)!r} holds no weights: no model*.safetensors.{hint}")
+    if index is None and list(shards) != [SAFE_WEIGHTS_NAME]:
         raise ValueError(
-            f"The folder {str(folder)!r} holds {', '.join(files[:3])} without {SAFE_WEIGHTS_INDEX_NAME}, which "
+            f"The folder {str(where)!r} holds {', '.join(list(shards)[:3])} without {SAFE_WEIGHTS_INDEX_NAME}, which "
             "says whether they are complete."
         )
     stored = {}
-    for name in files:
-        for weight in read_header(folder / name):
+    for name, file in shards.items():
+        for weight in read_header(file):
             if weight.key in stored:
                 raise ValueError(f"{weight.key} is both in {stored[weight.key].file.name} and in {name}.")
-            if promised is not None and promised.get(weight.key) != name:
-                raise ValueError(f"{name} holds {weight.key}, which the index of {str(folder)!r} does not say.")
             stored[weight.key] = weight
-    if promised is not None and (absent := sorted(set(promised) - set(stored))):
-        raise ValueError(f"The index of {str(folder)!r} names {', '.join(absent[:5])}, which no file holds.")
+    if index is not None:
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"{str(index)!r} is not an index of weights: it has no object `weight_map`.")
+        named = list(places.values())
+        if absent := sorted({repr(name) for name in named if name not in list(shards)}):
+            raise ValueError(f"The folder {str(where)!r} lacks files that its index names: {', '.join(absent[:5])}.")
+        if extra := [name for name in shards if name not in named]:
+            raise ValueError(f"The index of {str(where)!r} does not name {', '.join(extra)}; which is right?")
+        found = {key: weight.file.name for key, weight in stored.items()}
+        if wrong := sorted(key for key in {*places, *found} if places.get(key) != found.get(key)):
+            raise ValueError(
+                f"{len(wrong)} weights are not where the index of {str(where)!r} says, as {wrong[0]}: in "
+                f"{places.get(wrong[0])}, but found in {found.get(wrong[0])}."
+            )
     return stored
 
 
@@ -494,70 +519,30 @@ def read_header(file: Path) -> list[StoredWeight]:
     """
     try:
         with safe_open(file, framework="pt") as handle:
-            weights = []
-            for key in handle.keys():
-                view = handle.get_slice(key)
-                weights.append(StoredWeight(Path(file), key, tuple(view.get_shape()), view.get_dtype()))
-            return weights
+            views = {key: handle.get_slice(key) for key in handle.keys()}
+            return [StoredWeight(file, key, tuple(each.get_shape()), each.get_dtype()) for key, each in views.items()]
     except (SafetensorError, OSError) as error:
-        with Path(file).open("rb") as handle:
+        with file.open("rb") as handle:
             is_pointer = handle.read(24) == b"version https://git-lfs."
         hint = "it is a Git LFS pointer: run `git lfs pull`" if is_pointer else f"cut off or damaged ({error})"
         raise ValueError(f"{str(file)!r} cannot be read: {hint}.") from error
 
 
-def detect_layout(keys, config: dict, folder: object = "") -> str:
-    """Which released layout these keys and this configuration are in.
-
-    Raises:
-        ValueError: if it is none of them, or several.
-    """
-    markers = {
-        "llada": ("model.transformer.",),
-        "Llama-like": ("model.layers.", "model.embed_tokens."),
-        "lladamedv": ("model.language_model.",),
-    }
-    found = [name for name, prefixes in markers.items() if any(key.startswith(prefixes) for key in keys)]
-    eyes = [key for key in keys if key.startswith(("model.mm_projector.", "model.vision_tower."))]
-    model_type = config.get("model_type")
-    where = f"The checkpoint {str(folder)!r}"
-    if found == ["lladamedv"]:
-        raise ValueError(f"{where} has this package's own names already: load it with `from_pretrained`.")
-    if len(found) > 1 or (found == ["llada"] and eyes):
-        raise ValueError(f"{where} mixes two layouts: {', '.join([*found, *eyes[:1]])}.")
-    if not found:
-        if any("mm_projector." in key for key in keys):
-            raise ValueError(
-                f"{where} holds a projector only, no language model: put a model together with `lladamedv init "
-                "--language-model … --vision-tower … --projector …`."
-            )
-        raise ValueError(f"{where} is in none of the released layouts; its first keys are {sorted(keys)[:3]}.")
-    if found == ["llada"]:
-        layout = "llada"
-    else:
-        layout = "llava_llada" if eyes or model_type == "llava_llada" else "llada_hf"
-    wanted = "llava_llada" if layout == "llava_llada" else "llada"
-    if model_type != wanted:
-        raise ValueError(
-            f"{where} has the weights of layout {layout}, but `model_type` is {model_type!r}, not {wanted!r}."
-        )
-    if (layout == "llada") != ("d_model" in config):
-        raise ValueError(f"{where} has the weights of layout {layout}, but the config of another one.")
-    return layout
-
-
 def convert_config(original: dict, layout: str, vision_tower: dict | None = None, **ids: int) -> LLaDAMedVConfig:
-    """Our configuration for a released `config.json`.
+    """Our configuration for a `config.json`.
 
     Args:
-        original: the released configuration.
-        layout: `"llada"`, `"llada_hf"` or `"llava_llada"`.
+        original: what it holds.
+        layout: `"llada"`, `"llada_hf"`, `"llava_llada"`, or `"lladamedv"`.
         vision_tower: configuration of the stand-alone SigLIP model, if it is not SigLIP2 so400m/14-384.
-        ids: as for [`read_checkpoint`].
+        ids: `mask_token_id`, `image_token_id`, and `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer; by
+            default those of the released one. (The released configs' own are not reliable.)
 
     Raises:
         ValueError: if a field is missing or says that the network is not one of the released kind.
     """
+    if layout == LLaDAMedVConfig.model_type:
+        return LLaDAMedVConfig.from_dict(original)
     _check_fields(original, _FIXED_FIELDS["llada" if layout == "llada" else "llada_hf"])
     names = _OLMO_FIELDS if layout == "llada" else {name: name for name in _OLMO_FIELDS}
     optional = ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "initializer_range")
@@ -639,16 +624,11 @@ def resolve_source(source: str | Path, revision: str | None = None, **hub_option
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    hub_options |= {"allow_patterns": list(FILES), "ignore_patterns": "checkpoint-*/*"}
     try:
-        validate_repo_id(str(source))
-        if str(source).count("/") != 1:
-            raise HFValidationError("a Hub id looks like OWNER/NAME")
-    except HFValidationError as error:
-        raise ValueError(f"{str(source)!r} is neither a folder nor a Hub id ({error}).") from error
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(_FILES), **hub_options))
-    except Exception as error:  # the Hub client raises many kinds: no network, no such repository, no rights
+        return Path(snapshot_download(str(source), revision=revision, **hub_options))
+    except Exception as error:  # the Hub client raises many kinds: no Hub id, no network, no such repository, no rights
         raise ValueError(f"{str(source)!r} is no folder, and cannot be had from the Hub: {error}") from error
 
 
-__all__ = ["KeyReport", "ReleasedCheckpoint", "read_checkpoint"]
+__all__ = ["Checkpoint", "KeyReport", "read_checkpoint"]
