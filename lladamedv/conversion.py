@@ -18,7 +18,6 @@ import torch
 from filelock import FileLock, Timeout
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import custom_object_save
 
 import lladamedv
@@ -40,8 +39,7 @@ from lladamedv.modeling_lladamedv.released_lladamedv import (
     read_checkpoint,
     resolve_source,
 )
-from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
-from lladamedv.processing.released import build_processor, load_tokenizer
+from lladamedv.processing.released import released_processor
 
 from .loading import DTYPES
 from .paths import check_new_folder, check_shard_size
@@ -95,8 +93,7 @@ def convert_checkpoint(
         check_target(push, private=not public, argument="push")
     tower = None if vision_tower is None else check_folder(resolve_source(vision_tower))
     checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)), tower)
-    loaded, ids = _load_tokenizer(checkpoint.folder, tokenizer)
-    plan = plan_conversion(checkpoint, tower, **ids)
+    plan = plan_conversion(checkpoint, tower)
     preset = preset or choose_preset(source, plan.config.text_only)
     if (PRESETS[preset].chat_template == "llada") != plan.config.text_only:
         kind = "text-only" if plan.config.text_only else "vision-language"
@@ -104,7 +101,7 @@ def convert_checkpoint(
             f"`preset` is {preset!r}, but {str(source)!r} is a {kind} model; see `lladamedv convert --help`."
         )
     sources = {"checkpoint": source, "tokenizer": tokenizer, "vision tower": vision_tower}
-    _write_folder(plan, out, loaded, preset, dtype, max_shard_size, sources, report)
+    _write_folder(plan, out, checkpoint.folder, preset, dtype, max_shard_size, sources, report)
     if push is not None:
         try:
             push_folder(out, push, private=not public, report=report)
@@ -153,16 +150,15 @@ def initialize_checkpoint(
     check_shard_size(max_shard_size)
     tower = check_folder(resolve_source(vision_tower))
     checkpoint = read_checkpoint(check_folder(resolve_source(language_model)))
-    loaded, ids = _load_tokenizer(checkpoint.folder, tokenizer)
     projector = None if projector is None else Path(projector)
-    plan = plan_initialization(checkpoint, tower, projector, aspect_ratio, seed, **ids)
+    plan = plan_initialization(checkpoint, tower, projector, aspect_ratio, seed)
     sources = {
         "language model": language_model,
         "vision tower": vision_tower,
         "projector": projector or "untrained",
         "tokenizer": tokenizer,
     }
-    _write_folder(plan, out, loaded, "llada-medv", dtype, max_shard_size, sources, report)
+    _write_folder(plan, out, checkpoint.folder, "llada-medv", dtype, max_shard_size, sources, report)
     return plan.report
 
 
@@ -171,30 +167,20 @@ def _check_choice(name: str, value: str | None, allowed) -> None:
         raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(allowed)}.")
 
 
-def _load_tokenizer(weights: Path, source: str | Path | None) -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
-    """The tokenizer from `source` or else from beside the weights, and the ids that the configuration needs."""
-    tokenizer = load_tokenizer(weights if source is None else check_folder(resolve_source(source)), SPECIAL_TOKENS)
-    return tokenizer, {
-        "mask_token_id": tokenizer.convert_tokens_to_ids("<|mdm_mask|>"),
-        "image_token_id": LLaDAMedVProcessor(LLaDAMedVImageProcessor(), tokenizer).image_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
 def _write_folder(
-    plan: ConversionPlan, out: Path, tokenizer, preset: str, dtype, max_shard_size, sources, report
+    plan: ConversionPlan, out: Path, tokenizer: Path, preset: str, dtype, max_shard_size, sources, report
 ) -> None:
     """Write everything beside `out` and move it there when it is complete; `config.json` comes last."""
     settings, config = PRESETS[preset], plan.config
     dtype = None if dtype is None else getattr(torch, dtype)
-    processor = build_processor(config, tokenizer, settings.chat_template, SPECIAL_TOKENS)
+    if sources["tokenizer"] is not None:
+        tokenizer = check_folder(resolve_source(sources["tokenizer"]))
+    processor = released_processor(tokenizer, config, settings.chat_template, SPECIAL_TOKENS)
     initialized, trained = "projector" in sources, sources.get("projector") != "untrained"
     # A Hub id as it is; of a local folder only the last part, because cards are read by others.
     named = {part: name for part, name in sources.items() if name is not None}
     sources = {part: Path(name).name if Path(name).exists() else str(name) for part, name in named.items()}
-    generation = settings.generation_options(tokenizer.get_vocab())
+    generation = settings.generation_options()
     summary = plan.report.summary()
     for line in (*summary, f"preset {preset}: {settings.description}"):
         report(line)

@@ -115,16 +115,20 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
 
 def _load(name: str, dtype: str, revision: str | None):
     from lladamedv.hub_cards.checks import check_folder
-    from lladamedv.modeling_lladamedv.released_lladamedv import find_adapters, resolve_source
+    from lladamedv.modeling_lladamedv.released_lladamedv import read_json, resolve_source
     from lladamedv.processing import LLaDAMedVProcessor
 
     folder = check_folder(resolve_source(name, revision))
-    adapters = find_adapters(folder)
-    if adapters is None:
+    if not (folder / _ADAPTERS).is_file():
         return _load_whole(name, dtype, revision)
     from peft import PeftModel  # takes a second
 
-    base = adapters["base_model_name_or_path"]
+    adapters = read_json(folder / _ADAPTERS)
+    base = adapters.get("base_model_name_or_path") or ""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError("it holds adapters without adapter_model.safetensors; pickled weights are not loaded.")
+    if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
+        raise ValueError(f"`base_model_name_or_path` in {_ADAPTERS} is {base!r}; there is no such model here.")
     model, processor = _load_whole(str(find_folder(base) or base), dtype, adapters.get("revision"))
     # Without memory for what the adapters' configuration says before their weights are seen.
     model = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True).merge_and_unload()
@@ -137,14 +141,15 @@ def _load_whole(name: str, dtype: str, revision: str | None):
     """A model that is no adapters, and its processor."""
     from lladamedv.hub_cards.checks import check_model
     from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
-    from lladamedv.modeling_lladamedv.released_lladamedv import SPECIAL_TOKENS, preset_of
+    from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS, choose_preset
     from lladamedv.processing import LLaDAMedVProcessor
-    from lladamedv.processing.released import build_processor, load_tokenizer
+    from lladamedv.processing.released import released_processor
 
     checkpoint, options = check_model(name, revision)
-    if checkpoint.is_released:  # with a tokenizer and no processor
-        config, tokenizer = options["config"], load_tokenizer(checkpoint.folder, SPECIAL_TOKENS)
-        processor = build_processor(config, tokenizer, preset_of(name, config).chat_template, SPECIAL_TOKENS)
+    if checkpoint.is_released:
+        config = options["config"]
+        template = PRESETS[choose_preset(name, config.text_only)].chat_template
+        processor = released_processor(checkpoint.folder, config, template, SPECIAL_TOKENS)
     else:
         processor = LLaDAMedVProcessor.from_pretrained(checkpoint.folder)
     return LLaDAMedVForConditionalGeneration.from_pretrained(name, dtype=dtype, revision=revision, **options), processor

@@ -74,13 +74,12 @@ class ConversionPlan:
         return {name: self.output_dtype(name, dtype).itemsize * size for name, size in sizes.items()}
 
 
-def plan_conversion(checkpoint: Checkpoint, vision_tower: Path | None = None, **ids: int) -> ConversionPlan:
+def plan_conversion(checkpoint: Checkpoint, vision_tower: Path | None = None) -> ConversionPlan:
     """Plan the conversion of a checkpoint in a released layout.
 
     Args:
         checkpoint: from [`read_checkpoint`].
         vision_tower: folder of the stand-alone SigLIP, for weights where the checkpoint holds none of a vision tower.
-        ids: see [`convert_config`].
 
     Raises:
         ValueError: if a key is missing, unknown or of the wrong shape, or the configuration is none of these layouts.
@@ -92,7 +91,7 @@ def plan_conversion(checkpoint: Checkpoint, vision_tower: Path | None = None, **
             f"`vision_tower` is {str(vision_tower)!r}, but {str(checkpoint.folder)!r} is a text-only checkpoint "
             f"(layout {checkpoint.layout}); put a new model together from the two with `lladamedv init`."
         )
-    config = checkpoint.build_config(**ids)
+    config = checkpoint.build_config()
     expected = LLaDAMedVForConditionalGeneration.parameter_shapes(config)
     weights, report = checkpoint.compare(expected, config)
     if vision_tower is not None and not any(name.startswith(_TOWER) for name in weights):
@@ -107,7 +106,6 @@ def plan_initialization(
     projector: Path | None = None,
     aspect_ratio: str = "anyres_max_4",
     seed: int = 0,
-    **ids: int,
 ) -> ConversionPlan:
     """Plan a new model: a LLaDA, a SigLIP, and between them a projector that is untrained or that stage 1 trained.
 
@@ -120,7 +118,6 @@ def plan_initialization(
         projector: `mm_projector.safetensors`, or `.bin`, which is unpickled with `torch.load(weights_only=True)`.
         aspect_ratio: the new model's `vision_aspect_ratio`.
         seed: for the untrained weights.
-        ids: see [`convert_config`].
 
     Raises:
         ValueError: if a part is not what it should be, or does not fit the others.
@@ -131,7 +128,7 @@ def plan_initialization(
             "vision tower already; allowed is a LLaDA without one. Use `lladamedv convert` for this one."
         )
     config = LLaDAMedVConfig(
-        **language_model.build_config(**ids).to_dict()
+        **language_model.build_config().to_dict()
         | {
             "vision_config": convert_vision_config(read_json(vision_tower / "config.json")),
             "text_only": False,

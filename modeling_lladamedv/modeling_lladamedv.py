@@ -23,7 +23,7 @@ from .decoder_layer_lladamedv import LLaDAMedVLastDecoderLayer, positions_in_row
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig
 from .generation_lladamedv import LLaDAMedVGenerationMixin
 from .infilling_lladamedv import LLaDAMedVInfillingMixin
-from .released_lladamedv import KeyReport, find_adapters, find_released
+from .released_lladamedv import KeyReport, find_released
 from .scoring_lladamedv import LLaDAMedVScoringMixin
 
 
@@ -123,21 +123,12 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: if there is no `config.json`; if weights of the model are missing from the checkpoint, or have
                 other shapes and `ignore_mismatched_sizes` is not set (a model with random parts would still answer,
-                wrongly); if a checkpoint in a released layout holds keys that this layout does not have; if adapters
-                lie beside a model, name no model, or are pickled.
+                wrongly); if a checkpoint in a released layout holds keys that this layout does not have.
         """
         name, released = pretrained_model_name_or_path, None
         kwargs.setdefault("use_safetensors", True)
         if name is not None and kwargs.get("config") is None and "key_mapping" not in kwargs:
             hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
-            if (adapters := find_adapters(name, **hub)) is not None:
-                own = kwargs | {"revision": adapters.get("revision"), "subfolder": "", "vision_tower": vision_tower}
-                model, info = cls.from_pretrained(
-                    adapters["base_model_name_or_path"], *args, output_loading_info=True,
-                    ignore_mismatched_sizes=ignore_mismatched_sizes, **own,
-                )  # fmt: skip
-                model.load_adapter(str(name), low_cpu_mem_usage=True, adapter_kwargs=hub)
-                return (model, info) if output_loading_info else model
             released = find_released(name, vision_tower, **hub)
         if released is not None:
             config = released.build_config()

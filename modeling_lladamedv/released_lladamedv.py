@@ -104,16 +104,16 @@ class Preset:
     base_models: tuple[str, ...] = ()
     papers: tuple[str, ...] = ()
 
-    def generation_options(self, token_ids: dict[str, int] = SPECIAL_TOKENS) -> dict:
-        """Arguments of `LLaDAMedVGenerationConfig`; `token_ids` are those of the tokenizer."""
+    def generation_options(self) -> dict:
+        """Arguments of `LLaDAMedVGenerationConfig`."""
         return {
             "max_new_tokens": self.max_new_tokens,
             "block_length": self.block_length,
             "steps": self.steps,
-            "bos_token_id": token_ids["<|startoftext|>"],
-            "pad_token_id": token_ids["<|endoftext|>"],
-            "eos_token_id": [token_ids[token] for token in self.stop],
-            "suppress_tokens": [token_ids[token] for token in ("<|mdm_mask|>", *self.suppress)],
+            "bos_token_id": SPECIAL_TOKENS["<|startoftext|>"],
+            "pad_token_id": SPECIAL_TOKENS["<|endoftext|>"],
+            "eos_token_id": [SPECIAL_TOKENS[token] for token in self.stop],
+            "suppress_tokens": [SPECIAL_TOKENS[token] for token in ("<|mdm_mask|>", *self.suppress)],
         }
 
 
@@ -153,11 +153,6 @@ def choose_preset(source: str | Path, text_only: bool) -> str:
     """Name of the preset for a released checkpoint: by the name it was released under, or by whether it sees."""
     preset = _PRESET_OF_NAME.get(Path(source).name, "llada-medv")
     return "llada" if text_only else preset if preset != "llada" else "llada-medv"
-
-
-def preset_of(source: str | Path, config: LLaDAMedVConfig) -> Preset:
-    """The preset for a released checkpoint."""
-    return PRESETS[choose_preset(source, config.text_only)]
 
 
 # What the released networks are; anything else would load and answer wrongly.
@@ -246,7 +241,7 @@ class KeyReport:
             if keys:
                 shown = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
                 hint = ""
-                if all("mm_projector." in key for key in self.mapped):
+                if self.mapped and all("mm_projector." in key for key in self.mapped):
                     hint = " A projector is no model: `lladamedv init --projector` makes one with it."
                 raise ValueError(f"The checkpoint {str(source)!r} (layout {self.layout}) {problem}: {shown}.{hint}")
 
@@ -325,14 +320,14 @@ class Checkpoint:
     def is_released(self) -> bool:
         return self.layout != LLaDAMedVConfig.model_type
 
-    def build_config(self, **ids: int) -> LLaDAMedVConfig:
+    def build_config(self) -> LLaDAMedVConfig:
         """Our configuration; see [`convert_config`].
 
         Raises:
             ValueError: if it describes no network of this kind.
         """
         try:
-            return convert_config(self.original, self.layout, self.tower, **ids)
+            return convert_config(self.original, self.layout, self.tower)
         except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"The config.json of {str(self.folder)!r} describes no model: {reason}") from error
@@ -362,24 +357,28 @@ class Checkpoint:
         options = {"config": config}
         if self.is_released:
             # The generation_config.json beside released weights is one for autoregressive models.
-            generation = LLaDAMedVGenerationConfig(**preset_of(source, config).generation_options())
+            preset = PRESETS[choose_preset(source, config.text_only)]
+            generation = LLaDAMedVGenerationConfig(**preset.generation_options())
             options |= {"key_mapping": KEY_MAPPINGS[self.layout], "generation_config": generation}
         return options
 
 
-def read_checkpoint(folder: str | Path, vision_tower: str | Path | None = None) -> Checkpoint:
+def read_checkpoint(
+    folder: str | Path, vision_tower: str | Path | None = None, original: dict | None = None
+) -> Checkpoint:
     """Read the configuration of a local folder with a model, released or of this package's own format.
 
     Args:
         folder: `config.json` and safetensors weights, with an index if there is more than one file.
         vision_tower: folder with the `config.json` of the stand-alone SigLIP model. By default the subfolder that
             `mm_vision_tower` names, and where there is none, SigLIP2 so400m/14-384 is meant.
+        original: what `config.json` holds, if it is read already.
 
     Raises:
         ValueError: if there is no such configuration.
     """
     folder = Path(folder)
-    original = read_json(folder / "config.json")
+    original = original or read_json(folder / "config.json")
     layout = original.get("model_type")
     if layout not in (LLaDAMedVConfig.model_type, *RELEASED_MODEL_TYPES):
         raise ValueError(
@@ -413,39 +412,14 @@ def find_released(source: str | Path, vision_tower: str | Path | None = None, **
         ValueError: if `source` has no `config.json`, or for the reasons of [`read_checkpoint`].
     """
     original, _ = PreTrainedConfig.get_config_dict(source, **hub_options)
+    if not original and find_adapter_config_file(str(source), **hub_options):
+        return None  # Transformers loads the model that adapters name
     if not original:  # Transformers would go on with the defaults and initialise eight billion weights
         raise ValueError(f"`pretrained_model_name_or_path` is {str(source)!r}, which holds no config.json.")
     if original.get("model_type") not in RELEASED_MODEL_TYPES:
         return None
     subfolder = hub_options.pop("subfolder", None) or ""
-    return read_checkpoint(resolve_source(source, **hub_options) / subfolder, vision_tower)
-
-
-def find_adapters(source: str | Path, **hub_options) -> dict | None:
-    """The configuration of a folder or Hub repository of adapters (PEFT), or `None` if there is none.
-
-    Raises:
-        ValueError: if it is not clear which model the adapters belong to, or their weights are pickled.
-    """
-    if find_adapter_config_file(str(source), **hub_options) is None:
-        return None
-    subfolder = hub_options.pop("subfolder", None) or ""
-    folder = resolve_source(source, **hub_options) / subfolder
-    config = read_json(folder / "adapter_config.json")
-    base = config.get("base_model_name_or_path")
-    if (folder / "config.json").exists():
-        reason = "beside a model (config.json); load one of them from a folder of its own"
-    elif not (folder / "adapter_model.safetensors").exists():
-        reason = "without adapter_model.safetensors; pickled weights are not loaded"
-    elif not isinstance(base, str) or not base:
-        reason = "without the model that they belong to (`base_model_name_or_path`)"
-    elif Path(base).is_absolute() and not Path(base).is_dir():
-        reason = f"for {base!r} (`base_model_name_or_path`); there is no such model here"
-    elif find_adapter_config_file(base) is not None:
-        reason = f"for {base!r} (`base_model_name_or_path`), which are adapters, too"
-    else:
-        return config
-    raise ValueError(f"{str(source)!r} holds adapters (adapter_config.json) {reason}.")
+    return read_checkpoint(resolve_source(source, **hub_options) / subfolder, vision_tower, original)
 
 
 def read_json(file: Path) -> dict:
@@ -528,15 +502,13 @@ def read_header(file: Path) -> list[StoredWeight]:
         raise ValueError(f"{str(file)!r} cannot be read: {hint}.") from error
 
 
-def convert_config(original: dict, layout: str, vision_tower: dict | None = None, **ids: int) -> LLaDAMedVConfig:
-    """Our configuration for a `config.json`.
+def convert_config(original: dict, layout: str, vision_tower: dict | None = None) -> LLaDAMedVConfig:
+    """Our configuration for a `config.json`, with the ids of the released tokenizer: the files' own are not reliable.
 
     Args:
         original: what it holds.
         layout: `"llada"`, `"llada_hf"`, `"llava_llada"`, or `"lladamedv"`.
         vision_tower: configuration of the stand-alone SigLIP model, if it is not SigLIP2 so400m/14-384.
-        ids: `mask_token_id`, `image_token_id`, and `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer; by
-            default those of the released one. (The released configs' own are not reliable.)
 
     Raises:
         ValueError: if a field is missing or says that the network is not one of the released kind.
@@ -554,9 +526,8 @@ def convert_config(original: dict, layout: str, vision_tower: dict | None = None
             raise ValueError(f"`{theirs}` is missing in the config.json of layout {layout}.")
     text.setdefault("num_key_value_heads", text["num_attention_heads"])
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": original.get("rope_theta", 500000.0)}
-    text |= {name: ids.pop(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in ids}
     if layout in TEXT_LAYOUTS:
-        return LLaDAMedVConfig(text_config=text, text_only=True, **ids)
+        return LLaDAMedVConfig(text_config=text, text_only=True)
 
     _check_fields(original, _FIXED_FIELDS["llava_llada"])
     mode = original.get("image_aspect_ratio", "square")
@@ -571,7 +542,7 @@ def convert_config(original: dict, layout: str, vision_tower: dict | None = None
     if isinstance(pinpoints, str) and mode.startswith("anyres"):
         pinpoints = _expand_pinpoints(pinpoints, (vision or {}).get("image_size", 384))
     return LLaDAMedVConfig(
-        vision_config=vision, text_config=text, vision_aspect_ratio=mode, image_grid_pinpoints=pinpoints or None, **ids
+        vision_config=vision, text_config=text, vision_aspect_ratio=mode, image_grid_pinpoints=pinpoints or None
     )
 
 

@@ -64,10 +64,18 @@ def test_adapters_that_cannot_be_merged(tmp_path):
     config.base_model_name_or_path = str(DEMO_MODEL)
     config.save_pretrained(tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="Adapters that learn a prompt .* are not supported"):
+    with pytest.raises(ValueError, match=r"Adapters that learn a prompt .* are not supported"):
         load_model(tmp_path)
-    LoraConfig(base_model_name_or_path="/no/such/model").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'/no/such/model' .*; there is no such model here"):
+    for base, message in (
+        ("/no/such/model", "'/no/such/model'; there is no such model here"),
+        ("", "''; there is no such model here"),
+        (str(tmp_path), r"holds no config\.json"),  # which are adapters, too
+    ):
+        LoraConfig(base_model_name_or_path=base).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="pickled weights are not loaded"):
         load_model(tmp_path)
 
 

@@ -31,11 +31,11 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from lladamedv.hub_cards import is_hub_id
 from lladamedv.hub_cards.checks import check_model
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
-from lladamedv.modeling_lladamedv.released_lladamedv import SPECIAL_TOKENS, preset_of
+from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS, choose_preset
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
-from lladamedv.processing.released import build_processor, load_tokenizer
+from lladamedv.processing.released import released_processor
 
 from .data import STOPPING_STRATEGIES, DataSource, load_dataset_mixture
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
@@ -389,8 +389,8 @@ def load_model(
         raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be loaded: {error}") from error
     try:
         if script_args.processor is None and checkpoint.is_released:
-            tokenizer = load_tokenizer(checkpoint.folder, SPECIAL_TOKENS)
-            processor = build_processor(config, tokenizer, preset_of(name, config).chat_template, SPECIAL_TOKENS)
+            template = PRESETS[choose_preset(name, config.text_only)].chat_template
+            processor = released_processor(checkpoint.folder, config, template, SPECIAL_TOKENS)
         elif script_args.processor is None:
             processor = LLaDAMedVProcessor.from_pretrained(name, revision=model_args.model_revision)
         else:
