@@ -21,14 +21,8 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
-from lladamedv.modeling_lladamedv.released_lladamedv import (
-    FILES,
-    Checkpoint,
-    read_checkpoint,
-    read_header,
-    read_weights,
-    resolve_source,
-)
+from lladamedv.modeling_lladamedv.released_lladamedv import FILES, Checkpoint, read_checkpoint, resolve_source
+from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_header, read_weights
 
 
 CARD = "README.md"
@@ -46,7 +40,7 @@ _MODEL_FILES = (
 _ADAPTER_FILES = (CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _ALLOWED = (
     CARD, "LICENSE*", "NOTICE*", "*.json", "*.py", "*.jinja", "*.txt", "*.png", "*.jpg", "*.svg", ".gitattributes",
-    ".eval_results/*.yaml", "model*.safetensors", PROJECTOR, ADAPTER_WEIGHTS,
+    ".eval_results/*.yaml", "model.safetensors", "model-*-of-*.safetensors", PROJECTOR, ADAPTER_WEIGHTS,
 )  # fmt: skip
 # What a training leaves in its folder for itself, by names of files and folders: pickles, states of the optimiser, and
 # reports that quote the data. Left out.
@@ -281,7 +275,7 @@ def _check_weights(files: dict[str, Path | bytes], contents: dict[str, object]) 
         yield from _errors(read_header, files[PROJECTOR])
     total = (contents.get(SAFE_WEIGHTS_INDEX_NAME, {}).get("metadata") or {}).get("total_size")
     if total is not None and not problems:
-        shards = [file for file in weights if file.match("model*.safetensors")]
+        shards = [file for file in weights if file.match("model-*.safetensors")]
         # The first 8 bytes of a file are the length of its header.
         sizes = [file.stat().st_size - 8 - int.from_bytes(file.open("rb").read(8), "little") for file in shards]
         if total != sum(sizes):

@@ -34,11 +34,11 @@ from lladamedv.modeling_lladamedv.convert_checkpoint import (
 from lladamedv.modeling_lladamedv.released_lladamedv import (
     PRESETS,
     SPECIAL_TOKENS,
-    KeyReport,
     choose_preset,
     read_checkpoint,
     resolve_source,
 )
+from lladamedv.modeling_lladamedv.stored_weights_lladamedv import KeyReport
 from lladamedv.processing.released import released_processor
 
 from .loading import DTYPES

@@ -115,7 +115,8 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
 
 def _load(name: str, dtype: str, revision: str | None):
     from lladamedv.hub_cards.checks import check_folder
-    from lladamedv.modeling_lladamedv.released_lladamedv import read_json, resolve_source
+    from lladamedv.modeling_lladamedv.released_lladamedv import resolve_source
+    from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_json
     from lladamedv.processing import LLaDAMedVProcessor
 
     folder = check_folder(resolve_source(name, revision))

@@ -22,17 +22,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .configuration_lladamedv import LLaDAMedVConfig
 from .modeling_lladamedv import LLaDAMedVForConditionalGeneration
-from .released_lladamedv import (
-    TEXT_LAYOUTS,
-    Checkpoint,
-    KeyReport,
-    StoredWeight,
-    compare,
-    convert_vision_config,
-    read_header,
-    read_json,
-    read_weights,
-)
+from .released_lladamedv import TEXT_LAYOUTS, Checkpoint, compare, convert_vision_config
+from .stored_weights_lladamedv import KeyReport, StoredWeight, read_header, read_json, read_weights
 
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors writes them

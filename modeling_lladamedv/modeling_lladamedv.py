@@ -23,8 +23,9 @@ from .decoder_layer_lladamedv import LLaDAMedVLastDecoderLayer, positions_in_row
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig
 from .generation_lladamedv import LLaDAMedVGenerationMixin
 from .infilling_lladamedv import LLaDAMedVInfillingMixin
-from .released_lladamedv import KeyReport, find_released
+from .released_lladamedv import find_released
 from .scoring_lladamedv import LLaDAMedVScoringMixin
+from .stored_weights_lladamedv import KeyReport
 
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import save_file
 
+from lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.conversion import convert_checkpoint
 from lladamedv.loading import DEMO_MODEL, load_model
 from lladamedv.processing.phantoms import PhantomVQA
@@ -57,6 +58,19 @@ def test_adapters_need_no_processor_beside_them(shipped, tmp_path):
     _, wanted = logits(adapted.eval(), processor, example.messages())
     _, found = logits(*load_model(tmp_path), example.messages())
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_of_a_released_checkpoint(tmp_path):
+    folder = released.write_llava(tmp_path / "LLaDA-MedV")
+    tiny_tokenizer().save_pretrained(folder)
+    base, processor = load_model(folder)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapters")
+    chat = asked(random_image(40, 30), "Is there a lesion?")
+    _, wanted = logits(adapted.eval(), processor, chat)
+    torch.testing.assert_close(logits(*load_model(tmp_path / "adapters"), chat)[1], wanted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"belong to '.*LLaDA-MedV', .* load them with `lladamedv\.loading\.load_model`"):
+        LLaDAMedVForConditionalGeneration.from_pretrained(tmp_path / "adapters")
 
 
 def test_adapters_that_cannot_be_merged(tmp_path):
