@@ -124,7 +124,7 @@ _CHAT_ADVICE = (
     "Give a conversation to `apply_chat_template`, or to a pipeline as `text=[{'role': 'user', 'content': "
     "[{'type': 'image', 'image': …}, {'type': 'text', 'text': …}]}]`."
 )
-_ROLES, _IMAGE_KEYS = ("system", "user", "assistant"), ("image", "url", "path", "base64")
+ROLES, _IMAGE_KEYS = ("system", "user", "assistant"), ("image", "url", "path", "base64")
 
 
 class LLaDAMedVProcessor(ProcessorMixin):
@@ -381,9 +381,9 @@ def _normalize_chat(chat) -> list[dict]:
     normalized = []
     for message in map(as_dict, chat):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if role not in _ROLES:
+        if role not in ROLES:
             raise ValueError(
-                f"`conversation` holds the message {message!r:.200}; allowed are dicts whose `role` is one of {_ROLES}."
+                f"`conversation` holds the message {message!r:.200}; allowed are dicts whose `role` is one of {ROLES}."
             )
         images, text, beside = [], "", True
         for part in map(as_dict, _as_parts(content)):

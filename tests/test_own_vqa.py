@@ -95,7 +95,7 @@ def test_odd_files(file, rows, streaming):
     ("file", "message"),
     [
         ("rad/dup.json", "two questions of the id '0'; ids must differ. 'qid' is read as the id"),
-        ("rad/latin.json", "latin.json' is not in UTF-8 .*; save it anew in that encoding"),
+        ("rad/latin.json", "latin.json' is not in UTF-8 .*; save it in that encoding"),
     ],
 )
 def test_files_that_are_refused(file, message):

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from lladamedv.demo import load_model
+from lladamedv.processing.datasets.messages import normalize_messages
 from lladamedv.trainers import MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer, sft
-from lladamedv.trainers.rows import normalize_messages, split_by_image
+from lladamedv.trainers.rows import split_by_image
 from tests.test_train_command import arguments, llava_med_file, train
 from tests.tiny import random_image
 
@@ -219,7 +220,7 @@ def test_placeholders_of_others_are_text(demo, tmp_path):
 def test_images_of_a_turn(content, texts, shown):
     """Which come first, once the processor has put them there: tests/test_one_door.py."""
     question, answer = normalize_messages(chat(content), shown)
-    parts = [{"type": "image"}] * shown + [{"type": "text", "text": text} for text in texts]
+    parts = [{"type": "image", "text": None}] * shown + [{"type": "text", "text": text} for text in texts]
     assert sorted(question["content"], key=lambda part: part["type"]) == parts
     assert answer == {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}
 

@@ -9,9 +9,9 @@ import datasets
 import numpy as np
 import pytest
 
-from lladamedv.processing.datasets import SOURCES
+from lladamedv.processing.datasets import ROW_FEATURES, SOURCES
 from lladamedv.processing.phantoms import PhantomVQA
-from lladamedv.trainers.data import ROW_FEATURES, DataSource, load_dataset_mixture
+from lladamedv.trainers.data import DataSource, load_dataset_mixture
 from tests.tiny import random_image
 
 
@@ -157,7 +157,7 @@ def test_columns_by_other_names(folder, caplog):
         ("image,question,answer\n0.png,Is it large, or small?,No\n", "has 4 cells at line 2, and 3 columns"),
         ("image,question,answer\n0.png,Is it?\n", "has 2 cells at line 2"),
         ("image|question|answer\n0.png|Is it?|No\n", r"columns \['image\|question\|answer'\]; allowed"),
-        ("image,answer\n0.png,No\n", r"columns \['answer', 'image'\]; allowed are messages, or conversations or"),
+        ("image,answer\n0.png,No\n", r"columns \['answer', 'image'\]; allowed are messages, or conversations, or"),
         ("image,question,answer,answer\n", "of which two have one name"),
         ("image,question,answer\n", "which has no records"),
         ("image,question,answer\n0.png,Is it?,\n", "data/0 at line 2: `answer` is None; allowed are texts and numbers"),
@@ -271,14 +271,21 @@ def test_malformed_records_stop_or_are_counted(folder, tmp_path, streaming):
         assert len(list(dataset)) == report.rows == 2 and len(report.invalid) == 1
 
 
-def test_records_that_are_not_like_the_first(tmp_path):
-    for first, other in ((chat(0), llava(1)), (llava(0), chat(1)), (qa(0, "0.png"), {"image": "0.png"})):
-        random_image().save(tmp_path / "0.png")
-        file = write(tmp_path / "a.jsonl", [first, other, {**first, "id": 3}])
-        dataset, (report,) = load_dataset_mixture([file], invalid_records="skip")
-        assert len(dataset) == 2 and len(report.invalid) == 1
-    file = write(tmp_path / "b.json", [qa(0, 5)])
-    with pytest.raises(ValueError, match="invalid record, b/0 at line 1: an image is a int, not the name of a file"):
+def test_every_record_has_a_form_of_its_own(folder):
+    completed = {
+        "id": "row 3",
+        "prompt": chat(3)["messages"][:1],
+        "completion": chat(3)["messages"][1:],
+        "images": NAMES[3],
+    }
+    content = [chat(0, NAMES[0]), llava(1, NAMES[1]), qa(2, NAMES[2]) | {"id": "row 2"}, completed]
+    dataset, (report,) = load_dataset_mixture(
+        [write(folder / "a.jsonl", [*content, {"image": "0.png"}])], invalid_records="skip"
+    )
+    check_rows(dataset, range(4))
+    assert [name for name, _ in report.invalid] == ["a/4"]
+    file = write(folder / "b.json", [qa(0, 5)])
+    with pytest.raises(ValueError, match="invalid record, b/0 at line 1: `image` is of type int; allowed are names"):
         load(file)
 
 
@@ -420,7 +427,7 @@ def test_hub_ids_are_asked_for_by_revision(folder, monkeypatch, source):
         ([{"name": "a"}], "allowed are `path` and"),
         ([{"path": "phantoms:1:2", "weight": 0}], r"`weight` of `train_data` is \[0\]; allowed are numbers above 0"),
         (["phantoms:1:2", {"path": "phantoms:1:2", "weight": 1}], r"`weight` of `train_data` is \[None, 1\]"),
-        (["phantoms:1"], "'phantoms:1'; after 'phantoms:' allowed is SEED:COUNT,"),
+        (["phantoms:1"], "'phantoms:1', which cannot be loaded: allowed is SEED:COUNT,"),
         (["phantoms:1:x"], "allowed is SEED:COUNT"),
         (["vqa:slke"], "`train_data` holds 'vqa:slke', which cannot be loaded: `benchmark` is 'slke'; allowed are"),
         (["vqa:slake:dev"], "'vqa:slake:dev', which cannot be loaded: `split` is 'dev'; allowed for BoKelvin/SLAKE"),
@@ -449,7 +456,7 @@ def test_files_that_are_no_data(tmp_path, streaming):
         with pytest.raises(ValueError, match=message):
             list(load(str(tmp_path / name), streaming=streaming))
     datasets.Dataset.from_dict({"text": ["x"]}).to_parquet(tmp_path / "f.parquet")
-    with pytest.raises(ValueError, match=r"columns \['text'\]; allowed are messages, or conversations or"):
+    with pytest.raises(ValueError, match=r"columns \['text'\]; allowed are messages, or conversations, or"):
         load(str(tmp_path / "f.parquet"), streaming=streaming)
     datasets.Dataset.from_dict({"question": [], "answer": [], "image": []}).to_parquet(tmp_path / "g.parquet")
     with pytest.raises(ValueError, match=r"which has no records|corresponds to no data"):
