@@ -30,7 +30,7 @@ from lladamedv.processing.datasets.readers import (
     open_table,
     records_in,
     undecoded,
-)
+)  # fmt: skip
 from lladamedv.processing.datasets.vqa import load_vqa, phantom_records, record_to_messages
 from lladamedv.processing.phantoms import parse_phantoms
 

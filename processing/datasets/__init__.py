@@ -5,39 +5,21 @@ from .columns import InvalidRecordError
 from .messages import ROW_FEATURES, image_source, record_to_row
 from .readers import ImageFiles, LoadReport, MissingImageError, read_records
 from .vqa import (
-    BENCHMARKS,
     OWN_DATA,
-    SOURCES,
     VQA_FEATURES,
     VQAReport,
-    VQASource,
     check_image_overlap,
     load_own_vqa,
     load_vqa,
     record_to_messages,
     training_open_answers,
-)
+)  # fmt: skip
+from .vqa_sources import BENCHMARKS, SOURCES, VQASource
 
 
 __all__ = [
-    "BENCHMARKS",
-    "OWN_DATA",
-    "ROW_FEATURES",
-    "SOURCES",
-    "VQA_FEATURES",
-    "ImageFiles",
-    "InvalidRecordError",
-    "LoadReport",
-    "MissingImageError",
-    "VQAReport",
-    "VQASource",
-    "check_image_overlap",
-    "image_source",
-    "load_chat_benchmark",
-    "load_own_vqa",
-    "load_vqa",
-    "read_records",
-    "record_to_messages",
-    "record_to_row",
+    "BENCHMARKS", "OWN_DATA", "ROW_FEATURES", "SOURCES", "VQA_FEATURES", "ImageFiles", "InvalidRecordError",
+    "LoadReport", "MissingImageError", "VQAReport", "VQASource", "check_image_overlap", "image_source",
+    "load_chat_benchmark", "load_own_vqa", "load_vqa", "read_records", "record_to_messages", "record_to_row",
     "training_open_answers",
-]
+]  # fmt: skip

@@ -102,6 +102,3 @@ def _as_record(row: dict) -> dict:
         "domain": domains[0] if domains else None,
         "domains": domains,
     }
-
-
-__all__ = ["DOMAINS", "QUESTION_TYPES", "load_chat_benchmark"]

@@ -161,17 +161,3 @@ def answer_text(value) -> str:
 def derived_answer_type(answer: str) -> str:
     """The type of a question that has none: "closed" if its true answer is yes or no, or begins so before a mark."""
     return "closed" if _POLAR.fullmatch(unicodedata.normalize("NFKC", answer)) else "open"
-
-
-__all__ = [
-    "ANSWER_TYPES",
-    "COLUMNS",
-    "CONVERSATIONS",
-    "Fields",
-    "InvalidRecordError",
-    "answer_text",
-    "derived_answer_type",
-    "squash",
-    "text_of",
-    "unwrapped",
-]

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Features, Image, List, Value
 
 from ..medical_images import READING_OPTIONS
-from ..processing_lladamedv import ROLES, as_dict
+from ..processing_lladamedv import IMAGE_KEYS, ROLES, as_dict
 from .columns import CONVERSATIONS, Fields, InvalidRecordError, answer_text, text_of
 from .readers import ImageFiles
 
@@ -35,7 +35,7 @@ _NOT_READ_IN_MESSAGES = (
 )  # fmt: skip
 _NOT_READ_IN_ROWS = ("tools", "videos", "audios", "chat_template_kwargs")
 # An image's place in a message says neither which image it is nor how to read it.
-_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", *(option.name for option in READING_OPTIONS))
+_NOT_IN_PLACES = ("image_url", *IMAGE_KEYS, *(option.name for option in READING_OPTIONS))
 
 
 # Records
@@ -145,7 +145,7 @@ def normalize_messages(messages: list, num_images: int) -> list[dict]:
         parts = []
         for part in map(as_dict, content):
             kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
-            held = [key for key in _IMAGE_KEYS if isinstance(part, dict) and part.get(key) is not None]
+            held = [key for key in _NOT_IN_PLACES if isinstance(part, dict) and part.get(key) is not None]
             if kind == "text" and isinstance(text, str):
                 if role == "user" and IMAGE_PLACEHOLDER in text:
                     parts += _places(text.count(IMAGE_PLACEHOLDER))
@@ -287,16 +287,3 @@ def image_source(image):
         fits = np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= 255
         return array.astype(np.uint8) if fits else array
     return image
-
-
-__all__ = [
-    "IMAGE_PLACEHOLDER",
-    "ROW_FEATURES",
-    "check_row",
-    "conversation_of",
-    "image_source",
-    "images_of",
-    "normalize_messages",
-    "record_to_row",
-    "show_images",
-]

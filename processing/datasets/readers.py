@@ -295,70 +295,75 @@ def _read_table(reader, path, keep_invalid: bool) -> Iterator[tuple[int, dict]]:
 
 def _read_lines(file: TextIO, path, keep_invalid: bool) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
         try:
-            record = _checked(json.loads(line), line)
-        except (ValueError, RecursionError) as error:
-            if number > 1:
-                if not keep_invalid:
-                    raise _no_json(path, number, error) from None
-                record = InvalidRecordError(f"it is no JSON, {_reason(error)}")
-            else:
+            if not line.strip():
+                continue
+            try:
+                record = _single(line)
+            except ValueError as error:
+                if number > 1:
+                    raise
                 try:  # one object over several lines
-                    text = line + file.read()
-                    record = _checked(json.loads(text), text)
-                except (ValueError, RecursionError):
-                    form = "; allowed are a list of objects, or one object a line"
-                    raise _no_json(path, number, error, form) from None
+                    record = _single(line + file.read())
+                except ValueError:
+                    raise error from None
+        except ValueError as error:
+            if number == 1 or not keep_invalid:
+                raise _no_json(path, number, error, "; allowed are a list of objects, or one object a line") from None
+            record = InvalidRecordError(f"it is no JSON, {getattr(error, 'msg', error)}")
         yield number, record
-
-
-_SPACE = re.compile(r"\s*")
 
 
 def _read_list(text: str, path) -> Iterator[tuple[int, dict]]:
     """The objects of a list, each made when it is its turn: the text alone has up to 358 MB."""
-    decoder, line, last = json.JSONDecoder(), 1, 0
-    place = _SPACE.match(text, text.index("[") + 1).end()
-    while text[place : place + 1] != "]":
-        line, last = line + text.count("\n", last, place), place
-        try:
-            record, end = decoder.raw_decode(text, place)
-            yield line, _checked(record, text[place:end])
-            place = _SPACE.match(text, end).end()
-            if text[place : place + 1] not in (",", "]"):
+    line, last, place = 1, 0, _SPACE.match(text, text.index("[") + 1).end()
+    separator = "]" if text.startswith("]", place) else ","
+    place += separator == "]"
+    try:
+        while separator != "]":
+            line, last = line + text.count("\n", last, place), place
+            record, place = _decoded(text, place)
+            yield line, record
+            separator = text[place : place + 1]
+            if separator not in (",", "]"):
                 raise json.JSONDecodeError("expected ',' or ']'", text, place)
-            if text[place] == ",":
-                place = _SPACE.match(text, place + 1).end()
-                if text[place : place + 1] == "]":
-                    raise json.JSONDecodeError("Expecting value", text, place)
-        except (ValueError, RecursionError) as error:
-            raise _no_json(path, getattr(error, "lineno", line), error) from None
-    if rest := text[place + 1 :].strip():
-        raise _no_json(path, 1 + text.count("\n", 0, text.index(rest, place + 1)), ValueError("more follows the list"))
+            place = _SPACE.match(text, place + 1).end()
+        if text[place:].strip():
+            raise json.JSONDecodeError("more follows after the list", text, place)
+    except ValueError as error:
+        raise _no_json(path, line, error) from None
 
 
-def _checked(record, text: str):
-    """The record that a text was read as.
+_SPACE, _DECODER = re.compile(r"\s*"), json.JSONDecoder()
+
+
+def _decoded(text: str, place: int) -> tuple[object, int]:
+    """The JSON value at a place of a text, and where what follows it begins.
 
     Raises:
-        ValueError: if it holds lone surrogates, which JSON can spell and no file can hold.
+        ValueError: also for lone surrogates, which JSON can spell and no file can hold.
     """
-    if "\\ud" in text.lower():  # half of the escapes for a character, or for a lone surrogate
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("a lone surrogate, which is no character") from None
-    return record
+    try:
+        value, end = _DECODER.raw_decode(text, place)
+        if "\\ud" in text[place:end].lower():  # half of the escapes for a character, or for a lone surrogate
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("a lone surrogate, which is no character") from None
+    return value, _SPACE.match(text, end).end()
 
 
-def _no_json(path, line: int, error: Exception, form: str = "") -> ValueError:
-    return ValueError(f"{str(path)!r} is no JSON at line {line}: {_reason(error)}{form}.")
+def _single(text: str):
+    value, end = _decoded(text, _SPACE.match(text).end())
+    if end < len(text):
+        raise ValueError("more follows after the object")
+    return value
 
 
-def _reason(error: Exception) -> str:
-    return "it is nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+def _no_json(path, line: int, error: ValueError, form: str = "") -> ValueError:
+    line = max(line, getattr(error, "lineno", 1))
+    return ValueError(f"{str(path)!r} is no JSON at line {line}: {getattr(error, 'msg', error)}{form}.")
 
 
 def records_in(path: Path, keep_invalid: bool = False, with_splits: bool = False) -> Iterator[tuple[str, dict]]:
@@ -519,22 +524,3 @@ def first_record(records: Records | Dataset | IterableDataset) -> dict | None:
     if not callable(records):
         return next(iter(records), None)
     return next((record for _, record in records() if isinstance(record, dict)), None)
-
-
-__all__ = [
-    "PARQUET_SUFFIX",
-    "RECORD_SUFFIXES",
-    "ImageFiles",
-    "InvalidRecordError",
-    "LoadReport",
-    "MissingImageError",
-    "RowMaker",
-    "find_file",
-    "first_record",
-    "image_files",
-    "load_rows",
-    "open_table",
-    "read_records",
-    "records_in",
-    "undecoded",
-]

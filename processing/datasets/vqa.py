@@ -37,7 +37,7 @@ from .columns import (
     derived_answer_type,
     squash,
     text_of,
-)
+)  # fmt: skip
 from .messages import IMAGE_PLACEHOLDER, conversation_of, image_source, normalize_messages
 from .readers import (
     PARQUET_SUFFIX,
@@ -52,7 +52,7 @@ from .readers import (
     open_table,
     records_in,
     undecoded,
-)
+)  # fmt: skip
 from .vqa_sources import BENCHMARKS, COUNTED, LEAKAGE, LLAVA_MED, PHANTOMS, SOURCES, SPLITS, TEST, VQASource
 
 
@@ -600,19 +600,3 @@ def _digests(dataset: Dataset | IterableDataset) -> dict[str, str]:
                     content = file.read()
             digests[row["image_id"]] = hashlib.sha256(content).hexdigest()
     return digests
-
-
-__all__ = [
-    "BENCHMARKS",
-    "OWN_DATA",
-    "SOURCES",
-    "VQA_FEATURES",
-    "VQAReport",
-    "VQASource",
-    "check_image_overlap",
-    "load_own_vqa",
-    "load_vqa",
-    "phantom_records",
-    "record_to_messages",
-    "training_open_answers",
-]
