@@ -205,7 +205,7 @@ class LLaDAMedVProcessor(ProcessorMixin):
         several = isinstance(conversation, (list, tuple)) and any(
             isinstance(chat, (list, tuple)) for chat in conversation
         )
-        chats = [_normalize_chat(chat) for chat in (conversation if several else [conversation])]
+        chats = [normalize_chat(chat) for chat in (conversation if several else [conversation])]
         template = self._template(chat_template)
         masked = kwargs.pop("return_assistant_tokens_mask", False)
         if masked and not (kwargs.get("tokenize") and kwargs.get("return_dict")):
@@ -361,56 +361,59 @@ class LLaDAMedVProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(image_sizes))
 
 
-def _normalize_chat(chat) -> list[dict]:
+def normalize_chat(chat, argument: str = "conversation") -> list[dict]:
     """A conversation of plain messages, each with its images first and one text behind them.
 
     Two texts side by side could together make a control token that neither holds, so they become one.
+
+    Args:
+        chat: messages as dicts, dataclasses or pydantic models, or an object that holds such `messages`.
+        argument: how errors call it.
 
     Raises:
         ValueError: for anything that chat templates do not expect.
     """
     chat = getattr(chat, "messages", chat)
     if not isinstance(chat, (list, tuple)) or not chat:
-        raise ValueError(f"`conversation` is {chat!r:.200}; allowed are lists of messages with at least one.")
+        raise ValueError(f"`{argument}` is {chat!r:.200}; allowed are lists of messages with at least one.")
     normalized = []
-    for message in map(as_dict, chat):
+    for message in map(_as_dict, chat):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role not in ROLES:
             raise ValueError(
-                f"`conversation` holds the message {message!r:.200}; allowed are dicts whose `role` is one of {ROLES}."
+                f"`{argument}` holds the message {message!r:.200}; allowed are dicts whose `role` is one of {ROLES}."
             )
         images, text, beside = [], "", True
-        for part in map(as_dict, _as_parts(content)):
+        for part in map(_as_dict, _as_parts(content)):
             kind, words = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
             is_text = kind == "text" and isinstance(words, str) and _is_utf8(words)
             is_image = kind in ("image", "image_url") and sum(part.get(key) is not None for key in IMAGE_KEYS) <= 1
             if not is_text and not is_image:
                 raise ValueError(
-                    f"`conversation` holds the content {part!r:.200}; allowed are texts without lone surrogates, and "
+                    f"`{argument}` holds the content {part!r:.200}; allowed are texts without lone surrogates, and "
                     'lists of {"type": "text", "text": …} and of {"type": "image", …} with one of '
                     f"{IMAGE_KEYS}."
                 )
-            options = [option.name for option in READING_OPTIONS if is_image and part.get(option.name) is not None]
-            if options:
-                raise ValueError(
-                    f"`conversation` holds an image with {', '.join(options)}, which would have no effect here; read "
-                    "it by `read_medical_image` with these options first, and give its `image`."
-                )
-            if is_image:
+            if is_text:
+                between = bool(text and words) and not beside
+                text += "\n" * (between and not (text[-1].isspace() or words[0].isspace())) + words
+            else:
                 part = {key: value for key, value in part.items() if value is not None}
+                if options := [option.name for option in READING_OPTIONS if option.name in part]:
+                    raise ValueError(
+                        f"`{argument}` holds an image with {', '.join(options)}, which would have no effect here; read "
+                        "it by `read_medical_image` with these options first, and give its `image`."
+                    )
                 if "base64" in part:
                     part = {"type": "image", "url": f"data:;base64,{part['base64'].rpartition(',')[2]}"}
                 images.append(part)
-            else:
-                between = bool(text and words) and not beside
-                text += "\n" * (between and not (text[-1].isspace() or words[0].isspace())) + words
             beside = is_text
         parts = [*images, {"type": "text", "text": text}] if text or not images else images
         normalized.append({**message, "content": content if isinstance(content, str) else parts})
     return normalized
 
 
-def as_dict(value):
+def _as_dict(value):
     """A message or a part of one as a dict, of a dataclass or a pydantic model, too; anything else as it is."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -435,4 +438,4 @@ def _is_utf8(text: str) -> bool:
 
 LLaDAMedVProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["CHAT_TEMPLATES", "LLaDAMedVProcessor", "get_training_chat_template"]
+__all__ = ["CHAT_TEMPLATES", "LLaDAMedVProcessor", "get_training_chat_template", "normalize_chat"]

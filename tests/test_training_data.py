@@ -369,7 +369,7 @@ def test_malformed_records_stop_or_are_counted(folder, streaming):
     [
         (qa(0, 5), "`image` is of type int; allowed are names of files and bytes"),
         (qa(0, "0.png") | {"images": ["1.png"]}, "it has both `image` and `images`"),
-        (chat(0) | {"messages": "hello"}, "its messages cannot be read: they are of type str"),
+        (chat(0) | {"messages": "hello"}, "its messages cannot be read: `messages` is 'hello'"),
     ],
 )
 def test_records_that_are_wrong(folder, record, message):
@@ -382,9 +382,9 @@ def test_records_that_are_wrong(folder, record, message):
     ("sources", "message"),
     [
         ([], "`train_data` is empty"),
-        (["none.json"], "'none.json', which cannot be loaded: no such file or folder. Allowed are a Hub id"),
+        (["none.json"], "'none.json', of which train cannot be loaded: no such file or folder; allowed are a Hub id"),
         (["/none/at/all"], "cannot be loaded: no such file or folder"),
-        (["me/none@abc"], "'me/none@abc', which cannot be loaded: .*me/none"),
+        (["me/none@abc"], "'me/none@abc', of which train cannot be loaded: .*me/none"),
         ([{"path": "a.json", "wieght": 1}], "`train_data` holds .*'wieght'.*; allowed are `path` and"),
         ([{"name": "a"}], "allowed are `path` and"),
         ([{"path": "phantoms:1:2", "weight": 0}], r"`weight` of `train_data` is \[0\]; allowed are numbers above 0"),
@@ -409,7 +409,7 @@ def test_sources_that_are_none(sources, message, streaming):
         ("a.txt", "x", "a file whose name ends on none of"),
         ("a.json", "", "'.*a.json', which has no records"),
         ("a.json", "[]", "which has no records"),
-        ("a.jsonl", '{"messages": []}\n{"mess', "is no JSON at line 2"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "?"}]}\n{"mess', "is no JSON at line 2"),
         ("a.json", '[{"caption": "x", "image": "y"}]', r"columns \['caption', 'image'\]; allowed are messages, or"),
         ("a.parquet", "x", "cannot be loaded"),
         ("a.parquet", {"text": ["x"]}, r"columns \['text'\]; allowed are messages, or conversations, or"),

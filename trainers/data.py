@@ -19,18 +19,7 @@ from datasets import Dataset, IterableDataset
 
 from lladamedv.processing.datasets.columns import CONVERSATIONS, Fields
 from lladamedv.processing.datasets.messages import ROW_FEATURES, record_to_row
-from lladamedv.processing.datasets.readers import (
-    ImageFiles,
-    LoadReport,
-    RowMaker,
-    find_file,
-    first_record,
-    image_files,
-    load_rows,
-    open_table,
-    records_in,
-    undecoded,
-)  # fmt: skip
+from lladamedv.processing.datasets.readers import ImageFiles, LoadReport, RowMaker, load_rows, open_records, undecoded
 from lladamedv.processing.datasets.vqa import load_vqa, phantom_records, record_to_messages
 from lladamedv.processing.phantoms import parse_phantoms
 
@@ -144,31 +133,22 @@ def _as_source(source, image_folder: str | None, argument: str) -> DataSource:
 
 def _load(source: DataSource, streaming: bool, invalid_records: str, argument: str):
     """The rows of a source, and the report that they fill."""
-    report, path = LoadReport(str(source), invalid_records), Path(os.path.expanduser(source.path))
-    name, images = path.stem, ImageFiles()
-    built_in = source.path.startswith((_VQA, _PHANTOMS))
-    try:
-        if source.path.startswith(_VQA):
-            return _load_benchmark(source, streaming, invalid_records)
-        if built_in:
+    report, called = LoadReport(str(source), invalid_records), f"`{argument}` holds {str(source)!r}"
+    name, images = Path(source.path).stem, ImageFiles()
+    if source.path.startswith((_VQA, _PHANTOMS)):
+        try:
+            if source.path.startswith(_VQA):
+                return _load_benchmark(source, streaming, invalid_records)
             records = partial(phantom_records, parse_phantoms(source.path.removeprefix(_PHANTOMS)))
-        else:
-            if (file := find_file(path, source.split)) is not None:
-                records = partial(records_in, file, invalid_records == "skip")
-            else:
-                name = f"{name}/{source.split}"
-                records = open_table(source.path, source.split, source.name, source.revision, streaming)
-            images = image_files(path if os.path.isdir(path) else path.parent, source.image_folder)
-    except ValueError as error:
-        forms = (
-            " Allowed are a Hub id, also with @revision, a folder, a .json, .jsonl, .parquet, .csv or .tsv file, "
-            "phantoms:SEED:COUNT, and vqa:BENCHMARK."
-        )
-        raise ValueError(
-            f"`{argument}` holds {str(source)!r}, which cannot be loaded: {error}.{'' if built_in else forms}"
-        ) from error
-    if not built_in:
-        _check_columns(first_record(records), source, argument)
+        except ValueError as error:
+            raise ValueError(f"{called}, which cannot be loaded: {error}") from error
+    else:
+        records, images, first = open_records(
+            source.path, source.split, called, image_folder=source.image_folder, streaming=streaming,
+            keep_invalid=invalid_records == "skip", name=source.name, revision=source.revision,
+        )  # fmt: skip
+        name += "" if callable(records) else f"/{source.split}"
+        _check_columns(first, source, called)
     maker = RowMaker(partial(_rows, images=images), report, name)
     dataset = load_rows(records, maker, ROW_FEATURES, streaming)
     if isinstance(dataset, Dataset) and not len(dataset):
@@ -180,20 +160,18 @@ def _rows(fields: Fields, name: str, images: ImageFiles) -> list[dict]:
     return [record_to_row(fields.record, name, images)]
 
 
-def _check_columns(record: dict | None, source: DataSource, argument: str) -> None:
+def _check_columns(record: dict, source: DataSource, called: str) -> None:
     """
     Raises:
         ValueError: if the first record of a source has no form that is known.
     """
-    if record is None:
-        raise ValueError(f"`{argument}` holds {str(source)!r}, which has no records.")
     if any(set(form) <= set(record) for form in _FORMS):
         return
     fields = Fields(record)
     read = {column: next(iter(fields.names(column)), None) for column in _QUESTION}
     if None in read.values():
         raise ValueError(
-            f"`{argument}` holds {str(source)!r}, which has the columns {sorted(record)}; allowed are "
+            f"{called}, which has the columns {sorted(record)}; allowed are "
             f"{', or '.join(' and '.join(form) for form in _FORMS)}, or {', '.join(_QUESTION)}, also by other usual "
             "names."
         )

@@ -12,8 +12,7 @@ import fsspec
 import numpy as np
 from datasets import Features, Image, List, Value
 
-from ..medical_images import READING_OPTIONS
-from ..processing_lladamedv import IMAGE_KEYS, ROLES, as_dict
+from ..processing_lladamedv import IMAGE_KEYS, normalize_chat
 from .columns import CONVERSATIONS, Fields, InvalidRecordError, answer_text, text_of
 from .readers import ImageFiles
 
@@ -34,8 +33,6 @@ _NOT_READ_IN_MESSAGES = (
     "tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "weight", "loss", "train",
 )  # fmt: skip
 _NOT_READ_IN_ROWS = ("tools", "videos", "audios", "chat_template_kwargs")
-# An image's place in a message says neither which image it is nor how to read it.
-_NOT_IN_PLACES = ("image_url", *IMAGE_KEYS, *(option.name for option in READING_OPTIONS))
 
 
 # Records
@@ -128,38 +125,29 @@ def normalize_messages(messages: list, num_images: int) -> list[dict]:
     Raises:
         InvalidRecordError: for messages of another form, and those that hold what would be ignored.
     """
-    if not isinstance(messages, (list, tuple)):
-        raise _unreadable(f"they are of type {type(messages).__name__}, not a list")
     normalized = []
-    for number, message in enumerate(map(as_dict, messages)):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if role not in ROLES:
-            raise _unreadable(f"message {number} is {message!r:.50}; allowed are dicts with one of the roles {ROLES}")
+    try:
+        messages = normalize_chat(messages, "messages")
+    except ValueError as error:
+        raise _unreadable(str(error)) from None
+    for number, message in enumerate(messages):
+        role, content = message["role"], message["content"]
         ignored = [key for key in _NOT_READ_IN_MESSAGES if message.get(key) not in (None, [], "", 1)]
         if ignored:
             raise _unreadable(f"message {number} has `{ignored[0]}`, which is not trained on")
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        elif not isinstance(content, (list, tuple)):
-            raise _unreadable(f"the content of message {number} is {content!r:.50}; allowed are texts and lists")
-        parts = []
-        for part in map(as_dict, content):
-            kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
-            held = [key for key in _NOT_IN_PLACES if isinstance(part, dict) and part.get(key) is not None]
-            if kind == "text" and isinstance(text, str):
-                if role == "user" and IMAGE_PLACEHOLDER in text:
-                    parts += _places(text.count(IMAGE_PLACEHOLDER))
-                    text = text.replace(IMAGE_PLACEHOLDER, "").strip()
-                parts += [{"type": "text", "text": text}] * bool(text)
-            elif kind == "image" and role == "user" and not held:
-                parts += _places(1)
-            else:
-                raise _unreadable(
-                    f"message {number}, of role {role}, has a part of type {kind!r:.50}"
-                    + (f" with `{held[0]}`" if held else "")
-                    + "; allowed are texts, and in a user's turn images, which themselves are in the column `images`"
-                )
-        normalized.append({"role": role, "content": parts})
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        images = [part for part in parts if part["type"] != "text"]
+        held = [key for image in images for key in ("image_url", *IMAGE_KEYS) if key in image]
+        if held or (images and role != "user"):
+            raise _unreadable(
+                f"message {number}, of role {role}, has an image" + (f" with `{held[0]}`" if held else "")
+                + "; allowed are texts, and in a user's turn images, which themselves are in the column `images`"
+            )  # fmt: skip
+        text, shown = "".join(part["text"] for part in parts if part["type"] == "text"), len(images)
+        if role == "user" and IMAGE_PLACEHOLDER in text:
+            shown += text.count(IMAGE_PLACEHOLDER)
+            text = text.replace(IMAGE_PLACEHOLDER, "").strip()
+        normalized.append({"role": role, "content": _places(shown) + [{"type": "text", "text": text}] * bool(text)})
     first = next((message for message in normalized if message["role"] == "user"), None)
     if first is not None and not _shown(normalized):
         first["content"] = _places(num_images) + first["content"]

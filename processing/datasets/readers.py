@@ -213,21 +213,6 @@ class ImageFiles:
         return self._intact[key]
 
 
-def image_files(folder: Path, image_folder: str | Path | None) -> ImageFiles:
-    """Where the images of records are looked for: in `image_folder`, by default in the folder of the records and in
-    imgs/ and images/, or their zip archives, beside them.
-
-    Raises:
-        ValueError: for an `image_folder` that is not there.
-    """
-    if image_folder is None:
-        names = ("", "imgs", "imgs.zip", "images", "images.zip")
-        return ImageFiles(*(folder / name for name in names if os.path.exists(folder / name)))
-    if not os.path.exists(os.path.expanduser(image_folder)):
-        raise ValueError(f"`image_folder` is {str(image_folder)!r}; no such folder or zip archive.")
-    return ImageFiles(image_folder)
-
-
 # Files of records
 
 
@@ -366,59 +351,93 @@ def _no_json(path, line: int, error: ValueError, form: str = "") -> ValueError:
     return ValueError(f"{str(path)!r} is no JSON at line {line}: {getattr(error, 'msg', error)}{form}.")
 
 
-def records_in(path: Path, keep_invalid: bool = False, with_splits: bool = False) -> Iterator[tuple[str, dict]]:
-    """The records of a file as [`load_rows`] takes them, also of those that one object holds; see [`unwrapped`]."""
+def _records_in(path: Path, keep_invalid: bool, with_splits: bool) -> Iterator[tuple[str, dict]]:
     for line, record in read_records(path, keep_invalid):
         for each in [record] if isinstance(record, Exception) else unwrapped(record, with_splits):
             yield f" at line {line}", each
 
 
-def find_file(path: Path, split: str) -> Path | None:
-    """The file of records, `path` itself or in a folder that of a split; `None` if there is none."""
-    files = [path / f"{split}{suffix}" for suffix in RECORD_SUFFIXES] if os.path.isdir(path) else [path]
-    return next((file for file in files if file.suffix.lower() in RECORD_SUFFIXES and os.path.isfile(file)), None)
+# Sources
 
 
-# Tables
-
-
-def open_table(
-    path: str, split: str, name: str | None = None, revision: str | None = None, streaming: bool = False
-) -> Dataset | IterableDataset:
-    """A split of a data set of the Hub or of a folder, or a table in a file, with its images undecoded.
+def open_records(
+    path: str,
+    split: str,
+    called: str,
+    *,
+    image_folder: str | Path | None = None,
+    streaming: bool = False,
+    keep_invalid: bool = False,
+    with_splits: bool = False,
+    name: str | None = None,
+    revision: str | None = None,
+) -> tuple[Records | Dataset | IterableDataset, ImageFiles, dict]:
+    """The records of a file, of a split of a folder or of a data set of the Hub, as [`load_rows`] takes them.
 
     Args:
-        path: a Hub id; a folder with data files, or one that `save_to_disk` wrote; or a .parquet file, whose `split`
-            does not matter.
+        path: a file of records ([`read_records`]) or a .parquet file, whose `split` does not matter; a folder with
+            such a file for the split, or with other data files, or one that `save_to_disk` wrote; or a Hub id.
+        called: how errors begin, as in "`path` is 'x'".
+        image_folder: folder or zip archive with the images; by default the folder of the records, and imgs/ and
+            images/, or their zip archives, in it.
+        keep_invalid, with_splits: see [`read_records`] and [`unwrapped`].
         split, name, revision, streaming: as for `datasets.load_dataset`.
 
+    Returns:
+        The records, where their images are looked for, and the first record that can be read.
+
     Raises:
-        ValueError: if it cannot be opened, with the reason.
+        ValueError: if they cannot be opened, with the reason, or if there are none.
     """
     path = os.path.expanduser(path)
+    folder, is_folder = Path(path), os.path.isdir(path)
+    if image_folder is None:
+        beside = folder if is_folder else folder.parent
+        names = ("", "imgs", "imgs.zip", "images", "images.zip")
+        # None for a data set of the Hub: names in it must not lead to the user's files.
+        places = [beside / each for each in names if os.path.exists(path) and os.path.exists(beside / each)]
+    elif os.path.exists(os.path.expanduser(image_folder)):
+        places = [image_folder]
+    else:
+        raise ValueError(f"`image_folder` is {str(image_folder)!r}; no such folder or zip archive.")
+    files = [folder / f"{split}{suffix}" for suffix in RECORD_SUFFIXES] if is_folder else [folder]
+    file = next((each for each in files if each.suffix.lower() in RECORD_SUFFIXES and os.path.isfile(each)), None)
+    if file is not None:
+        records = partial(_records_in, file, keep_invalid, with_splits)
+        first = next((record for _, record in records() if isinstance(record, dict)), None)
+    else:
+        try:
+            records = undecoded(_open_table(path, split, name, revision, streaming))
+        except Exception as error:  # `datasets` raises many kinds, of which the cause says where a table is broken
+            raise ValueError(f"{called}, of which {split} cannot be loaded: {error.__cause__ or error}.") from error
+        first = next(iter(records), None)
+    if first is None:
+        raise ValueError(f"{called}, which has no records.")
+    return records, ImageFiles(*places), first
+
+
+def _open_table(path: str, split: str, name: str | None, revision: str | None, streaming: bool):
     options = {"split": split, "streaming": streaming}
-    try:
-        if os.path.isfile(path):
-            if not path.lower().endswith(PARQUET_SUFFIX):
-                raise ValueError(f"a file whose name ends on none of {(*RECORD_SUFFIXES, PARQUET_SUFFIX)}")
-            table = datasets.load_dataset("parquet", data_files=path, **{**options, "split": "train"})
-        elif any(os.path.isfile(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
-            table = datasets.load_from_disk(path)
-            if isinstance(table, datasets.DatasetDict):
-                if split not in table:
-                    raise ValueError(f"`split` is {split!r}; allowed are {sorted(table)}")
-                table = table[split]
-            table = table.with_format(None)  # it was saved with one, as of PyTorch or of some columns alone
-            table = table.to_iterable_dataset() if streaming else table
-        elif os.path.isdir(path):
-            table = datasets.load_dataset(path, name, **options)
-        elif path.startswith(("/", ".")) or path.lower().endswith((*RECORD_SUFFIXES, PARQUET_SUFFIX)):
-            raise ValueError("no such file or folder")
-        else:
-            table = datasets.load_dataset(path, name, revision=revision, **options)
-    except Exception as error:  # `datasets` and the Hub's client raise many kinds
-        raise ValueError(str(error.__cause__ or error)) from error  # the cause says where a table is broken
-    return undecoded(table)
+    if os.path.isfile(path):
+        if not path.lower().endswith(PARQUET_SUFFIX):
+            raise ValueError(f"a file whose name ends on none of {(*RECORD_SUFFIXES, PARQUET_SUFFIX)}")
+        return datasets.load_dataset("parquet", data_files=path, **{**options, "split": "train"})
+    if any(os.path.isfile(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
+        table = datasets.load_from_disk(path)
+        if isinstance(table, datasets.DatasetDict):
+            if split not in table:
+                raise ValueError(f"`split` is {split!r}; allowed are {sorted(table)}")
+            table = table[split]
+        table = table.with_format(None)  # it was saved with one, as of PyTorch or of some columns alone
+        return table.to_iterable_dataset() if streaming else table
+    if os.path.isdir(path):
+        return datasets.load_dataset(path, name, **options)
+    if path.startswith(("/", ".")) or path.lower().endswith((*RECORD_SUFFIXES, PARQUET_SUFFIX)):
+        raise ValueError(
+            "no such file or folder; allowed are a Hub id, a folder, and a file, "
+            f"{', '.join((*RECORD_SUFFIXES, PARQUET_SUFFIX))}"
+        )
+    return datasets.load_dataset(path, name, revision=revision, **options)
 
 
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
@@ -517,10 +536,3 @@ def load_rows(
     while chunk := list(islice(iterator, _ROWS)):
         chunks.append(Dataset.from_list(chunk, features))
     return datasets.concatenate_datasets(chunks)
-
-
-def first_record(records: Records | Dataset | IterableDataset) -> dict | None:
-    """The first record that can be read; `None` if there is none."""
-    if not callable(records):
-        return next(iter(records), None)
-    return next((record for _, record in records() if isinstance(record, dict)), None)

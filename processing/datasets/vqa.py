@@ -37,7 +37,7 @@ from .columns import (
     derived_answer_type,
     squash,
     text_of,
-)  # fmt: skip
+)
 from .messages import IMAGE_PLACEHOLDER, conversation_of, image_source, normalize_messages
 from .readers import (
     PARQUET_SUFFIX,
@@ -45,14 +45,10 @@ from .readers import (
     ImageFiles,
     LoadReport,
     RowMaker,
-    find_file,
-    first_record,
-    image_files,
     load_rows,
-    open_table,
-    records_in,
+    open_records,
     undecoded,
-)  # fmt: skip
+)
 from .vqa_sources import BENCHMARKS, COUNTED, LEAKAGE, LLAVA_MED, PHANTOMS, SOURCES, SPLITS, TEST, VQASource
 
 
@@ -260,7 +256,7 @@ def load_vqa(
         raise ValueError(f"`split` is {split!r}; allowed for {reference} are {', '.join(allowed)}.")
     report = VQAReport("", invalid_records, benchmark=benchmark, split=split, leakage=LEAKAGE[benchmark])
     report.local = path is not None or benchmark == PHANTOMS
-    images = ImageFiles()
+    images, options = ImageFiles(), _options(report, streaming)
     if benchmark == PHANTOMS:
         try:
             phantoms = parse_phantoms(f"{PHANTOM_SEED}:{PHANTOM_COUNT}" if path is None else str(path))
@@ -276,23 +272,21 @@ def load_vqa(
         if not report.pinned:
             report.revision = _newest_revision(published.hub_id)
         report.source = f"{published.hub_id}@{report.revision}" if report.revision else published.hub_id
+        called = f"`source` is {published.hub_id!r}"
         if published.zipped:
-            file, archive = _download(published, split, report.revision, streaming)
-            # Only in the archive: names in a downloaded file must not lead to the user's files.
-            records, images = _records_of(file, report), ImageFiles(archive)
+            # Images only in the archive: names in a downloaded file must not lead to the user's files.
+            file, options["image_folder"] = _download(published, split, report.revision, streaming)
+            records, images, _ = open_records(file, split, called, **options)
         else:
-            records = _open(published.hub_id, "source", split, streaming, report.revision)
+            records, *_ = open_records(published.hub_id, split, called, revision=report.revision, **options)
     else:
         if revision is not None:
             raise ValueError(f"`revision` is {revision!r}, but `path` names local data; allowed is one of the two.")
-        report.source, path = str(path), Path(os.path.expanduser(path))
-        if not os.path.exists(path):  # unlike `Path.exists`, also for names that no file can have
+        report.source = str(path)
+        if not os.path.exists(os.path.expanduser(path)):  # unlike `Path.exists`, also for names that no file can have
             raise ValueError(f"`path` is {report.source!r}; no such file or folder.")
-        images = image_files(path if path.is_dir() else path.parent, image_folder)
-        file = find_file(path, split)
-        records = _open(str(path), "path", split, streaming) if file is None else _records_of(file, report)
-        if (first := first_record(records)) is None:
-            raise ValueError(f"`path` is {report.source!r}, which has no records.")
+        options["image_folder"] = image_folder
+        records, images, first = open_records(report.source, split, f"`path` is {report.source!r}", **options)
         if source is None and any(name in first for name in CONVERSATIONS):
             reference = LLAVA_MED
     report.reference, report.licence = reference, sources[reference].licence
@@ -334,16 +328,11 @@ def load_own_vqa(
     if not os.path.exists(path):
         raise ValueError(f"There is no file or folder {str(data)!r}.")
     report = VQAReport(str(data), invalid_records, benchmark=OWN_DATA, local=True)
-    images = image_files(path if path.is_dir() else path.parent, image_folder)
     file = _own_file(path, split)
-    if file is None or file.suffix.lower() not in RECORD_SUFFIXES:
-        split = split if file or split else _own_split(path)
-        records = _open(str(file or path), "data", split or _ALL, streaming)
-    else:
-        records = _records_of(file, report)
-    report.split = split or _ALL
-    if first_record(records) is None:
-        raise ValueError(f"There are no records in {str(data)!r}.")
+    if file is None and split is None:
+        split = _own_split(path)
+    report.split, options = split or _ALL, _options(report, streaming) | {"image_folder": image_folder}
+    records, images, _ = open_records(str(file or path), report.split, f"`data` is {str(data)!r}", **options)
     named = file is None or split is None or re.fullmatch(rf"{re.escape(split)}(-\d+-of-\d+)?", file.stem)
     return _load(records, images, report, streaming, None if named else split), report
 
@@ -353,15 +342,8 @@ def _load(records, images: ImageFiles, report: VQAReport, streaming: bool, split
     return load_rows(records, maker, VQA_FEATURES, streaming)
 
 
-def _records_of(file: Path, report: VQAReport):
-    return partial(records_in, file, report.invalid_records == "skip", with_splits=True)
-
-
-def _open(path: str, argument: str, split: str, streaming: bool, revision: str | None = None):
-    try:
-        return open_table(path, split, revision=revision, streaming=streaming)
-    except ValueError as error:
-        raise ValueError(f"`{argument}` is {path!r}, of which {split} cannot be loaded: {error}.") from error
+def _options(report: VQAReport, streaming: bool) -> dict:
+    return {"streaming": streaming, "keep_invalid": report.invalid_records == "skip", "with_splits": True}
 
 
 def _own_file(path: Path, split: str | None) -> Path | None:
@@ -407,7 +389,7 @@ def _newest_revision(hub_id: str) -> str | None:
         return None
 
 
-def _download(source: VQASource, split: str, revision: str | None, streaming: bool) -> tuple[Path, str]:
+def _download(source: VQASource, split: str, revision: str | None, streaming: bool) -> tuple[str, str]:
     """The file of a split, and the archive of all images."""
     if streaming:
         raise ValueError(
@@ -423,7 +405,7 @@ def _download(source: VQASource, split: str, revision: str | None, streaming: bo
         raise ValueError(
             f"`source` is {source.hub_id!r}, which cannot be downloaded: {error}. `path` can name a local copy."
         ) from error
-    return Path(file), archive
+    return file, archive
 
 
 def phantom_records(phantoms: dict) -> Iterator[tuple[str, dict]]:
