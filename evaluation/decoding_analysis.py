@@ -246,7 +246,7 @@ def _combinations(
         if full_canvas:
             options |= _endless(model, combination["max_new_tokens"])
         try:
-            model._prepare_generation_config(None, **options, return_dict_in_generate=True)
+            model.resolve_generation_config(**options, return_dict_in_generate=True)
             allowed.append((combination, options))
         except ValueError as error:
             not_allowed.append({**combination, "reason": str(error)})
