@@ -73,7 +73,7 @@ def test_a_complete_folder(tmp_path, source, tokenizer):
     assert written["mapped"] == report.mapped and written["ignored"] == report.ignored and written["missing"] == []
     assert written["source"] == {"checkpoint": "SLAKE_10E", "tokenizer": tokenizer.name}
     for file in out.glob("*.json"):
-        assert str(tmp_path) not in file.read_text(), "paths of this machine are nobody's business"
+        assert str(tmp_path) not in file.read_text(), "no paths of this machine"
     assert str(tmp_path) not in (out / "README.md").read_text()
 
     model = LLaDAMedVForConditionalGeneration.from_pretrained(out)
