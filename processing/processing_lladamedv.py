@@ -123,8 +123,8 @@ ROLES, IMAGE_KEYS = ("system", "user", "assistant"), ("image", "url", "path", "b
 class LLaDAMedVProcessor(ProcessorMixin):
     """Tokenizer and image processor in one: text with `<image>` placeholders and images in, model inputs out.
 
-    A `text` is taken as it is: `<image>` and special tokens in it are what they say. Texts of strangers therefore
-    belong into the messages of [`apply_chat_template`], where they are nothing but text.
+    A `text` is taken as it is: `<image>` and special tokens in it are what they say. Texts of users belong into the
+    messages of [`apply_chat_template`], where they stay text.
 
     `<image>` is not part of the released vocabulary. It is added to the tokenizer as the next free id (126349 for the
     released one), which is a spare row of the released embedding matrix: the matrix is neither resized nor changed,

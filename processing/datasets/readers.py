@@ -138,7 +138,7 @@ class ImageFiles:
         self._intact: dict[tuple[str, str], bool] = {}
 
     def __reduce__(self):
-        return type(self), tuple(self.places)  # a copy in another process, or a later run, looks anew
+        return type(self), tuple(self.places)  # a copy in another process, or a later run, looks again
 
     def find(self, name: str) -> str:
         """Where an image is: its full path, or `zip://MEMBER::ARCHIVE`; a URL is returned as it is.
