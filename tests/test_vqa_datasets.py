@@ -209,7 +209,9 @@ def test_what_was_loaded_can_be_saved_and_loaded(tmp_path):
     embedded(VQA_RAD).to_parquet(tmp_path / "data.parquet")
     first, report = load_vqa("vqa-rad", path=tmp_path / "data.parquet")
     first.save_to_disk(tmp_path / "saved")
+    before = sorted((tmp_path / "saved").iterdir())
     again, other = load_vqa("vqa-rad", path=tmp_path / "saved")
+    assert sorted((tmp_path / "saved").iterdir()) == before, "nothing is written beside the user's files"
     assert first.remove_columns("image")[:] == again.remove_columns("image")[:] and report.counts == other.counts
 
 

@@ -24,6 +24,7 @@ from typing import TextIO
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
+from datasets.fingerprint import Hasher
 
 from .columns import Fields, InvalidRecordError, unwrapped
 
@@ -527,7 +528,11 @@ def load_rows(
             "fn_kwargs": {"features": records.features or {}, "columns": features},
         }  # fmt: skip
         if isinstance(records, Dataset):
-            return records.map(maker.batch, features=features, load_from_cache_file=False, **options)
+            # Not beside the table, which may be the user's, and read-only.
+            file = Path(datasets.config.HF_DATASETS_CACHE, "lladamedv", f"{Hasher.hash(maker)}.arrow")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            options |= {"load_from_cache_file": False, "cache_file_name": str(file)}
+            return records.map(maker.batch, features=features, **options)
         return records.map(maker.batch, **options).cast(features)  # `features` of `map` would leave images undecoded
     rows = partial(maker.generate, records)
     if streaming:
