@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lladamedv.evaluation.judging import _read_finished, parse_scores
+from lladamedv.evaluation.chat import read_judgments
+from lladamedv.evaluation.judge import parse_scores
 from lladamedv.processing.datasets import (
     LoadReport,
     llava_med_rows,
@@ -155,7 +156,7 @@ def judgments(rng: random.Random) -> bytes:
 
 
 def finished(content: bytes) -> None:
-    for outcome in _read_finished(written(content)).values():
+    for outcome in read_judgments(written(content)).values():
         assert len(outcome["scores"]) == 2 and "reason" in outcome
 
 
