@@ -10,11 +10,16 @@ NOT_INSTALLED := { echo "installation failed: a package index that has the versi
 PYTEST := python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-oldest test-slow test-peers lint docs lock licences audit dist clean
+.PHONY: demo dev test test-oldest test-slow test-peers lint docs lock licences audit dist clean
 
 demo: $(VENV)/installed
 	@echo "== lladamedv demo"
 	$(BIN)/lladamedv demo
+
+# A tree of links for editors and type checkers, which do not follow the hooks of a plain editable installation. New
+# files need it again.
+dev: $(VENV)/installed-test
+	$(BIN)/$(PIP) --no-deps --no-build-isolation -e . --config-settings editable_mode=strict
 
 test: $(VENV)/installed-test
 	@echo "== lint"

@@ -82,7 +82,7 @@ def decoding_in_force(model: LLaDAMedVForConditionalGeneration, options: dict) -
     Raises:
         ValueError: as `generate` does.
     """
-    in_force = model._prepare_generation_config(None, **options).to_dict()
+    in_force = model.resolve_generation_config(**options).to_dict()
     defaults = LLaDAMedVGenerationConfig().to_dict()
     return {
         name: value

@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from lladamedv.processing.datasets import SOURCES, load_vqa
 
 from . import build_dataset_card, is_hub_id, may_redistribute, rebuild_dataset, scrub
-from .checked_files import (
+from .checks import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CARD,

@@ -1,22 +1,16 @@
 """lladamedv: the LLaDA-MedV masked-diffusion vision-language model for biomedical images.
 
-Importing this package registers the classes with Transformers' Auto classes.
+Importing this package registers the classes with Transformers' Auto classes. The classes themselves are imported when
+they are asked for, so that the command line can refuse wrong arguments before PyTorch is loaded.
 """
 
-import sys
-from pathlib import Path
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from . import registration
 
 
-# The top-level folders of the repository are subpackages of this distribution. An installation puts them here; in an
-# uninstalled checkout (or when Python runs from the repository root) they are one level up.
-if (Path(__file__).parent.parent / "pyproject.toml").exists():
-    __path__.append(str(Path(__file__).parent.parent))
-
-# The command line checks its arguments before it waits for torch, and imports the rest in `cli_common.quiet`. While
-# Python looks for the module of `python -m lladamedv.cli`, sys.argv begins with "-m".
-_is_command_line = Path(sys.argv[0]).stem == "lladamedv" or (sys.argv[0] == "-m" and "lladamedv.cli" in sys.orig_argv)
-if not _is_command_line:
-    import lladamedv.auto_classes  # noqa: F401 - registers them
+if TYPE_CHECKING:
     from lladamedv.modeling_lladamedv import (
         LLaDAMedVConfig,
         LLaDAMedVForConditionalGeneration,
@@ -29,7 +23,7 @@ if not _is_command_line:
     )
     from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "LLaDAMedVConfig",
     "LLaDAMedVForConditionalGeneration",
@@ -42,3 +36,13 @@ __all__ = [
     "LLaDAMedVProcessor",
     "fit_confidence_temperature",
 ]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    folder = "processing" if name.endswith("Processor") else "modeling_lladamedv"
+    return getattr(import_module(f".{folder}", __name__), name)
+
+
+registration.install()

@@ -340,7 +340,7 @@ def build_app(
     gradio = import_gradio()
     from starlette.middleware import Middleware  # which Gradio brings
 
-    prepare = partial(model._prepare_generation_config, None, return_dict_in_generate=True)
+    prepare = partial(model.resolve_generation_config, return_dict_in_generate=True)
     defaults = prepare()
     context = model.config.get_text_config().max_position_embeddings
     longest_canvas = min(4 * defaults.max_new_tokens, context) if longest_canvas is None else longest_canvas

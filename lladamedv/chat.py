@@ -68,7 +68,7 @@ class Chat:
         as_json: bool = False,
     ):
         self._model, self._processor, self._options, self._read_image = model, processor, options, read_image
-        self._prepared = model._prepare_generation_config(None, **options, return_dict_in_generate=True)
+        self._prepared = model.resolve_generation_config(**options, return_dict_in_generate=True)
         self._show_steps, self._as_json = show_steps, as_json
         self._live = sys.stdout.isatty() and not (show_steps or as_json)
         self._console = Console(highlight=False)

@@ -260,7 +260,7 @@ def _check_aspect_ratio(ratio: str) -> None:
         raise ValueError(f"{ratio!r}; allowed are square, pad and anyres_max_N with a whole number N of at least 1.")
 
 
-# As `modeling_lladamedv.checkpoint_layouts_lladamedv` has them, which is slow to import.
+# As `modeling_lladamedv.released_lladamedv` has them, which is slow to import.
 PRESETS = ("llada-medv", "llada-medv-vqa", "llada-v", "llada")
 _NAME = checked(check_name)
 _Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.", callback=checked(check_new_folder))]

@@ -261,7 +261,7 @@ def quiet() -> None:
     import transformers
 
     transformers.logging.disable_progress_bar()
-    from . import auto_classes  # noqa: F401
+    import lladamedv.modeling_lladamedv.modeling_lladamedv  # noqa: F401  registers the Auto classes
 
 
 def _silence() -> None:

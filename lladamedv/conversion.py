@@ -11,41 +11,35 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import custom_object_save
 
 import lladamedv
 from lladamedv.hub_cards import Component, ModelFacts, find_component, hash_files, save_model_card
+from lladamedv.hub_cards.checks import check_folder
 from lladamedv.hub_cards.push import check_target, push_folder
-from lladamedv.modeling_lladamedv import (
-    LLaDAMedVForConditionalGeneration,
-    LLaDAMedVGenerationConfig,
-)
-from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import (
-    PRESETS,
-    SPECIAL_TOKENS,
-    KeyReport,
-    check_folder,
-    choose_preset,
-    read_config,
-    read_weights,
-    resolve_source,
-)
+from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
 from lladamedv.modeling_lladamedv.convert_checkpoint import (
     ConversionPlan,
     plan_conversion,
     plan_initialization,
     write_weights,
 )
-from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
-from lladamedv.processing.released import build_processor, check_ids
-from lladamedv.processing.released import load_tokenizer as read_tokenizer
+from lladamedv.modeling_lladamedv.released_lladamedv import (
+    PRESETS,
+    SPECIAL_TOKENS,
+    choose_preset,
+    read_checkpoint,
+    resolve_source,
+)
+from lladamedv.modeling_lladamedv.stored_weights_lladamedv import KeyReport
+from lladamedv.processing.released import released_processor
 
 from .loading import DTYPES
 from .paths import check_new_folder, check_shard_size
@@ -95,21 +89,27 @@ def convert_checkpoint(
     _check_choice("dtype", dtype, DTYPES[1:])
     _check_choice("preset", preset, PRESETS)
     check_shard_size(max_shard_size)
-    _check_push(push, public)
-    folder = resolve_source(source, revision)
-    tower = None if vision_tower is None else resolve_source(vision_tower)
-    loaded, ids = load_tokenizer(folder, tokenizer)
-    plan = plan_conversion(folder, tower, **ids)
-    check_ids(loaded, plan.config, SPECIAL_TOKENS)
-    preset = preset or choose_preset(source, plan.layout)
+    if push is not None:  # before hours of conversion
+        check_target(push, private=not public, argument="push")
+    tower = None if vision_tower is None else check_folder(resolve_source(vision_tower))
+    checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)), tower)
+    plan = plan_conversion(checkpoint, tower)
+    preset = preset or choose_preset(source, plan.config.text_only)
     if (PRESETS[preset].chat_template == "llada") != plan.config.text_only:
         kind = "text-only" if plan.config.text_only else "vision-language"
         raise ValueError(
             f"`preset` is {preset!r}, but {str(source)!r} is a {kind} model; see `lladamedv convert --help`."
         )
     sources = {"checkpoint": source, "tokenizer": tokenizer, "vision tower": vision_tower}
-    _write_folder(plan, out, loaded, preset, dtype, max_shard_size, sources, True, report)
-    _push(out, push, public, report)
+    _write_folder(plan, out, checkpoint.folder, preset, dtype, max_shard_size, sources, report)
+    if push is not None:
+        try:
+            push_folder(out, push, private=not public, report=report)
+        except ValueError as error:
+            raise ValueError(
+                f"`push` failed: {error} The folder {str(out)!r} is complete; `lladamedv push {out} {push}` tries "
+                "again."
+            ) from None
     return plan.report
 
 
@@ -148,17 +148,17 @@ def initialize_checkpoint(
     out = check_new_folder(out)
     _check_choice("dtype", dtype, DTYPES[1:])
     check_shard_size(max_shard_size)
-    text, tower = resolve_source(language_model), resolve_source(vision_tower)
-    loaded, ids = load_tokenizer(text, tokenizer)
-    plan = plan_initialization(text, tower, projector, aspect_ratio, seed, **ids)
-    check_ids(loaded, plan.config, SPECIAL_TOKENS)
+    tower = check_folder(resolve_source(vision_tower))
+    checkpoint = read_checkpoint(check_folder(resolve_source(language_model)))
+    projector = None if projector is None else Path(projector)
+    plan = plan_initialization(checkpoint, tower, projector, aspect_ratio, seed)
     sources = {
         "language model": language_model,
         "vision tower": vision_tower,
         "projector": projector or "untrained",
         "tokenizer": tokenizer,
     }
-    _write_folder(plan, out, loaded, "llada-medv", dtype, max_shard_size, sources, projector is not None, report)
+    _write_folder(plan, out, checkpoint.folder, "llada-medv", dtype, max_shard_size, sources, report)
     return plan.report
 
 
@@ -167,67 +167,50 @@ def _check_choice(name: str, value: str | None, allowed) -> None:
         raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(allowed)}.")
 
 
-def _check_push(repo: str | None, public: bool) -> None:
-    """Whether the upload can work, asked before hours of conversion."""
-    if repo is not None:
-        check_target(repo, private=not public, argument="push")
-
-
-def load_tokenizer(weights: Path, source: str | Path | None) -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
-    """The tokenizer with `<image>`, from `source` or else from beside the weights, and the ids that the configuration
-    needs."""
-    # What is no checkpoint is told so before its tokenizer is missed.
-    read_config(weights)
-    read_weights(weights)
-    folder = weights if source is None else check_folder(resolve_source(source))
-    tokenizer = read_tokenizer(folder, SPECIAL_TOKENS)
-    processor = LLaDAMedVProcessor(LLaDAMedVImageProcessor(), tokenizer)
-    return tokenizer, {
-        "mask_token_id": tokenizer.convert_tokens_to_ids("<|mdm_mask|>"),
-        "image_token_id": processor.image_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
 def _write_folder(
-    plan: ConversionPlan, out: Path, tokenizer, preset: str, dtype, max_shard_size, sources, trained, report
+    plan: ConversionPlan, out: Path, tokenizer: Path, preset: str, dtype, max_shard_size, sources, report
 ) -> None:
     """Write everything beside `out` and move it there when it is complete; `config.json` comes last."""
-    settings = PRESETS[preset]
+    settings, config = PRESETS[preset], plan.config
     dtype = None if dtype is None else getattr(torch, dtype)
-    sources = {part: _public_name(name) for part, name in sources.items() if name is not None}
-    generation = settings.generation_options(tokenizer.get_vocab())
+    if sources["tokenizer"] is not None:
+        tokenizer = check_folder(resolve_source(sources["tokenizer"]))
+    processor = released_processor(tokenizer, config, settings.chat_template, SPECIAL_TOKENS)
+    initialized, trained = "projector" in sources, sources.get("projector") != "untrained"
+    # A Hub id as it is; of a local folder only the last part, because cards are read by others.
+    named = {part: name for part, name in sources.items() if name is not None}
+    sources = {part: Path(name).name if Path(name).exists() else str(name) for part, name in named.items()}
+    generation = settings.generation_options()
     summary = plan.report.summary()
-    for line in summary:
+    for line in (*summary, f"preset {preset}: {settings.description}"):
         report(line)
-    report(f"preset {preset}: {settings.description}")
 
     num_bytes = sum(plan.num_bytes(dtype).values())
-    _check_disk(out, num_bytes + _SPARE_BYTES)
+    free = shutil.disk_usage(next(parent for parent in out.parents if parent.exists())).free
+    if free < num_bytes + _SPARE_BYTES:
+        raise ValueError(
+            f"`out` is {str(out)!r}, which needs {(num_bytes + _SPARE_BYTES) / 1e9:.2f} GB; only {free / 1e9:.2f} GB "
+            "are free there."
+        )
     with _whole_or_not_at_all(out) as folder:
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Converting weights") as bar:
             write_weights(plan, folder, dtype, max_shard_size, progress=bar.update)
-        build_processor(plan.config, tokenizer, settings.chat_template).save_pretrained(folder)
+        processor.save_pretrained(folder)
         LLaDAMedVGenerationConfig(**generation).save_pretrained(folder)
-        names = {"source": sources, "version": lladamedv.__version__, "preset": preset}
-        keys = {"layout": plan.report.layout, "mapped": plan.report.mapped, "ignored": plan.report.ignored}
-        text = json.dumps(names | keys | {"missing": plan.report.missing}, indent=2) + "\n"
+        account = {"source": sources, "version": lladamedv.__version__, "preset": preset, **asdict(plan.report)}
+        text = json.dumps(account, indent=2) + "\n"
         (folder / "conversion_report.json").write_text(text, encoding="utf-8")
-        initialized = "projector" in sources
+        kind = "a trained" if trained else "an untrained"
         facts = ModelFacts(
             name=out.name,
             kind="initialized" if initialized else "converted",
-            description=f"A new LLaDA-MedV, with {'a trained' if trained else 'an untrained'} projector"
-            if initialized
-            else settings.description,
+            description=f"A new LLaDA-MedV, with {kind} projector" if initialized else settings.description,
             components=_components(preset, initialized, trained),
             version=lladamedv.__version__,
             base_models=settings.base_models,
-            relation=None if initialized or plan.config.text_only else "finetune",
+            relation=None if initialized or config.text_only else "finetune",
             medical=preset.startswith("llada-medv"),
-            text_only=plan.config.text_only,
+            text_only=config.text_only,
             generation=generation,
             chat_template=settings.chat_template,
             num_parameters=sum(torch.Size(weight.shape).numel() for weight in plan.weights.values()),
@@ -237,7 +220,12 @@ def _write_folder(
             hashes=hash_files(folder),
         )
         save_model_card(facts, folder)
-        _write_config(plan, folder, dtype)
+        with torch.device("meta"):
+            model = LLaDAMedVForConditionalGeneration(config)
+        config.architectures = [type(model).__name__]
+        config.dtype = plan.output_dtype("lm_head.weight", dtype)
+        custom_object_save(model, folder, config=config)  # the remote code
+        config.save_pretrained(folder)
     report(f"wrote {out}")
 
 
@@ -249,30 +237,6 @@ def _components(preset: str, initialized: bool, trained: bool) -> list[Component
     if preset == "llada-v":
         return [*components, Component("LLaDA-V weights", None)]
     return [*components, *map(find_component, ("llada-medv", "llava-med-data") if preset != "llada" else ())]
-
-
-def _public_name(name: str | Path) -> str:
-    """A Hub id as it is; of a local folder only the last part, because cards are read by others."""
-    return Path(name).name if Path(name).exists() else str(name)
-
-
-def _write_config(plan: ConversionPlan, folder: Path, dtype) -> None:
-    """The remote code, and then `config.json`."""
-    with torch.device("meta"):
-        model = LLaDAMedVForConditionalGeneration(plan.config)
-    plan.config.architectures = [type(model).__name__]
-    plan.config.dtype = plan.output_dtype("lm_head.weight", dtype)
-    custom_object_save(model, folder, config=plan.config)
-    plan.config.save_pretrained(folder)
-
-
-def _check_disk(out: Path, needed: int) -> None:
-    place = next(parent for parent in out.parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ValueError(
-            f"`out` is {str(out)!r}, which needs {needed / 1e9:.2f} GB; only {free / 1e9:.2f} GB are free there."
-        )
 
 
 @contextmanager
@@ -302,14 +266,3 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
     finally:
         lock.release()
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _push(out: Path, repo: str | None, public: bool, report) -> None:
-    if repo is None:
-        return
-    try:
-        push_folder(out, repo, private=not public, report=report)
-    except ValueError as error:
-        raise ValueError(
-            f"`push` failed: {error} The folder {str(out)!r} is complete; `lladamedv push {out} {repo}` tries again."
-        ) from None

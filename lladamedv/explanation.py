@@ -108,7 +108,7 @@ def explain_answer(
         ValueError: as `generate` does.
     """
     ids, output = generate_answer(model, processor, question_about(image, question), **options)
-    used = model._prepare_generation_config(None, **options, return_dict_in_generate=True)
+    used = model.resolve_generation_config(**options, return_dict_in_generate=True)
     defaults = vars(LLaDAMedVGenerationConfig())
     confidence = float(output.answer_confidence[0])
     return Explanation(

@@ -47,10 +47,6 @@ def load_model(
         ValueError: if `dtype` or `device` is not allowed or cannot be used, which is known before anything is loaded;
             if there is nothing of that name, or what is there is no such model.
     """
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
-
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` is {dtype!r}; allowed are {', '.join(DTYPES)}.")
     device = find_device(device)
@@ -59,7 +55,7 @@ def load_model(
     folder = find_folder(name)
     try:
         model, processor = _load(str(folder or name), dtype, revision)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError) as error:
+    except Exception as error:  # the libraries raise many kinds for files that hold something else than they expect
         where = "cannot be loaded" if folder else "is no folder, and cannot be loaded from the Hub"
         raise ValueError(f"The model {str(name)!r} {where}: {' '.join(str(error).split())}") from error
     return model.eval().to(device), processor
@@ -118,63 +114,46 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def _load(name: str, dtype: str, revision: str | None):
-    from transformers.utils import PROCESSOR_NAME, cached_file, find_adapter_config_file
-
+    from lladamedv.hub_cards.checks import check_folder
+    from lladamedv.modeling_lladamedv.released_lladamedv import resolve_source
+    from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_json
     from lladamedv.processing import LLaDAMedVProcessor
 
-    if find_adapter_config_file(name, revision=revision) is None:
+    folder = check_folder(resolve_source(name, revision))
+    if not (folder / _ADAPTERS).is_file():
         return _load_whole(name, dtype, revision)
-    from peft import PeftConfig, PeftModel  # takes a second
+    from peft import PeftModel  # takes a second
 
-    config = PeftConfig.from_pretrained(name, revision=revision)
-    if config.is_prompt_learning:
-        raise ValueError(f"these are adapters of type {config.peft_type.value}, which cannot be merged into a model.")
-    base = config.base_model_name_or_path or ""
+    adapters = read_json(folder / _ADAPTERS)
+    base = adapters.get("base_model_name_or_path") or ""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError("it holds adapters without adapter_model.safetensors; pickled weights are not loaded.")
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
         raise ValueError(f"`base_model_name_or_path` in {_ADAPTERS} is {base!r}; there is no such model here.")
-    own = cached_file(name, PROCESSOR_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-    model, processor = _load_whole(str(find_folder(base) or base), dtype, config.revision, with_processor=own is None)
+    model, processor = _load_whole(str(find_folder(base) or base), dtype, adapters.get("revision"))
     # Without memory for what the adapters' configuration says before their weights are seen.
-    model = PeftModel.from_pretrained(model, name, revision=revision, low_cpu_mem_usage=True).merge_and_unload()
-    return model, processor or LLaDAMedVProcessor.from_pretrained(name, revision=revision)
-
-
-def _load_whole(name: str, dtype: str, revision: str | None, with_processor: bool = True):
-    """A model that is no adapters, and its processor, unless another will be taken."""
-    from transformers import PreTrainedConfig
-
-    from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
-    from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import RELEASED_MODEL_TYPES, check_folder
-    from lladamedv.processing import LLaDAMedVProcessor
-
-    if Path(name).is_dir():
-        check_folder(name)
-    model_type = PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("model_type")
-    if model_type not in (LLaDAMedVConfig.model_type, *RELEASED_MODEL_TYPES):
-        raise ValueError(
-            f"its {_CONFIG} is of a model of type {model_type!r}; allowed are {LLaDAMedVConfig.model_type!r}, and "
-            f"as released {', '.join(map(repr, RELEASED_MODEL_TYPES))}."
-        )
-    processor = None
-    if with_processor and model_type == LLaDAMedVConfig.model_type:  # before minutes of loading
-        processor = LLaDAMedVProcessor.from_pretrained(name, revision=revision)
-    model = LLaDAMedVForConditionalGeneration.from_pretrained(name, dtype=dtype, revision=revision)
-    if with_processor and processor is None:
-        processor = _released_processor(name, model.config, revision)
+    model = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True).merge_and_unload()
+    if (folder / "processor_config.json").is_file():
+        processor = LLaDAMedVProcessor.from_pretrained(folder)
     return model, processor
 
 
-def _released_processor(name: str, config, revision: str | None) -> LLaDAMedVProcessor:
-    """The processor of a released checkpoint, which has only a tokenizer; as `lladamedv convert` makes it."""
-    from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import (
-        SPECIAL_TOKENS,
-        preset_of,
-        resolve_source,
-    )
-    from lladamedv.processing.released import load_processor
+def _load_whole(name: str, dtype: str, revision: str | None):
+    """A model that is no adapters, and its processor."""
+    from lladamedv.hub_cards.checks import check_model
+    from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
+    from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS, choose_preset
+    from lladamedv.processing import LLaDAMedVProcessor
+    from lladamedv.processing.released import released_processor
 
-    template = preset_of(name, config).chat_template
-    return load_processor(resolve_source(name, revision), config, template, SPECIAL_TOKENS)
+    checkpoint, options = check_model(name, revision)
+    if checkpoint.is_released:
+        config = options["config"]
+        template = PRESETS[choose_preset(name, config.text_only)].chat_template
+        processor = released_processor(checkpoint.folder, config, template, SPECIAL_TOKENS)
+    else:
+        processor = LLaDAMedVProcessor.from_pretrained(checkpoint.folder)
+    return LLaDAMedVForConditionalGeneration.from_pretrained(name, dtype=dtype, revision=revision, **options), processor
 
 
 __all__ = ["DEMO", "DEMO_MODEL", "DTYPES", "check_name", "find_device", "find_folder", "load_model"]

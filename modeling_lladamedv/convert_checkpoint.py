@@ -7,9 +7,7 @@ A plan (`plan_conversion`, `plan_initialization`) is made from headers alone, wi
 from __future__ import annotations
 
 import json
-import pickle
 import pickletools
-import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,29 +18,18 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .checkpoint_layouts_lladamedv import (
-    TEXT_LAYOUTS,
-    KeyReport,
-    StoredWeight,
-    convert_vision_config,
-    match_keys,
-    read_checkpoint,
-    read_config,
-    read_header,
-    read_weights,
-    rename,
-)
 from .configuration_lladamedv import LLaDAMedVConfig
 from .modeling_lladamedv import LLaDAMedVForConditionalGeneration
+from .released_lladamedv import TEXT_LAYOUTS, Checkpoint, compare, convert_vision_config
+from .stored_weights_lladamedv import KeyReport, StoredWeight, read_header, read_json, read_weights
 
 
-_STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors writes them
+_TOWER, _PROJECTOR, _NEWLINE = "model.vision_tower.", "model.multi_modal_projector.", "model.image_newline"
 # What a file of tensors names in its pickle.
-_PICKLED = r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)"
-_VISION_PARTS = ("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline")
+_PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
 
 
 @dataclass
@@ -53,18 +40,24 @@ class ConversionPlan:
         config: ours.
         weights: for each of our names, in the model's order, where its weight is, or the weight itself if it is new.
         report: what became of each source key.
-        layout: the layout of the (main) source.
     """
 
     config: LLaDAMedVConfig
     weights: dict[str, StoredWeight | torch.Tensor]
     report: KeyReport
-    layout: str
+
+    def __post_init__(self):
+        for weight in self.weights.values():
+            if isinstance(weight, StoredWeight) and weight.dtype not in _DTYPES:
+                raise ValueError(
+                    f"{weight.key} in {weight.file.name} is stored as {weight.dtype}; allowed are {list(_DTYPES)}: "
+                    "quantised weights are not converted."
+                )
 
     def output_dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype:
         """The dtype in which a weight is written; `None` keeps the source's."""
-        weight = self.weights[name]
-        return dtype or (_STORED_DTYPES[weight.dtype] if isinstance(weight, StoredWeight) else weight.dtype)
+        stored = self.weights[name].dtype
+        return dtype or _DTYPES.get(stored, stored)
 
     def num_bytes(self, dtype: torch.dtype | None = None) -> dict[str, int]:
         """Size of each weight as written."""
@@ -72,40 +65,38 @@ class ConversionPlan:
         return {name: self.output_dtype(name, dtype).itemsize * size for name, size in sizes.items()}
 
 
-def plan_conversion(folder: str | Path, vision_tower: str | Path | None = None, **ids: int) -> ConversionPlan:
+def plan_conversion(checkpoint: Checkpoint, vision_tower: Path | None = None) -> ConversionPlan:
     """Plan the conversion of a checkpoint in a released layout.
 
     Args:
-        folder: see [`read_checkpoint`].
-        vision_tower: folder of the stand-alone SigLIP: its configuration, and its weights where the checkpoint holds
-            none of a vision tower.
-        ids: see [`read_checkpoint`].
+        checkpoint: from [`read_checkpoint`].
+        vision_tower: folder of the stand-alone SigLIP, for weights where the checkpoint holds none of a vision tower.
 
     Raises:
-        ValueError: if a key is missing, unknown or of the wrong shape, or for the reasons of [`read_checkpoint`].
+        ValueError: if a key is missing, unknown or of the wrong shape, or the configuration is none of these layouts.
     """
-    checkpoint = read_checkpoint(folder, vision_tower, **ids)
+    if not checkpoint.is_released:
+        raise ValueError(f"{str(checkpoint.folder)!r} has this package's own names already: load it as it is.")
     if vision_tower is not None and checkpoint.layout in TEXT_LAYOUTS:
         raise ValueError(
-            f"`vision_tower` is {str(vision_tower)!r}, but {str(folder)!r} is a text-only checkpoint (layout "
-            f"{checkpoint.layout}); put a new model together from the two with `lladamedv init`."
+            f"`vision_tower` is {str(vision_tower)!r}, but {str(checkpoint.folder)!r} is a text-only checkpoint "
+            f"(layout {checkpoint.layout}); put a new model together from the two with `lladamedv init`."
         )
-    expected = LLaDAMedVForConditionalGeneration.parameter_shapes(checkpoint.config)
-    weights, report = checkpoint.match(expected)
-    if vision_tower is not None and not any(name.startswith("model.vision_tower.") for name in weights):
-        weights |= _add_tower(report, Path(vision_tower), expected, checkpoint.config)
-    report.check(folder)
-    _check_dtypes(weights.values())
-    return ConversionPlan(checkpoint.config, {name: weights[name] for name in expected}, report, checkpoint.layout)
+    config = checkpoint.build_config()
+    expected = LLaDAMedVForConditionalGeneration.parameter_shapes(config)
+    weights, report = checkpoint.compare(expected, config)
+    if vision_tower is not None and not any(name.startswith(_TOWER) for name in weights):
+        weights |= _add_tower(report, vision_tower, expected, config)
+    report.check(checkpoint.folder)
+    return ConversionPlan(config, {name: weights[name] for name in expected}, report)
 
 
 def plan_initialization(
-    language_model: str | Path,
-    vision_tower: str | Path,
-    projector: str | Path | None = None,
+    language_model: Checkpoint,
+    vision_tower: Path,
+    projector: Path | None = None,
     aspect_ratio: str = "anyres_max_4",
     seed: int = 0,
-    **ids: int,
 ) -> ConversionPlan:
     """Plan a new model: a LLaDA, a SigLIP, and between them a projector that is untrained or that stage 1 trained.
 
@@ -113,71 +104,69 @@ def plan_initialization(
     1/sqrt(hidden size), as in the authors' training code.
 
     Args:
-        language_model: folder with LLaDA-8B in one of its two layouts.
+        language_model: LLaDA-8B in one of its two layouts, from [`read_checkpoint`].
         vision_tower: folder with SigLIP(2): the tower alone or the whole model.
         projector: `mm_projector.safetensors`, or `.bin`, which is unpickled with `torch.load(weights_only=True)`.
         aspect_ratio: the new model's `vision_aspect_ratio`.
         seed: for the untrained weights.
-        ids: see [`read_checkpoint`].
 
     Raises:
         ValueError: if a part is not what it should be, or does not fit the others.
     """
-    text = read_checkpoint(language_model, **ids)
-    if text.layout not in TEXT_LAYOUTS:
+    if language_model.layout not in TEXT_LAYOUTS:
         raise ValueError(
-            f"`language_model` is {str(language_model)!r}, which is in layout {text.layout} and has a vision tower "
-            "already; allowed is a LLaDA without one. Use `lladamedv convert` for this one."
+            f"`language_model` is {str(language_model.folder)!r}, which is in layout {language_model.layout} and has a "
+            "vision tower already; allowed is a LLaDA without one. Use `lladamedv convert` for this one."
         )
-    vision_tower = Path(vision_tower)
-    config = text.config.to_dict() | {
-        "vision_config": convert_vision_config(read_config(vision_tower)),
-        "text_only": False,
-        "vision_aspect_ratio": aspect_ratio,
-    }
-    config = LLaDAMedVConfig(**config)
+    config = LLaDAMedVConfig(
+        **language_model.build_config().to_dict()
+        | {
+            "vision_config": convert_vision_config(read_json(vision_tower / "config.json")),
+            "text_only": False,
+            "vision_aspect_ratio": aspect_ratio,
+        }
+    )
     expected = LLaDAMedVForConditionalGeneration.parameter_shapes(config)
-    language = {name: shape for name, shape in expected.items() if not name.startswith(_VISION_PARTS)}
-    weights, report = text.match(language)
-    report.check(language_model)
+    vision = tuple(name for name in expected if name.startswith((_TOWER, _PROJECTOR, _NEWLINE)))
+    language = {name: shape for name, shape in expected.items() if name not in vision}
+    weights, report = language_model.compare(language, config)
+    report.check(language_model.folder)
     weights |= _add_tower(report, vision_tower, expected, config)
-    _check_dtypes(weights.values())
-
-    dtype = _STORED_DTYPES[weights["lm_head.weight"].dtype]
-    new = _untrained_parts(config, seed)
+    new = _untrained_parts(expected, seed)
     if projector is not None:
-        trained, part = _read_projector(Path(projector), new)
-        new |= trained
-        report.add(part)
+        new |= _read_projector(projector, report, new, config)
+    dtype = _DTYPES.get(weights["lm_head.weight"].dtype)
     weights |= {name: weight.to(dtype) for name, weight in new.items()}
-    return ConversionPlan(config, {name: weights[name] for name in expected}, report, text.layout)
+    return ConversionPlan(config, {name: weights[name] for name in expected}, report)
 
 
 def _add_tower(report, folder, expected, config) -> dict[str, StoredWeight]:
     """The weights of a stand-alone SigLIP, accounted for in `report`."""
-    expected = {name: shape for name, shape in expected.items() if name.startswith("model.vision_tower.")}
-    weights, part = match_keys("siglip", read_weights(folder), expected, config)
+    stored = read_weights([*folder.iterdir()])
+    shapes = {name: shape for name, shape in expected.items() if name.startswith(_TOWER)}
+    part = compare("siglip", {key: weight.shape for key, weight in stored.items()}, shapes, config)
     part.check(folder)
     report.add(part)
-    report.missing = [name for name in report.missing if name not in weights]
-    return weights
+    return {ours: stored[key] for key, ours in part.mapped.items()}
 
 
-def _untrained_parts(config, seed) -> dict[str, torch.Tensor]:
-    hidden = config.text_config.hidden_size
+def _untrained_parts(expected, seed) -> dict[str, torch.Tensor]:
+    """The projector's layers as `nn.Linear` makes them, and the newline embedding."""
+    parts = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projector = LlavaOnevisionMultiModalProjector(config)
-        for module in (projector.linear_1, projector.linear_2):
-            nn.Linear.reset_parameters(module)
-        parts = {f"model.multi_modal_projector.{name}": weight for name, weight in projector.state_dict().items()}
-        if config.max_anyres_tiles is not None:
-            parts["model.image_newline"] = torch.randn(hidden) / hidden**0.5
+        for layer in ("linear_1", "linear_2"):
+            rows, columns = expected[f"{_PROJECTOR}{layer}.weight"]
+            weights = nn.Linear(columns, rows).state_dict()
+            parts |= {f"{_PROJECTOR}{layer}.{name}": weight for name, weight in weights.items()}
+        if _NEWLINE in expected:
+            (hidden,) = expected[_NEWLINE]
+            parts[_NEWLINE] = torch.randn(hidden) / hidden**0.5
     return parts
 
 
-def _read_projector(file, untrained) -> tuple[dict[str, torch.Tensor], KeyReport]:
-    """The weights of a stage-1 projector file by our names."""
+def _read_projector(file, report, untrained, config) -> dict[str, torch.Tensor]:
+    """The weights of a stage-1 projector file by our names, accounted for in `report`."""
     if not file.is_file():
         raise ValueError(f"`projector` is {str(file)!r}, and there is no such file.")
     if file.suffix == ".safetensors":
@@ -187,30 +176,19 @@ def _read_projector(file, untrained) -> tuple[dict[str, torch.Tensor], KeyReport
         try:
             _check_pickle(file)
             stored = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zipfile, pickletools and torch raise many kinds
             raise ValueError(
                 f"`projector` is {str(file)!r}, which is refused: {' '.join(str(error).split())}. Nothing else than "
                 "tensors is unpickled; save it as safetensors."
             ) from error
     if not isinstance(stored, dict) or not all(isinstance(value, torch.Tensor) for value in stored.values()):
         raise ValueError(f"`projector` is {str(file)!r}, which holds no tensors by name.")
-    report = KeyReport("projector")
-    weights = {}
-    for key, weight in stored.items():
-        ours = rename(key, "projector")
-        if ours in untrained:
-            report.mapped[key] = ours
-            weights[ours] = weight
-            if weight.shape != untrained[ours].shape:
-                report.misshaped[key] = f"{tuple(weight.shape)} instead of {tuple(untrained[ours].shape)}"
-        elif ours == "model.image_newline":
-            report.ignored[key] = "newline embedding: images of one tile have no rows to end"
-        else:
-            report.unexpected.append(key)
-    # Stage 1 may leave the newline alone: images are one tile there.
-    report.missing = [name for name in untrained if name not in weights and name != "model.image_newline"]
-    report.check(file)
-    return weights, report
+    shapes = {name: weight.shape for name, weight in untrained.items()}
+    part = compare("projector", {key: weight.shape for key, weight in stored.items()}, shapes, config)
+    part.missing = [name for name in part.missing if name != _NEWLINE]  # images are one tile in stage 1
+    part.check(file)
+    report.add(part)
+    return {ours: stored[key] for key, ours in part.mapped.items()}
 
 
 def _check_pickle(file: Path) -> None:
@@ -227,22 +205,14 @@ def _check_pickle(file: Path) -> None:
             if member.filename.endswith("data.pkl"):
                 for operation, argument, _ in pickletools.genops(archive.read(member)):
                     named = argument if operation.name in ("GLOBAL", "INST") else operation.name
-                    if operation.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not re.fullmatch(_PICKLED, named):
+                    is_storage = str(named).startswith("torch ") and named.endswith("Storage")
+                    if operation.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not (is_storage or named in _PICKLED):
                         raise ValueError(f"it names {named!r} in its pickle")
-
-
-def _check_dtypes(weights) -> None:
-    for weight in weights:
-        if weight.dtype not in _STORED_DTYPES:
-            raise ValueError(
-                f"{weight.key} in {weight.file.name} is stored as {weight.dtype}; allowed are {list(_STORED_DTYPES)}: "
-                "quantised weights are not converted."
-            )
 
 
 def write_weights(
     plan: ConversionPlan,
-    folder: str | Path,
+    folder: Path,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "2GB",
     progress: Callable[[int], object] = lambda num_bytes: None,
@@ -267,17 +237,16 @@ def write_weights(
     for file, names in split.filename_to_tensors.items():
         shard = {}
         for name in names:
-            shard[name] = _read(plan.weights[name], plan.output_dtype(name, dtype), name)
+            shard[name] = _read(name, plan.weights[name], plan.output_dtype(name, dtype))
             progress(sizes[name])
-        save_file(shard, Path(folder) / file, metadata={"format": "pt"})
+        save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (Path(folder) / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
 
 
-def _read(weight: StoredWeight | torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    key = name
+def _read(key: str, weight: StoredWeight | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(weight, StoredWeight):
         key = f"{weight.key} in {weight.file.name}"
         with safe_open(weight.file, framework="pt") as handle:

@@ -128,7 +128,7 @@ class LLaDAMedVGenerationMixin:
                 the loop, for logits that are not finite.
         """
         # 0. Check the arguments, embed the prompts and lay a canvas of masks (and the fixed suffix) behind each.
-        options = self._prepare_generation_config(generation_config, **kwargs)
+        options = self.resolve_generation_config(generation_config, **kwargs)
         stops = self._prepare_stop_sequences(options, tokenizer)
         suffix = self._prepare_suffix(options, tokenizer)
         attention_mask = self._check_prompt(input_ids, attention_mask)
@@ -432,7 +432,7 @@ class LLaDAMedVGenerationMixin:
             streamer.put(state.suffix.cpu())
         return max(streamed, ready)
 
-    def _prepare_generation_config(self, generation_config, **kwargs) -> LLaDAMedVGenerationConfig:
+    def resolve_generation_config(self, generation_config=None, **kwargs) -> LLaDAMedVGenerationConfig:
         """The call's options: keyword arguments over `generation_config` over the model's own, filled in and checked.
 
         What the caller sets is taken literally. A block length or step count that comes from the checkpoint is fitted

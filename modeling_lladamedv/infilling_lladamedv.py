@@ -189,7 +189,7 @@ class LLaDAMedVInfillingMixin:
         length = -(-len(ids) // block_length) * block_length
         kwargs["steps"] = kwargs.get("steps") or length
         kwargs = {**_DECIDED_BY_TEMPLATE, **kwargs, "max_new_tokens": length, "block_length": block_length}
-        options = self._prepare_generation_config(generation_config, **kwargs)
+        options = self.resolve_generation_config(generation_config, **kwargs)
         self._check_choices(options, blanks, tokenizer)
         attention_mask = self._check_prompt(input_ids, attention_mask)
         self._check_context(attention_mask, length, 0)

@@ -3,55 +3,31 @@
 The denoising loop is in `generation_lladamedv.py`; nothing here knows about steps or schedules.
 """
 
-import json
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Unpack
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.image_processing_utils import select_best_resolution
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector, unpad_image
-from transformers.utils import (
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    ModelOutput,
-    TransformersKwargs,
-    cached_file,
-    can_return_tuple,
-    find_adapter_config_file,
-)
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .checkpoint_layouts_lladamedv import (
-    PRESETS,
-    RELEASED_MODEL_TYPES,
-    check_folder,
-    choose_preset,
-    read_checkpoint,
-    resolve_source,
-)
 from .configuration_lladamedv import LLaDAMedVConfig
 from .decoder_layer_lladamedv import LLaDAMedVLastDecoderLayer, positions_in_rows
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig
 from .generation_lladamedv import LLaDAMedVGenerationMixin
 from .infilling_lladamedv import LLaDAMedVInfillingMixin
+from .released_lladamedv import find_released
 from .scoring_lladamedv import LLaDAMedVScoringMixin
+from .stored_weights_lladamedv import KeyReport
 
 
-# What the library raises for files that hold something else than it expects; RecursionError for JSON nested too deeply.
-_BROKEN = (
-    SafetensorError, StrictDataclassError, RecursionError, ArithmeticError, AttributeError, LookupError, TypeError,
-    UnicodeError, json.JSONDecodeError,
-)  # fmt: skip
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -132,6 +108,7 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
         cls,
         pretrained_model_name_or_path,
         *args,
+        vision_tower=None,
         output_loading_info=False,
         ignore_mismatched_sizes=False,
         **kwargs,
@@ -147,165 +124,41 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: if there is no `config.json`; if weights of the model are missing from the checkpoint, or have
                 other shapes and `ignore_mismatched_sizes` is not set (a model with random parts would still answer,
-                wrongly); if a checkpoint in a released layout holds keys that this layout does not have; if adapters
-                lie beside a model, name no model, or are pickled; if files of a local folder are not what
-                [`check_folder`] allows.
+                wrongly); if a checkpoint in a released layout holds keys that this layout does not have.
         """
-        vision_tower = kwargs.pop("vision_tower", None)
+        name, released = pretrained_model_name_or_path, None
         kwargs.setdefault("use_safetensors", True)
-        released = None
-        if pretrained_model_name_or_path is not None:
+        if name is not None and kwargs.get("config") is None and "key_mapping" not in kwargs:
             hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
-            base = _find_adapted_model(pretrained_model_name_or_path, hub)
-            if base is not None:
-                try:
-                    from peft import PeftModel  # takes a second
-                except ImportError as error:
-                    raise ImportError("Adapters need PEFT: pip install peft") from error
-                own = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
-                model, info = cls.from_pretrained(base, *args, output_loading_info=True, **own)
-                # Without memory for what the adapters' configuration says before their weights are seen.
-                PeftModel.from_pretrained(model, pretrained_model_name_or_path, low_cpu_mem_usage=True, **hub)
-                model._hf_peft_config_loaded = True  # the library saves adapters alone then
-                return (model.eval(), info) if output_loading_info else model.eval()
-            _check_source(pretrained_model_name_or_path, hub, kwargs.get("variant"))
-            if kwargs.get("config") is None and "key_mapping" not in kwargs:
-                released = _find_released_checkpoint(pretrained_model_name_or_path, vision_tower, hub)
+            released = find_released(name, vision_tower, **hub)
         if released is not None:
-            expected = LLaDAMedVForConditionalGeneration.parameter_shapes(released.config)
-            released.match(expected)[1].check(pretrained_model_name_or_path)
-            # What the released model decodes with; the file beside its weights is one for autoregressive models.
-            preset = PRESETS[choose_preset(pretrained_model_name_or_path, released.layout)]
-            kwargs.setdefault("generation_config", LLaDAMedVGenerationConfig(**preset.generation_options()))
-            pretrained_model_name_or_path = released.folder
-            kwargs |= {"config": released.config, "key_mapping": released.key_mapping, "subfolder": ""}
+            config = released.build_config()
+            shapes = LLaDAMedVForConditionalGeneration.parameter_shapes(config)
+            released.compare(shapes, config)[1].check(name)
+            kwargs = released.loading_options(name, config) | kwargs
         elif vision_tower is not None:
             raise ValueError(
                 f"`vision_tower` is {str(vision_tower)!r}; it is allowed for checkpoints in a released layout only."
             )
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True,
-                ignore_mismatched_sizes=ignore_mismatched_sizes, **kwargs,
-            )  # fmt: skip
-        except _BROKEN as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"The checkpoint {str(pretrained_model_name_or_path)!r} cannot be loaded: {reason}"
-            ) from error
-        _check_weights(pretrained_model_name_or_path, model, info, ignore_mismatched_sizes)
-        if released is not None:
-            model._weight_conversions = []  # so that saving writes our names
+        model, info = super().from_pretrained(
+            name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        report = KeyReport(cls.config_class.model_type, missing=list(info["missing_keys"]))
+        if not ignore_mismatched_sizes:
+            report.add_misshaped(info["mismatched_keys"])
+        report.check(name)
         return (model, info) if output_loading_info else model
 
-    @staticmethod
-    def _finalize_model_loading(model, load_config, loading_info):
-        """The library's making up of weights that are missing; before memory is taken for them, they are refused."""
-        name, ignored = load_config.pretrained_model_name_or_path, load_config.ignore_mismatched_sizes
-        _check_weights(name, model, loading_info.to_dict(), ignored)
-        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-
-    def _load_and_finalize_distributed_pretrained_model(self, folder, *args):
-        """The library's way of loading what several devices saved takes memory for all weights before it looks."""
-        stored, needed = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")), self.num_parameters()
-        if stored < needed:
-            raise ValueError(
-                f"The checkpoint {str(folder)!r} has {stored} bytes, too few for the {needed} weights of "
-                f"{type(self).__name__}."
-            )
-        return super()._load_and_finalize_distributed_pretrained_model(folder, *args)
+    def save_pretrained(self, save_directory, *args, save_original_format=False, **kwargs):
+        """As `PreTrainedModel.save_pretrained`, but weights get this package's names, also where they were loaded under
+        those of a released layout."""
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
     @classmethod
     def parameter_shapes(cls, config: LLaDAMedVConfig) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all weights that a model of this configuration has, without allocating them."""
         with torch.device("meta"):
             return {name: tuple(weight.shape) for name, weight in cls(config).state_dict().items()}
-
-
-def _find_adapted_model(name, hub) -> str | None:
-    """The model that the adapters `name` belong to; `None` if these are no adapters."""
-    try:
-        adapters = find_adapter_config_file(str(name), **hub)
-    except (OSError, ValueError):
-        return None  # the library reports it better
-    if adapters is None:
-        return None
-    if os.path.isdir(name):
-        check_folder(os.path.dirname(adapters))
-    others = (CONFIG_NAME, "adapter_model.safetensors")
-    model, weights = (cached_file(name, each, **hub, _raise_exceptions_for_missing_entries=False) for each in others)
-    try:
-        base = json.loads(Path(adapters).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except _BROKEN:
-        base = None
-    reason = None
-    if model is not None:
-        reason = "beside a model (config.json); load one of them from a folder of its own"
-    elif weights is None:
-        reason = "without adapter_model.safetensors; pickled weights are not loaded"
-    elif not isinstance(base, str) or not base:
-        reason = "without the model that they belong to (`base_model_name_or_path`)"
-    elif find_adapter_config_file(base) is not None:
-        reason = f"for {base!r} (`base_model_name_or_path`), which are adapters, too"
-    if reason is not None:
-        raise ValueError(
-            f"`pretrained_model_name_or_path` is {str(name)!r}, which holds adapters (adapter_config.json) {reason}."
-        )
-    return base
-
-
-def _check_source(name, hub, variant) -> None:
-    """Refuse files that lead elsewhere."""
-    folder = os.path.join(name, hub.get("subfolder") or "")
-    if not os.path.isdir(folder):
-        folder = _fetch_index(name, hub, variant)
-    if folder is not None:
-        check_folder(folder)
-
-
-def _fetch_index(name, hub, variant) -> str | None:
-    """The folder in the Hub's cache that the index of a model's weights is in, if there is one.
-
-    It is to be looked at before the library follows it: with `huggingface_hub` before 2.4 to files anywhere.
-    """
-    index_name = SAFE_WEIGHTS_INDEX_NAME
-    if variant is not None:
-        index_name = f"{index_name.removesuffix('json')}{variant}.json"
-    try:
-        index = cached_file(name, index_name, **hub, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):
-        return None  # the library reports it better
-    return None if index is None else os.path.dirname(index)
-
-
-def _check_weights(name, model, info, ignore_mismatched_sizes) -> None:
-    """Refuse what a model would lack; `info` is the library's account of loading."""
-    problems = {"lacks": info["missing_keys"]}
-    if not ignore_mismatched_sizes:
-        problems["has the wrong shapes for"] = {
-            f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
-        }
-    for problem, weights in problems.items():
-        if weights:
-            shown = ", ".join(sorted(weights)[:5]) + (", …" if len(weights) > 5 else "")
-            raise ValueError(
-                f"The checkpoint {str(name)!r} {problem} {len(weights)} weights of {type(model).__name__}: {shown}"
-            )
-
-
-def _find_released_checkpoint(name, vision_tower, hub):
-    """The checkpoint `name` if it is in a released layout, downloaded if need be, else `None`."""
-    hub = {**hub}
-    subfolder = hub.pop("subfolder", None) or ""
-    try:
-        original, _ = PreTrainedConfig.get_config_dict(name, subfolder=subfolder, **hub)
-    except (OSError, ValueError, *_BROKEN):
-        return None  # the library reports it better
-    if not original:  # the library would go on with the defaults and initialise eight billion weights
-        raise ValueError(f"`pretrained_model_name_or_path` is {str(name)!r}, which holds no config.json.")
-    if original.get("model_type") not in RELEASED_MODEL_TYPES:
-        return None
-    return read_checkpoint(resolve_source(name, **hub) / subfolder, vision_tower)
 
 
 class LLaDAMedVModel(LLaDAMedVPreTrainedModel):

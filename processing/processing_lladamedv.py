@@ -64,17 +64,14 @@ _PLAIN_TEMPLATE = """\
 """
 
 
-def _chat_template(system: str | None, image: str = "'<image>\\n'", suffix: str = "", training: bool = False) -> str:
+_TURN = "{{- turn.text | trim"  # how the expression begins that writes a turn's text and its end
+
+
+def _chat_template(system: str | None, image: str = "'<image>\\n'", suffix: str = "") -> str:
     """The Llama-3-like template that all released checkpoints share, for a system text and ways of writing a turn."""
     system_turn = f"<|start_header_id|>system<|end_header_id|>\\n\\n{system}<|eot_id|>" if system else ""
-    turn = "{{- turn.text | trim + '<|eot_id|>' -}}"
-    if suffix:
-        turn = "{{- turn.text | trim + ('" + suffix + "' if message['role'] == 'user' else '') + '<|eot_id|>' -}}"
-    if training:
-        turn = (
-            "{%- if message['role'] == 'assistant' -%}{% generation %}" + turn + "{% endgeneration %}{%- else -%}"
-            + turn + "{%- endif -%}"
-        )  # fmt: skip
+    suffix = f"('{suffix}' if message['role'] == 'user' else '') + " if suffix else ""
+    turn = f"{_TURN} + {suffix}'<|eot_id|>' -}}}}"
     return _TEMPLATE.replace("SYSTEM_TURN", system_turn).replace("IMAGE", image).replace("RENDER_TURN", turn)
 
 
@@ -91,31 +88,27 @@ CHAT_TEMPLATES = {
 }
 
 
-# The same texts; they mark the assistant's tokens, its end of turn included, for `return_assistant_tokens_mask=True`.
-_TRAINING_CHAT_TEMPLATES = {
-    CHAT_TEMPLATES["llava_llada_med"]: _chat_template(MEDICAL_SYSTEM_PROMPT, training=True),
-    CHAT_TEMPLATES["llava_llada"]: _chat_template(GENERAL_SYSTEM_PROMPT, training=True),
-    CHAT_TEMPLATES["llava_llada_demo"]: _chat_template(
-        GENERAL_SYSTEM_PROMPT, image="'<image>'", suffix=CONCISE_SUFFIX, training=True
-    ),
-    CHAT_TEMPLATES["llada"]: _chat_template(None, image="'<image>\\n'", training=True),
-}
-
-
 def get_training_chat_template(chat_template: str) -> str:
-    """The template that renders the same text and marks the assistant's tokens with `{% generation %}`.
+    """The template that renders the same text and marks the assistant's tokens, its end of turn included, with
+    `{% generation %}`.
 
     Raises:
-        ValueError: for a template that is none of [`CHAT_TEMPLATES`] and marks nothing itself.
+        ValueError: for a template that marks nothing itself and does not write turns as [`CHAT_TEMPLATES`] do.
     """
     if "{% generation %}" in chat_template or "{%- generation" in chat_template:
         return chat_template
-    if chat_template not in _TRAINING_CHAT_TEMPLATES:
+    head, found, rest = chat_template.partition(_TURN)
+    turn, end, tail = rest.partition("-}}")
+    if not found or not end or _TURN in tail:
         raise ValueError(
             f"`chat_template` begins {chat_template[:60]!r} and marks no answers; allowed are the templates that come "
             "with this package, and templates with {% generation %} around the assistant's text."
         )
-    return _TRAINING_CHAT_TEMPLATES[chat_template]
+    turn = found + turn + end
+    return (
+        f"{head}{{%- if message['role'] == 'assistant' -%}}{{% generation %}}{turn}{{% endgeneration %}}{{%- else -%}}"
+        f"{turn}{{%- endif -%}}{tail}"
+    )
 
 
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")  # that a processor may have
@@ -124,7 +117,7 @@ _CHAT_ADVICE = (
     "Give a conversation to `apply_chat_template`, or to a pipeline as `text=[{'role': 'user', 'content': "
     "[{'type': 'image', 'image': …}, {'type': 'text', 'text': …}]}]`."
 )
-_ROLES, _IMAGE_KEYS = ("system", "user", "assistant"), ("image", "url", "path", "base64")
+ROLES, IMAGE_KEYS = ("system", "user", "assistant"), ("image", "url", "path", "base64")
 
 
 class LLaDAMedVProcessor(ProcessorMixin):
@@ -161,8 +154,7 @@ class LLaDAMedVProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As `ProcessorMixin.from_pretrained`, but nobody is asked whether code of a folder may be run: it is run with
-        `trust_remote_code=True` only.
+        """As `ProcessorMixin.from_pretrained`, but code of a folder runs with `trust_remote_code=True` only.
 
         Raises:
             ValueError: for a folder that holds such code and needs it, or files that hold no processor.
@@ -213,12 +205,13 @@ class LLaDAMedVProcessor(ProcessorMixin):
         several = isinstance(conversation, (list, tuple)) and any(
             isinstance(chat, (list, tuple)) for chat in conversation
         )
-        chats = [_normalize_chat(chat) for chat in (conversation if several else [conversation])]
+        chats = [normalize_chat(chat) for chat in (conversation if several else [conversation])]
+        template = self._template(chat_template)
         masked = kwargs.pop("return_assistant_tokens_mask", False)
         if masked and not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             raise ValueError("`return_assistant_tokens_mask` is True; it needs tokenize=True and return_dict=True.")
         for name in ("tools", "documents"):
-            if kwargs.get(name) and name not in self._resolve_chat_template(chat_template):
+            if kwargs.get(name) and name not in (template or ""):
                 raise ValueError(f"`{name}` is given, but the chat template does not use it; leave it out.")
         if kwargs.get("tokenize"):
             kwargs.setdefault("sanitize_control_tokens", True)
@@ -227,8 +220,7 @@ class LLaDAMedVProcessor(ProcessorMixin):
         try:
             if not masked:
                 return super().apply_chat_template(chats if several else chats[0], chat_template, **kwargs)
-            template = get_training_chat_template(self._resolve_chat_template(chat_template))
-            tensors = kwargs.pop("return_tensors", None)
+            template, tensors = get_training_chat_template(template or ""), kwargs.pop("return_tensors", None)
             if tensors is not None and "padding" not in kwargs:  # the masks become tensors with the rest, afterwards
                 kwargs["processor_kwargs"] = {"padding": True, **(kwargs.get("processor_kwargs") or {})}
             inputs = super().apply_chat_template(chats, template, **kwargs)
@@ -237,16 +229,27 @@ class LLaDAMedVProcessor(ProcessorMixin):
         except (jinja2.TemplateError, ArithmeticError, RecursionError) as error:  # Overflow: the sandbox's, of ranges
             raise ValueError(f"`conversation` does not suit the chat template: {error}") from error
 
+    def _template(self, name: str | None = None) -> str | None:
+        """The text of a template, by default the default one; `None` if there is no default."""
+        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        return named.get("default" if name is None else name, name)
+
+    def _control_tokens(self, template: str = "") -> re.Pattern:
+        """Finds the tokens that must not come from what messages say, the longest first."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = [token.content for token in added if token.special or token.content in template]
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
     def _assistant_masks(self, inputs: dict, chats: list[list[dict]], template: str, options: dict) -> list[list[int]]:
         """For each token whether the template marks it. Transformers does that for texts without control tokens only.
 
         A token that lies across the end of a mark is marked.
         """
-        marked, *_ = self.tokenizer._mark_chat_inputs(template, chats, None, None, {}, True, False)
         names = ("add_generation_prompt", "continue_final_message")
         prompts, spans = render_jinja_template(
-            conversations=marked, chat_template=template, return_assistant_tokens_mask=True,
-            **{name: options[name] for name in names if name in options}, **self.tokenizer.special_tokens_map,
+            conversations=mark_control_tokens(chats, self._control_tokens(template)), chat_template=template,
+            return_assistant_tokens_mask=True, **{name: options[name] for name in names if name in options},
+            **self.tokenizer.special_tokens_map,
         )  # fmt: skip
         sizes = zip(inputs.get("image_sizes", ()), self._alone(inputs.get("batch_num_images", ())))
         counts = (self.image_processor.get_number_of_image_tokens(*map(int, size), alone) for size, alone in sizes)
@@ -255,19 +258,19 @@ class LLaDAMedVProcessor(ProcessorMixin):
             tokens = encode_marked_chat(self.tokenizer, prompt)
             mask = [0] * len(tokens)
             for start, end in own:
-                first, last = (self._shared_tokens(prompt[:place], tokens) for place in (start, end))
-                last = last[0] + (last[0] < last[1])  # with the token that reaches across the end
-                mask[first[0] : last] = [1] * (last - first[0])
-            repeats = [next(counts) if token == self.image_token_id else 1 for token in tokens]
-            tokens, mask = (
-                [value for value, times in zip(values, repeats) for _ in range(times)] for values in (tokens, mask)
-            )
+                (first, _), (last, length) = (self._shared_tokens(prompt[:place], tokens) for place in (start, end))
+                last += last < length  # with the token that reaches across the end
+                mask[first:last] = [1] * (last - first)
+            expanded = [
+                (token, marked) for token, marked in zip(tokens, mask)
+                for _ in range(next(counts) if token == self.image_token_id else 1)
+            ]  # fmt: skip
             places = [place for place, visible in enumerate(seen) if visible]
-            if [int(row[place]) for place in places] != tokens:
+            if [int(row[place]) for place in places] != [token for token, _ in expanded]:
                 raise ValueError("`chat_template` depends on other arguments; with them no assistant mask can be made.")
             masks.append([0] * len(row))
-            for place, value in zip(places, mask):
-                masks[-1][place] = value
+            for place, (_, marked) in zip(places, expanded):
+                masks[-1][place] = marked
         return masks
 
     def _shared_tokens(self, head: str, tokens: list[int]) -> tuple[int, int]:
@@ -276,10 +279,8 @@ class LLaDAMedVProcessor(ProcessorMixin):
         return next((n for n, (own, other) in enumerate(zip(ids, tokens)) if own != other), len(ids)), len(ids)
 
     def _warn_of_control_tokens(self, chats: list[list[dict]]) -> None:
-        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        found = re.compile("|".join(map(re.escape, tokens))).search
         for part in (part for chat in chats for message in chat for part in _as_parts(message["content"])):
-            if part["type"] == "text" and (match := found(part["text"])):
+            if part["type"] == "text" and (match := self._control_tokens().search(part["text"])):
                 logger.warning(
                     "`conversation` holds the text %r, which tokenizing the prompt will take for a control token; "
                     "with tokenize=True it stays text.",
@@ -304,30 +305,23 @@ class LLaDAMedVProcessor(ProcessorMixin):
             marked = mark_control_tokens(self.image_token, re.compile(re.escape(self.image_token)))
             counts = [prompt.count(self.image_token) - prompt.count(marked) for prompt in text]
             rows = [] if images is None else images if isinstance(images, list) else [images]
-            given = [len(row) if isinstance(row, list) else 1 for row in rows]
-            if any(isinstance(row, list) for row in rows):
-                rows, fits = (
-                    [image for row in rows for image in (row if isinstance(row, list) else [row])],
-                    given == counts,
-                )
-            else:
-                given, fits = len(rows), len(rows) == sum(counts)
-            if not fits:
+            nested = any(isinstance(row, list) for row in rows)
+            rows = [row if isinstance(row, list) else [row] for row in rows]
+            given = list(map(len, rows)) if nested else len(rows)
+            if given != (counts if nested else sum(counts)):
                 raise ValueError(
                     f"`images` holds {given} images, but the prompts hold {counts} {self.image_token} placeholders; "
                     f"the two must agree. {_CHAT_ADVICE}"
                 )
             if rows:
-                flat = iter(rows)
+                flat = (image for row in rows for image in row)
                 images = [[next(flat) for _ in range(count)] for count in counts]
         return images, text, *others
 
     def _warn_of_bare_texts(self, prompts) -> None:
         """Say that a bare question about an image is no question to a model that was trained on turns."""
-        template = self.chat_template
-        template = template.get("default", "") if isinstance(template, dict) else template
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        turns = [token for token in special - {self.image_token, self.tokenizer.bos_token} if token in template]
+        template = self._template() or ""
+        turns = set(self._control_tokens().findall(template)) - {self.image_token, self.tokenizer.bos_token}
         for prompt in prompts:
             if turns and not any(token in prompt for token in turns):
                 logger.warning_once(
@@ -367,56 +361,59 @@ class LLaDAMedVProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(image_sizes))
 
 
-def _normalize_chat(chat) -> list[dict]:
+def normalize_chat(chat, argument: str = "conversation") -> list[dict]:
     """A conversation of plain messages, each with its images first and one text behind them.
 
     Two texts side by side could together make a control token that neither holds, so they become one.
+
+    Args:
+        chat: messages as dicts, dataclasses or pydantic models, or an object that holds such `messages`.
+        argument: how errors call it.
 
     Raises:
         ValueError: for anything that chat templates do not expect.
     """
     chat = getattr(chat, "messages", chat)
     if not isinstance(chat, (list, tuple)) or not chat:
-        raise ValueError(f"`conversation` is {chat!r:.200}; allowed are lists of messages with at least one.")
+        raise ValueError(f"`{argument}` is {chat!r:.200}; allowed are lists of messages with at least one.")
     normalized = []
-    for message in map(as_dict, chat):
+    for message in map(_as_dict, chat):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if role not in _ROLES:
+        if role not in ROLES:
             raise ValueError(
-                f"`conversation` holds the message {message!r:.200}; allowed are dicts whose `role` is one of {_ROLES}."
+                f"`{argument}` holds the message {message!r:.200}; allowed are dicts whose `role` is one of {ROLES}."
             )
         images, text, beside = [], "", True
-        for part in map(as_dict, _as_parts(content)):
+        for part in map(_as_dict, _as_parts(content)):
             kind, words = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
             is_text = kind == "text" and isinstance(words, str) and _is_utf8(words)
-            is_image = kind in ("image", "image_url") and sum(part.get(key) is not None for key in _IMAGE_KEYS) <= 1
+            is_image = kind in ("image", "image_url") and sum(part.get(key) is not None for key in IMAGE_KEYS) <= 1
             if not is_text and not is_image:
                 raise ValueError(
-                    f"`conversation` holds the content {part!r:.200}; allowed are texts without lone surrogates, and "
+                    f"`{argument}` holds the content {part!r:.200}; allowed are texts without lone surrogates, and "
                     'lists of {"type": "text", "text": …} and of {"type": "image", …} with one of '
-                    f"{_IMAGE_KEYS}."
+                    f"{IMAGE_KEYS}."
                 )
-            options = [option.name for option in READING_OPTIONS if is_image and part.get(option.name) is not None]
-            if options:
-                raise ValueError(
-                    f"`conversation` holds an image with {', '.join(options)}, which would have no effect here; read "
-                    "it by `read_medical_image` with these options first, and give its `image`."
-                )
-            if is_image:
+            if is_text:
+                between = bool(text and words) and not beside
+                text += "\n" * (between and not (text[-1].isspace() or words[0].isspace())) + words
+            else:
                 part = {key: value for key, value in part.items() if value is not None}
+                if options := [option.name for option in READING_OPTIONS if option.name in part]:
+                    raise ValueError(
+                        f"`{argument}` holds an image with {', '.join(options)}, which would have no effect here; read "
+                        "it by `read_medical_image` with these options first, and give its `image`."
+                    )
                 if "base64" in part:
                     part = {"type": "image", "url": f"data:;base64,{part['base64'].rpartition(',')[2]}"}
                 images.append(part)
-            else:
-                between = bool(text and words) and not beside
-                text += "\n" * (between and not (text[-1].isspace() or words[0].isspace())) + words
             beside = is_text
         parts = [*images, {"type": "text", "text": text}] if text or not images else images
         normalized.append({**message, "content": content if isinstance(content, str) else parts})
     return normalized
 
 
-def as_dict(value):
+def _as_dict(value):
     """A message or a part of one as a dict, of a dataclass or a pydantic model, too; anything else as it is."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -441,4 +438,4 @@ def _is_utf8(text: str) -> bool:
 
 LLaDAMedVProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["CHAT_TEMPLATES", "LLaDAMedVProcessor", "get_training_chat_template"]
+__all__ = ["CHAT_TEMPLATES", "LLaDAMedVProcessor", "get_training_chat_template", "normalize_chat"]

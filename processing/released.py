@@ -14,11 +14,17 @@ from .image_processing_lladamedv import LLaDAMedVImageProcessor
 from .processing_lladamedv import CHAT_TEMPLATES, LLaDAMedVProcessor
 
 
-def load_tokenizer(folder: Path, special_tokens: dict[str, int]) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder, with LLaDA's roles for its special tokens and with `<image>`.
+def released_processor(folder: Path, config, template: str, special_tokens: dict[str, int]) -> LLaDAMedVProcessor:
+    """The processor of a released model, with all templates.
+
+    Args:
+        folder: with `tokenizer.json`.
+        config: of the model.
+        template: name of the default template, one of `CHAT_TEMPLATES`.
+        special_tokens: ids by the tokens that the model's weights know.
 
     Raises:
-        ValueError: if it is missing, cannot be read, or lacks a special token or ids.
+        ValueError: if the tokenizer is missing, cannot be read, or has other ids than the weights.
     """
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"The folder {str(folder)!r} holds no tokenizer.json; give `tokenizer`.")
@@ -26,36 +32,8 @@ def load_tokenizer(folder: Path, special_tokens: dict[str, int]) -> PreTrainedTo
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exception for files that it cannot read
         raise ValueError(f"The tokenizer in {str(folder)!r} cannot be read: {error}") from error
-    vocabulary = tokenizer.get_vocab()
-    if absent := [token for token in special_tokens if token not in vocabulary]:
-        raise ValueError(f"The tokenizer in {str(folder)!r} lacks the special tokens {', '.join(absent)}.")
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|startoftext|>", "<|endoftext|>", "<|endoftext|>"
     tokenizer.chat_template = None  # the processor carries the templates
-    image_id = LLaDAMedVProcessor(LLaDAMedVImageProcessor(), tokenizer).image_token_id
-    if max(tokenizer.get_vocab().values()) != len(tokenizer) - 1:
-        raise ValueError(
-            f"The tokenizer in {str(folder)!r} has {len(vocabulary)} tokens but ids up to {max(vocabulary.values())}; "
-            f"with unused ids among them, <image> would get the id {image_id} of another token."
-        )
-    return tokenizer
-
-
-def check_ids(tokenizer: PreTrainedTokenizerFast, config, special_tokens: dict[str, int]) -> None:
-    """LLaDA's weights mean something with LLaDA's ids only.
-
-    Raises:
-        ValueError: for a tokenizer that has others, if the vocabulary is LLaDA's.
-    """
-    if config.text_config.vocab_size == type(config)().text_config.vocab_size:
-        found = {token: tokenizer.convert_tokens_to_ids(token) for token in special_tokens}
-        moved = [f"{token} {found[token]} instead of {wanted}" for token, wanted in special_tokens.items()
-                 if found[token] != wanted]  # fmt: skip
-        if moved:
-            raise ValueError(f"The tokenizer is not the one of these weights: it has {', '.join(moved)}.")
-
-
-def build_processor(config, tokenizer: PreTrainedTokenizerFast, template: str) -> LLaDAMedVProcessor:
-    """The processor of a model, with all templates, of which `template` is the default."""
     images = LLaDAMedVImageProcessor()
     if not config.text_only:
         side = config.vision_config.image_size
@@ -65,12 +43,15 @@ def build_processor(config, tokenizer: PreTrainedTokenizerFast, template: str) -
             vision_aspect_ratio=config.vision_aspect_ratio,
             image_grid_pinpoints=config.image_grid_pinpoints,
         )
+    known = tokenizer.get_vocab()
     templates = {"default": CHAT_TEMPLATES[template], **CHAT_TEMPLATES}
-    return LLaDAMedVProcessor(images, tokenizer, chat_template=templates)
-
-
-def load_processor(folder: Path, config, template: str, special_tokens: dict[str, int]) -> LLaDAMedVProcessor:
-    """The processor of a released checkpoint, as `lladamedv convert` writes it."""
-    tokenizer = load_tokenizer(folder, special_tokens)
-    check_ids(tokenizer, config, special_tokens)
-    return build_processor(config, tokenizer, template)
+    processor = LLaDAMedVProcessor(images, tokenizer, chat_template=templates)
+    ids = {token: known.get(token) for token in special_tokens} | {"<image>": processor.image_token_id}
+    wanted = special_tokens | {"<image>": config.image_token_id}
+    if wrong := [
+        f"{token} {found} instead of {wanted[token]}" for token, found in ids.items() if found != wanted[token]
+    ]:
+        raise ValueError(
+            f"The tokenizer in {str(folder)!r} is not the one of these weights: it has {', '.join(wrong)}."
+        )
+    return processor

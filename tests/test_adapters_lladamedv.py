@@ -1,7 +1,5 @@
 """PEFT's adapters: what works gives what the merged weights give, and what would be ignored is refused."""
 
-import json
-
 import peft
 import pytest
 import torch
@@ -78,27 +76,6 @@ def test_a_folder_of_adapters_is_a_model(tmp_path):
     else:
         loaded.save_pretrained(tmp_path / "again")
         assert (tmp_path / "again" / "adapter_model.safetensors").is_file()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda folder: (folder / "config.json").write_text("{}"), "beside a model"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "pickled weights are not loaded"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "without the model that they belong to"),
-        (
-            lambda folder: (folder / "adapter_config.json").write_text(
-                json.dumps({"base_model_name_or_path": str(folder)})
-            ),
-            "which are adapters, too",
-        ),
-    ],
-)
-def test_folders_of_adapters_that_are_refused(tmp_path, change, message):
-    peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    change(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        Ours.from_pretrained(tmp_path)
 
 
 PROMPT = {"num_virtual_tokens": 3, **CAUSAL}

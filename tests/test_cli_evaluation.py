@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from lladamedv import cli, cli_evaluation
 from lladamedv.cli import app
-from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import PRESETS
+from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS
 from lladamedv.processing.datasets import BENCHMARKS
 from lladamedv.processing.datasets.vqa_sources import SPLITS
 from lladamedv.processing.phantoms import PhantomVQA

@@ -10,8 +10,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lladamedv import LLaDAMedVForConditionalGeneration
-from lladamedv.modeling_lladamedv.convert_checkpoint import plan_conversion, plan_initialization, write_weights
+from lladamedv.modeling_lladamedv import convert_checkpoint
+from lladamedv.modeling_lladamedv.convert_checkpoint import write_weights
+from lladamedv.modeling_lladamedv.released_lladamedv import read_checkpoint
 from tests import released
+
+
+def plan_conversion(folder, tower=None):
+    return convert_checkpoint.plan_conversion(read_checkpoint(folder, tower), tower)
+
+
+def plan_initialization(language_model, *parts, **options):
+    return convert_checkpoint.plan_initialization(read_checkpoint(language_model), *parts, **options)
 
 
 @pytest.fixture

@@ -153,8 +153,8 @@ def test_length_is_that_of_the_batch(orientation, tmp_path):
     ("options", "row", "message"),
     [
         ({"max_length": 50}, chat("a", "b " * 60, images=[], id="x1"), "Row 'x1' has \\d+ tokens; `max_length` allows"),
-        ({}, chat("<image> <image>", "b", images=[random_image()]), "shows 2 images and holds 1"),
-        ({}, chat("a <image>", "b", images=[]), "shows 1 images and holds 0"),
+        ({}, chat("<image> <image>", "b", images=[random_image()]), "2 <image> for 1 images"),
+        ({}, chat("a <image>", "b", images=[]), "1 <image> for 0 images"),
     ],
 )
 def test_bad_rows(processor, options, row, message):

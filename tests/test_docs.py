@@ -1,4 +1,4 @@
-"""The documentation: examples run and print what they say, commands and names exist, and nothing is stale.
+"""README and documentation: examples run and print what they say, commands and names exist, and nothing is stale.
 
 Pages need no MkDocs here; that links and references can be rendered is what `make docs` checks.
 """
@@ -23,13 +23,14 @@ from lladamedv.trainers.sft import make_parser
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+TEXTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{page}" for page in PAGES)]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON, SHELL = ("python",), ("sh",)
 
 
 def blocks(page: str, languages: tuple[str, ...]) -> list[tuple[int, str, str | None]]:
     """Fenced blocks of a page: line, text, and the text of the `text` block that follows at once, if one does."""
-    text = (DOCS / page).read_text(encoding="utf-8")
+    text = (ROOT / page).read_text(encoding="utf-8")
     found = list(BLOCK.finditer(text))
     result = []
     for block, following in zip(found, [*found[1:], None]):
@@ -47,17 +48,17 @@ def commands(page: str) -> list[str]:
     return [line for line in lines if line.startswith("lladamedv ")]
 
 
-COMMANDS = [command for page in PAGES for command in commands(page)]
+COMMANDS = [command for page in TEXTS for command in commands(page)]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, PYTHON)])
+@pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, PYTHON)])
 def test_examples_print_what_the_page_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": page}
     for line, code, expected in blocks(page, PYTHON):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile("\n" * (line - 1) + code, str(DOCS / page), "exec"), namespace)
+            exec(compile("\n" * (line - 1) + code, str(ROOT / page), "exec"), namespace)
         if expected is not None:
             assert printed.getvalue() == expected, f"{page}, line {line}"
 
@@ -108,11 +109,20 @@ def test_what_is_to_be_pasted_can_be_pasted(file):
     assert "<this repository>" not in text and not re.search(r"pip install [\"']?lladamedv", text)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", TEXTS)
 def test_links_lead_to_pages(page):
-    text = BLOCK.sub("", (DOCS / page).read_text(encoding="utf-8"))
+    text = BLOCK.sub("", (ROOT / page).read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert target.startswith("https://arxiv.org/abs/") or (DOCS / page).parent.joinpath(target).is_file(), target
+        assert target.startswith("https://arxiv.org/abs/") or (ROOT / page).parent.joinpath(target).is_file(), target
+
+
+def test_paths_in_the_source_map_exist():
+    for path in re.findall(r"`([\w/.-]+/[\w./-]*)`", (DOCS / "source_map.md").read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_readme_is_a_first_screen():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_every_page_is_in_the_navigation_once():

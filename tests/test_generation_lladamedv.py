@@ -260,7 +260,7 @@ def test_a_checkpoints_block_and_steps_are_fitted_to_the_callers_length():
     output = generate(model, max_new_tokens=20, suppress_tokens=[98])
     assert output.commit_step.shape == (1, 20)
     assert output.num_forwards.tolist() == [8]  # four blocks of 5; half a step per token, rounded, is 2 each
-    options = model._prepare_generation_config(None, max_new_tokens=20)
+    options = model.resolve_generation_config(max_new_tokens=20)
     assert (options.block_length, options.steps) == (5, 8)
 
 

@@ -1,5 +1,8 @@
 """Model folders and data sets from strangers: no code of theirs runs, nothing outside of them is read, and what they
-claim is refused before memory is taken for it."""
+claim is refused before memory is taken for it.
+
+Every model comes through `check_model`, from the commands and from training; the tables below are what it must refuse.
+"""
 
 from __future__ import annotations
 
@@ -23,46 +26,46 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig
 
-from lladamedv import (
-    LLaDAMedVConfig,
-    LLaDAMedVForConditionalGeneration,
-    LLaDAMedVImageProcessor,
-    LLaDAMedVProcessor,
-)
-from lladamedv.conversion import convert_checkpoint
-from lladamedv.demo import DEMO_MODEL, load_model
-from lladamedv.hub_cards.checked_files import check_model_files
+from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration, LLaDAMedVImageProcessor, LLaDAMedVProcessor
+from lladamedv.conversion import convert_checkpoint, initialize_checkpoint
+from lladamedv.hub_cards.checks import check_model, check_model_files
 from lladamedv.hub_cards.push import push_folder
-from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import read_checkpoint, read_header
-from lladamedv.modeling_lladamedv.convert_checkpoint import plan_conversion, plan_initialization
+from lladamedv.loading import DEMO_MODEL, load_model
 from lladamedv.processing.datasets import load_vqa
-from lladamedv.trainers.image_feature_cache import ImageFeatureCache
-from lladamedv.trainers.sft import SFTScriptArguments
-from lladamedv.trainers.sft import load_model as load_model_to_train
+from lladamedv.trainers import sft
 from tests import released
 from tests.hub_folders import write_adapter, write_card
-from tests.test_masked_diffusion_sft_trainer import make_trainer, tiny_model, tiny_processor
+from tests.test_masked_diffusion_sft_trainer import make_trainer
+from tests.tiny import tiny_model, tiny_processor, tiny_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
-INDEX = "model.safetensors.index.json"
+INDEX, SHARD = "model.safetensors.index.json", "model-00001-of-00002.safetensors"
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A folder of this package's own format; tests change copies of it."""
+    """A folder of this package's own format, of two files; tests change copies of it."""
     folder = tmp_path_factory.mktemp("own") / "model"
-    tiny_model().save_pretrained(folder)
+    tiny_model().save_pretrained(folder, max_shard_size="8MB")
     tiny_processor().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(sorted(weights))}
+    for file in set(places.values()):
+        part = {name: value for name, value in weights.items() if places[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return folder
 
 
 @pytest.fixture(scope="module")
 def llada(tmp_path_factory):
-    """The same in a released layout, of two files."""
-    return released.write(
-        tmp_path_factory.mktemp("llada") / "model", released.LLAMA_CONFIG, released.llama_weights(), num_shards=2
-    )
+    """The same in a released layout."""
+    folder = tmp_path_factory.mktemp("llada") / "model"
+    released.write(folder, released.LLAMA_CONFIG, released.llama_weights(), num_shards=2)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -75,6 +78,14 @@ def theirs(llada, tmp_path):
     return shutil.copytree(llada, tmp_path / "theirs")
 
 
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """What a new model is made of, besides the projector."""
+    root = tmp_path_factory.mktemp("parts")
+    tiny_tokenizer().save_pretrained(released.write_olmo(root / "llada"))
+    return root / "llada", released.write_tower(root / "siglip")
+
+
 def change(file: Path, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
@@ -84,8 +95,8 @@ def change_part(folder: Path, part: str, **values) -> None:
     change(folder / "config.json", **{part: config[part] | values})
 
 
-def load(folder, **options):
-    return LLaDAMedVForConditionalGeneration.from_pretrained(folder, **options)
+def load_to_train(folder):
+    return sft.load_model(sft.SFTScriptArguments(), ModelConfig(str(folder)))
 
 
 def refuse(message: str, action, *arguments, **options) -> None:
@@ -93,20 +104,6 @@ def refuse(message: str, action, *arguments, **options) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         action(*arguments, **options)
     assert type(caught.value) is ValueError and "\n" not in str(caught.value)
-
-
-def split_own(folder: Path) -> dict:
-    """Make two files and an index of a model's weights, and return the index."""
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(weights)
-    files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
-    for file in set(files.values()):
-        part = {name: weights[name] for name in names if files[name] == file}
-        save_file(part, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": 0}, "weight_map": files}
-    (folder / INDEX).write_text(json.dumps(index))
-    return index
 
 
 # Pickles
@@ -130,7 +127,7 @@ def write_pickle(file: Path, path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "bare"])
-def test_pickled_weights_are_not_loaded(tmp_path, mine, theirs, kind):
+def test_pickles_are_not_loaded(tmp_path, mine, theirs, parts, kind):
     ran = tmp_path / "ran"
     pickle.loads(pickle.dumps(Payload(ran)))
     assert ran.exists(), "the payload works"
@@ -139,34 +136,27 @@ def test_pickled_weights_are_not_loaded(tmp_path, mine, theirs, kind):
         for file in folder.glob("*.safetensors*"):
             file.unlink()
         write_pickle(folder / "pytorch_model.bin", ran, kind)
-        write_pickle(folder / "model.pt", ran, kind)
-    refuse("pickled weights are not loaded", load, theirs)
+        for load in (load_model, load_to_train, LLaDAMedVForConditionalGeneration.from_pretrained):
+            with pytest.raises(
+                (ValueError, OSError), match=r"pickled weights are not loaded|no file named model\.safe"
+            ):
+                load(folder)
     refuse("pickled weights are not loaded", convert_checkpoint, theirs, tmp_path / "out")
-    refuse(r"no file named model\.safetensors", load_model, mine)
-    refuse(r"no file named model\.safetensors", load_model_to_train, SFTScriptArguments(), ModelConfig(str(mine)))
-    weights = {"x": "pytorch_model.bin"}
-    (mine / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
-    refuse(r"no file named model\.safetensors", load_model, mine)
-    # Who asks for pickles gets the library's: with `weights_only`, which knows tensors and nothing else.
-    with pytest.raises((pickle.UnpicklingError, RuntimeError, OSError)):
-        load(mine, use_safetensors=False)
-    projector = tmp_path / "mm_projector.bin"
-    write_pickle(projector, ran, kind)
-    siglip = released.write_tower(tmp_path / "siglip")
-    refuse("`projector` is .* is refused", plan_initialization, released.write_olmo(tmp_path / "x"), siglip, projector)
+    write_pickle(tmp_path / "mm_projector.bin", ran, kind)
+    new = (*parts, tmp_path / "new", tmp_path / "mm_projector.bin")
+    refuse("`projector` is .* is refused", initialize_checkpoint, *new)
     assert not ran.exists()
 
 
 def test_pickled_adapters(tmp_path):
-    ran, folder = tmp_path / "ran", write_adapter(tmp_path / "adapter", "demo")
+    ran, folder = tmp_path / "ran", write_adapter(tmp_path / "adapter", str(DEMO_MODEL))
     write_card(folder)
     (folder / "adapter_model.safetensors").unlink()
     write_pickle(folder / "adapter_model.bin", ran, "zip")
     refuse(r"adapter_model\.safetensors is missing", push_folder, folder, "me/x", adapter_merge=True, dry_run=True)
-    change(folder / "adapter_config.json", base_model_name_or_path=str(DEMO_MODEL))
-    with pytest.raises(ValueError, match="Weights only load failed"):
-        load_model(folder)
-    refuse(r"holds adapters .* without adapter_model\.safetensors; pickled weights", load, folder)
+    refuse(r"adapters without adapter_model\.safetensors; pickled weights are not loaded", load_model, folder)
+    with pytest.raises((pickle.UnpicklingError, OSError, ValueError)):
+        LLaDAMedVForConditionalGeneration.from_pretrained(folder)
     assert not ran.exists()
 
 
@@ -200,40 +190,28 @@ def add_code(folder: Path, ran: Path) -> None:
     names = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor")
     evil = dict.fromkeys(names, "evil.Evil")
     change(folder / "config.json", auto_map=evil)
-    processor = json.loads((folder / "processor_config.json").read_text())
-    change(
-        folder / "processor_config.json",
-        auto_map=evil,
-        image_processor=processor["image_processor"] | {"auto_map": evil},
-    )
+    change(folder / "processor_config.json", auto_map=evil)
+    change_processor(folder, auto_map=evil)
     change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
 
 
-@pytest.fixture
-def nobody_to_ask(monkeypatch):
-    def ask(prompt=""):
-        pytest.fail(f"somebody was asked: {prompt}")
-
-    monkeypatch.setattr(builtins, "input", ask)
+def change_processor(folder: Path, **values) -> None:
+    file = folder / "processor_config.json"
+    change(file, image_processor=json.loads(file.read_text())["image_processor"] | values)
 
 
-def test_code_of_a_folder_is_not_run(tmp_path, mine, nobody_to_ask):
+def test_code_of_a_folder_is_not_run(tmp_path, mine, monkeypatch):
     ran = tmp_path / "ran"
+    monkeypatch.setattr(builtins, "input", lambda prompt="": pytest.fail(f"the user was asked: {prompt}"))
     add_code(mine, ran)
     for options in ({}, {"trust_remote_code": False}):
-        AutoConfig.from_pretrained(mine, **options)
-        AutoModelForImageTextToText.from_pretrained(mine, **options)
-        AutoProcessor.from_pretrained(mine, **options)
+        for automatic in (AutoConfig, AutoModelForImageTextToText, AutoProcessor):
+            automatic.from_pretrained(mine, **options)
     load_model(mine)
-    load_model_to_train(SFTScriptArguments(), ModelConfig(str(mine)))
-    assert not ran.exists()
+    load_to_train(mine)
     # Where the library has no class of its own, it would ask whether to run the folder's.
     change(mine / "tokenizer_config.json", tokenizer_class="Evil")
-    processor = json.loads((mine / "processor_config.json").read_text())
-    change(
-        mine / "processor_config.json",
-        image_processor=processor["image_processor"] | {"image_processor_type": "Evil"},
-    )
+    change_processor(mine, image_processor_type="Evil")
     for read in (LLaDAMedVProcessor.from_pretrained, load_model):
         with pytest.raises(ValueError, match="trust_remote_code=True"):
             read(mine)
@@ -241,39 +219,25 @@ def test_code_of_a_folder_is_not_run(tmp_path, mine, nobody_to_ask):
     for automatic in (AutoConfig, AutoModelForImageTextToText, AutoProcessor):
         with pytest.raises(ValueError, match="trust_remote_code=True"):
             automatic.from_pretrained(mine, trust_remote_code=False)
-    load(mine)
     assert not ran.exists()
-
-
-def test_the_code_would_run_if_it_were_trusted(tmp_path, mine):
-    add_code(mine, tmp_path / "ran")
-    change(mine / "config.json", model_type="evil")
     with pytest.raises(AttributeError):
         AutoConfig.from_pretrained(mine, trust_remote_code=True)
-    assert (tmp_path / "ran").exists()
+    assert ran.exists(), "the code would run if it were trusted"
 
 
 def test_no_command_trusts_a_folder():
     """Nor unpickles more than tensors, nor evaluates text."""
-    for package in (
-        "lladamedv",
-        "modeling_lladamedv",
-        "processing",
-        "trainers",
-        "evaluation",
-        "hub_cards",
-        "benchmarks",
-    ):
-        for file in (ROOT / package).rglob("*.py"):
-            for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
-                name, given = ast.unparse(call.func), {word.arg: ast.unparse(word.value) for word in call.keywords}
-                assert given.get("trust_remote_code", "False") == "False", (file, call.lineno)
-                assert name not in ("eval", "exec", "yaml.load", "pickle.load", "pickle.loads"), (file, call.lineno)
-                assert name != "torch.load" or given["weights_only"] == "True", (file, call.lineno)
+    packages = "lladamedv modeling_lladamedv processing trainers evaluation hub_cards benchmarks"
+    for file in (file for package in packages.split() for file in (ROOT / package).rglob("*.py")):
+        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+            name, given = ast.unparse(call.func), {word.arg: ast.unparse(word.value) for word in call.keywords}
+            assert given.get("trust_remote_code", "False") == "False", (file, call.lineno)
+            assert name not in ("eval", "exec", "yaml.load", "pickle.load", "pickle.loads"), (file, call.lineno)
+            assert name != "torch.load" or given["weights_only"] == "True", (file, call.lineno)
 
 
 def test_code_of_another_repository_is_not_pushed_on(own):
-    """Else who trusts the pusher's code would run a stranger's."""
+    """Else those who trust the pusher's code would run a stranger's."""
     files = {file.name: file for file in own.iterdir()} | {"README.md": b"---\nlicense: mit\n---\n"}
     assert not list(check_model_files(files))
     config = json.loads(files["config.json"].read_text())
@@ -282,29 +246,23 @@ def test_code_of_another_repository_is_not_pushed_on(own):
     assert any("evil/repository--modeling_lladamedv.py, which is missing" in problem for problem in problems)
 
 
-@pytest.mark.parametrize(
-    ("part", "value"),
-    [
-        ("text_config", {"model_type": "bert"}),
-        ("text_config", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}),
-        ("vision_config", {"model_type": "timm_wrapper", "architecture": "resnet18"}),
-        ("vision_config", {"model_type": ["siglip_vision_model"]}),
-        ("text_config", "llama"),
-        ("vision_config", 3),
-        ("text_config", [{}]),
-    ],
-)
+@pytest.mark.parametrize(("part", "value"), [
+    ("text_config", {"model_type": "bert"}), ("text_config", "llama"), ("text_config", [{}]), ("vision_config", 3),
+    ("text_config", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}),
+    ("vision_config", {"model_type": "timm_wrapper", "architecture": "resnet18"}),
+    ("vision_config", {"model_type": ["siglip_vision_model"]}),
+])  # fmt: skip
 def test_parts_of_another_kind(mine, part, value):
     change(mine / "config.json", **{part: value})
-    refuse(rf"`{part}\.model_type` is .*; allowed is|'{part}' with value .* doesn't match any type", load, mine)
+    refuse(rf"`{part}\.model_type` is .*; allowed is|'{part}' with value .* doesn't match any type", load_model, mine)
 
 
 @pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
 def test_kernels_from_elsewhere(mine, name):
     change(mine / "config.json", **{name: "evil/kernel"})
     try:
-        model = load(mine)
-    except (ValueError, ImportError):
+        model, _ = load_model(mine)
+    except ValueError:
         return
     assert model.config._attn_implementation == "sdpa"
 
@@ -314,23 +272,16 @@ def test_kernels_from_elsewhere(mine, name):
 CHAT = [{"role": "user", "content": "Hello"}]
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.__class__.__base__ }}",
-        "{{ messages.append.__self__.__class__ }}",
-        "{{ cycler.__init__.__globals__.os.popen('id') }}",
-        "{% set x = messages.append({}) %}",
-        "{% for i in range(10**9) %}{% endfor %}",
-        "{% for i in range(100001) %}{% endfor %}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ 1 / 0 }}",
-        "{% for %}",
-        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
-    ],
-    ids=range(11),
-)
+TEMPLATES = (
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__class__.__base__ }}",
+    "{{ messages.append.__self__.__class__ }}", "{{ cycler.__init__.__globals__.os.popen('id') }}",
+    "{% set x = messages.append({}) %}", "{% for i in range(10**9) %}{% endfor %}",
+    "{% for i in range(100001) %}{% endfor %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 1 / 0 }}",
+    "{% for %}", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=range(len(TEMPLATES)))
 def test_chat_templates(mine, template):
     """They are programs, which the library runs in Jinja's sandbox."""
     (mine / "chat_template.jinja").write_text(template)
@@ -352,83 +303,60 @@ def test_chat_templates_see_nothing_else(mine):
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "..", "", 3, None, ["x"]])
 def test_names_of_files_that_lead_elsewhere(tmp_path, mine, theirs, name):
-    shutil.copy(mine / "model.safetensors", tmp_path / "x.safetensors")
     for folder in (theirs, mine):
-        index = split_own(mine) if folder is mine else json.loads((folder / INDEX).read_text())
-        key = next(iter(index["weight_map"]))
-        index["weight_map"][key] = str(tmp_path / "x.safetensors") if name == "/x.safetensors" else name
-        (folder / INDEX).write_text(json.dumps(index))
-        refuse("`weight_map` in .* holds .*; allowed are names of files in the same folder", load, folder)
-    refuse("`weight_map` in .* allowed are names", convert_checkpoint, theirs, tmp_path / "out")
-    refuse("`weight_map` in .* allowed are names", plan_initialization, theirs, theirs)
+        shutil.copy(folder / SHARD, tmp_path / "x.safetensors")
+        index = json.loads((folder / INDEX).read_text())["weight_map"]
+        index[min(index)] = str(tmp_path / "x.safetensors") if name == "/x.safetensors" else name
+        (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+        refuse("lacks files that its index names", check_model, folder)
+    refuse("lacks files that its index names", convert_checkpoint, theirs, tmp_path / "out")
+    refuse("lacks files that its index names", LLaDAMedVForConditionalGeneration.from_pretrained, theirs)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": []}', "{" * 3, "[" * 100_000])
 def test_indexes_that_are_none(mine, theirs, text):
-    split_own(mine)
     for folder in (mine, theirs):
         (folder / INDEX).write_text(text)
-        refuse(r"model\.safetensors\.index\.json' (is no|holds a)", load, folder)
+        refuse(r"model\.safetensors\.index\.json' (is no|holds a)", check_model, folder)
 
 
-def test_missing_files(mine, theirs):
-    index = split_own(mine)
-    index["weight_map"] = dict.fromkeys(index["weight_map"], "model-00003-of-00003.safetensors")
-    for folder in (mine, theirs):
-        (folder / INDEX).write_text(json.dumps(index))
-    refuse("lacks files that its index names: model-00003-of-00003", load, theirs)
-    refuse("model-00003-of-00003", load_model, mine)
-    # The library joins whatever the index says.
-    (mine / INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
-    refuse("metadata", load_model, mine)
+KINDS = ("elsewhere", "circle", "nothing", "device", "pipe")
 
 
-FILES = {"config.json": "config.json", INDEX: INDEX, "model-00001-of-00002.safetensors": "weights"}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_links_out_of_the_folder(tmp_path, mine, theirs, name):
-    split_own(mine)
-    for folder in (mine, theirs):
-        elsewhere = tmp_path / f"{folder.name} elsewhere"
-        elsewhere.mkdir()
-        os.replace(folder / name, elsewhere / name)
-        (folder / name).symlink_to(elsewhere / name)
-        refuse(rf"{name}' is a link to '.*elsewhere/.*'; allowed are links to what is within", load, folder)
-        (folder / name).unlink()
-        (folder / "files").mkdir()
-        os.replace(elsewhere / name, folder / "files" / name)
-        (folder / name).symlink_to(Path("files", name))
-        load(folder)  # a link to what is within
-    (theirs / name).unlink()
-    (theirs / name).symlink_to(tmp_path / "mine" / name)
-    refuse("is a link to", plan_conversion, theirs)
-    refuse("is a link to", convert_checkpoint, theirs, tmp_path / "out")
-
-
-@pytest.mark.parametrize("kind", ["circle", "nothing", "device", "pipe"])
-def test_files_that_are_none(mine, theirs, kind):
-    ours = ("config.json", "model.safetensors", "chat_template.jinja")
-    for folder, names in ((mine, ours), (theirs, ("config.json", "model-00001-of-00002.safetensors"))):
-        for file in (folder / name for name in names):
-            whole = file.read_bytes()
-            file.unlink()
+@pytest.mark.parametrize("name", ["config.json", INDEX, SHARD, "chat_template.jinja"])
+def test_files_that_are_none(tmp_path, mine, theirs, name):
+    for folder in (folder for folder in (mine, theirs) if (folder / name).exists()):
+        file, elsewhere = folder / name, tmp_path / f"{folder.name} elsewhere"
+        file.rename(elsewhere)
+        links = {"elsewhere": elsewhere, "circle": file, "nothing": tmp_path / "nothing", "device": "/dev/zero"}
+        for kind in KINDS:
             if kind == "pipe":
                 os.mkfifo(file)
             else:
-                file.symlink_to({"circle": file, "nothing": folder / "nothing", "device": "/dev/zero"}[kind])
-            for read in (load, load_model) if folder is mine else (load, plan_conversion):
-                refuse(rf"{file.name}' is (a link to|no regular file)", read, folder)
+                file.symlink_to(links[kind])
+            for load in (check_model, load_model, load_to_train, *([] if folder is mine else [convert])):
+                refuse(rf"{name}' (is a link to what is outside|is no file)", load, folder)
             file.unlink()
-            file.write_bytes(whole)
+        (folder / "files").mkdir()
+        elsewhere.rename(folder / "files" / name)
+        file.symlink_to(Path("files", name))
+        check_model(folder)  # a link to what is within
+
+
+def convert(folder):
+    return convert_checkpoint(folder, folder.with_name("out"))
 
 
 @pytest.mark.parametrize("named", ["../other", "{}/other", "link"])
 def test_a_tower_that_is_elsewhere(tmp_path, named):
     folder = released.write_llava(tmp_path / "x", mm_vision_tower=named.format(tmp_path))
     shutil.copytree(folder / "tower", tmp_path / "other")
-    (folder / "link").symlink_to(tmp_path / "other")
-    refuse("`mm_vision_tower` is .* which is outside of .*; allowed are its subfolders", read_checkpoint, folder)
+    if named == "link":
+        (folder / "link").symlink_to(tmp_path / "other")
+        refuse("link to what is outside", check_model, folder)
+    else:
+        for load in (check_model, LLaDAMedVForConditionalGeneration.from_pretrained):
+            refuse("`mm_vision_tower` is .* which is outside of .*; allowed", load, folder)
 
 
 def write_cache(cache: Path, folder: Path, shared: bool) -> Path:
@@ -455,26 +383,11 @@ def test_the_cache_of_the_hub_is_made_of_links(tmp_path, own, llada, shared):
     for number, folder in enumerate((own, llada)):
         cache = tmp_path / str(number)
         snapshot = write_cache(cache, folder, shared)
-        load("me/model", cache_dir=cache, local_files_only=True)
-        load(snapshot)
-    read_checkpoint(snapshot)
+        LLaDAMedVForConditionalGeneration.from_pretrained("me/model", cache_dir=cache, local_files_only=True)
+        load_model(snapshot)
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(tmp_path / "0" / "models--me--model" / "blobs" / "0")
-    refuse("is a link to", read_checkpoint, snapshot)
-
-
-@pytest.mark.parametrize("variant", [None, "fp16"])
-def test_names_of_files_in_the_cache_that_lead_elsewhere(tmp_path, mine, variant):
-    index = split_own(mine)
-    shutil.copy(mine / "model-00001-of-00002.safetensors", tmp_path / "x.safetensors")
-    files = {key: "../../../../x.safetensors" if "00001" in file else file for key, file in index["weight_map"].items()}
-    change(mine / INDEX, weight_map=files)
-    if variant is not None:
-        (mine / INDEX).rename(mine / f"model.safetensors.index.{variant}.json")
-        refuse(r"holds '\.\./", load, mine, variant=variant)
-    snapshot = write_cache(tmp_path / "cache", mine, shared=False)
-    assert (snapshot / "../../../../x.safetensors").is_file()
-    refuse(r"holds '\.\./", load, "me/model", cache_dir=tmp_path / "cache", local_files_only=True, variant=variant)
+    refuse("is a link to", check_model, snapshot)
 
 
 # Headers of safetensors
@@ -512,17 +425,14 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("kind", HEADERS)
-def test_headers(tmp_path, mine, theirs, kind):
-    for folder, name in ((mine, "model.safetensors"), (theirs, "model-00001-of-00002.safetensors")):
-        (folder / name).write_bytes(HEADERS[kind])
-    refuse(r"00001-of-00002\.safetensors' cannot be read: cut off or damaged", load, theirs)
-    refuse("cut off or damaged", convert_checkpoint, theirs, tmp_path / "out")
-    refuse("cut off or damaged", read_header, mine / "model.safetensors")
-    refuse("cannot be loaded", load, mine)
+def test_headers(tmp_path, mine, theirs, parts, kind):
+    for folder in (mine, theirs):
+        (folder / SHARD).write_bytes(HEADERS[kind])
+        refuse(r"00001-of-00002\.safetensors' cannot be read: cut off or damaged", check_model, folder)
+    refuse("cut off or damaged", convert, theirs)
     projector = tmp_path / "mm_projector.safetensors"
     projector.write_bytes(HEADERS[kind])
-    siglip = released.write_tower(tmp_path / "siglip")
-    refuse("cut off or damaged", plan_initialization, released.write_olmo(tmp_path / "x"), siglip, projector)
+    refuse("cut off or damaged", initialize_checkpoint, *parts, tmp_path / "new", projector)
 
 
 # Numbers
@@ -542,7 +452,7 @@ def test_sizes(mine, part, name):
     for value in ABSURD:
         (mine / "config.json").write_bytes(original)
         change_part(mine, part, **{name: value})
-        refuse(rf"`{part}\.{name}` is .*; allowed are whole numbers from 1 to \d+", load, mine)
+        refuse(rf"`{part}\.{name}` is .*; allowed are whole numbers from 1 to \d+", check_model, mine)
 
 
 @pytest.mark.parametrize("value", [10**9, 0, -1, 1.5, "8", float("nan"), True, [8]])
@@ -551,8 +461,8 @@ def test_sizes_of_released_layouts(tmp_path, name, value):
     folder = released.write(
         tmp_path / "x", released.OLMO_CONFIG | {name: value}, {"model.transformer.x": torch.ones(1)}
     )
-    refuse(r"`text_config\.\w+` is .*; allowed are whole numbers", load, folder)
-    refuse(r"`text_config\.\w+` is .*; allowed are whole numbers", plan_conversion, folder)
+    refuse(r"`text_config\.\w+` is .*; allowed are whole numbers", check_model, folder)
+    refuse(r"`text_config\.\w+` is .*; allowed", LLaDAMedVForConditionalGeneration.from_pretrained, folder)
 
 
 def test_the_largest_models_are_not_refused():
@@ -566,30 +476,15 @@ def test_the_largest_models_are_not_refused():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("image_grid_pinpoints", [[384, 384]] * 5000),
-        ("image_grid_pinpoints", [[384, 10**9]]),
-        ("image_grid_pinpoints", [[384, -384]]),
-        ("image_grid_pinpoints", [[384, 384.5]]),
-        ("image_grid_pinpoints", [384]),
-        ("image_grid_pinpoints", "(1x1),...,(100000x100000)"),
-        ("vision_aspect_ratio", "anyres_max_²"),
-        ("vision_aspect_ratio", "anyres_max_" + "9" * 5000),
-        ("image_token_id", 10**30),
-        ("mask_token_id", float("nan")),
-        ("projector_hidden_act", "evil"),
-        ("dtype", "load"),
-        ("architectures", {"a": {"b": "c"}}),
-        ("auto_map", 5),
-        ("to_dict", "shadow"),
-        ("quantization_config", {"quant_method": "evil"}),
-        ("tie_word_embeddings", "yes"),
-        ("transformers_weights", "../x.safetensors"),
-    ],
-    ids=lambda value: f"{value!r:.30}",
-)
+@pytest.mark.parametrize(("name", "value"), [
+    ("image_grid_pinpoints", [[384, 384]] * 5000), ("image_grid_pinpoints", [[384, 10**9]]),
+    ("image_grid_pinpoints", [[384, -384]]), ("image_grid_pinpoints", [[384, 384.5]]), ("image_grid_pinpoints", [384]),
+    ("image_grid_pinpoints", "(1x1),...,(100000x100000)"), ("vision_aspect_ratio", "anyres_max_²"),
+    ("vision_aspect_ratio", "anyres_max_" + "9" * 5000), ("image_token_id", 10**30), ("mask_token_id", float("nan")),
+    ("projector_hidden_act", "evil"), ("dtype", "load"), ("architectures", {"a": {"b": "c"}}), ("auto_map", 5),
+    ("to_dict", "shadow"), ("quantization_config", {"quant_method": "evil"}), ("tie_word_embeddings", "yes"),
+    ("transformers_weights", "../x.safetensors"),
+], ids=lambda value: f"{value!r:.30}")  # fmt: skip
 def test_other_values(mine, name, value):
     change(mine / "config.json", **{name: value})
     if name in ("architectures", "quantization_config"):  # ignored, with a warning
@@ -601,27 +496,15 @@ def test_other_values(mine, name, value):
 
 def test_grids_of_released_layouts(tmp_path):
     folder = released.write_llava(tmp_path / "x", image_grid_pinpoints="(1x1),...,(100000x100000)")
-    refuse(r"`image_grid_pinpoints` is .* allowed are at most 4096 grids", load, folder)
+    refuse(r"`image_grid_pinpoints` is .* allowed are at most 4096 grids", check_model, folder)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_new_tokens": 10**12, "block_length": 7},
-        {"steps": 10**12},
-        {"max_new_tokens": 2**20, "block_length": 2**20},
-        {"block_length": 10**30},
-        {"max_new_tokens": float("nan")},
-        {"suppress_tokens": [0, "x"]},
-        {"suppress_tokens": [1e400]},
-        {"eos_token_id": [None]},
-        {"pad_token_id": -1},
-        {"temperature": float("nan")},
-        {"evil": 1},
-        {"custom_generate": "evil/repository"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [
+    {"max_new_tokens": 10**12, "block_length": 7}, {"steps": 10**12}, {"max_new_tokens": 2**20, "block_length": 2**20},
+    {"block_length": 10**30}, {"max_new_tokens": float("nan")}, {"suppress_tokens": [0, "x"]},
+    {"suppress_tokens": [1e400]}, {"eos_token_id": [None]}, {"pad_token_id": -1}, {"temperature": float("nan")},
+    {"evil": 1}, {"custom_generate": "evil/repository"},
+], ids=str)  # fmt: skip
 def test_generation_options(mine, options):
     (mine / "generation_config.json").write_text(json.dumps(options))
 
@@ -632,28 +515,21 @@ def test_generation_options(mine, options):
     refuse(rf"`?{next(iter(options))}|`steps` is", answer)
 
 
-@pytest.mark.parametrize(
-    ("message", "options"),
-    [
-        ("`size` is", {"size": {"height": 10**6, "width": 10**6}}),
-        ("`size` is", {"size": {"height": 0, "width": 0}}),
-        ("`patch_size` is 0", {"patch_size": 0}),
-        ("`patch_size` is -1", {"patch_size": -1}),
-        ("`patch_size` is nan", {"patch_size": float("nan")}),
-        ("`patch_size` is 10000", {"patch_size": 10**9}),
-        ("`image_grid_pinpoints` is", {"image_grid_pinpoints": [[64, 64]] * 5000}),
-        ("`image_grid_pinpoints` is", {"image_grid_pinpoints": "(1x1),...,(100000x100000)"}),
-        ("`image_grid_pinpoints` holds", {"image_grid_pinpoints": [[64, 64 * 2**40]]}),
-        ("`image_grid_pinpoints` holds", {"image_grid_pinpoints": [[64 * 33, 64 * 32]]}),
-        ("`image_grid_pinpoints` holds", {"image_grid_pinpoints": ["64"]}),
-        ("`image_grid_pinpoints` holds", {"size": {"height": 1, "width": 1}, "patch_size": 1,
-                                          "image_grid_pinpoints": [[13_000, 13_000]]}),
-        ("`vision_aspect_ratio` is", {"vision_aspect_ratio": "anyres_max_x"}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("message", "options"), [
+    ("`size` is", {"size": {"height": 10**6, "width": 10**6}}), ("`size` is", {"size": {"height": 0, "width": 0}}),
+    ("`patch_size` is 0", {"patch_size": 0}), ("`patch_size` is -1", {"patch_size": -1}),
+    ("`patch_size` is nan", {"patch_size": float("nan")}), ("`patch_size` is 10000", {"patch_size": 10**9}),
+    ("`image_grid_pinpoints` is", {"image_grid_pinpoints": [[64, 64]] * 5000}),
+    ("`image_grid_pinpoints` is", {"image_grid_pinpoints": "(1x1),...,(100000x100000)"}),
+    ("`image_grid_pinpoints` holds", {"image_grid_pinpoints": [[64, 64 * 2**40]]}),
+    ("`image_grid_pinpoints` holds", {"image_grid_pinpoints": [[64 * 33, 64 * 32]]}),
+    ("`image_grid_pinpoints` holds", {"image_grid_pinpoints": ["64"]}),
+    ("`image_grid_pinpoints` holds", {"size": {"height": 1, "width": 1}, "patch_size": 1,
+                                      "image_grid_pinpoints": [[13_000, 13_000]]}),
+    ("`vision_aspect_ratio` is", {"vision_aspect_ratio": "anyres_max_x"}),
+])  # fmt: skip
 def test_processor_options(mine, message, options):
-    processor = json.loads((mine / "processor_config.json").read_text())
-    change(mine / "processor_config.json", image_processor=processor["image_processor"] | options)
+    change_processor(mine, **options)
     refuse(message, load_model, mine)
 
 
@@ -677,39 +553,21 @@ def test_padding_that_a_tokenizer_asks_for(mine):
 # JSON
 
 TEXTS = {
-    "nested": b'{"a":' * 100_000,
-    "nested list": b"[" * 100_000,
-    "long number": b'{"model_type": ' + b"9" * 10_000 + b"}",
-    "UTF-16": '{"model_type": "llada"}'.encode("utf-16"),
-    "BOM": b"\xef\xbb\xbf" + b'{"model_type": "llada"}',
-    "list": b"[1]",
-    "text": b'"x"',
-    "number": b"1e999",
-    "NaN": b"NaN",
-    "zeros": b"\0" * 1000,
-    "nothing": b"",
-}
+    "nested": b'{"a":' * 100_000, "nested list": b"[" * 100_000, "nothing": b"", "zeros": b"\0" * 1000, "list": b"[1]",
+    "long number": b'{"model_type": ' + b"9" * 10_000 + b"}", "text": b'"x"', "number": b"1e999", "NaN": b"NaN",
+    "UTF-16": '{"model_type": "llada"}'.encode("utf-16"), "BOM": b"\xef\xbb\xbf" + b'{"model_type": "llada"}',
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-@pytest.mark.parametrize(
-    "name",
-    ["config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json"],
-)
+@pytest.mark.parametrize("name", ["config", "generation_config", "processor_config", "tokenizer_config", "tokenizer"])
 def test_json(mine, theirs, name, kind):
-    (mine / name).write_bytes(TEXTS[kind])
+    (mine / f"{name}.json").write_bytes(TEXTS[kind])
     refuse("json|JSON|cannot be read|cannot be loaded|4300 digits", load_model, mine)
-    if name == "config.json":
-        (theirs / name).write_bytes(TEXTS[kind])
-        refuse(r"config\.json", load, theirs)
-        refuse(r"config\.json", plan_conversion, theirs)
-        refuse(r"config\.json", load_model_to_train, SFTScriptArguments(), ModelConfig(str(theirs)))
-
-
-def test_manifest_of_a_feature_cache(tmp_path):
-    (tmp_path / "manifest.json").write_bytes(TEXTS["nested"])
-    model = tiny_model().requires_grad_(False)
-    refuse("holds features of something else", ImageFeatureCache, tmp_path, model, tiny_processor())
+    if name == "config":
+        (theirs / "config.json").write_bytes(TEXTS[kind])
+        for load in (check_model, load_to_train, convert):
+            refuse(r"config\.json", load, theirs)
 
 
 def test_keys_that_come_twice(mine, theirs):
@@ -717,8 +575,7 @@ def test_keys_that_come_twice(mine, theirs):
     for folder in (mine, theirs):
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text('{"model_type": "evil", "hidden_size": 1000000000,' + text.lstrip()[1:])
-    load(mine)
-    read_checkpoint(theirs)
+        check_model(folder)
 
 
 # Archives
@@ -769,31 +626,14 @@ def write_archive(folder: Path) -> list[str]:
         )
         content[place + flags] |= 1
     (folder / "imgs.zip").write_bytes(content)
-    return [
-        *members,
-        "link.jpg",
-        "twice.jpg",
-        "bomb.jpg",
-        "secret.jpg",
-        "packed.jpg",
-        "inner.zip/x.jpg",
-        "imgs.zip::x.jpg",
-    ]
+    others = "link.jpg twice.jpg bomb.jpg secret.jpg packed.jpg inner.zip/x.jpg imgs.zip::x.jpg"
+    return [*members, *others.split()]
 
 
 def test_archives(tmp_path):
     names = write_archive(tmp_path)
-    records = [
-        {
-            "qid": number,
-            "img_name": name,
-            "question": "Is it?",
-            "answer": "Yes",
-            "answer_type": "CLOSED",
-            "q_lang": "en",
-        }
-        for number, name in enumerate(names)
-    ]
+    asked = {"question": "Is it?", "answer": "Yes", "answer_type": "CLOSED", "q_lang": "en"}
+    records = [{"qid": number, "img_name": name, **asked} for number, name in enumerate(names)]
     (tmp_path / "train.json").write_text(json.dumps(records))
     before = sorted(path for path in tmp_path.rglob("*"))
     dataset, report = load_vqa("slake", "train", path=tmp_path)
@@ -814,12 +654,13 @@ def test_archives(tmp_path):
 MEGABYTES = 600  # above what the imports take, for all of these
 # What refuses each of them.
 BOMBS = {
-    "own-wide": "has the wrong shapes for 25 weights",
-    "own-vocabulary": "has the wrong shapes for 2 weights",
-    "own-long": "has the wrong shapes for 6 weights",
-    "own-deep": "lacks 1782 weights",
-    "own-tower": "has the wrong shapes for 2 weights",
-    "own-devices": "bytes, too few for the",
+    "own-wide": "holds weights of the wrong shape",
+    "own-vocabulary": "holds weights of the wrong shape: lm_head.weight (100, 16) instead of (16777216, 16)",
+    "own-long": "holds weights of the wrong shape",
+    "own-deep": "lacks weights of the model",
+    "own-tower": "holds weights of the wrong shape",
+    "own-quantised": "bytes, too few for its",
+    "own-devices": "bytes, too few for its",
     "own-gigabytes": "bytes; allowed are at most",
     "adapter-rank": "cannot be loaded: ",
     "merge-rank": "cannot be loaded",
@@ -832,10 +673,9 @@ _CHILD = """
 import resource, sys
 from pathlib import Path
 import torch
-from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
-from lladamedv.demo import load_model
+from lladamedv.conversion import initialize_checkpoint
 from lladamedv.hub_cards.push import push_folder
-from lladamedv.modeling_lladamedv.convert_checkpoint import plan_conversion, plan_initialization
+from lladamedv.loading import load_model
 from peft import PeftModel
 root, megabytes = Path(sys.argv[1]), int(sys.argv[2])
 load_model()
@@ -844,10 +684,10 @@ def memory():
 resource.setrlimit(resource.RLIMIT_AS, (memory() + megabytes * 2**20,) * 2)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 tries = {
-    "own": lambda folder: load_model(folder),
-    "released": lambda folder: plan_conversion(folder),
-    "projector": lambda file: plan_initialization(root / "llada", root / "siglip", file),
-    "adapter": lambda folder: load_model(folder),
+    "own": load_model,
+    "released": load_model,
+    "projector": lambda file: initialize_checkpoint(root / "llada", root / "siglip", root / "new", file),
+    "adapter": load_model,
     "merge": lambda folder: push_folder(folder, "me/x", adapter_merge=True, dry_run=True),
 }
 for path in sorted(root.glob("*-*")):
@@ -877,6 +717,7 @@ def write_bombs(root: Path, own: Path) -> None:
     copy("long", text_config={"intermediate_size": 2**22})
     copy("deep", text_config={"num_hidden_layers": 200})
     copy("tower", vision_config={"image_size": 2**14, "patch_size": 1})
+    change(copy("quantised", text_config={"vocab_size": 2**24}) / "config.json", quantization_config={"a": "b"})
     # The library's way of loading what several devices have saved takes memory for all weights first.
     name = "shard-00001-model-00001-of-00001.safetensors"
     save_file({"x": torch.ones(1)}, copy("devices", text_config={"vocab_size": 2**24}) / name)
@@ -886,7 +727,7 @@ def write_bombs(root: Path, own: Path) -> None:
     write_card(adapter)
     change(adapter / "adapter_config.json", r=10**9)
     shutil.copytree(adapter, root / "merge-rank")
-    released.write_olmo(root / "llada")
+    tiny_tokenizer().save_pretrained(released.write_olmo(root / "llada"))
     released.write_tower(root / "siglip")
     released.write(
         root / "released-wide", released.OLMO_CONFIG | {"d_model": 2**20, "n_layers": 300}, released.olmo_weights()

@@ -174,9 +174,9 @@ TOKEN = "hf_" + "aB3" * 12
         (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json is no JSON"),
         (lambda f: (f / "generation_config.json").write_text("[]"), "generation_config.json is no JSON object"),
         (lambda f: (f / "notes.txt").write_bytes(b"\xff"), "notes.txt is not UTF-8"),
-        (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-5]), "model.safetensors is cut off"),
-        (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes() + b"0"), "model.safetensors is cut off"),
-        (lambda f: (f / WEIGHTS).unlink(), "weights are missing"),
+        (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-5]), "cannot be read: cut off"),
+        (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes() + b"0"), "cannot be read: cut off"),
+        (lambda f: (f / WEIGHTS).unlink(), "holds no weights"),
         (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin is a pickle"),
         (lambda f: (f / "weights.pth").write_bytes(b""), "weights.pth is a pickle"),
         (lambda f: (f / "config.json.new").write_text("{}"), "config.json.new is left over"),
@@ -231,15 +231,15 @@ def test_shards(hub, tmp_path):
     moved = dict(index["weight_map"])
     key = next(key for key, name in moved.items() if name == first.name)
     index_file.write_text(json.dumps(index | {"weight_map": moved | {key: second.name}}))
-    refused(f"1 weights are not where model.safetensors.index.json says, as {key}")
+    refused(f"1 weights are not where the index of .* says, as {key}")
     index_file.write_text(json.dumps(index | {"metadata": {"total_size": 7}}))
     refused("bytes, but model.safetensors.index.json says 7")
     index_file.write_text(json.dumps(index))
     second.rename(folder / "model-other.safetensors")
-    refused(f"{second.name} is named in .* and missing; model-other.safetensors is not named")
+    refused("model-other.safetensors is no part of a model")
     (folder / "model-other.safetensors").rename(second)
     index_file.unlink()
-    refused("weights are model-00001-of-.*without model.safetensors.index.json only model.safetensors is allowed")
+    refused("holds model-00001-of-.* without model.safetensors.index.json, which says whether")
 
 
 def test_what_is_left_out(hub, folder):

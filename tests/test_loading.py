@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from safetensors.torch import save_file
 
+from lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.conversion import convert_checkpoint
 from lladamedv.loading import DEMO_MODEL, load_model
 from lladamedv.processing.phantoms import PhantomVQA
@@ -58,14 +60,36 @@ def test_adapters_need_no_processor_beside_them(shipped, tmp_path):
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_adapters_of_a_released_checkpoint(tmp_path):
+    folder = released.write_llava(tmp_path / "LLaDA-MedV")
+    tiny_tokenizer().save_pretrained(folder)
+    base, processor = load_model(folder)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapters")
+    chat = asked(random_image(40, 30), "Is there a lesion?")
+    _, wanted = logits(adapted.eval(), processor, chat)
+    torch.testing.assert_close(logits(*load_model(tmp_path / "adapters"), chat)[1], wanted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"belong to '.*LLaDA-MedV', .* load them with `lladamedv\.loading\.load_model`"):
+        LLaDAMedVForConditionalGeneration.from_pretrained(tmp_path / "adapters")
+
+
 def test_adapters_that_cannot_be_merged(tmp_path):
     config = PrefixTuningConfig(num_virtual_tokens=2, num_layers=2, token_dim=8, num_attention_heads=2)
     config.base_model_name_or_path = str(DEMO_MODEL)
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="type PREFIX_TUNING, which cannot be merged"):
+    save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"Adapters that learn a prompt .* are not supported"):
         load_model(tmp_path)
-    LoraConfig(base_model_name_or_path="/no/such/model").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'/no/such/model'; there is no such model here"):
+    for base, message in (
+        ("/no/such/model", "'/no/such/model'; there is no such model here"),
+        ("", "''; there is no such model here"),
+        (str(tmp_path), r"holds no config\.json"),  # which are adapters, too
+    ):
+        LoraConfig(base_model_name_or_path=base).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="pickled weights are not loaded"):
         load_model(tmp_path)
 
 

@@ -33,7 +33,7 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
-from lladamedv import serving  # noqa: E402 - needs the above
+from lladamedv import openai_requests, serving  # noqa: E402 - needs the above
 
 
 http = httpx.Client(timeout=30)
@@ -496,7 +496,7 @@ def test_wrong_responses(url, body, param):
     ids=["text", "list", "object", "numbers", "true", "negative", "zero", "half", "huge", "2^31", "1e308", "surrogate"],
 )  # fmt: skip
 def test_any_value_of_any_option_is_answered_or_refused(url, value):
-    for option in serving._OPTIONS:
+    for option in openai_requests.OPTIONS:
         body = TEXT | {"generation_config": json.dumps({"max_new_tokens": 8, "steps": 2} | {option: value})}
         reply = http.post(f"{url}{CHAT}", json=body)
         assert reply.status_code in (200, 400), (option, reply.text)
@@ -632,8 +632,8 @@ def received(connection):
 
 
 def test_slow_senders_hold_no_places(shipped, monkeypatch):
-    monkeypatch.setattr(serving, "_FIRST_SECONDS", 0.5)
-    monkeypatch.setattr(serving, "_HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(serving, "FIRST_SECONDS", 0.5)
+    monkeypatch.setattr(serving, "HEADER_SECONDS", 0.5)
     with served(shipped, max_queue=0) as url, ExitStack() as stack:
         bodies = [stack.enter_context(connect(url, HEAD + b"Content-Length: 99\r\n\r\n{")) for _ in range(20)]
         heads = [stack.enter_context(connect(url, *part)) for part in ([], [b"GET"], [b"GET /health HTTP/1.1\r\nHo"])]
@@ -768,7 +768,7 @@ def test_an_abandoned_answer_stops(url, shipped, image, monkeypatch, stream):
         if stream:
             gate.let(8)
             with browser.stream("POST", f"{url}{CHAT}", json=body) as reply:
-                lines = (line for line in reply.iter_lines() if '"content":"' in line)
+                lines = (line for line in reply.iter_lines() if '"content":"' in line and '"content":""' not in line)
                 assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["delta"]["content"]
         else:
             with pytest.raises(httpx.ReadTimeout):

@@ -318,9 +318,9 @@ def test_reading_that_takes_too_long(url, shipped, image, monkeypatch):
 
     import nibabel
 
-    from lladamedv import serving
+    from lladamedv import openai_requests
 
-    monkeypatch.setattr(serving, "_READING_SECONDS", 0.03)
+    monkeypatch.setattr(openai_requests, "READING_SECONDS", 0.03)
     volume = nibabel.Nifti1Image(np.zeros((256, 256, 800), np.uint8), np.eye(4)).to_bytes()
     address = data_url(gzip.compress(volume, 1))
     picture = {"type": "image_url", "image_url": {"url": address, "slice": 799}}
@@ -328,9 +328,9 @@ def test_reading_that_takes_too_long(url, shipped, image, monkeypatch):
 
 
 def test_a_jpeg_of_a_thousand_scans_is_not_read_to_its_end(url, monkeypatch):
-    from lladamedv import serving
+    from lladamedv import openai_requests
 
-    monkeypatch.setattr(serving, "_READING_SECONDS", 0.3)
+    monkeypatch.setattr(openai_requests, "READING_SECONDS", 0.3)
     file = io.BytesIO()
     Image.new("L", (1_600, 1_600), 7).save(file, "JPEG", progressive=True)
     whole = file.getvalue()
@@ -343,13 +343,13 @@ def test_a_jpeg_of_a_thousand_scans_is_not_read_to_its_end(url, monkeypatch):
 
 def test_the_model_is_not_held_by_reading(shipped, image, monkeypatch):
     """While one answer is denoised, the images of the next are read."""
-    from lladamedv import serving
+    from lladamedv import openai_requests
 
     read = []
     with served(shipped) as url, ThreadPoolExecutor(2) as pool:
         gate = Gate(monkeypatch, shipped[0])
-        real = serving.read_medical_image
-        monkeypatch.setattr(serving, "read_medical_image", lambda *a, **k: (read.append(0), real(*a, **k))[1])
+        real = openai_requests.read_medical_image
+        monkeypatch.setattr(openai_requests, "read_medical_image", lambda *a, **k: (read.append(0), real(*a, **k))[1])
         replies = [pool.submit(http.post, f"{url}{CHAT}", json={"messages": chat(image)}) for _ in range(2)]
         until(lambda: len(read) == 2 and len(gate.begun) == 1)
         gate.let(1_000)
@@ -370,7 +370,7 @@ def test_who_waits_is_told_that_the_server_ends_and_what_runs_is_finished(
     from tests.test_serving import HEAD, connect, received
 
     if not finishes:
-        monkeypatch.setattr(serving, "_STOPPING_SECONDS", 2)
+        monkeypatch.setattr(serving, "STOPPING_SECONDS", 2)
     listening = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     server = serving.make_server(serving.build_api(*shipped))

@@ -379,7 +379,7 @@ def test_which_checkpoint(tmp_path):
     ("options", "message"),
     [
         ({"model_name_or_path": "none/at-all"}, "`model_name_or_path` is 'none/at-all', which cannot be loaded"),
-        ({"model_name_or_path": "{llama}"}, "a model of type 'llama'; allowed are ('lladamedv', 'llada', "),
+        ({"model_name_or_path": "{llama}"}, "of a model of type 'llama'; allowed are 'lladamedv', and as released"),
         ({"load_in_8bit": True}, "`load_in_8bit` is True, but `use_peft` False"),
         ({"from_scratch": True, "load_in_4bit": True, "use_peft": True}, "`from_scratch` needs"),
         ({"use_peft": True, "lora_target_modules": ["query"]}, "`lora_target_modules` holds 'query'"),

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from .rows import images_of, normalize_messages
+from lladamedv.processing.datasets.messages import check_row, show_images
 
 
 class AnswerTableCallback(TrainerCallback):
@@ -25,7 +25,7 @@ class AnswerTableCallback(TrainerCallback):
     """
 
     def __init__(self, trainer, rows):
-        self.trainer, self.rows = trainer, rows
+        self.trainer, self.rows = trainer, [check_row(row) for row in rows]
 
     def on_evaluate(self, args, state, control, **kwargs):
         records = [{"step": state.global_step, **self._answer(row)} for row in self.rows]
@@ -45,26 +45,19 @@ class AnswerTableCallback(TrainerCallback):
     @torch.no_grad()
     def _answer(self, row: dict) -> dict:
         model, processor = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.processing_class
-        images = images_of(row)
-        messages = normalize_messages(row["messages"], len(images))
-        last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-        prompt, reference = messages[:last], messages[last]
-        shown = iter(images)
-        for message in prompt:
-            message["content"] = [
-                {"type": "image", "image": next(shown)} if part["type"] == "image" else part
-                for part in message["content"]
-            ]
+        last = max(number for number, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        prompt = row["messages"][:last]
         inputs = processor.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(model.device)
+            show_images(prompt, row["images"]), add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt",
+        ).to(model.device)  # fmt: skip
         was_training = model.training
         model.eval()
         output = model.generate(**inputs, return_dict_in_generate=True)
         model.train(was_training)
         answer = processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return {
-            "id": row.get("id"), "question": _text(prompt[-1]), "reference": _text(reference),
+            "id": row["id"], "question": _text(prompt[-1]), "reference": _text(row["messages"][last]),
             "answer": answer.strip(), "confidence": round(float(output.answer_confidence[0]), 4),
         }  # fmt: skip
 

@@ -10,10 +10,10 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from lladamedv.processing.datasets.messages import check_row, images_of, show_images
 from lladamedv.processing.processing_lladamedv import get_training_chat_template
 
 from .masked_diffusion_loss import IGNORE_INDEX
-from .rows import images_of, normalize_messages
 
 
 @dataclass
@@ -99,10 +99,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
 
     def _encode_row(self, row: dict, images: list[Image.Image]) -> dict:
         """Token ids of a row and what goes with them, as lists."""
-        encoded = self._encode_packed(row, images) if self.packed else self._encode_single(row, images)
-        first = normalize_messages(row["messages"], len(images))[0]["content"]
-        begins = next((part["text"] for part in first if part["type"] == "text"), "")
-        encoded["id"] = str(row["id"] if row.get("id") is not None else begins)
+        row = {**row, "image": None, "images": images}
+        encoded = self._encode_packed(row) if self.packed else self._encode_single(row)
         encoded["attention_mask"] = [1] * len(encoded["input_ids"])
         return encoded
 
@@ -116,8 +114,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         images = self.processor.image_processor.fetch_images(images_of(row))
         return len(self._encode_row(row, images)["input_ids"])
 
-    def _encode_single(self, row: dict, images: list) -> dict:
-        encoded = self._encode_conversation(row["messages"], images)
+    def _encode_single(self, row: dict) -> dict:
+        encoded = self._encode_conversation(row)
         padding = self._end_tokens(encoded["labels"])
         encoded["input_ids"] += padding
         encoded["labels"] += padding
@@ -125,37 +123,34 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         encoded["answer_ids"] = [0] * len(encoded["input_ids"])
         return encoded
 
-    def _encode_conversation(self, messages: list[dict], images: list) -> dict:
-        """A conversation as lists of equal length: ids, labels, turns."""
-        messages = normalize_messages(messages, len(images))
-        places = [part for message in messages for part in message["content"] if part["type"] == "image"]
-        if len(places) != len(images):
-            raise ValueError(f"A row shows {len(places)} images and holds {len(images)}.")
-        for place, image in zip(places, images):
-            place["image"] = image
+    def _encode_conversation(self, row: dict) -> dict:
+        """A conversation as lists of equal length, ids, labels, turns, and the `id` of its row, or how it begins."""
+        row = check_row(row)
         output = self.processor.apply_chat_template(
-            messages, chat_template=self.chat_template, tokenize=True, return_dict=True,
-            return_assistant_tokens_mask=True, processor_kwargs={"return_pixel_values": False},
+            show_images(row["messages"], row["images"]), chat_template=self.chat_template, tokenize=True,
+            return_dict=True, return_assistant_tokens_mask=True, processor_kwargs={"return_pixel_values": False},
         )  # fmt: skip
         ids, answers = output["input_ids"][0], [bool(value) for value in output["assistant_masks"][0]]
         turns = self._turns(ids)
         if self.train_on_template_tokens:
             answers = self._with_template_tokens(ids, answers)
         labels = [token if answer else IGNORE_INDEX for token, answer in zip(ids, answers)]
-        return {"input_ids": ids, "labels": labels, "turn_ids": turns}
+        begins = next((part["text"] for part in row["messages"][0]["content"] if part["type"] == "text"), "")
+        name = str(begins if row["id"] is None else row["id"])
+        return {"input_ids": ids, "labels": labels, "turn_ids": turns, "id": name}
 
-    def _encode_packed(self, row: dict, images: list) -> dict:
+    def _encode_packed(self, row: dict) -> dict:
         """Questions about one image: what all share once, and then each question with its answer."""
         conversations, start = [], 0
         for number, message in enumerate(row["messages"]):
             if message["role"] == "assistant":
                 conversations.append(row["messages"][start : number + 1])
                 start = number + 1
-        encoded = [self._encode_conversation(each, images) for each in conversations]
+        encoded = [self._encode_conversation({**row, "messages": each}) for each in conversations]
         ids = encoded[0]["input_ids"]
         shared = len(ids) - ids[::-1].index(self.processor.image_token_id)  # up to the end of the image
         packed = {"input_ids": ids[:shared], "labels": [IGNORE_INDEX] * shared, "position_ids": list(range(shared))}
-        packed |= {"segment_ids": [0] * shared, "answer_ids": [0] * shared}
+        packed |= {"segment_ids": [0] * shared, "answer_ids": [0] * shared, "id": encoded[0]["id"]}
         for number, each in enumerate(encoded):
             if each["input_ids"][:shared] != packed["input_ids"][:shared]:
                 raise ValueError("Packed questions must begin with the same text and the same image.")

@@ -28,6 +28,7 @@ from lladamedv.hub_cards import (
 from lladamedv.hub_cards.push import push_folder
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
+from lladamedv.processing.datasets.readers import undecoded
 
 from .answer_table import AnswerTableCallback
 from .data_collator import DataCollatorForMaskedDiffusion
@@ -42,7 +43,7 @@ from .masked_diffusion_loss import (
     run_masked_loss,
 )
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
-from .rows import pack_rows, prepare_rows, undecoded
+from .rows import pack_rows, prepare_rows
 
 
 # How the names of the parameters of each part begin, within the model that is trained.

@@ -1,4 +1,4 @@
-"""Rows of a data set before they are trained on: what a row must have, and several questions about an image in one row.
+"""Rows before they are trained on: every one is looked at, some are held out by image, questions about an image packed.
 
 A row is what TRL calls conversational: `messages`, `images` (or `image`), and perhaps an `id`.
 """
@@ -16,35 +16,18 @@ from functools import lru_cache
 from pathlib import Path
 
 import datasets
-import fsspec
 import numpy as np
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from lladamedv.processing.medical_images import READING_OPTIONS
-from lladamedv.processing.processing_lladamedv import as_dict
+from lladamedv.processing.datasets import InvalidRecordError
+from lladamedv.processing.datasets.messages import images_of, normalize_messages
+from lladamedv.processing.datasets.readers import undecoded
 
 
 logger = logging.getLogger(__name__)
-IMAGE_PLACEHOLDER = "<image>"
-_ROLES = ("system", "user", "assistant")
-# What may stand in messages and rows, and would change what is learned if it were read.
-_NOT_READ_IN_MESSAGES = (
-    "tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "weight", "loss", "train",
-)  # fmt: skip
-_NOT_READ_IN_ROWS = ("tools", "videos", "audios", "chat_template_kwargs")
-# An image's place in a message says neither which image it is nor how to read it.
-_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", *(option.name for option in READING_OPTIONS))
 _CHUNK = 256  # rows in memory at a time
 _SHOWN = 5
-
-
-class RowError(ValueError):
-    """A row that cannot be trained on: the kind of reason, and what it is in this row."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        self.reason = reason
-        super().__init__(f"{reason}: {detail:.300}" if detail else reason)
 
 
 @dataclass
@@ -70,10 +53,6 @@ class RowReport:
     packed_into: int | None = None
     held_out: dict | None = None
 
-    def add(self, reason: str, row_name: str) -> None:
-        self.left_out[reason] += 1
-        self.rows.setdefault(reason, []).append(row_name)
-
     def summary(self) -> str:
         if self.kept is None:
             return "rows are streamed to dataloader workers and not counted; what these leave out is logged"
@@ -90,164 +69,7 @@ class RowReport:
         return "; ".join(lines)
 
 
-def normalize_messages(messages: list, num_images: int) -> list[dict]:
-    """The messages with content parts, for the processor's `apply_chat_template`, which puts a turn's images first.
-
-    `<image>` in a user's text is a placeholder, as in LLaVA's records, and is taken out of the text; anywhere else it
-    is text. A conversation that names no image shows all it has at the beginning of its first user turn, as in TRL.
-
-    Args:
-        messages: dicts, or objects that Transformers takes for messages (dataclasses, pydantic's), with a `role` and a
-            `content`: a text, or parts `{"type": "text", "text": …}` and `{"type": "image"}`.
-        num_images: of the row.
-
-    Raises:
-        RowError: for messages of another form, and those that hold what would be ignored.
-    """
-    if not isinstance(messages, (list, tuple)):
-        raise _unreadable(f"they are of type {type(messages).__name__}, not a list")
-    normalized = []
-    for number, message in enumerate(messages):
-        message = as_dict(message)
-        if not isinstance(message, dict):
-            raise _unreadable(f"message {number} is of type {type(message).__name__}, not a dict")
-        role, content = message.get("role"), message.get("content")
-        if role not in _ROLES:
-            raise _unreadable(f"message {number} has the role {role!r:.50}; allowed are {', '.join(_ROLES)}")
-        ignored = [key for key in _NOT_READ_IN_MESSAGES if message.get(key) not in (None, [], "", 1)]
-        if ignored:
-            raise _unreadable(f"message {number} has `{ignored[0]}`, which is not trained on")
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        elif not isinstance(content, (list, tuple)):
-            raise _unreadable(f"the content of message {number} is {content!r:.50}; allowed are texts and lists")
-        parts = []
-        for part in content:
-            part = as_dict(part)
-            if not isinstance(part, dict):
-                raise _unreadable(f"a part of message {number} is of type {type(part).__name__}, not a dict")
-            kind, text = part.get("type"), part.get("text")
-            if kind == "text" and isinstance(text, str):
-                if role == "user" and IMAGE_PLACEHOLDER in text:
-                    parts += [{"type": "image"} for _ in range(text.count(IMAGE_PLACEHOLDER))]
-                    text = text.replace(IMAGE_PLACEHOLDER, "").strip()
-                parts += [{"type": "text", "text": text}] * bool(text)
-            elif kind == "image" and role == "user" and all(part.get(key) is None for key in _IMAGE_KEYS):
-                parts.append({"type": "image"})
-            else:
-                held = [key for key in _IMAGE_KEYS if part.get(key) is not None]
-                raise _unreadable(
-                    f"message {number}, of role {role}, has a part of type {kind!r:.50}"
-                    + (f" with `{held[0]}`" if held else "")
-                    + "; allowed are texts, and in a user's turn images, which themselves are in the column `images`"
-                )
-        normalized.append({"role": role, "content": parts})
-    if not count_placeholders(normalized):
-        for message in normalized:
-            if message["role"] == "user":
-                message["content"] = [{"type": "image"} for _ in range(num_images)] + message["content"]
-                break
-    return normalized
-
-
-def _unreadable(detail: str) -> RowError:
-    return RowError("its messages cannot be read", detail)
-
-
-def count_placeholders(messages: list[dict]) -> int:
-    return sum(part["type"] == "image" for message in messages for part in message["content"])
-
-
-def images_of(row: dict) -> list:
-    """The images of a row, however it names and holds them, each as the image processor takes it.
-
-    Args:
-        row: with `images`, a list of images, or `image`. An image is a path, the bytes of a file, what
-            `datasets.Image(decode=False)` makes of these, a PIL image, an array or a tensor. Lists of numbers, which
-            data sets make of arrays, are arrays again: 8-bit ones if all are whole numbers from 0 to 255.
-
-    Raises:
-        RowError: for an image that is missing or at a URL, or a row that has both `image` and `images`.
-    """
-    names = [name for name in ("image", "images") if not _is_nothing(row.get(name))]
-    if not names:
-        return []
-    if len(names) > 1:
-        raise RowError("it has both `image` and `images`")
-    value = row[names[0]]
-    depth, last = _depth(value)
-    if names == ["images"] and depth == 3 and last in (3, 4):
-        raise RowError("`images` is a single array", "put it into a list, or into `image`")
-    is_list = isinstance(value, (list, tuple)) or depth > 0
-    single = not is_list or depth == 2 or (depth == 3 and names == ["image"])
-    return [_stored(image) for image in ([value] if single else value)]
-
-
-def _is_nothing(value) -> bool:
-    return value is None or (isinstance(value, (list, tuple, str)) and not value)
-
-
-def _depth(value) -> tuple[int, int]:
-    """Number of dimensions and length of the last one of an array, or of nested lists of numbers; else zeros."""
-    if isinstance(getattr(value, "ndim", None), int):
-        return value.ndim, value.shape[-1] if value.ndim else 0
-    depth, last = 0, 0
-    while isinstance(value, (list, tuple)) and value:
-        depth, last, value = depth + 1, len(value), value[0]
-    return (depth, last) if isinstance(value, (int, float)) else (0, 0)
-
-
-def _stored(image):
-    """An image of a row as the image processor takes it; nothing is decoded."""
-    if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") else image.get("path")
-    if image is None or (isinstance(image, (str, bytes)) and not image):
-        raise RowError("an image is missing")
-    if isinstance(image, str) and "://" in image and not image.startswith("data:"):
-        if image.lower().startswith(("http:", "https:", "ftp:")):
-            raise RowError("an image is a URL", f"{image}; download it, and name the file")
-        with fsspec.open(image, "rb") as file:  # a member of an archive, say
-            return file.read()
-    if isinstance(image, (list, tuple)) and _depth(image)[0] in (2, 3):
-        array = np.asarray(image)
-        fits = np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= 255
-        return array.astype(np.uint8) if fits else array
-    return image
-
-
-def check_row(row: dict) -> None:
-    """
-    Raises:
-        RowError: for a row that cannot be trained on, whatever its images hold.
-    """
-    if not row.get("messages"):
-        raise RowError("no `messages`")
-    for name in _NOT_READ_IN_ROWS:
-        if row.get(name):
-            raise RowError(f"it has `{name}`, which are not trained on")
-    images = images_of(row)
-    messages = normalize_messages(row["messages"], len(images))
-    answers = [message for message in messages if message["role"] == "assistant"]
-    told = [any(part["text"].strip() for part in answer["content"]) for answer in answers]
-    if not any(told):
-        raise RowError("no assistant turn")
-    if not all(told):
-        raise RowError("an assistant turn is empty")
-    if answers[-1] is messages[0]:
-        raise RowError("no turn before the answer")
-    shown = count_placeholders(messages)
-    if shown != len(images):
-        raise RowError(f"{shown} {IMAGE_PLACEHOLDER} for {len(images)} images")
-
-
-def row_id(row: dict, number: int) -> str:
-    return str(row.get("id") if row.get("id") is not None else f"row {number}")
-
-
-def _row_name(row: dict, number: int) -> str:
-    worker = get_worker_info()
-    reader = "" if worker is None or worker.num_workers == 1 else f" of dataloader worker {worker.id}"
-    return f"row {number}{reader}" + (f" ({row['id']})" if row.get("id") is not None else "")
+# Images
 
 
 def image_key(image) -> str:
@@ -262,20 +84,6 @@ def image_key(image) -> str:
     return hashlib.sha256(image).hexdigest()
 
 
-def undecoded(dataset):
-    """The data set with its rows as they are stored: no format, and images as paths or bytes where it knows which
-    columns are images, so that one reader opens them all. Rows that a transform makes are left to it."""
-    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
-        return dataset
-    dataset = dataset.with_format(None)
-    for name, feature in (dataset.features or {}).items():
-        if name == "image" and isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
-        if name in ("image", "images") and isinstance(getattr(feature, "feature", None), datasets.Image):
-            dataset = dataset.cast_column(name, type(feature)(datasets.Image(decode=False)))
-    return dataset
-
-
 def pixels_of(row: dict, open_image: Callable, seen: dict[str, tuple | Exception]) -> list[tuple[str, tuple[int, int]]]:
     """A digest of the pixels, and the size, of each image of a row, all of which are decoded in full.
 
@@ -284,7 +92,7 @@ def pixels_of(row: dict, open_image: Callable, seen: dict[str, tuple | Exception
         seen: what became of images that other rows hold, too.
 
     Raises:
-        RowError: for an image that cannot be read.
+        InvalidRecordError: for an image that cannot be read.
     """
     pixels = []
     for image in images_of(row):
@@ -297,7 +105,7 @@ def pixels_of(row: dict, open_image: Callable, seen: dict[str, tuple | Exception
             except Exception as error:  # libraries raise many kinds for broken files
                 seen[key] = error
         if isinstance(seen[key], Exception):
-            raise RowError("an image cannot be read", " ".join(str(seen[key]).split()).rstrip("."))
+            raise InvalidRecordError("an image cannot be read", " ".join(str(seen[key]).split()).rstrip("."))
         pixels.append(seen[key])
     return pixels
 
@@ -314,11 +122,13 @@ def _in_parallel(function, dataset: datasets.Dataset, title: str, disable_tqdm: 
     bar = datasets.utils.tqdm(total=len(dataset), desc=title, unit=" rows", disable=disable_tqdm or None)
     with bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(dataset), _CHUNK):
-            columns = dataset[start : start + _CHUNK]
-            rows = [dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]
+            rows = list(dataset.select(range(start, min(start + _CHUNK, len(dataset)))))
             for number, (row, result) in enumerate(zip(rows, pool.map(function, rows)), start):
                 yield number, row, result
                 bar.update()
+
+
+# Every row
 
 
 def prepare_rows(
@@ -329,7 +139,8 @@ def prepare_rows(
 
     Args:
         dataset: `datasets.Dataset`; of an `IterableDataset` the rows are looked at as they come.
-        length_of: function from a row with undecoded images to its number of tokens.
+        length_of: function from a row with undecoded images to its number of tokens; it refuses rows that cannot be
+            trained on, as `messages.check_row` does.
         open_image: see [`pixels_of`].
         max_length: longest row.
         invalid_rows, long_rows: see [`MaskedDiffusionSFTConfig`].
@@ -355,32 +166,32 @@ def prepare_rows(
 
     def good(row, number, pixels) -> bool:
         nonlocal read
-        option, value, problem = "invalid_rows", "skip", None
+        option, value, allowed, problem = "invalid_rows", "skip", invalid_rows, None
         try:
-            check_row(row)
             if isinstance(pixels, Exception):
                 raise pixels
             length = length_of({**row, "image": None, "images": [_blank(size) for _, size in pixels]})
-        except RowError as error:
+            if length > max_length:
+                option, value, allowed = "long_rows", "drop", long_rows
+                problem = InvalidRecordError(f"more than {max_length} tokens", str(length))
+        except InvalidRecordError as error:
             problem = error
         except Exception as error:  # whatever it is, training would end with it
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            problem = RowError("it cannot be read", kind + " ".join(str(error).split()))
-        else:
-            if length > max_length:
-                option, value, problem = "long_rows", "drop", RowError(f"more than {max_length} tokens", str(length))
-        if problem is not None and (long_rows if option == "long_rows" else invalid_rows) != value:
+            problem = InvalidRecordError("it cannot be read", kind + " ".join(str(error).split()))
+        if problem is not None and allowed != value:
             raise ValueError(
-                f"`{name}` cannot be trained on: {_row_name(row, number)} has a problem: {problem}. Mend it, or leave "
-                f"such rows out with {option}={value!r}."
+                f"`{name}` cannot be trained on: {_row_name(row, number)} has a problem: {problem}. Correct it, or "
+                f"leave such rows out with {option}={value!r}."
             ) from problem
         if report.kept is not None and number >= read:  # not read before, by a look at the first rows or an epoch
             read = number + 1
             if problem is None:
                 report.kept += 1
-                report.without_images += not images_of(row)
+                report.without_images += not pixels
             else:
-                report.add(problem.reason, _row_name(row, number))
+                report.left_out[problem.reason] += 1
+                report.rows.setdefault(problem.reason, []).append(_row_name(row, number))
         if problem is not None:
             logger.warning("%s: %s left out, %s", name, _row_name(row, number), problem)
         return problem is None
@@ -395,6 +206,15 @@ def prepare_rows(
     if not keep:
         raise ValueError(f"`{name}` has {len(dataset)} rows, of which none can be trained on: {report.summary()}.")
     return (dataset if len(keep) == len(dataset) else dataset.select(keep)), report
+
+
+def _row_name(row: dict, number: int) -> str:
+    worker = get_worker_info()
+    reader = "" if worker is None or worker.num_workers == 1 else f" of dataloader worker {worker.id}"
+    return f"row {number}{reader}" + (f" ({row['id']})" if row.get("id") is not None else "")
+
+
+# Rows together
 
 
 def split_by_image(
@@ -417,8 +237,7 @@ def split_by_image(
     Raises:
         ValueError: for a streamed data set, or one whose rows all belong together.
     """
-    if not isinstance(dataset, datasets.Dataset):
-        raise ValueError("`eval_split` needs to see the whole data set, and this one is streamed.")
+    _refuse_streams(dataset, "eval_split")
     plain, seen, texts = undecoded(dataset), {}, set()
 
     def content_of(row) -> list[str]:
@@ -461,31 +280,35 @@ def pack_rows(dataset: datasets.Dataset, max_questions: int) -> datasets.Dataset
     Raises:
         ValueError: for a row with more or less than one image or one answer, or a streamed data set.
     """
-    if not isinstance(dataset, datasets.Dataset):
-        raise ValueError("`pack_questions` needs to see the whole data set, and this one is streamed.")
-    plain = undecoded(dataset)
-    open_groups, groups = {}, []
-    for number, row in enumerate(plain):
-        images = images_of(row)
-        turns = normalize_messages(row["messages"], len(images))
-        roles = [turn["role"] for turn in turns if turn["role"] != "system"]
+    _refuse_streams(dataset, "pack_questions")
+    open_groups, groups = {}, []  # a row of a group: its number, name and messages
+    for number, row in enumerate(undecoded(dataset)):
+        images, name = images_of(row), str(row["id"] if row.get("id") is not None else f"row {number}")
+        messages = normalize_messages(row["messages"], len(images))
+        roles = [turn["role"] for turn in messages if turn["role"] != "system"]
         if len(images) != 1 or roles != ["user", "assistant"]:
             raise ValueError(
-                f"`pack_questions` is {max_questions}, but {row_id(row, number)} has {len(images)} images and "
+                f"`pack_questions` is {max_questions}, but {name} has {len(images)} images and "
                 f"{roles.count('assistant')} answers; allowed are rows of one question about one image, and its answer."
             )
-        key = (image_key(images[0]), str([m["content"] for m in row["messages"] if m["role"] == "system"]))
+        key = (image_key(images[0]), str([turn["content"] for turn in messages if turn["role"] == "system"]))
         group = open_groups.get(key)
         if group is None or len(group) == max_questions:
             open_groups[key] = group = []
             groups.append(group)
-        group.append(number)
-    first = dataset.select([group[0] for group in groups])
-    messages = [[message for number in group for message in plain[number]["messages"]] for group in groups]
-    names = [[row_id(plain[number], number) for number in group] for group in groups]
-    columns = [name for name in ("messages", "id") if name in first.column_names]
-    first = first.remove_columns(columns).add_column("messages", messages)
-    return first.add_column("id", [" + ".join(group) for group in names])
+        if group:  # the row shows its image once, at its beginning
+            for turn in messages:
+                turn["content"] = [part for part in turn["content"] if part["type"] != "image"]
+        group.append((number, name, messages))
+    packed = dataset.select([group[0][0] for group in groups])
+    packed = packed.remove_columns([name for name in ("messages", "id") if name in packed.column_names])
+    packed = packed.add_column("messages", [[turn for _, _, turns in group for turn in turns] for group in groups])
+    return packed.add_column("id", [" + ".join(name for _, name, _ in group) for group in groups])
 
 
-__all__ = ["RowReport", "normalize_messages", "pack_rows", "prepare_rows"]
+def _refuse_streams(dataset, option: str) -> None:
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(f"`{option}` needs to see the whole data set, and this one is streamed.")
+
+
+__all__ = ["RowReport", "pack_rows", "prepare_rows", "split_by_image"]

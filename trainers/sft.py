@@ -22,29 +22,20 @@ from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedConfig, set_seed
+from transformers import set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from lladamedv.hub_cards import is_hub_id
-from lladamedv.modeling_lladamedv import (
-    LLaDAMedVConfig,
-    LLaDAMedVForConditionalGeneration,
-    LLaDAMedVGenerationConfig,
-)
-from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import (
-    RELEASED_MODEL_TYPES,
-    SPECIAL_TOKENS,
-    check_folder,
-    preset_of,
-    resolve_source,
-)
+from lladamedv.hub_cards.checks import check_model
+from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
+from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS, choose_preset
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
-from lladamedv.processing.released import load_processor
+from lladamedv.processing.released import released_processor
 
 from .data import STOPPING_STRATEGIES, DataSource, load_dataset_mixture
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
@@ -369,22 +360,15 @@ def load_model(
         raise ValueError(f"`model_name_or_path` is not given; allowed are a folder, a Hub id, or {DEMO!r}.")
     name = str(files("lladamedv") / "demo_model") if name == DEMO else os.path.expanduser(name)
     try:
-        if os.path.isdir(name):
-            check_folder(name)
-        model_type = PreTrainedConfig.get_config_dict(name, revision=model_args.model_revision)[0].get("model_type")
-    except (OSError, ValueError) as error:
+        checkpoint, options = check_model(name, model_args.model_revision, with_weights=not script_args.from_scratch)
+    except ValueError as error:
         raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be loaded: {error}") from error
-    allowed = (LLaDAMedVConfig.model_type, *RELEASED_MODEL_TYPES)
-    if model_type not in allowed:
-        raise ValueError(
-            f"`model_name_or_path` is {name!r}, which holds a model of type {model_type!r}; allowed are {allowed}."
-        )
+    config = options["config"]
     quantization = quantization_config(script_args, model_args)
     try:
         if script_args.from_scratch:
-            if quantization is not None or model_type in RELEASED_MODEL_TYPES:
+            if quantization is not None or checkpoint.is_released:
                 raise ValueError("`from_scratch` needs a folder of this package's own format, without quantisation.")
-            config = LLaDAMedVConfig.from_pretrained(name, revision=model_args.model_revision)
             model = LLaDAMedVForConditionalGeneration._from_config(
                 config, attn_implementation=model_args.attn_implementation
             )
@@ -399,15 +383,14 @@ def load_model(
         else:
             model = LLaDAMedVForConditionalGeneration.from_pretrained(
                 name, revision=model_args.model_revision, dtype=model_args.dtype,
-                attn_implementation=model_args.attn_implementation, quantization_config=quantization,
+                attn_implementation=model_args.attn_implementation, quantization_config=quantization, **options,
             )  # fmt: skip
     except OSError as error:
         raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be loaded: {error}") from error
     try:
-        if script_args.processor is None and model_type in RELEASED_MODEL_TYPES:
-            folder = resolve_source(name, model_args.model_revision)
-            template = preset_of(name, model.config).chat_template
-            processor = load_processor(folder, model.config, template, SPECIAL_TOKENS)
+        if script_args.processor is None and checkpoint.is_released:
+            template = PRESETS[choose_preset(name, config.text_only)].chat_template
+            processor = released_processor(checkpoint.folder, config, template, SPECIAL_TOKENS)
         elif script_args.processor is None:
             processor = LLaDAMedVProcessor.from_pretrained(name, revision=model_args.model_revision)
         else:

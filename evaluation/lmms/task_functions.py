@@ -16,7 +16,7 @@ from lladamedv.evaluation.medical_vqa.medical_vqa import (
     score_closed,
     score_open,
 )
-from lladamedv.processing.datasets.vqa_columns import answer_text, derived_answer_type
+from lladamedv.processing.datasets.columns import answer_text, derived_answer_type
 
 
 _SCORE = dict(zip(ANSWER_TYPES, (score_open, score_closed)))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .llava_med import IMAGE_PLACEHOLDER
-from .records import ImageFiles, InvalidRecordError, LoadReport, MissingImageError, read_records
+from .columns import InvalidRecordError
+from .messages import IMAGE_PLACEHOLDER
+from .readers import ImageFiles, LoadReport, MissingImageError, read_records
 
 
 QUESTION_TYPES = ("conversation", "detailed_description")
@@ -59,28 +60,34 @@ def load_chat_benchmark(path: str | Path, image_folder: str | Path | None = None
     return records, report
 
 
+def _is_text(value) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_mentions(value) -> bool:
+    return isinstance(value, list) and all(isinstance(e, dict) and isinstance(e.get("tokens"), str) for e in value)
+
+
+_TEXT = (_is_text, "text that is not blank")
+_FIELDS = {
+    "question_id": (lambda value: isinstance(value, (int, str)) and not isinstance(value, bool), "numbers and texts"),
+    **dict.fromkeys(("image", "pair_id", "text", "gpt4_answer", "fig_label", "fig_caption"), _TEXT),
+    "type": (lambda value: value in QUESTION_TYPES, QUESTION_TYPES),
+    "domain": (lambda value: isinstance(value, dict) and set(value) <= set(DOMAINS), f"an object with {DOMAINS}"),
+    "in_text_mention": (lambda value: value is None or _are_mentions(value), "null and objects with `tokens`"),
+}
+
+
 def _as_record(row: dict) -> dict:
-    number, domains, mentions = row.get("question_id"), row.get("domain"), row.get("in_text_mention")
-    if isinstance(number, bool) or not isinstance(number, (int, str)):
-        raise InvalidRecordError(f"`question_id` is {number!r:.200}; allowed are numbers and texts")
-    for name in ("image", "pair_id", "text", "gpt4_answer", "fig_label", "fig_caption"):
-        if not isinstance(row.get(name), str) or not row[name].strip():
-            raise InvalidRecordError(f"`{name}` is {row.get(name)!r:.200}; allowed is text that is not blank")
-    if row.get("type") not in QUESTION_TYPES:
-        raise InvalidRecordError(f"`type` is {row.get('type')!r:.200}; allowed are {QUESTION_TYPES}")
-    if not isinstance(domains, dict) or not set(domains) <= set(DOMAINS):
-        raise InvalidRecordError(f"`domain` is {domains!r:.200}; allowed is an object with {DOMAINS}")
-    mentions = [] if mentions is None else mentions
-    if not isinstance(mentions, list) or not all(
-        isinstance(mention, dict) and isinstance(mention.get("tokens"), str) for mention in mentions
-    ):
-        raise InvalidRecordError(f"`in_text_mention` is {mentions!r:.200}; allowed are null and objects with `tokens`")
+    for name, (is_allowed, allowed) in _FIELDS.items():
+        if not is_allowed(row.get(name)):
+            raise InvalidRecordError(f"`{name}` is {row.get(name)!r:.200}; allowed are {allowed}")
     question = re.sub(rf"\s*{IMAGE_PLACEHOLDER}\s*", " ", row["text"]).strip()
     if not question:
         raise InvalidRecordError(f"`text` is {row['text']!r:.200}, which asks nothing")
-    true_domains = [domain for domain in DOMAINS if domains.get(domain)]
+    domains = [domain for domain in DOMAINS if row["domain"].get(domain)]
     return {
-        "id": str(number),
+        "id": str(row["question_id"]),
         "image": row["image"],
         "image_id": row["pair_id"],
         "question": question,
@@ -88,13 +95,10 @@ def _as_record(row: dict) -> dict:
         "context": {
             "fig_label": row["fig_label"],
             "fig_caption": row["fig_caption"],
-            "in_text_mention": [mention["tokens"] for mention in mentions],
+            "in_text_mention": [mention["tokens"] for mention in row.get("in_text_mention") or []],
             "in_text_mention_repr": repr(row.get("in_text_mention")),
         },
         "type": row["type"],
-        "domain": true_domains[0] if true_domains else None,
-        "domains": true_domains,
+        "domain": domains[0] if domains else None,
+        "domains": domains,
     }
-
-
-__all__ = ["DOMAINS", "QUESTION_TYPES", "load_chat_benchmark"]

@@ -1,4 +1,5 @@
-"""The medical VQA benchmarks, VQA-RAD, SLAKE, PathVQA and the built-in phantoms, as rows of one form, with a report.
+"""The medical VQA benchmarks, VQA-RAD, SLAKE, PathVQA and the built-in phantoms, and questions of a user's own, as rows
+of one form, with a report.
 
 Publications of one benchmark differ: in the names of columns, in whether they say which questions are closed, in
 whether pictures are in the table, in a zip archive or beside it, and in how many questions there are. This is why two
@@ -14,34 +15,40 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import datasets
 import fsspec
-import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from datasets import Dataset, Features, Image, IterableDataset, Value
 from huggingface_hub import HfApi, hf_hub_download
 
 from lladamedv.processing.phantoms import PhantomVQA, parse_phantoms
 
-from .llava_med import IMAGE_PLACEHOLDER, SPELLINGS, record_to_row
-from .records import (
+from .columns import (
+    ANSWER_TYPES,
+    COLUMNS,
+    CONVERSATIONS,
+    Fields,
+    InvalidRecordError,
+    answer_text,
+    derived_answer_type,
+    squash,
+    text_of,
+)
+from .messages import IMAGE_PLACEHOLDER, conversation_of, image_source, normalize_messages
+from .readers import (
     PARQUET_SUFFIX,
     RECORD_SUFFIXES,
     ImageFiles,
-    InvalidRecordError,
     LoadReport,
-    MissingImageError,
-    ZippedImages,
-    empty_dataset,
-    from_rows,
-    open_table,
-    read_records,
-    text_of,
+    RowMaker,
+    load_rows,
+    open_records,
+    undecoded,
 )
-from .vqa_columns import ANSWER_TYPES, COLUMNS, Fields, answer_text, derived_answer_type, squash, unwrapped
 from .vqa_sources import BENCHMARKS, COUNTED, LEAKAGE, LLAVA_MED, PHANTOMS, SOURCES, SPLITS, TEST, VQASource
 
 
@@ -111,26 +118,22 @@ class VQAReport(LoadReport):
 
     def add_columns(self, fields: Fields) -> None:
         """Note what the columns of a record are read as."""
-        for column in (*COLUMNS, *META):
-            if (name := fields.name(column)) is not None and name not in self.columns.setdefault(column, []):
-                self.columns[column].append(name)
-        for spelling in SPELLINGS:
-            if fields.record.get(spelling):
-                self.columns.setdefault("conversation", []).append(spelling)
-        self.columns = {column: list(dict.fromkeys(names)) for column, names in self.columns.items() if names}
-        used = {name for names in self.columns.values() for name in names}
-        names = dict.fromkeys((*self.unused_columns, *map(str, fields.record)))
-        self.unused_columns = [name for name in names if name not in used]
+        used = {column: [fields.name(column)] for column in (*COLUMNS, *META)}
+        used["conversation"] = [name for name in CONVERSATIONS if fields.record.get(name)]
+        for column, names in used.items():
+            if names := [*dict.fromkeys((*self.columns.get(column, ()), *(name for name in names if name)))]:
+                self.columns[column] = names
+        read = {name for names in self.columns.values() for name in names}
+        seen = dict.fromkeys((*self.unused_columns, *map(str, fields.record)))
+        self.unused_columns = [name for name in seen if name not in read]
 
     def add(self, row: dict, derived: bool, was_truth_value: bool) -> None:
-        """Count a row."""
-        self.rows += 1
+        """Count a row, whose answer type was derived or not, and its answer true or false or not."""
         self.open += row["answer_type"] == "open"
         self.closed += row["answer_type"] == "closed"
         self.derived_answer_types += derived
         self.truth_values += was_truth_value
-        if not row["answer"]:
-            self.empty_answers.append(row["id"])
+        self.empty_answers += [row["id"]] * (not row["answer"])
         self._image_ids.add(row["image_id"])
         self.images = len(self._image_ids)
 
@@ -163,17 +166,18 @@ class VQAReport(LoadReport):
         if self.published:
             how = _listed({name: f"{number:+d}" for name, number in self.differences.items()}) or "no difference"
             lines.append(f"published for {self.reference}: {_listed(self.published)}; here: {how}")
-        if self.derived_answer_types:
-            lines.append(f"answer types of {self.derived_answer_types} questions derived: closed if yes or no")
-        if self.truth_values:
-            lines.append(f"{self.truth_values} answers true or false read as yes or no")
-        if self.other_languages:
-            lines.append(f"{self.other_languages} questions in other languages left out")
-        if self.other_splits:
-            lines.append(f"{self.other_splits} records of other splits left out")
-        if self.empty_answers:
-            shown = ", ".join(self.empty_answers[:5]) + (", …" if len(self.empty_answers) > 5 else "")
-            lines.append(f"{len(self.empty_answers)} questions with an empty answer: {shown}")
+        empty = len(self.empty_answers)
+        shown = ", ".join(self.empty_answers[:5]) + ", …" * (empty > 5)
+        counted = {
+            f"answer types of {self.derived_answer_types} questions derived: closed if yes or no": (
+                self.derived_answer_types
+            ),
+            f"{self.truth_values} answers true or false read as yes or no": self.truth_values,
+            f"{self.other_languages} questions in other languages left out": self.other_languages,
+            f"{self.other_splits} records of other splits left out": self.other_splits,
+            f"{empty} questions with an empty answer: {shown}": empty,
+        }
+        lines += [line for line, count in counted.items() if count]
         if self.is_published:
             lines.append(f"images shared with train: {self.leakage}")
             if not self.local:
@@ -200,6 +204,9 @@ def _listed(counts: dict) -> str:
     return ", ".join(f"{number} {name}" for name, number in counts.items())
 
 
+# What is loaded
+
+
 def load_vqa(
     benchmark: str,
     split: str = "test",
@@ -224,14 +231,14 @@ def load_vqa(
             imgs/. A single file is taken to be the split that was asked for. For phantoms, `"SEED:COUNT"` or
             `"SEED:COUNT:KINDS"`.
         image_folder: folder, or zip archive, that names of image files in `path` are relative to; by default the folder
-            of the records, the folder imgs/ in it or the archive imgs.zip.
+            of the records, and imgs/ and images/ or their zip archives in it.
         revision: commit on the Hub; by default the one that `SOURCES` pins, if it does.
         streaming: read rows as they are needed.
         invalid_records: what to do with malformed records: stop (`"error"`) or leave them out (`"skip"`). Records whose
             image is missing or damaged are always left out and reported.
 
     Returns:
-        A data set with `VQA_FEATURES`, whose images nobody has decoded yet, and the report. `image_id` is the source's
+        A data set with `VQA_FEATURES`, whose images are not decoded yet, and the report. `image_id` is the source's
         own name of the picture, or the SHA-256 of its file's bytes; `answer_type` is `"open"` or `"closed"`.
 
     Raises:
@@ -249,9 +256,14 @@ def load_vqa(
         raise ValueError(f"`split` is {split!r}; allowed for {reference} are {', '.join(allowed)}.")
     report = VQAReport("", invalid_records, benchmark=benchmark, split=split, leakage=LEAKAGE[benchmark])
     report.local = path is not None or benchmark == PHANTOMS
+    images, options = ImageFiles(), _options(report, streaming)
     if benchmark == PHANTOMS:
-        records, images = _Phantoms(_parse_phantoms(path)), _ImagePlaces([])
-        report.source = f"phantoms:{records.phantoms['seed']}:{records.phantoms['length']}"
+        try:
+            phantoms = parse_phantoms(f"{PHANTOM_SEED}:{PHANTOM_COUNT}" if path is None else str(path))
+        except ValueError as error:
+            raise ValueError(f"`path` is {path!r}; for phantoms {error}.") from None
+        records = partial(phantom_records, phantoms)
+        report.source = f"phantoms:{phantoms['seed']}:{phantoms['length']}"
     elif path is None:
         published = sources[reference]
         if published.hub_id is None:
@@ -260,20 +272,28 @@ def load_vqa(
         if not report.pinned:
             report.revision = _newest_revision(published.hub_id)
         report.source = f"{published.hub_id}@{report.revision}" if report.revision else published.hub_id
-        records, images = _open_hub(published, split, report.revision, streaming)
+        called = f"`source` is {published.hub_id!r}"
+        if published.zipped:
+            # Images only in the archive: names in a downloaded file must not lead to the user's files.
+            file, options["image_folder"] = _download(published, split, report.revision, streaming)
+            records, images, _ = open_records(file, split, called, **options)
+        else:
+            records, *_ = open_records(published.hub_id, split, called, revision=report.revision, **options)
     else:
         if revision is not None:
             raise ValueError(f"`revision` is {revision!r}, but `path` names local data; allowed is one of the two.")
         report.source = str(path)
-        records, images = _open_local(Path(os.path.expanduser(path)), split, image_folder, streaming)
-        first = _first_record(records, f"`path` is {str(path)!r}, which has no records.")
-        if source is None and any(spelling in first for spelling in SPELLINGS):
+        if not os.path.exists(os.path.expanduser(path)):  # unlike `Path.exists`, also for names that no file can have
+            raise ValueError(f"`path` is {report.source!r}; no such file or folder.")
+        options["image_folder"] = image_folder
+        records, images, first = open_records(report.source, split, f"`path` is {report.source!r}", **options)
+        if source is None and any(name in first for name in CONVERSATIONS):
             reference = LLAVA_MED
     report.reference, report.licence = reference, sources[reference].licence
     if benchmark != PHANTOMS or path is None:
         numbers = sources[reference].published.get(split, ())
         report.published = {name: number for name, number in zip(COUNTED, numbers) if number is not None}
-    return _read(_Reader(records, images, report), streaming), report
+    return _load(records, images, report, streaming), report
 
 
 def load_own_vqa(
@@ -286,7 +306,7 @@ def load_own_vqa(
 ) -> tuple[Dataset | IterableDataset, VQAReport]:
     """Load questions of one's own, that are no benchmark: nothing is said about them that is not in them.
 
-    Columns are recognised by their names, without case, blanks and marks (`COLUMNS` in `vqa_columns`): `question`,
+    Columns are recognised by their names, without case, blanks and marks (`COLUMNS` in `columns.py`): `question`,
     `answer` and `image`, and if they are there `id`, `image_id`, `answer_type` and `split`. The report says which were
     read as what, and which were not read. LLaVA-Med's records are read, too.
 
@@ -295,8 +315,7 @@ def load_own_vqa(
             folder with such files, one that `save_to_disk` wrote, or any other that `datasets.load_dataset` opens.
         split: of a folder with several, or of records with a column `split`; by default all that there is, or
             `"test"` of several.
-        image_folder: see [`load_vqa`]; also the folder images/ beside the records is looked into.
-        streaming, invalid_records: see [`load_vqa`].
+        image_folder, streaming, invalid_records: see [`load_vqa`].
 
     Returns:
         As [`load_vqa`]. Answers may be texts, numbers, or truth values, which become yes and no. Records without an
@@ -309,32 +328,22 @@ def load_own_vqa(
     if not os.path.exists(path):
         raise ValueError(f"There is no file or folder {str(data)!r}.")
     report = VQAReport(str(data), invalid_records, benchmark=OWN_DATA, local=True)
-    images = _image_files(path if path.is_dir() else path.parent, image_folder)
     file = _own_file(path, split)
-    if file is None or file.suffix.lower() not in RECORD_SUFFIXES:
-        split = split if file or split else _own_split(path)
-        records = _open(str(file or path), "data", split or _ALL, streaming)
-    else:
-        records = _FileRecords(file)
-    report.split = split or _ALL
-    _first_record(records, f"There are no records in {str(data)!r}.")
+    if file is None and split is None:
+        split = _own_split(path)
+    report.split, options = split or _ALL, _options(report, streaming) | {"image_folder": image_folder}
+    records, images, _ = open_records(str(file or path), report.split, f"`data` is {str(data)!r}", **options)
     named = file is None or split is None or re.fullmatch(rf"{re.escape(split)}(-\d+-of-\d+)?", file.stem)
-    chosen = None if named else split
-    return _read(_Reader(records, images, report, chosen), streaming), report
+    return _load(records, images, report, streaming, None if named else split), report
 
 
-def _first_record(records: Callable, message: str) -> dict:
-    first = next((record for _, record in records()), None)
-    if first is None:
-        raise ValueError(message)
-    return first
+def _load(records, images: ImageFiles, report: VQAReport, streaming: bool, split: str | None = None):
+    maker = RowMaker(_Questions(images, report, split), report, f"{report.benchmark}/{report.split}")
+    return load_rows(records, maker, VQA_FEATURES, streaming)
 
 
-def _read(reader: _Reader, streaming: bool) -> Dataset | IterableDataset:
-    records = reader.records
-    if isinstance(records, _TableRecords) and not streaming and isinstance(records.table.features.get("image"), Image):
-        return _read_table(records.table, reader)
-    return from_rows(reader.rows, VQA_FEATURES, streaming)
+def _options(report: VQAReport, streaming: bool) -> dict:
+    return {"streaming": streaming, "keep_invalid": report.invalid_records == "skip", "with_splits": True}
 
 
 def _own_file(path: Path, split: str | None) -> Path | None:
@@ -380,75 +389,8 @@ def _newest_revision(hub_id: str) -> str | None:
         return None
 
 
-# Where records come from: each an object that, called, begins anew and yields where a record is and the record. They
-# are objects and not closures because `datasets` copies what it streams from.
-
-
-@dataclass
-class _FileRecords:
-    file: Path
-
-    def __call__(self) -> Iterator[tuple[str, dict]]:
-        for line, record in read_records(self.file):
-            for each in unwrapped(record, with_splits=True):
-                yield f" at line {line}", each
-
-
-@dataclass
-class _TableRecords:
-    table: Dataset | IterableDataset
-
-    def __call__(self) -> Iterator[tuple[str, dict]]:
-        features = self.table.features or {}
-        for record in self.table:
-            yield "", {name: _as_meant(value, features.get(name)) for name, value in record.items()}
-
-
-def _as_meant(value, feature):
-    """The name of a class where a table stores its number, or -1 for none; 5.6 where float32 stores 5.599999904…"""
-    if isinstance(value, list):
-        return [_as_meant(each, getattr(feature, "feature", None)) for each in value]
-    if isinstance(feature, ClassLabel):
-        return None if value in (None, -1) else feature.int2str(value)
-    if isinstance(value, float) and getattr(feature, "dtype", None) in ("float16", "float32"):
-        return float(str(np.dtype(feature.dtype).type(value)))
-    return value
-
-
-@dataclass
-class _Phantoms:
-    phantoms: dict
-
-    def __call__(self) -> Iterator[tuple[str, dict]]:
-        for number, example in enumerate(PhantomVQA(**self.phantoms)):
-            name, file = f"phantoms/{self.phantoms['seed']}/{number}", io.BytesIO()
-            example.image.save(file, "PNG")
-            record = {
-                "id": name,
-                "image": {"bytes": file.getvalue(), "path": None},
-                "image_id": f"{name}.png",
-                "question": example.question,
-                "answer": example.answer,
-                "answer_type": "closed" if example.kind == "closed" else "open",
-                "modality": example.attributes.domain,
-                "question_type": example.topic,
-            }
-            yield "", record
-
-
-def _parse_phantoms(path) -> dict:
-    if path is None:
-        return {"seed": PHANTOM_SEED, "length": PHANTOM_COUNT}
-    try:
-        return parse_phantoms(str(path))
-    except ValueError as error:
-        raise ValueError(f"`path` is {path!r}; for phantoms {error}.") from None
-
-
-def _open_hub(source: VQASource, split: str, revision: str | None, streaming: bool):
-    """Records, and where their images are."""
-    if not source.zipped:
-        return _open(source.hub_id, "source", split, streaming, revision), _ImagePlaces([])
+def _download(source: VQASource, split: str, revision: str | None, streaming: bool) -> tuple[str, str]:
+    """The file of a split, and the archive of all images."""
     if streaming:
         raise ValueError(
             f"`streaming` is True, but the images of {source.hub_id} are in one archive; allowed are streaming=False, "
@@ -463,117 +405,66 @@ def _open_hub(source: VQASource, split: str, revision: str | None, streaming: bo
         raise ValueError(
             f"`source` is {source.hub_id!r}, which cannot be downloaded: {error}. `path` can name a local copy."
         ) from error
-    # Only in the archive: names in a downloaded file must not lead to files of one's own.
-    return _FileRecords(Path(file)), _ImagePlaces([ZippedImages(archive)])
+    return file, archive
 
 
-def _open_local(path: Path, split: str, image_folder: str | Path | None, streaming: bool):
-    """Records, and where their images are."""
-    if not os.path.exists(path):  # unlike `Path.exists`, also for names that no file can have
-        raise ValueError(f"`path` is {str(path)!r}; no such file or folder.")
-    images = _image_files(path if path.is_dir() else path.parent, image_folder)
-    file = _records_file(path, split)
-    return _open(str(path), "path", split, streaming) if file is None else _FileRecords(file), images
-
-
-def _open(path: str, argument: str, split: str, streaming: bool, revision: str | None = None) -> _TableRecords:
-    try:
-        return _TableRecords(_undecoded(open_table(path, split, revision=revision, streaming=streaming)))
-    except ValueError as error:
-        raise ValueError(f"`{argument}` is {path!r}, of which {split} cannot be loaded: {error}.") from error
-
-
-def _records_file(path: Path, split: str) -> Path | None:
-    """The file of `path`'s records, or `None` if they are in a table that `datasets` opens."""
-    candidates = [path] if path.is_file() else [path / f"{split}{suffix}" for suffix in RECORD_SUFFIXES]
-    return next((file for file in candidates if file.suffix.lower() in RECORD_SUFFIXES and file.is_file()), None)
-
-
-def _image_files(folder: Path, image_folder: str | Path | None) -> _ImagePlaces:
-    if image_folder is None:
-        names = ("", "imgs", "imgs.zip", "images", "images.zip")
-        places = [place for place in (folder / name for name in names) if place.exists()]
-    else:
-        places = [Path(os.path.expanduser(image_folder))]
-        if not os.path.exists(places[0]):
-            raise ValueError(f"`image_folder` is {str(image_folder)!r}; no such folder or zip archive.")
-    return _ImagePlaces([ZippedImages(place) if place.is_file() else ImageFiles(place) for place in places])
-
-
-@dataclass
-class _ImagePlaces:
-    """Finds image files in the first of some places that has them."""
-
-    places: list[ImageFiles | ZippedImages]
-
-    def find(self, name: str) -> str:
-        for place in self.places:
-            try:
-                return place.find(name)
-            except MissingImageError:
-                continue
-        raise MissingImageError(name)
-
-
-def _undecoded(table: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The table with its images as bytes or paths."""
-    for name, feature in (table.features or {}).items():
-        if isinstance(feature, Image):
-            table = table.cast_column(name, Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), Image):
-            table = table.cast_column(name, type(feature)(Image(decode=False)))
-    return table
+def phantom_records(phantoms: dict) -> Iterator[tuple[str, dict]]:
+    """The records of a [`PhantomVQA`] with these arguments, as [`load_rows`] takes them."""
+    for number, example in enumerate(PhantomVQA(**phantoms)):
+        example.image.save(file := io.BytesIO(), "PNG")
+        name = f"phantoms/{phantoms['seed']}/{number}"
+        yield (
+            "",
+            {
+                "id": name,
+                "image": {"bytes": file.getvalue(), "path": None},
+                "image_id": f"{name}.png",
+                "question": example.question,
+                "answer": example.answer,
+                "answer_type": "closed" if example.kind == "closed" else "open",
+                "modality": example.attributes.domain,
+                "question_type": example.topic,
+            },
+        )
 
 
 # Rows from records
 
 
 @dataclass
-class _Reader:
-    """Makes rows of records and reports what became of them."""
+class _Questions:
+    """The rows of a record, one for each of its questions. With `split`, of records whose column `split` says so."""
 
-    records: Callable[[], Iterator[tuple[str, dict]]]
-    images: _ImagePlaces
+    images: ImageFiles
     report: VQAReport
-    split: str | None = None  # only the records whose column `split` says so
+    split: str | None
+    ids: dict[str, int] = field(default_factory=dict)  # of the rows of this pass, and the numbers of their records
 
-    def rows(self) -> Iterator[dict]:
-        return (row for _, row in self.numbered_rows())
-
-    def numbered_rows(self) -> Iterator[tuple[int, dict]]:
-        """Rows, each with the number of its record."""
-        report, ids = self.report, set()
-        for number, (where, record) in enumerate(self.records()):
-            is_new = report.begin(number)
-            if isinstance(record.get("meta"), dict):
-                record = {**record["meta"], **record}
-            fields = Fields(record)
-            if report.benchmark == OWN_DATA:
-                report.add_columns(fields)
-            if self.split is not None and not self._is_of_the_split(fields):
-                report.other_splits += is_new
-                continue
-            language = str(fields.get("language", "en")).strip()
-            if report.benchmark != OWN_DATA and squash(language)[:2] != "en":
-                report.other_languages += is_new
-                continue
-            given = fields.get("id", f"{report.benchmark}/{report.split}/{number}")
-            name = text_of(given) or str(given)
-            try:
-                rows = [self._row(fields, *each, language) for each in _questions(fields, name)]
-            except InvalidRecordError as error:
-                report.leave_out(name, error, where)
-                continue
-            for row, *counted in rows:
-                if row["id"] in ids:
-                    raise ValueError(
-                        f"{report.source!r} has two questions of the id {row['id']!r:.200}; ids must differ. "
-                        f"{fields.name('id')!r} is read as the id: if it is none, give the column another name."
-                    )
-                ids.add(row["id"])
-                if is_new:
-                    report.add(row, *counted)
-                yield number, row
+    def __call__(self, fields: Fields, name: str) -> list[dict]:
+        report = self.report
+        if report.number == 0:
+            self.ids.clear()
+        if isinstance(meta := fields.record.get("meta"), dict):
+            fields = Fields({**meta, **fields.record})
+        if report.benchmark == OWN_DATA:
+            report.add_columns(fields)
+        if self.split is not None and not self._is_of_the_split(fields):
+            report.other_splits += report.is_new
+            return []
+        language = str(fields.get("language", "en")).strip()
+        if report.benchmark != OWN_DATA and squash(language)[:2] != "en":
+            report.other_languages += report.is_new
+            return []
+        rows = [self._row(fields, *each, language) for each in _questions(fields, name)]
+        for row, derived, was_truth_value in rows:
+            if self.ids.setdefault(row["id"], report.number) != report.number:
+                raise ValueError(
+                    f"{report.source!r} has two questions of the id {row['id']!r:.200}; ids must differ. "
+                    f"{fields.name('id')!r} is read as the id: if it is none, give the column another name."
+                )
+            if report.is_new:
+                report.add(row, derived, was_truth_value)
+        return [row for row, *_ in rows]
 
     def _is_of_the_split(self, fields: Fields) -> bool:
         if (there := fields.get("split")) is None:
@@ -586,28 +477,25 @@ class _Reader:
     def _row(self, fields: Fields, name: str, question, answer, language: str) -> tuple[dict, bool, bool]:
         """A question of a record as a row; whether its answer type was derived, and its answer a truth value."""
         text = text_of(question) or ""
-        if text.count(IMAGE_PLACEHOLDER) > 1:
-            raise InvalidRecordError(f"its question is about {text.count(IMAGE_PLACEHOLDER)} images; allowed is one")
+        if (shown := text.count(IMAGE_PLACEHOLDER)) > 1:
+            raise InvalidRecordError(f"its question is about {shown} images; allowed is one")
         text = text.replace(IMAGE_PLACEHOLDER, "").strip()
         if not text:
             raise InvalidRecordError(f"`question` is {question!r:.200}")
-        was_truth_value, answer_type = isinstance(answer, bool), fields.get("answer_type")
+        was_truth_value, given = isinstance(answer, bool), fields.get("answer_type")
         answer = answer_text(answer)
-        derived = answer_type is None or not str(answer_type).strip()
-        if derived:
-            answer_type = derived_answer_type(answer)
-        elif (answer_type := ANSWER_TYPES.get(squash(answer_type))) is None:
-            given = f"{fields.get('answer_type')!r:.200}"
-            raise InvalidRecordError(f"`answer_type` is {given}, not one of {tuple(ANSWER_TYPES)}")
-        image, file_name = self._image(fields)
-        image_id = fields.get("image_id") or file_name or hashlib.sha256(image["bytes"]).hexdigest()
+        derived = given is None or not str(given).strip()
+        answer_type = derived_answer_type(answer) if derived else ANSWER_TYPES.get(squash(given))
+        if answer_type is None:
+            raise InvalidRecordError(f"`answer_type` is {given!r:.200}, not one of {tuple(ANSWER_TYPES)}")
+        image, image_id = self._image(fields)
         meta = {column: fields.get(column) for column in META}
         row = {
             "id": name,
             "dataset": self.report.benchmark,
             "split": self.report.split,
             "image": image,
-            "image_id": str(image_id),
+            "image_id": str(fields.get("image_id") or image_id),
             "question": text,
             "answer": answer,
             "answer_type": answer_type,
@@ -616,85 +504,45 @@ class _Reader:
         }
         return row, derived, was_truth_value
 
-    def _image(self, fields: Fields) -> tuple[dict, str | None]:
-        """The image as `datasets.Image` holds it, and the name of its file unless its bytes are there."""
+    def _image(self, fields: Fields) -> tuple[dict, str]:
+        """The image as `datasets.Image` holds it, and the name of its file, or a digest if there is none."""
+        fields.need("image")
         given = fields.get("image")
         if isinstance(given, list):
             if len(given) != 1:
                 raise InvalidRecordError(f"it has {len(given)} images; allowed is one")
             given = given[0]
-        if isinstance(given, dict):
-            given = given["bytes"] if given.get("bytes") else given.get("path")
-        if isinstance(given, (bytes, bytearray)):
-            return {"bytes": bytes(given), "path": None}, None
-        if given is None and not fields.names("image"):
-            raise InvalidRecordError(_no_column("image", fields.record))
-        if given is None:
-            raise MissingImageError("None")
-        if not isinstance(given, str):
-            raise InvalidRecordError(f"`image` is of type {type(given).__name__}; allowed are names of files and bytes")
-        if given[:5].lower() == "data:":
-            return {"bytes": None, "path": given}, hashlib.sha256(given.encode()).hexdigest()
-        return {"bytes": None, "path": self.images.find(given)}, given
+        image = self.images.stored(given)
+        if image["bytes"] is not None:
+            return image, hashlib.sha256(image["bytes"]).hexdigest()
+        name = given["path"] if isinstance(given, dict) else given
+        return image, hashlib.sha256(name.encode()).hexdigest() if name[:5].lower() == "data:" else name
 
 
 def _questions(fields: Fields, name: str) -> list[tuple[str, object, object]]:
     """The id, question and answer of a record, or of each turn of LLaVA-Med's conversation."""
-    record = fields.record
-    if not any(record.get(spelling) for spelling in SPELLINGS):
+    if not any(fields.record.get(spelling) for spelling in CONVERSATIONS):
         for column in ("question", "answer"):
-            if fields.name(column) is None:
-                raise InvalidRecordError(_no_column(column, record))
+            fields.need(column)
         return [(name, fields.get("question"), fields.get("answer"))]
-    messages = record_to_row({**record, "image": []}, name)["messages"]
-    turns = [message for message in messages if message["role"] != "system"]
-    if not turns or len(turns) % 2 or [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+    turns = [turn for turn in conversation_of(fields.record) if turn["role"] != "system"]
+    if not turns or [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
         raise InvalidRecordError("its turns are not questions and answers by turns")
-    shown = sum(part["type"] == "image" for turn in turns for part in turn["content"])
-    if shown > 1:
+    texts = [turn["content"] for turn in turns]
+    if (shown := sum(text.count(IMAGE_PLACEHOLDER) for text in texts[::2])) > 1:
         raise InvalidRecordError(f"its conversation is about {shown} images; allowed is one")
-    texts = ["".join(part["text"] for part in turn["content"] if part["type"] == "text") for turn in turns]
     pairs = list(zip(texts[::2], texts[1::2]))
     ids = [name] if len(pairs) == 1 else [f"{name}/{number}" for number in range(len(pairs))]
     return [(id_, *pair) for id_, pair in zip(ids, pairs)]
-
-
-def _no_column(column: str, record: dict) -> str:
-    return f"none of its columns {list(record)!r:.200} is its {column}; such are called {', '.join(COLUMNS[column])}"
-
-
-def _read_table(table: Dataset, reader: _Reader) -> Dataset:
-    """The rows of a table, whose images stay where they are: there may be gigabytes of them."""
-    numbers, texts = [], []
-    for number, row in reader.numbered_rows():
-        if row.pop("image")["bytes"] is None:  # a file, by a name that has to be found
-            return from_rows(reader.rows, VQA_FEATURES, streaming=False)
-        numbers.append(number)
-        texts.append(row)
-    if not texts:
-        return empty_dataset(VQA_FEATURES)
-    kept = table if numbers == list(range(len(table))) else table.select(numbers)
-    images = kept.select_columns(["image"]).cast_column("image", Image())
-    features = Features({name: feature for name, feature in VQA_FEATURES.items() if name != "image"})
-    rows = datasets.concatenate_datasets([Dataset.from_list(texts, features), images], axis=1)
-    return rows.select_columns(list(VQA_FEATURES))
 
 
 # What can be made of rows
 
 
 def record_to_messages(record: dict) -> dict:
-    """A row to train on, in the form of [`record_to_row`].
-
-    Args:
-        record: with `id`, `question`, `answer` and `image`.
-
-    Returns:
-        `{"id", "messages", "images"}`: the image's part, the question's text, and the answer.
-    """
-    turns = [{"from": "human", "value": record["question"]}, {"from": "gpt", "value": record["answer"]}]
-    row = record_to_row({"id": record["id"], "image": [""], "conversations": turns}, record["id"])
-    return {**row, "images": [record["image"]]}
+    """The row to train on, `{"id", "messages", "images"}`, of a row with `id`, `question`, `answer` and `image`."""
+    turns = [{"role": "user", "content": record["question"]}, {"role": "assistant", "content": record["answer"]}]
+    return {"id": record["id"], "messages": normalize_messages(turns, 1), "images": [record["image"]]}
 
 
 def training_open_answers(dataset: Dataset | IterableDataset) -> list[str]:
@@ -726,7 +574,7 @@ def check_image_overlap(train: Dataset | IterableDataset, test: Dataset | Iterab
 def _digests(dataset: Dataset | IterableDataset) -> dict[str, str]:
     """For each picture the SHA-256 of its file."""
     digests = {}
-    for row in _undecoded(dataset.select_columns(["image_id", "image"])):
+    for row in undecoded(dataset.select_columns(["image_id", "image"])):
         if row["image_id"] not in digests:
             content = image_source(row["image"])
             if isinstance(content, str):
@@ -734,36 +582,3 @@ def _digests(dataset: Dataset | IterableDataset) -> dict[str, str]:
                     content = file.read()
             digests[row["image_id"]] = hashlib.sha256(content).hexdigest()
     return digests
-
-
-def image_source(image):
-    """What the image processor's `fetch_images` takes of a row's image: bytes, or a path or URL.
-
-    Args:
-        image: as an undecoded data set holds it, `{"bytes", "path"}`, of which a path may lead into a zip archive.
-            Anything else is returned as it is.
-    """
-    if not isinstance(image, dict):
-        return image
-    if image.get("bytes") is not None:
-        return image["bytes"]
-    if str(image["path"]).startswith("zip://"):
-        with fsspec.open(image["path"]) as file:
-            return file.read()
-    return image["path"]
-
-
-__all__ = [
-    "BENCHMARKS",
-    "OWN_DATA",
-    "SOURCES",
-    "VQA_FEATURES",
-    "VQAReport",
-    "VQASource",
-    "check_image_overlap",
-    "image_source",
-    "load_own_vqa",
-    "load_vqa",
-    "record_to_messages",
-    "training_open_answers",
-]

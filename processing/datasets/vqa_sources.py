@@ -44,59 +44,35 @@ LLAVA_MED = "llava-med"
 PHANTOMS = "phantoms"
 # Of each benchmark, the first source is the default. For VQA-RAD and SLAKE it is one that says which questions are
 # closed: more than are answered by yes or no, of VQA-RAD's test questions 272, not 251.
-SOURCES: dict[str, dict[str, VQASource]] = {
-    "vqa-rad": {
-        "OctoMed/VQA-RAD": VQASource(
-            "OctoMed/VQA-RAD", _CC0, {TRAIN: (314, 3064, 1241, 1823), TEST: (203, 451, 179, 272)}
-        ),
-        "flaviagiammarino/vqa-rad": VQASource(
-            "flaviagiammarino/vqa-rad",
-            _CC0,
-            {TRAIN: (None, 1793, None, None), TEST: (203, 451, 200, 251)},
-            "bcf91e7654fb9d51c8ab6a5b82cacf3fafd2fae9",
-        ),
-        LLAVA_MED: VQASource(None, _CC0, {TRAIN: (314, 3064, 1241, 1823), TEST: (203, 451, 179, 272)}),
-    },
-    "slake": {
-        "BoKelvin/SLAKE": VQASource(
-            "BoKelvin/SLAKE",
-            _CC_BY,
-            {TRAIN: (450, 4919, 2976, 1943), VALIDATION: (96, 1053, 631, 422), TEST: (96, 1061, 645, 416)},
-            "a9083ce6c34ac3ffb17671a605962924d8a8f9e9",
-            zipped=True,
-        ),
-        # Validation is part of train.
-        "OctoMed/SLAKE": VQASource(
-            "OctoMed/SLAKE", _CC_BY, {TRAIN: (546, 5972, 3607, 2365), TEST: (96, 1061, 645, 416)}
-        ),
-        "mdwiratathya/SLAKE-vqa-english": VQASource(
-            "mdwiratathya/SLAKE-vqa-english",
-            _CC_BY,
-            {TRAIN: (450, 4919, None, None), VALIDATION: (96, 1053, None, None), TEST: (96, 1061, None, None)},
-            "8d18b4d5a4eae47101c1d9f57b99fc58df66f17e",
-        ),
-        LLAVA_MED: VQASource(
-            None,
-            _CC_BY,
-            {TRAIN: (450, 4919, 2976, 1943), VALIDATION: (96, 1053, 631, 422), TEST: (96, 1061, 645, 416)},
-        ),
-    },
-    "path-vqa": {
-        "flaviagiammarino/path-vqa": VQASource(
-            "flaviagiammarino/path-vqa",
-            _MIT,
-            {TRAIN: (None, 19654, None, None), VALIDATION: (None, 6259, None, None), TEST: (None, 6719, None, None)},
-            "1685832883334b5bb5beaf4e4b333fdeecaa4ad9",
-        ),
-        LLAVA_MED: VQASource(
-            None,
-            _MIT,
-            {TRAIN: (2599, 19755, 9949, 9806), VALIDATION: (832, 6279, 3144, 3135), TEST: (858, 6761, 3370, 3391)},
-        ),
-    },
-    # Drawn, not published: the counts of questions are the default's.
-    PHANTOMS: {PHANTOMS: VQASource(None, "as this package", {TEST: (300, 300, None, None)})},
+_RAD = {TRAIN: (314, 3064, 1241, 1823), TEST: (203, 451, 179, 272)}
+_SLAKE = {TRAIN: (450, 4919, 2976, 1943), VALIDATION: (96, 1053, 631, 422), TEST: (96, 1061, 645, 416)}
+_SLAKE_TOTALS = {split: (images, questions, None, None) for split, (images, questions, *_) in _SLAKE.items()}
+_PATH_MIRROR = {TRAIN: (None, 19654, None, None), VALIDATION: (None, 6259, None, None), TEST: (None, 6719, None, None)}
+_PATH = {TRAIN: (2599, 19755, 9949, 9806), VALIDATION: (832, 6279, 3144, 3135), TEST: (858, 6761, 3370, 3391)}
+_MIRROR_OF_RAD = {TRAIN: (None, 1793, None, None), TEST: (203, 451, 200, 251)}
+_WITHOUT_VALIDATION = {TRAIN: (546, 5972, 3607, 2365), TEST: _SLAKE[TEST]}  # it is part of train
+_PUBLISHED = {
+    "vqa-rad": (
+        ("OctoMed/VQA-RAD", _CC0, _RAD),
+        ("flaviagiammarino/vqa-rad", _CC0, _MIRROR_OF_RAD, "bcf91e7654fb9d51c8ab6a5b82cacf3fafd2fae9"),
+        (None, _CC0, _RAD),
+    ),
+    "slake": (
+        ("BoKelvin/SLAKE", _CC_BY, _SLAKE, "a9083ce6c34ac3ffb17671a605962924d8a8f9e9", True),
+        ("OctoMed/SLAKE", _CC_BY, _WITHOUT_VALIDATION),
+        ("mdwiratathya/SLAKE-vqa-english", _CC_BY, _SLAKE_TOTALS, "8d18b4d5a4eae47101c1d9f57b99fc58df66f17e"),
+        (None, _CC_BY, _SLAKE),
+    ),
+    "path-vqa": (
+        ("flaviagiammarino/path-vqa", _MIT, _PATH_MIRROR, "1685832883334b5bb5beaf4e4b333fdeecaa4ad9"),
+        (None, _MIT, _PATH),
+    ),
 }
+SOURCES: dict[str, dict[str, VQASource]] = {
+    benchmark: {each[0] or LLAVA_MED: VQASource(*each) for each in sources} for benchmark, sources in _PUBLISHED.items()
+}
+# Drawn, not published: the counts of questions are the default's.
+SOURCES[PHANTOMS] = {PHANTOMS: VQASource(None, "as this package", {TEST: (300, 300, None, None)})}
 BENCHMARKS = tuple(SOURCES)
 # Whether pictures of the test split were seen in training.
 LEAKAGE = {
@@ -106,6 +82,3 @@ LEAKAGE = {
     "path-vqa": "none: the splits share no image (2599 + 832 + 858 = 4289)",
     PHANTOMS: "none between sets of different seeds: every picture is drawn for its question",
 }
-
-
-__all__ = ["BENCHMARKS", "COUNTED", "LEAKAGE", "LLAVA_MED", "PHANTOMS", "SOURCES", "SPLITS", "VQASource"]

@@ -10,19 +10,19 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from datasets import Image, List
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lladamedv.evaluation.chat import read_judgments
 from lladamedv.evaluation.judge import parse_scores
 from lladamedv.processing.datasets import (
-    LoadReport,
-    llava_med_rows,
     load_chat_benchmark,
     load_vqa,
     read_records,
-    row_to_record,
 )
+from lladamedv.processing.datasets.messages import normalize_messages
+from lladamedv.trainers.data import DataSource, load_dataset_mixture
 from tests.tiny import random_image
 
 from .harness import Target, both_profiles
@@ -95,12 +95,15 @@ def written(content: bytes) -> Path:
     return path
 
 
-def llava_med(given) -> None:
+def training(given) -> None:
     content, policy = given
-    rows = list(llava_med_rows(written(content), folder(), LoadReport("records", policy)))
+    source = DataSource(str(written(content)), image_folder=str(folder()))
+    dataset, (report,) = load_dataset_mixture([source], invalid_records=policy)
+    rows = dataset.cast_column("images", List(Image(decode=False))).to_list()
+    assert len(rows) == report.rows
     for row in rows:
-        assert all(message["role"] in ("user", "assistant", "system") for message in row["messages"])
-        json.dumps(row_to_record(row), ensure_ascii=False).encode()
+        assert normalize_messages(row["messages"], len(row["images"])) == row["messages"]
+        json.dumps(row["messages"], ensure_ascii=False).encode()
 
 
 def vqa(given) -> None:
@@ -126,7 +129,7 @@ def table(rng: random.Random) -> bytes:
     """A table with a cell too many, a quotation mark or anything else somewhere in it."""
     lines = ["id,image,question,answer", *(f'{number},a.png,"Is it, {number}?",5' for number in range(3))]
     other = rng.choice((",", '"', "\n", "\r", "\0", "\t", "x" * 200_000, ""))
-    text = "\n".join(lines).replace(rng.choice(",5\"?"), other, 1)
+    text = "\n".join(lines).replace(rng.choice(',5"?'), other, 1)
     return rng.choice((text.encode(), mutate_bytes(text.encode(), rng), text.encode("utf-16")))
 
 
@@ -180,7 +183,7 @@ def scores(text: str) -> None:
 TARGETS = [
     Target("records", any_file, plain, share=1.5),
     Target("tables", table, cells),
-    Target("llava-med records", for_kind("llava"), llava_med),
+    Target("training records", lambda rng: for_kind(rng.choice(("llava", "vqa")))(rng), training),
     Target("vqa records", for_kind("vqa"), vqa, share=0.3, quick=20),
     Target("chat benchmark records", for_kind("chat"), chat),
     Target("judgments", judgments, finished),
@@ -211,7 +214,7 @@ def test_any_reply(examples):
 def test_what_is_no_file(place):
     for read in (
         lambda: list(read_records(place)),
-        lambda: list(llava_med_rows(place)),
+        lambda: load_dataset_mixture([place]),
         lambda: load_vqa("slake", path=place),
         lambda: load_chat_benchmark(place),
     ):

@@ -1,4 +1,4 @@
-"""What publications and users call the columns of questions about images, and what stands in them.
+"""What publications and users call the columns of their records, and what stands in them.
 
 Names are compared without case, blanks and marks: "Image Path" is `image_path`. Answers may be texts, numbers, truth
 values, or missing; all of them become text here, and in one way.
@@ -10,7 +10,6 @@ import math
 import re
 import unicodedata
 
-from .records import InvalidRecordError, text_of
 from .vqa_sources import SPLITS
 
 
@@ -33,8 +32,8 @@ COLUMNS = {
     "organ": ("organ", "image_organ"),
     "split": ("split",),
 }  # fmt: skip
+CONVERSATIONS = ("conversations", "conversatons")  # LLaVA-Med's alignment file has the second
 _WRAPPERS = {"data", "rows", "records", "items", "examples", "samples", "questions", "annotations", *SPLITS}
-_TURNS = {"messages", "conversations", "conversatons"}
 _FIRST_THAT_IS_THERE = ("question", "answer")
 ANSWER_TYPES = {
     "open": "open", "openended": "open", "freeform": "open", "other": "open", "number": "open",
@@ -46,6 +45,14 @@ _POLAR = re.compile(
     r"|\W*(?:true|false)\W*",
     re.IGNORECASE | re.DOTALL,
 )
+
+
+class InvalidRecordError(ValueError):
+    """A record that cannot become a row: the kind of reason, and what it is in this record, but not which record."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        self.reason = reason
+        super().__init__(f"{reason}: {detail:.300}" if detail else reason)
 
 
 def squash(name: object) -> str:
@@ -80,6 +87,22 @@ class Fields:
         name = self.name(column)
         return default if name is None else self.record[name]
 
+    def id(self, default: str) -> str:
+        """What the record is called."""
+        given = self.get("id", default)
+        return text_of(given) or str(given)
+
+    def need(self, column: str) -> None:
+        """
+        Raises:
+            InvalidRecordError: if no column of this record is the one.
+        """
+        if not self.names(column):
+            raise InvalidRecordError(
+                f"none of its columns {list(self.record)!r:.200} is its {column}; such are called "
+                f"{', '.join(COLUMNS[column])}"
+            )
+
 
 def unwrapped(record: dict, with_splits: bool = False) -> list[dict]:
     """The records in an object such as `{"data": [{…}, …]}`; or the record itself.
@@ -93,7 +116,8 @@ def unwrapped(record: dict, with_splits: bool = False) -> list[dict]:
         if name in _WRAPPERS and isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
     }
     wrapped = len(held) == 1 or (with_splits and held and {*held} <= {*SPLITS})
-    if not wrapped or Fields(record).name("question") not in (None, *_WRAPPERS) or not _TURNS.isdisjoint(record):
+    is_row = not {"messages", *CONVERSATIONS}.isdisjoint(record)
+    if not wrapped or is_row or Fields(record).name("question") not in (None, *_WRAPPERS):
         return [record]
     named = {*SPLITS} if with_splits else set()
     return [{"split": name, **each} if name in named else each for name, value in held.items() for each in value]
@@ -101,6 +125,19 @@ def unwrapped(record: dict, with_splits: bool = False) -> list[dict]:
 
 def _is_gap(value) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or value in ("", [])
+
+
+def text_of(value) -> str | None:
+    """A question or an answer as text: numbers as a table shows them, 5 also where a gap in the column made it 5.0.
+
+    Returns:
+        `None` for anything that is neither text nor a number.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not _is_gap(value):
+        return str(value)
+    return value if isinstance(value, str) else None
 
 
 def answer_text(value) -> str:
@@ -124,6 +161,3 @@ def answer_text(value) -> str:
 def derived_answer_type(answer: str) -> str:
     """The type of a question that has none: "closed" if its true answer is yes or no, or begins so before a mark."""
     return "closed" if _POLAR.fullmatch(unicodedata.normalize("NFKC", answer)) else "open"
-
-
-__all__ = ["ANSWER_TYPES", "COLUMNS", "Fields", "answer_text", "derived_answer_type", "squash", "unwrapped"]

@@ -7,14 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration, LLaDAMedVModel
-from lladamedv.modeling_lladamedv.checkpoint_layouts_lladamedv import (
+from lladamedv.modeling_lladamedv.released_lladamedv import (
     PRESETS,
     SPECIAL_TOKENS,
     choose_preset,
     convert_config,
-    detect_layout,
     read_checkpoint,
-    read_config,
     rename,
     resolve_source,
 )
@@ -29,7 +27,8 @@ def shapes(config):
 
 def report_of(folder, **options):
     checkpoint = read_checkpoint(folder, **options)
-    return checkpoint.match(shapes(checkpoint.config))[1]
+    config = checkpoint.build_config()
+    return checkpoint.compare(shapes(config), config)[1]
 
 
 def change_config(folder, **change):
@@ -119,6 +118,8 @@ def test_both_text_layouts_and_the_body_alone_give_the_same_model(tmp_path):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert all(torch.equal(value, states[0][f"model.{name}"]) for name, value in body.state_dict().items())
     assert models[0].dtype == torch.bfloat16 and models[0].generation_config.eos_token_id == [126348, 126081]
+    models[0].save_pretrained(tmp_path / "saved")
+    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == states[0].keys(), "our names, not the released"
 
 
 def test_subfolders_and_dtypes(tmp_path):
@@ -200,11 +201,11 @@ def test_other_vision_towers(tmp_path):
 
 
 def test_presets():
-    assert choose_preset("/somewhere/SLAKE_10E", "llava_llada") == "llada-medv-vqa"
-    assert choose_preset("XZDong123/LLaDA-MedV", "llava_llada") == "llada-medv"
-    assert choose_preset("anything", "llava_llada") == "llada-medv"
-    assert choose_preset("GSAI-ML/LLaDA-V", "llava_llada") == "llada-v"
-    assert choose_preset("LLaDA-V", "llada") == "llada", "a text-only model cannot have a prompt with images"
+    assert choose_preset("/somewhere/SLAKE_10E", text_only=False) == "llada-medv-vqa"
+    assert choose_preset("XZDong123/LLaDA-MedV", text_only=False) == "llada-medv"
+    assert choose_preset("anything", text_only=False) == "llada-medv"
+    assert choose_preset("GSAI-ML/LLaDA-V", text_only=False) == "llada-v"
+    assert choose_preset("LLaDA-V", text_only=True) == "llada", "a text-only model cannot have a prompt with images"
     for preset in PRESETS.values():
         assert preset.chat_template in CHAT_TEMPLATES
         assert preset.max_new_tokens % preset.block_length == 0
@@ -222,99 +223,73 @@ def test_the_preset_is_used_without_converting(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "config", "message"),
+    ("config", "weights", "message"),
     [
-        (["model.language_model.norm.weight"], {}, "own names already"),
-        (["model.transformer.wte.weight", "model.layers.0.x"], {}, "mixes two layouts"),
-        (["model.transformer.wte.weight", "model.mm_projector.0.bias"], {}, "mixes two layouts"),
-        (["model.mm_projector.0.bias"], {}, "a projector only"),
-        (["transformer.h.0.weight"], {}, "none of the released layouts"),
-        (["model.layers.0.x"], {"model_type": "llama"}, "`model_type` is 'llama'"),
-        (["model.layers.0.x"], {"model_type": "llada", "d_model": 8}, "the config of another one"),
-        (["model.transformer.wte.weight"], {"model_type": "llada"}, "the config of another one"),
-        (["model.layers.0.x", "model.mm_projector.0.bias"], {"model_type": "llada"}, "`model_type` is 'llada'"),
+        ({"model_type": "llama"}, {}, "of a model of type 'llama'; allowed are 'lladamedv', and as released 'llada'"),
+        ({}, {}, "of a model of type None"),
+        (released.OLMO_CONFIG, {"model.layers.0.x": 8}, r"layout llada\) holds keys that are not part of this layout"),
+        (released.LLAMA_CONFIG, {"model.transformer.ln_f.weight": 8}, r"layout llada_hf\) holds keys that are not"),
+        (released.LLAMA_CONFIG, {"model.mm_projector.0.bias": 8}, "not part of this layout: model.mm_projector"),
+        (released.LLAVA_CONFIG, {"model.mm_projector.0.bias": 8}, "A projector is no model: `lladamedv init"),
+        (released.OLMO_CONFIG, {}, r"holds no weights: no model\.safetensors, nor shards of it\.$"),
     ],
 )
-def test_layouts_that_are_none(keys, config, message):
+def test_folders_that_are_none(tmp_path, config, weights, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if weights:
+        save_file({key: torch.ones(size) for key, size in weights.items()}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
-        detect_layout(keys, config)
+        report_of(tmp_path).check(tmp_path)
 
 
-def test_no_weights(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(released.OLMO_CONFIG))
-    with pytest.raises(ValueError, match=r"holds no weights: no model\*\.safetensors\.$"):
+def test_pickled_weights_and_no_config(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
         read_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(released.OLMO_CONFIG))
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin.*pickled weights are not loaded"):
-        read_checkpoint(tmp_path)
-
-
-def test_broken_configs(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no config\.json"):
-        read_config(tmp_path)
-    for text in ("{", "[]"):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"config\.json"):
-            read_config(tmp_path)
+        report_of(tmp_path)
 
 
 def test_broken_shards(tmp_path):
     folder = released.write_olmo(tmp_path / "x", num_shards=3)
     second = folder / "model-00002-of-00003.safetensors"
     whole = second.read_bytes()
-    for cut in (whole[:-1], whole[:5], b""):
-        second.write_bytes(cut)
-        with pytest.raises(ValueError, match=r"model-00002-of-00003.*cut off or damaged"):
-            read_checkpoint(folder)
-    second.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ValueError, match="Git LFS pointer"):
-        read_checkpoint(folder)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    for content, message in ((whole[:-1], "cut off or damaged"), (b"", "cut off or damaged"), (pointer, "Git LFS")):
+        second.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"model-00002-of-00003.*{message}"):
+            report_of(folder)
     second.unlink()
-    with pytest.raises(ValueError, match=r"lacks files that its index names: model-00002-of-00003"):
-        read_checkpoint(folder)
-    second.write_bytes(whole)
-    read_checkpoint(folder)
+    with pytest.raises(ValueError, match=r"lacks files that its index names: 'model-00002-of-00003"):
+        report_of(folder)
 
 
 def test_broken_indexes(tmp_path):
     folder = released.write_olmo(tmp_path / "x", num_shards=2)
     index = folder / "model.safetensors.index.json"
-    original = json.loads(index.read_text())
-    key, other = sorted(original["weight_map"])[:2]
-
-    def broken(change, message):
+    places = json.loads(index.read_text())["weight_map"]
+    key, other = sorted(places)[:2]
+    first, second = (folder / places[name] for name in (key, other))
+    for change, message in (
+        ({}, "is not an index of weights"),
+        ({"weight_map": places | {key: places[other]}}, f"1 weights are not where the index of .* says, as {key}"),
+        ({"weight_map": places | {"model.x": places[key]}}, r"as model\.x: in model-.*, but found in None"),
+        ({"weight_map": dict.fromkeys(places, second.name)}, "does not name model-00001"),
+    ):
         index.write_text(json.dumps(change))
         with pytest.raises(ValueError, match=message):
-            read_checkpoint(folder)
-
-    weight_map = original["weight_map"]
-    broken({}, "is not an index of weights")
-    broken({"weight_map": weight_map | {key: weight_map[other]}}, "which the index of")
-    broken({"weight_map": weight_map | {"model.x": weight_map[key]}}, r"names model\.x, which no file holds")
-    save_file({"model.extra": torch.ones(1)}, folder / "model-extra.safetensors")
-    broken(original, "does not name model-extra")
-    (folder / "model-extra.safetensors").unlink()
+            report_of(folder)
+    index.write_text(json.dumps({"weight_map": places}))
+    save_file(load_file(first) | {other: load_file(second)[other]}, first)
+    with pytest.raises(ValueError, match=f"{other} is both in {first.name} and in {second.name}"):
+        report_of(folder)
     index.unlink()
     with pytest.raises(ValueError, match=r"without model\.safetensors\.index\.json"):
-        read_checkpoint(folder)
+        report_of(folder)
 
 
-def test_the_same_key_twice(tmp_path):
-    folder = released.write_olmo(tmp_path / "x", num_shards=2)
-    first = folder / "model-00001-of-00002.safetensors"
-    second = folder / "model-00002-of-00002.safetensors"
-    double = next(iter(load_file(second)))
-    save_file(load_file(first) | {double: load_file(second)[double]}, first)
-    with pytest.raises(ValueError, match="which the index of"):
-        read_checkpoint(folder)
-
-
-@pytest.mark.parametrize("source", ["no/such/folder", "nothing", "./missing", "a b/c"])
+@pytest.mark.parametrize("source", ["no/such/folder", "a b/c", "me/none"])
 def test_sources_that_are_nothing(source):
-    with pytest.raises(ValueError, match="neither a folder nor a Hub id"):
+    with pytest.raises(ValueError, match=f"'{source}' is no folder, and cannot be had from the Hub"):
         resolve_source(source)
-
-
-def test_a_hub_id_without_a_hub():
-    with pytest.raises(ValueError, match="cannot be had from the Hub"):
-        resolve_source("nobody/nothing")

@@ -1,7 +1,8 @@
-"""What may leave this machine: the files of a model's folder, checked one by one and together before they are pushed.
+"""The only place that checks the files of a folder: before a model is loaded from it, and before it is pushed.
 
-Only what is known to belong to a model is allowed. Pickles can run code when they are loaded, and tokens and paths are
-nobody else's business.
+Folders come from anywhere. To load one (`check_model`), its files must keep to it and state sizes that are there. To
+push one (`checked_files`), only what is known to belong to a model is allowed, and texts may hold no token and no path
+of this machine.
 """
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
+from lladamedv.modeling_lladamedv.released_lladamedv import FILES, Checkpoint, read_checkpoint, resolve_source
+from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_header, read_weights
 
 
 CARD = "README.md"
@@ -23,19 +30,20 @@ AUTO_CLASSES = (
     "AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor",
 )  # fmt: skip
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_OTHER_WEIGHTS = ("mm_projector.safetensors",)  # of stage 1, beside the model
+PROJECTOR = "mm_projector.safetensors"  # of stage 1, beside the model
+_TOWERS = ("*/config.json", "*/*/config.json")  # of vision towers in subfolders
+_LARGEST_JSON = 2**24  # bytes of a configuration or an index: Python takes about twenty times that to read it
 _MODEL_FILES = (
     CARD, "config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
     "chat_template.jinja",
 )  # fmt: skip
 _ADAPTER_FILES = (CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _ALLOWED = (
-    CARD, "LICENSE*", "NOTICE*", "*.json", "*.safetensors", "*.py", "*.jinja", "*.txt", "*.png", "*.jpg", "*.svg",
-    ".gitattributes", ".eval_results/*.yaml",
+    CARD, "LICENSE*", "NOTICE*", "*.json", "*.py", "*.jinja", "*.txt", "*.png", "*.jpg", "*.svg", ".gitattributes",
+    ".eval_results/*.yaml", "model.safetensors", "model-*-of-*.safetensors", PROJECTOR, ADAPTER_WEIGHTS,
 )  # fmt: skip
-# What a training leaves in its folder for itself (`lladamedv demo --train` in `progress`), by names of files and
-# folders: pickles, states of the optimiser, and reports that quote the data. Left out.
+# What a training leaves in its folder for itself, by names of files and folders: pickles, states of the optimiser, and
+# reports that quote the data. Left out.
 OF_TRAINING = (
     "checkpoint-*", "checkpoints*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", "latest",
     "zero_to_fp32.py", "trainer_state.json", "training_args.bin", "data_report.json", "answers.jsonl",
@@ -53,6 +61,85 @@ _TEXTS = (".json", ".md", ".py", ".jinja", ".txt", ".yaml")
 SECRET = re.compile(r"\b(?:hf_|sk-(?:proj-|ant-\w+-)?|gh[pousr]_|api_org_|github_pat_)[A-Za-z0-9]{20,}")
 _PATH = re.compile(r"(?<![\w./<~])/([\w.+-]+)(?:/[\w.+-]+)+|\bfile://|\b[A-Za-z]:(?:\\{1,2}[\w.+-]+){2,}")
 _ROOTS = {"home", "Users", "root", "tmp", "mnt", "media", "scratch", "Volumes", "workspace", "data", "private", "var"}
+
+
+# Before a model is loaded
+
+
+def check_model(source: str | Path, revision: str | None = None, with_weights: bool = True) -> tuple[Checkpoint, dict]:
+    """Check a folder or Hub repository before a model is loaded from it, and before memory is taken for its weights.
+
+    Args:
+        source: folder or Hub id of a model of this package or in a released layout.
+        revision: of `source` on the Hub.
+        with_weights: whether weights are going to be loaded, or the configuration alone.
+
+    Returns:
+        The checkpoint, and arguments with which `from_pretrained(source, revision=…, …)` loads it.
+
+    Raises:
+        ValueError: for the reasons of [`check_folder`] and [`read_checkpoint`]; if weights of the model are missing or
+            have other shapes, or the folder holds others.
+    """
+    checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)))
+    config = checkpoint.build_config()
+    expected = LLaDAMedVForConditionalGeneration.parameter_shapes(config)
+    files = list(checkpoint.folder.glob("*.safetensors"))
+    # Quantised weights, and those that several devices have saved, have names and shapes of their own.
+    if checkpoint.original.get("quantization_config") or any(file.name.startswith("shard-") for file in files):
+        stored = sum(file.stat().st_size for file in files)
+        needed = sum(torch.Size(shape).numel() for shape in expected.values())
+        if 4 * stored < needed:  # two bits a weight
+            raise ValueError(f"The checkpoint {str(source)!r} has {stored} bytes, too few for its {needed} weights.")
+    elif with_weights:
+        checkpoint.compare(expected, config)[1].check(source)
+    return checkpoint, checkpoint.loading_options(source, config)
+
+
+def check_folder(folder: str | Path) -> Path:
+    """See that the files of a local folder keep to that folder, and that its JSON can be read.
+
+    Links may lead to other files of the folder. The Hub's cache is made of links, which lead to the blobs of the same
+    repository or of the whole cache.
+
+    Args:
+        folder: of a model, of adapters, of a part of a model, or of a tokenizer.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: for a file that is a link to elsewhere or none that can be read, such as a pipe; or a configuration
+            or an index of more than 16 MB.
+    """
+    folder = Path(folder)
+    for file in (file for pattern in (*FILES, *_TOWERS) for file in folder.glob(pattern)):
+        if problem := _irregular(file, folder):
+            raise ValueError(
+                f"{str(file)!r} {problem}; allowed are files, and links to what is within the same folder. Copy what a "
+                "link leads to, if that can be trusted."
+            )
+        is_read = file.name.endswith("config.json") or ".index." in file.name
+        if is_read and file.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"{str(file)!r} has {file.stat().st_size} bytes; allowed are at most {_LARGEST_JSON}.")
+    return folder
+
+
+def _irregular(file: Path, folder: Path) -> str | None:
+    """What a path of a folder is, if it is neither a file nor a folder in it."""
+    # Not `Path.resolve`, which raises RuntimeError for links in a circle.
+    place, home = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
+    homes = [home]
+    for repository in home.parents:  # models--OWNER--NAME/snapshots/REVISION
+        if repository.name.startswith("models--") and home.relative_to(repository).parts[0] == "snapshots":
+            homes += [repository, repository.parent / "blobs"]
+    if not any(place.is_relative_to(each) for each in homes):
+        return f"is a link to what is outside the folder ({str(place)!r})"
+    # Reading a pipe may never end.
+    return None if place.is_file() or place.is_dir() else "is no file"
+
+
+# Before a folder is pushed
 
 
 def checked_files(
@@ -78,13 +165,19 @@ def checked_files(
         ValueError: with everything that is wrong.
     """
     files, left_out, problems = {}, [], []
-    for name, path in _walk(folder):
-        if any(fnmatchcase(part, pattern) for part in _lineage(name) for pattern in (*leave_out, *OF_TRAINING)):
-            left_out.append(name)
-        elif problem := _why_not(folder, name, path):
-            problems.append(f"{name} {problem}")
-        else:
-            files[name] = path
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        for path in (Path(place, name) for name in sorted([*names, *links])):
+            name = path.relative_to(folder).as_posix()
+            parts = name.split("/")
+            lineage = [*parts, *("/".join(parts[:depth]) for depth in range(2, len(parts) + 1))]
+            if any(fnmatchcase(part, pattern) for part in lineage for pattern in (*leave_out, *OF_TRAINING)):
+                left_out.append(name)
+            elif problem := _irregular(path, folder) or _why_not(name, path):
+                problems.append(f"{name} {problem}")
+            else:
+                files[name] = path
     files |= changes or {}
     problems = problems or [*check(files)] or [*_private_texts(files, secret)]
     if problems:
@@ -95,26 +188,8 @@ def checked_files(
     return files, tuple(left_out)
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    """All files, and folders that are links, with their names relative to `folder`."""
-    for place, folders, names in os.walk(folder):
-        folders.sort()
-        links = [name for name in folders if Path(place, name).is_symlink()]
-        for name in sorted([*names, *links]):
-            path = Path(place, name)
-            yield path.relative_to(folder).as_posix(), path
-
-
-def _lineage(name: str) -> list[str]:
-    """A file's name in the repository and those of the folders above it, in full and alone."""
-    parts = name.split("/")
-    return [*parts, *("/".join(parts[:depth]) for depth in range(2, len(parts) + 1))]
-
-
-def _why_not(folder: Path, name: str, path: Path) -> str | None:
+def _why_not(name: str, path: Path) -> str | None:
     """Why a file does not belong in a repository."""
-    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-        return "is a link to what is outside the folder"
     if not path.is_file():
         return "is no file"
     allowed = any(fnmatchcase(name, pattern) for pattern in _ALLOWED)
@@ -134,7 +209,7 @@ def check_model_files(files: dict[str, Path | bytes]) -> Iterator[str]:
     if "config.json" not in contents:
         return
     config = contents["config.json"]
-    if config.get("model_type") != "lladamedv":
+    if config.get("model_type") != LLaDAMedVConfig.model_type:
         yield f"config.json is of a model of type {config.get('model_type')!r}, not 'lladamedv' (see lladamedv convert)"
         return
     auto_map = config.get("auto_map", {})
@@ -158,9 +233,16 @@ def check_adapter_files(files: dict[str, Path | bytes]) -> Iterator[str]:
     """What is wrong with adapters' files."""
     yield from (f"{name} is missing" for name in _ADAPTER_FILES if name not in files)
     yield from _check_texts(files, {})
-    for name, path in files.items():
-        if name.endswith(".safetensors"):
-            yield from _read_header(name, path, {})
+    if ADAPTER_WEIGHTS in files:
+        yield from _errors(read_header, files[ADAPTER_WEIGHTS])
+
+
+def _errors(check: Callable, *arguments) -> Iterator[str]:
+    """The error that a check raises, if it does."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        yield str(error)
 
 
 def _check_texts(files: dict[str, Path | bytes], contents: dict[str, object]) -> Iterator[str]:
@@ -186,47 +268,22 @@ def _check_texts(files: dict[str, Path | bytes], contents: dict[str, object]) ->
 
 def _check_weights(files: dict[str, Path | bytes], contents: dict[str, object]) -> Iterator[str]:
     """Shards that are damaged, missing, or others than the index says."""
-    shards = [name for name in files if name.endswith(".safetensors") and name not in _OTHER_WEIGHTS]
-    sizes, places = {}, {}
-    for name in shards:
-        yield from _read_header(name, files[name], places)
-        sizes[name] = _data_size(files[name])
-    if _INDEX not in files:
-        if shards != [_WEIGHTS]:
-            yield f"weights are {', '.join(shards) or 'missing'}; without {_INDEX} only {_WEIGHTS} is allowed"
-        return
-    index = contents.get(_INDEX, {})
-    if "weight_map" not in index:
-        yield f"{_INDEX} has no weight_map"
-        return
-    weight_map, named = index["weight_map"], set(index["weight_map"].values())
-    yield from (f"{name} is named in {_INDEX} and missing" for name in sorted(named - set(shards)))
-    yield from (f"{name} is not named in {_INDEX}" for name in sorted(set(shards) - named))
-    if named == set(shards) and weight_map != places:
-        wrong = sorted(key for key in {*weight_map, *places} if weight_map.get(key) != places.get(key))
-        yield f"{len(wrong)} weights are not where {_INDEX} says, as {wrong[0]}"
-    total = (index.get("metadata") or {}).get("total_size")
-    if named == set(shards) and total is not None and total != sum(sizes.values()):
-        yield f"weights have {sum(sizes.values())} bytes, but {_INDEX} says {total}"
-
-
-def _read_header(name: str, path: Path, places: dict[str, str]) -> Iterator[str]:
-    """What is wrong with a file of weights; its keys are put into `places`."""
-    try:
-        with safe_open(path, framework="np") as stored:  # also compares the header with the file's size
-            places |= dict.fromkeys(stored.keys(), name)
-    except (SafetensorError, OSError) as error:
-        yield f"{name} is cut off or damaged ({error})"
-
-
-def _data_size(path: Path) -> int:
-    """Bytes of weights in a safetensors file, without the header that its first 8 bytes give the length of."""
-    with open(path, "rb") as file:
-        return max(0, path.stat().st_size - 8 - int.from_bytes(file.read(8), "little"))
+    weights = [file for name, file in files.items() if isinstance(file, Path) and "/" not in name]
+    problems = [*_errors(read_weights, weights)]
+    yield from problems
+    if PROJECTOR in files:
+        yield from _errors(read_header, files[PROJECTOR])
+    total = (contents.get(SAFE_WEIGHTS_INDEX_NAME, {}).get("metadata") or {}).get("total_size")
+    if total is not None and not problems:
+        shards = [file for file in weights if file.match("model-*.safetensors")]
+        # The first 8 bytes of a file are the length of its header.
+        sizes = [file.stat().st_size - 8 - int.from_bytes(file.open("rb").read(8), "little") for file in shards]
+        if total != sum(sizes):
+            yield f"weights have {sum(sizes)} bytes, but {SAFE_WEIGHTS_INDEX_NAME} says {total}"
 
 
 def _private_texts(files: dict[str, Path | bytes], secret: str | None) -> Iterator[str]:
-    """Tokens, and paths of this machine, that nobody else should read. A token is never quoted."""
+    """Tokens, and paths of this machine. A token is never quoted."""
     for name, file in files.items():
         if name.endswith(".safetensors"):
             with safe_open(file, framework="np") as stored:
@@ -257,8 +314,11 @@ __all__ = [
     "ADAPTER_WEIGHTS",
     "AUTO_CLASSES",
     "CARD",
+    "PROJECTOR",
     "SECRET",
     "check_adapter_files",
+    "check_folder",
+    "check_model",
     "check_model_files",
     "checked_files",
 ]

@@ -1,0 +1,75 @@
+"""Registers our classes with Transformers' Auto classes as soon as Transformers is imported, and not before.
+
+Transformers takes seconds to import, with PyTorch, and has no lazy registration for classes of others. So the modules
+that lead to ours are watched while they are imported, and the classes are registered when the outermost one is done.
+"""
+
+import sys
+from importlib.abc import MetaPathFinder
+
+
+_WATCHED = ("lladamedv.modeling_lladamedv.", "lladamedv.processing.")
+
+
+def register() -> None:
+    """Register the classes, once."""
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
+
+    from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration, LLaDAMedVModel
+    from lladamedv.processing import LLaDAMedVImageProcessor, LLaDAMedVProcessor
+
+    AutoConfig.register("lladamedv", LLaDAMedVConfig)
+    AutoModel.register(LLaDAMedVConfig, LLaDAMedVModel)
+    AutoModelForCausalLM.register(LLaDAMedVConfig, LLaDAMedVForConditionalGeneration)
+    AutoModelForImageTextToText.register(LLaDAMedVConfig, LLaDAMedVForConditionalGeneration)
+    AutoModelForMultimodalLM.register(LLaDAMedVConfig, LLaDAMedVForConditionalGeneration)
+    AutoImageProcessor.register(LLaDAMedVConfig, image_processor_classes={"pil": LLaDAMedVImageProcessor})
+    AutoProcessor.register(LLaDAMedVConfig, LLaDAMedVProcessor)
+
+
+class _Watch(MetaPathFinder):
+    """Finds nothing itself: it has what others find counted while it is executed."""
+
+    def __init__(self):
+        self.executing = 0
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers" and not name.startswith(_WATCHED):
+            return None
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = self._counted(spec.loader.exec_module)
+        return spec
+
+    def _counted(self, execute):
+        def exec_module(module):
+            self.executing += 1
+            try:
+                execute(module)
+            finally:
+                self.executing -= 1
+            if not self.executing and self in sys.meta_path and "transformers" in sys.modules:
+                sys.meta_path.remove(self)
+                register()
+
+        return exec_module
+
+
+def install() -> None:
+    """Register now if Transformers is imported already, or else when it is."""
+    if "transformers" in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _Watch())
+
+
+__all__ = ["install", "register"]
