@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
+from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 
 from .answering import answer_batch, open_image, question_about, undecoded
@@ -76,29 +76,31 @@ def analyze_decoding(
     """Answer all questions with every combination of canvas, block and steps, and compare.
 
     Each combination is a run of its own in a sub-folder (`L256-B64-Z128`): interrupted, it continues where it was, and
-    several processes (torchrun, `accelerate launch`) share it. Only the main process writes reports.
+    several processes (torchrun, `accelerate launch`) share it. Times are from the chat template to the text; before its
+    first batch a process answers that batch once untimed, because the first pass of a shape is slow.
 
     Args:
         model, processor: as loaded.
         records: each with `id`, `image`, `question` and, to be scored, `answer`, `answer_type` and `image_id`: dicts,
-            or the rows of `processing.datasets.load_vqa`. Those without an answer are asked and not scored.
+            or the rows of `load_vqa`. Those without an answer are asked and not scored.
         folder: where the runs and the reports are; made if it does not exist.
         steps, max_new_tokens, block_length: denoising steps for the whole canvas (Z), its length (L) and that of its
             blocks (B), in tokens; their cross product is taken. Combinations that `generate` does not allow are listed.
         batch_size: questions at a time; the seconds per question are those of a batch divided by its size.
-        full_canvas: let nothing end an answer: `min_new_tokens` is the canvas, end and padding tokens are not proposed,
-            and stop strings do not count. Answers that end early hide the repetition, which grows where the canvas must
-            be filled. Scores then say little: what follows the true answer is counted too.
+        full_canvas: let nothing end an answer (no end or padding token is proposed, stop strings do not count). Answers
+            that end early hide the repetition, which grows where the canvas must be filled. Scores then say little:
+            what follows the true answer is counted too.
         extra_options: further options of `generate`, the same for all combinations.
         name: what to call the model.
         example_id: the question to show the answers of; by default the one with the longest answer, in words, at the
             most steps of the first canvas and block.
         bootstrap_samples: how often the images are drawn anew for the 95 % intervals; 0 computes none.
         seed: of these draws, and of sampling where the options sample.
-        report: called with each line of text.
+        report: called with each line of text, in the main process.
 
     Returns:
-        JSON-able, and also in `summary.json` and, shorter, in `summary.md` and `decoding.csv`:
+        JSON-able, and also in `summary.json` and, shorter, in `summary.md` and `decoding.csv`; `None` for a number
+        where nothing could be counted:
         - name, num_questions, num_scored, full_canvas, extra_options, bootstrap_samples, seed, example_id;
         - example: its question, and for each combination its answer in pieces, one for each token;
         - combinations: for each, its max_new_tokens, block_length and steps, and
@@ -109,18 +111,14 @@ def analyze_decoding(
               without white space are one word. The answer is tokenised anew for that;
             - closed_accuracy and open_recall from 0 to 100 (the metric `medical_vqa`);
             - with `bootstrap_samples`, `_ci95` of rep_n and of both scores;
-            - measured_on: the devices, data type, CPU threads and batch size that the times are of, and how many
-              questions each; times are kept when a run continues, and more than one entry means mixed times;
+            - measured_on: the devices, data types, CPU threads and batch sizes that the times are of, and how many
+              questions each; more than one entry means mixed times;
         - not_allowed: the other combinations, each with its `reason`;
         - plots: names of the figures; none without matplotlib.
-        Numbers are `None` where nothing could be counted.
 
     Raises:
         ValueError: before any question is asked, for a value that is not allowed, records without what is needed, or if
             no combination is allowed; and as `run_items` does.
-
-    Times are from the chat template to the text, on the machine that answers. Before its first batch a process answers
-    that batch once untimed, because the first pass of a shape is slow.
     """
     extra_options = extra_options or {}
     records = undecoded(records)
@@ -232,12 +230,6 @@ def _combinations(
     taken = sorted({*swept, *(_endless(model, 1) if full_canvas else ())} & set(extra_options))
     if taken:
         raise ValueError(f"`extra_options` has {taken}, which are set by arguments of their own.")
-    LLaDAMedVGenerationConfig(**extra_options)
-    for option, values in swept.items():
-        if not values:
-            raise ValueError(f"`{option}` is {values!r}; at least one value is needed.")
-        for value in values:
-            LLaDAMedVGenerationConfig(**{option: value})
     allowed, not_allowed = [], []
     for values in product(*(dict.fromkeys(values) for values in swept.values())):
         combination = dict(zip(swept, values))
@@ -249,7 +241,7 @@ def _combinations(
             allowed.append((combination, options))
         except ValueError as error:
             not_allowed.append({**combination, "reason": str(error)})
-    if not allowed:
+    if not allowed:  # also where a list of values is empty
         reasons = " ".join(f"{_folder_name(one)}: {one['reason']}" for one in not_allowed)
         raise ValueError(f"No combination of `max_new_tokens`, `block_length` and `steps` is allowed. {reasons}")
     return allowed, not_allowed
@@ -316,12 +308,10 @@ def _measure(predictions: list[dict], items: list[dict], tokenizer, bootstrap_sa
         kept = [f"{kind}_{size}" for size in NGRAM_SIZES for kind in ("distinct", "rep")]
         repetition |= {f"{prefix}{name}": found[name] for name in (*kept, "longest_run", "mean_longest_run")}
         for size in NGRAM_SIZES if bootstrap_samples else ():
-            repeated = [(one[f"distinct_{size}"], image) for one, image in zip(found["items"], image_ids)]
-            repeated = [(1 - distinct, image) for distinct, image in repeated if distinct is not None]
-            interval = None
-            if repeated:
-                shares, images = zip(*repeated)
-                interval = bootstrap_intervals(np.array(shares)[:, None], images, bootstrap_samples, seed)
+            distinct = [(one[f"distinct_{size}"], image) for one, image in zip(found["items"], image_ids)]
+            counted = [(1 - share, image) for share, image in distinct if share is not None]
+            shares, images = np.array([[share] for share, _ in counted]), [image for _, image in counted]
+            interval = bootstrap_intervals(shares, images, bootstrap_samples, seed)  # None for one image or none
             repetition[f"{prefix}rep_{size}_ci95"] = None if interval is None else interval[0].tolist()
     scored = [(text, item) for text, item in zip(texts, items) if item["answer"] is not None]
     scores = {}
@@ -361,12 +351,11 @@ def _draw(folder: Path, summary: dict) -> None:
     title = f"{summary['name']}, {summary['num_questions']} questions, {canvas}"
     for file, labels in _FIGURES.items():
         panels = {}
-        for label, column in labels.items():
-            if any(one[column] is not None for one in results):
-                for one in results:
-                    line = f"L {one['max_new_tokens']}, B {one['block_length']}"
-                    panels.setdefault(label, {}).setdefault(line, []).append((one["steps"], one[column]))
-        line_plots(folder / file, panels, "steps Z", title)
+        for one, (label, column) in product(results, labels.items()):
+            line = f"L {one['max_new_tokens']}, B {one['block_length']}"
+            panels.setdefault(label, {}).setdefault(line, []).append((one["steps"], one[column]))
+        counted = {label for label, column in labels.items() if any(one[column] is not None for one in results)}
+        line_plots(folder / file, {label: panels[label] for label in labels if label in counted}, "steps Z", title)
         summary["plots"].append(file)
 
 
@@ -374,12 +363,10 @@ def _to_csv(results: list[dict]) -> str:
     """One line per combination; of an interval its two ends, of the machines their JSON."""
     rows = []
     for one in results:
-        row = {}
-        for key, value in one.items():
-            if key.endswith("_ci95"):
-                row[f"{key}_low"], row[f"{key}_high"] = value or (None, None)
-            else:
-                row[key] = json.dumps(value) if isinstance(value, list) else value
+        row = {key: value for key, value in one.items() if not key.endswith("_ci95")}
+        row["measured_on"] = json.dumps(row["measured_on"])
+        for key in sorted(one.keys() - row.keys()):
+            row[f"{key}_low"], row[f"{key}_high"] = one[key] or (None, None)
         rows.append(row)
     file = io.StringIO()
     writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -390,18 +377,16 @@ def _to_csv(results: list[dict]) -> str:
 
 def to_markdown(summary: dict) -> str:
     """The summary for readers, beside the published numbers."""
-
-    def cell(one: dict, column: str) -> str:
-        interval = one.get(f"{column}_ci95")
-        return number(one[column]) + (f" [{number(interval[0])}, {number(interval[1])}]" if interval else "")
-
     results = summary["combinations"]
-    rows = [[cell(one, column) for column in _COLUMNS.values()] for one in results]
-    machines = {
-        f"{used['device']}, {used['dtype']}, {used['threads']} CPU threads, {used['batch_size']} questions at a time"
-        for one in results
-        for used in one["measured_on"]
-    }
+    rows, machines = [], set()
+    for one in results:
+        intervals = [one.get(f"{column}_ci95") for column in _COLUMNS.values()]
+        ends = ["" if ends is None else f" [{number(ends[0])}, {number(ends[1])}]" for ends in intervals]
+        rows.append([number(one[column]) + end for column, end in zip(_COLUMNS.values(), ends)])
+        for used in one["measured_on"]:
+            machine = "{device}, {dtype}, {threads} CPU threads, {batch_size} questions at a time".format(**used)
+            machines.add(machine)
+    answers = [[*row[: len(_SWEPT)], _marked(pieces)] for row, pieces in zip(rows, summary["example"]["answers"])]
     lines = [
         f"# Decoding: {summary['name']}",
         "",
@@ -415,10 +400,11 @@ def to_markdown(summary: dict) -> str:
         if summary["full_canvas"]
         else "Answers end where the model ends them, which hides repetition behind the end.",
         "",
+        f"Times were measured on: {'; '.join(sorted(machines))}.",
+        "",
     ]
     if summary["extra_options"]:
         lines += [f"Options: {', '.join(f'{key} {value}' for key, value in summary['extra_options'].items())}.", ""]
-    lines += [f"Times were measured on: {'; '.join(sorted(machines))}.", ""]
     if any(len(one["measured_on"]) > 1 for one in results):
         lines += ["**Some combinations were measured under more than one of these; their times are mixed.**", ""]
     if summary["not_allowed"]:
@@ -426,16 +412,12 @@ def to_markdown(summary: dict) -> str:
         lines += [*(f"- {_folder_name(one)}: {one['reason']}" for one in summary["not_allowed"]), ""]
     for name in summary["plots"]:
         lines += [f"![{name}]({name})", ""]
-    answers = zip(results, summary["example"]["answers"])
     lines += [
         f"## Answers to question {summary['example_id']}",
         "",
         f"{_escaped(summary['example']['question'])} Bold: repeats the token before.",
         "",
-        *markdown_table(
-            ["L", "B", "Z", "answer"],
-            [[*(str(one[key]) for key in _SWEPT), _marked(pieces)] for one, pieces in answers],
-        ),
+        *markdown_table([*list(_COLUMNS)[: len(_SWEPT)], "answer"], answers),
         "## Published",
         "",
         "Table 3 and the ablations of LLaDA-MedV (arXiv 2508.01617): an 8-billion-parameter model on its authors' "
@@ -444,27 +426,23 @@ def to_markdown(summary: dict) -> str:
         "Overall is the score of the judge relative to text-only GPT-4, which is not measured here.",
         "",
         *markdown_table(
-            ["model", "T/Q, s", "W/Q", "T/W, s", "Z", "Overall, %"],
-            [[number(value) for value in row] for row in PUBLISHED_EFFICIENCY],
+            ["model", "T/Q, s", "W/Q", "T/W, s", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_EFFICIENCY]
         ),
         "LLaDA-MedV there: L 256, B 64.",
         "",
-        *markdown_table(
-            ["L", "B", "Z", "Overall, %"], [[number(value) for value in row] for row in PUBLISHED_ABLATION]
-        ),
+        *markdown_table(["L", "B", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_ABLATION]),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _marked(pieces: list[str]) -> str:
     """An answer in a cell of a table, with pieces in bold that repeat the one before."""
-    shown, previous = [], None
+    shown, previous = "", None
     for piece in pieces:
         core, text = piece.strip().lower(), _escaped(piece)
-        repeats = core and core == previous
-        shown.append(text.replace(text.strip(), f"**{text.strip()}**") if repeats else text)
+        shown += text.replace(text.strip(), f"**{text.strip()}**") if core and core == previous else text
         previous = core or previous
-    return "".join(shown).strip() or "–"
+    return shown.strip() or "–"
 
 
 def _escaped(text: str) -> str:
