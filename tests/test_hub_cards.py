@@ -22,7 +22,7 @@ from peft import LoraConfig
 from PIL import Image
 
 from lladamedv.demo import DEMO_MODEL, load_model
-from lladamedv.evaluation.chat_benchmark import summarize
+from lladamedv.evaluation.chat import summarize
 from lladamedv.evaluation.vqa import evaluate_vqa
 from lladamedv.hub_cards import (
     COMPONENTS,
