@@ -1,7 +1,7 @@
 """What may leave this machine: the files of a model's folder, checked one by one and together before they are pushed.
 
 Only what is known to belong to a model is allowed. Pickles can run code when they are loaded, and tokens and paths are
-nobody else's business.
+private.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
+
+from .privacy import SECRET
 
 
 CARD = "README.md"
@@ -50,7 +52,6 @@ _REFUSED = {
     (".*",): "is hidden",
 }
 _TEXTS = (".json", ".md", ".py", ".jinja", ".txt", ".yaml")
-SECRET = re.compile(r"\b(?:hf_|sk-(?:proj-|ant-\w+-)?|gh[pousr]_|api_org_|github_pat_)[A-Za-z0-9]{20,}")
 _PATH = re.compile(r"(?<![\w./<~])/([\w.+-]+)(?:/[\w.+-]+)+|\bfile://|\b[A-Za-z]:(?:\\{1,2}[\w.+-]+){2,}")
 _ROOTS = {"home", "Users", "root", "tmp", "mnt", "media", "scratch", "Volumes", "workspace", "data", "private", "var"}
 
@@ -257,7 +258,6 @@ __all__ = [
     "ADAPTER_WEIGHTS",
     "AUTO_CLASSES",
     "CARD",
-    "SECRET",
     "check_adapter_files",
     "check_model_files",
     "checked_files",
