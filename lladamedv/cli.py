@@ -6,6 +6,7 @@ Each command checks its words first, then calls `quiet`, which imports PyTorch, 
 import json
 import os
 import re
+import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -270,6 +271,8 @@ def serve(
     from lladamedv.serving import build_api, make_server
 
     find_device(source.device)
+    # Inherited by connections; without it each part of a stream would wait for the one before to be acknowledged.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     model = source.model
     name = "lladamedv-demo" if model == DEMO else Path(model).resolve().name if Path(model).is_dir() else model
     options = {"name": name, "max_queue": max_queue, "max_upload_size": max_upload_size * 1_000_000}

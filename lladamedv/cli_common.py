@@ -262,7 +262,7 @@ def generation_options(without: Sequence[str] = (), **defaults: int) -> Group:
     for name, option in OPTIONS.items():
         if name not in without and option.role != "model" and _is_shown(name):
             is_switch = option.types == (bool,)
-            more = {} if is_switch else {"metavar": option.type_names.upper().replace(" OR ", "|")}
+            more = {} if is_switch else {"metavar": f"<{option.type_names.partition(' ')[0]}>"}
             if name in defaults:
                 more["show_default"] = str(defaults[name])
             help = f"{option.meaning.partition('. ')[0].removesuffix('.')}."
@@ -301,7 +301,10 @@ def check_generation(model: str | None, options: dict, partial: bool = False) ->
     if not options:
         return
     _silence()
-    from lladamedv.modeling_lladamedv.generation_config_lladamedv import LLaDAMedVGenerationConfig, complete_options
+    from lladamedv.modeling_lladamedv.generation_config_lladamedv import (
+        LLaDAMedVGenerationConfig,
+        resolve_generation_config,
+    )
 
     own = LLaDAMedVGenerationConfig(**options)
     folder = None if model is None or partial else loading.find_folder(model)
@@ -311,7 +314,7 @@ def check_generation(model: str | None, options: dict, partial: bool = False) ->
         own = LLaDAMedVGenerationConfig.from_pretrained(folder)
     except (OSError, ValueError):  # loading the model tells what is wrong with it
         return
-    complete_options(own, own, options | {"return_dict_in_generate": True})
+    resolve_generation_config(own, own, options | {"return_dict_in_generate": True})
 
 
 # Serving: what `app` and `serve` share
