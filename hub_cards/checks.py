@@ -24,6 +24,8 @@ from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditiona
 from lladamedv.modeling_lladamedv.released_lladamedv import FILES, Checkpoint, read_checkpoint, resolve_source
 from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_header, read_weights
 
+from .privacy import SECRET
+
 
 CARD = "README.md"
 AUTO_CLASSES = (
@@ -58,7 +60,6 @@ _REFUSED = {
     (".*",): "is hidden",
 }
 _TEXTS = (".json", ".md", ".py", ".jinja", ".txt", ".yaml")
-SECRET = re.compile(r"\b(?:hf_|sk-(?:proj-|ant-\w+-)?|gh[pousr]_|api_org_|github_pat_)[A-Za-z0-9]{20,}")
 _PATH = re.compile(r"(?<![\w./<~])/([\w.+-]+)(?:/[\w.+-]+)+|\bfile://|\b[A-Za-z]:(?:\\{1,2}[\w.+-]+){2,}")
 _ROOTS = {"home", "Users", "root", "tmp", "mnt", "media", "scratch", "Volumes", "workspace", "data", "private", "var"}
 
@@ -315,7 +316,6 @@ __all__ = [
     "AUTO_CLASSES",
     "CARD",
     "PROJECTOR",
-    "SECRET",
     "check_adapter_files",
     "check_folder",
     "check_model",

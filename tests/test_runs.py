@@ -152,7 +152,7 @@ def test_what_is_refused_loses_nothing(tmp_path):
         run_items(ids, lambda places: squares(places)[:1], tmp_path / "short", {}, batch_size=2)
 
     (folder / "predictions.jsonl").write_text('{"id": "5"}\n')
-    with pytest.raises(ValueError, match="'5' at line 1, which is no item here"):
+    with pytest.raises(ValueError, match="'5' at line 1, which is no item"):
         run_items(ids, squares, folder, {"steps": 4, "revision": None})
     (folder / "run.json").unlink()
     with pytest.raises(ValueError, match=r"holds .*predictions.jsonl.* but no run.json"):

@@ -9,9 +9,10 @@ from datasets import Dataset, Image
 from peft import LoraConfig, get_peft_model
 
 from lladamedv.evaluation import vqa
-from lladamedv.evaluation.answering import answer_batch, model_fingerprint, question_about
+from lladamedv.evaluation.answering import answer_batch, question_about
 from lladamedv.evaluation.decoding_analysis import analyze_decoding
-from lladamedv.evaluation.published_vqa import LLADA_MEDV, PUBLISHED_VQA
+from lladamedv.evaluation.published import LLADA_MEDV, PUBLISHED_VQA
+from lladamedv.evaluation.run_settings import model_fingerprint
 from lladamedv.loading import load_model
 from lladamedv.processing.datasets import VQA_FEATURES, VQAReport, load_vqa
 

@@ -1,17 +1,27 @@
-"""The open-ended benchmark: its file, files of answers, and the arithmetic from judgments to scores."""
+"""The open-ended chat benchmark: its file, files of answers, judgments that are neither lost nor paid twice, scores."""
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
-from lladamedv.evaluation.chat_benchmark import read_answers, summarize, to_markdown, write_summary
-from lladamedv.evaluation.judge import OpenAIJudge
-from lladamedv.evaluation.judging import judge_answers
-from lladamedv.evaluation.published_chat import GROUP_SIZES, RELATIVE_SCORES
+from lladamedv.evaluation.chat import (
+    judge_answers,
+    match_answers,
+    read_answers,
+    summarize,
+    to_markdown,
+    write_summary,
+)
+from lladamedv.evaluation.judge import OpenAIJudge, render_messages
+from lladamedv.evaluation.published import GROUP_SIZES, RELATIVE_SCORES
 from lladamedv.processing.datasets.chat_benchmark import DOMAINS, QUESTION_TYPES, load_chat_benchmark
-from tests.judge_stub import Fault, benchmark_row, running_judge, write_rows
+from tests.judge_stub import CUT, HANG, Fault, benchmark_row, running_judge, write_rows
 from tests.tiny import random_image
 
 
@@ -156,6 +166,189 @@ def test_bad_answers(tmp_path, row, message):
         read_answers(write_rows(tmp_path / "answers.jsonl", [{"id": "0", "text": "One."}, row]))
 
 
+@pytest.fixture
+def stub():
+    with running_judge() as stub:
+        yield stub
+
+
+@pytest.fixture
+def records(tmp_path):
+    return load(tmp_path, *map(benchmark_row, range(10)))
+
+
+@pytest.fixture
+def answers(records):
+    return {record["id"]: f"I see {record['id']}." for record in records}
+
+
+def judged_by(stub, records, answers, folder, settings=(), **options):
+    """The judgments, by a judge that does not repeat requests, the number of requests, and the lines reported."""
+    before, lines = len(stub.requests), []
+    judge = OpenAIJudge(**{"model": "a-judge", "base_url": stub.url, "max_retries": 0, **dict(settings)})
+    found = judge_answers(records, answers, judge, folder, report=lines.append, **options)
+    return found, len(stub.requests) - before, lines
+
+
+def statuses(found):
+    return [judgment["status"] for judgments in found["judgments"].values() for judgment in judgments]
+
+
+def test_answers_are_matched_by_id(records, answers):
+    assert list(match_answers(records, dict(reversed(answers.items())))) == [record["id"] for record in records]
+    fewer = {item: text for item, text in answers.items() if item != "3"}
+    with pytest.raises(ValueError, match=r"`answers` lacks questions: 1 \(3\)"):
+        match_answers(records, fewer)
+    more = answers | {str(number): "" for number in range(90, 97)}
+    with pytest.raises(ValueError, match=r"unknown questions: 7 \(90, 91, 92, 93, 94, …\)"):
+        match_answers(records, more)
+    assert match_answers(records, fewer | {"99": "x"}, allow_partial=True) == fewer
+    with pytest.raises(ValueError, match="none of the 10 questions"):
+        match_answers(records, {"x": "y"}, allow_partial=True)
+
+
+def test_judgments(stub, records, answers, tmp_path):
+    """Scores belong to the reference and the model, whichever came first; an empty answer is judged, too."""
+    answers["4"] = ""
+    found, count, _ = judged_by(stub, records, answers, tmp_path / "run", swap_positions=True)
+    assert count == 20 and list(found["judgments"]) == [record["id"] for record in records]
+    assert any("[Assistant 2]\n\n\n[End" in body["messages"][1]["content"] for _, _, body in stub.requests)
+    for record in records:
+        plain, swapped = (stub.scores(render_messages(record, answers[record["id"]], order)) for order in (False, True))
+        scores = [judgment["scores"] for judgment in found["judgments"][record["id"]]]
+        assert scores == [[*plain], [*reversed(swapped)]]
+    again, count, lines = judged_by(stub, records, answers, tmp_path / "run", swap_positions=True, max_concurrent=1)
+    assert again == found and count == 0 and lines == ["20 judgments are there, 0 to ask a-judge for"]
+
+
+def test_what_a_judgment_depends_on(stub, records, answers, tmp_path):
+    """Another answer, prompt, judge or sampling is asked for anew; all in one folder."""
+    folder, records, answers = tmp_path / "run", records[:1], {"0": answers["0"]}
+    for settings in ({}, {"temperature": 1.0}, {"max_tokens": 5}, {"reasoning_model": True}, {"model": "other"}):
+        assert judged_by(stub, records, answers, folder, settings)[1] == 1
+    assert judged_by(stub, records, {"0": "Other."}, folder)[1] == 1
+    assert judged_by(stub, records, answers, folder, reference_repr=True)[1] == 1
+    assert judged_by(stub, records, answers, folder)[1] == 0
+    # Both orders of an answer that is the reference itself are one request.
+    assert judged_by(stub, records, {"0": records[0]["reference"]}, folder, swap_positions=True)[1] == 1
+
+
+def test_one_failure_costs_one_question(stub, records, answers, tmp_path):
+    whole = judged_by(stub, records, answers, tmp_path / "whole")[0]
+    stub.script = [None, Fault(400, "too long"), CUT, Fault(200, "<html>"), "8", "9", Fault(500)]
+    found, count, lines = judged_by(stub, records, answers, tmp_path / "run", max_concurrent=1)
+    assert count == 11 and statuses(found) == ["ok", *["failed"] * 3, "parse_error", "failed", *["ok"] * 4]
+    assert "too long" in found["judgments"]["1"][0]["reason"] and "too long" in lines[-1]
+    assert found["judgments"]["4"][0]["reason"].startswith("two replies without")
+    summary = summarize(records, answers, found)
+    assert not summary["complete"] and summary["n_failed"] == 5 and summary["coverage"] == 0.5
+    resumed, count, _ = judged_by(stub, records, answers, tmp_path / "run")
+    assert count == 5 and resumed == whole
+
+
+def test_a_wrong_key_is_tried_once(stub, records, answers, tmp_path):
+    key = {"api_key": "sk-secret"}
+    stub.script = [None, Fault(401, "no such key: sk-secret")]
+    found, count, lines = judged_by(stub, records, answers, tmp_path / "run", key, max_concurrent=1)
+    assert count == 2 and statuses(found) == ["ok", *["failed"] * 9]
+    assert "no such key: ***" in found["judgments"]["1"][0]["reason"] and "no such key: ***" in lines[-1]
+    assert "not asked" in found["judgments"]["2"][0]["reason"]
+    assert not any(b"sk-secret" in file.read_bytes() for file in (tmp_path / "run").iterdir())
+    assert judged_by(stub, records, answers, tmp_path / "run", key)[1] == 9
+
+
+def test_an_interrupted_run_continues(stub, records, answers, tmp_path):
+    whole = judged_by(stub, records, answers, tmp_path / "whole")[0]
+    judge = OpenAIJudge("a-judge", stub.url)
+
+    class Dying:
+        settings, left = judge.settings, 4
+
+        def complete(self, messages):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError
+            return judge.complete(messages)
+
+    with pytest.raises(OSError):
+        judge_answers(records, answers, Dying(), tmp_path / "run", max_concurrent=1, report=str)
+    with (tmp_path / "run/judgments.jsonl").open("a") as file:
+        file.write('{"key": "abc", "sta')  # as after a kill while it was being written
+    resumed, count, _ = judged_by(stub, records, answers, tmp_path / "run")
+    assert count == 6 and resumed == whole
+    assert all(json.loads(line) for line in (tmp_path / "run/judgments.jsonl").open())
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
+def test_a_stopped_process_continues(stub, records, answers, tmp_path, sent):
+    """A kill costs the two requests under way; Ctrl-C waits for them and costs nothing."""
+    code = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the background jobs of a shell ignore it
+        "from lladamedv.evaluation.chat import judge_answers\n"
+        "from lladamedv.evaluation.judge import OpenAIJudge\n"
+        "from lladamedv.processing.datasets.chat_benchmark import load_chat_benchmark\n"
+        "url, questions, folder = sys.argv[1:]\n"
+        "records, _ = load_chat_benchmark(questions)\n"
+        "answers = {record['id']: f'I see {record[\"id\"]}.' for record in records}\n"
+        "judge_answers(records, answers, OpenAIJudge('a-judge', url), folder, max_concurrent=2)\n"
+    )
+    stub.script = [*[None] * 6, HANG, HANG]
+    command = [sys.executable, "-u", "-c", code, stub.url, tmp_path / "questions.jsonl", tmp_path / "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while len(stub.requests) < 8:  # two are under way, six are done
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    with pytest.raises(ValueError, match="another run is at work"):
+        judged_by(stub, records, answers, tmp_path / "run")
+    process.send_signal(sent)
+    if sent == signal.SIGINT:
+        assert any("stopping" in line for line in process.stdout)
+        stub.ending.set()  # both are dropped, and then repeated with success
+    process.communicate()
+    assert process.returncode != 0
+    resumed, count, _ = judged_by(stub, records, answers, tmp_path / "run")
+    assert count == (4 if sent == signal.SIGKILL else 2)
+    assert resumed == judged_by(stub, records, answers, tmp_path / "whole")[0]
+
+
+def test_bad_input_asks_nothing(stub, records, answers, tmp_path):
+    with pytest.raises(ValueError, match="`max_concurrent` is 0"):
+        judged_by(stub, records, answers, tmp_path / "run", max_concurrent=0)
+    with pytest.raises(ValueError, match="lacks questions"):
+        judged_by(stub, records, {"0": "x"}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    for line, message in (('{"status": "ok"}', "no record with 'key'"), ('{"key": "a"}', "no judgment")):
+        (tmp_path / "run/judgments.jsonl").write_text(line + "\n")
+        with pytest.raises(ValueError, match=f"{message} at line 1"):
+            judged_by(stub, records, answers, tmp_path / "run")
+    assert stub.requests == []
+
+
+def test_replies_of_earlier_runs_are_read_anew(stub, records, answers, tmp_path):
+    """A judgment that was misread when it was paid for is corrected, and not paid for again."""
+    judged_by(stub, records, answers, tmp_path)
+    file = tmp_path / "judgments.jsonl"
+    lines = [json.loads(line) | {"replies": ["1. 8\n2. 9"], "scores": [1, 8]} for line in file.open()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, requests, _ = judged_by(stub, records, answers, tmp_path)
+    assert requests == 0
+    assert all(judgment["scores"] == [8, 9] for (judgment,) in found["judgments"].values())
+
+
+def test_runs_of_the_first_version_continue(stub, records, answers, tmp_path):
+    """The key of a judgment is what version 0.1.0 wrote for the same server, judge, prompt and answer."""
+    settings = {"base_url": "http://judge.example:8000/v1"}
+    reply = {"status": "ok", "scores": [8, 7], "reason": "", "replies": ["8 7"]}
+    line = {"key": "a8f27e00672da51e276e5b599c40921c2ac0c0fa943b68e93fa6e9f047c1b107", **reply}
+    (tmp_path / "judgments.jsonl").write_text(json.dumps(line) + "\n")
+    found, _, lines = judged_by(stub, records[:1], {"0": "I see 0."}, tmp_path, settings)
+    assert lines == ["1 judgments are there, 0 to ask a-judge for"]
+    assert found["prompt_sha256"] == "d3ff4224fee194dfa7df7c0f8110072315dfe57b0b2893ac415abb696c323f2f"
+
+
 def test_relative_scores_are_means_of_ratios(three):
     """By hand: 6/8, 9/9 and 5/10; the ratio of the means would be 74.07."""
     summary = summarize(three, {"0": "a", "1": "b c", "2": ""}, judged([(8, 6)], [(9, 9)], [(10, 5)]))
@@ -220,41 +413,25 @@ def test_intervals_draw_images(tmp_path):
     assert summarize(records[:5], answers, scores)["groups"]["all"]["relative_score_ci95"] is None  # one image
 
 
-def test_the_whole_way(tmp_path):
+def test_the_whole_way(stub, records, answers, tmp_path):
     """Files in, files out, against numbers computed here from what the judge's server decided."""
-    rows = [benchmark_row(number) for number in range(10)]
-    predictions = [{"id": str(number), "prediction": f"It is {number}."} for number in reversed(range(10))]
-    records = load(tmp_path, *rows)
-    answers = read_answers(write_rows(tmp_path / "predictions.jsonl", predictions))
-    with running_judge() as stub:
-        stub.script = [None, Fault(400), None]
-        judge = OpenAIJudge("a-judge", stub.url, max_retries=0)
-        first = judge_answers(records, answers, judge, tmp_path / "run", report=str)
-        assert not summarize(records, answers, first)["complete"]
-        scores = judge_answers(records, answers, judge, tmp_path / "run", report=str)
-        asked = {request[2]["messages"][1]["content"]: request[2]["messages"] for request in stub.requests}
-        decided = {
-            row["question_id"]: next(
-                stub.scores(messages) for text, messages in asked.items() if row["gpt4_answer"] in text
-            )
-            for row in rows
-        }
-    summary = summarize(records, answers, scores, name="ours")
+    predictions = [{"id": item, "prediction": text} for item, text in reversed(answers.items())]
+    read = read_answers(write_rows(tmp_path / "predictions.jsonl", predictions))
+    found, _, _ = judged_by(stub, records, read, tmp_path / "run")
+    summary = summarize(records, read, found, name="ours")
     write_summary(tmp_path / "out", summary)
     assert json.loads((tmp_path / "out/summary.json").read_text()) == summary
-    ratios = [100 * decided[number][1] / decided[number][0] for number in range(10)]
+    decided = [stub.scores(render_messages(record, answers[record["id"]])) for record in records]
+    ratios = [100 * model / reference for reference, model in decided]
     assert summary["complete"] and summary["groups"]["all"]["relative_score"] == pytest.approx(np.mean(ratios))
     assert summary["groups"]["detailed_description"]["relative_score"] == pytest.approx(np.mean(ratios[1::2]))
     assert summary["groups"]["mri"]["relative_score"] == pytest.approx(np.mean(ratios[1::5]))
     lines = (tmp_path / "out/summary.md").read_text().splitlines()
     own = next(line for line in lines if line.startswith("| **ours** |"))
-    header = next(line for line in lines if line.startswith("| model | c"))
-    assert header == "| model | " + " | ".join(GROUP_SIZES) + " |"
+    assert "| model | " + " | ".join(GROUP_SIZES) + " |" in lines
     assert float(own.split("|")[-2]) == pytest.approx(np.mean(ratios), abs=1e-3)
     assert sum(line.startswith("| LLaDA-MedV | 54.141 | ") for line in lines) == 1
     assert any("Judge: a-judge at 127.0.0.1" in line and summary["prompt_sha256"] in line for line in lines)
-    for table_row in (line for line in lines if line.startswith("|")):
-        assert len(table_row.split("|")) in (8, 11)
 
 
 @pytest.mark.parametrize("model", RELATIVE_SCORES)
