@@ -302,6 +302,8 @@ def test_names_of_files_that_lead_elsewhere(tmp_path, mine, theirs, name):
         index[min(index)] = str(tmp_path / "x.safetensors") if name == "/x.safetensors" else name
         (folder / INDEX).write_text(json.dumps({"weight_map": index}))
         refuse("lacks files that its index names", check_model, folder)
+    change(mine / "config.json", quantization_config={"quant_method": "evil"})
+    refuse("lacks files that its index names", check_model, mine)
     refuse("lacks files that its index names", convert_checkpoint, theirs, tmp_path / "out")
     refuse("lacks files that its index names", LLaDAMedVForConditionalGeneration.from_pretrained, theirs)
 
@@ -477,6 +479,7 @@ def test_the_largest_models_are_not_refused():
     ("projector_hidden_act", "evil"), ("dtype", "load"), ("architectures", {"a": {"b": "c"}}), ("auto_map", 5),
     ("to_dict", "shadow"), ("quantization_config", {"quant_method": "evil"}), ("tie_word_embeddings", "yes"),
     ("transformers_weights", "../x.safetensors"),
+    ("transformers_weights", "x.safetensors.index.json"),
 ], ids=lambda value: f"{value!r:.30}")  # fmt: skip
 def test_other_values(mine, name, value):
     change(mine / "config.json", **{name: value})
