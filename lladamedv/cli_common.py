@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import json
@@ -21,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-import lladamedv
+from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
 
 from . import loading
 
@@ -31,12 +30,6 @@ DEBUG = "LLADAMEDV_DEBUG"  # environment variable, so that processes that a comm
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
-}  # fmt: skip
-# Options of `generate` that change no answer, and whose results no command shows.
-_NOT_SHOWN = ("return_dict_in_generate", "output_history", "output_cache_drift", "compile_config")
-# What JSON has for the types in the documentation of `generate`.
-_TYPES = {
-    "int": (int,), "float": (float, int), "str": (str,), "bool": (bool,), "list[int]": (list,), "list[str]": (list,),
 }  # fmt: skip
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -122,7 +115,10 @@ def check_generation(model: str | None, options: dict) -> None:
     if not options:
         return
     _silence()
-    from lladamedv.modeling_lladamedv.generation_config_lladamedv import LLaDAMedVGenerationConfig, complete_options
+    from lladamedv.modeling_lladamedv.generation_config_lladamedv import (
+        LLaDAMedVGenerationConfig,
+        resolve_generation_config,
+    )
 
     LLaDAMedVGenerationConfig(**options)
     folder = None if model is None else loading.find_folder(model)
@@ -131,35 +127,23 @@ def check_generation(model: str | None, options: dict) -> None:
             own = LLaDAMedVGenerationConfig.from_pretrained(folder)
         except (OSError, ValueError):  # loading the model tells what is wrong with it
             return
-        complete_options(own, own, options | {"return_dict_in_generate": True})
+        resolve_generation_config(own, own, options | {"return_dict_in_generate": True})
 
 
 def _parse_value(name: str, text: str) -> Any:
-    """The value of an option of `generate`, compared with the documentation of its class, which is slow to import."""
-    value: Any = text
-    with suppress(json.JSONDecodeError):
-        value = json.loads(text)
-    file = Path("modeling_lladamedv", "generation_config_lladamedv.py")
-    file = next(place / file for place in map(Path, lladamedv.__path__) if (place / file).is_file())
-    classes = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
-    found = re.findall(r"^ +(\w+(?:, \w+)*) \((`.*?`)(?:, |\))", ast.get_docstring(classes[-1]), re.MULTILINE)
-    types = {each: described for names, described in found for each in names.split(", ")}
-    if name in _NOT_SHOWN:
-        raise ValueError(f"{name!r} changes nothing that a command shows.")
-    if name not in types:
-        # Options of Transformers' own `generate`, which are not imported either; ours knows which values are allowed.
-        theirs = Path(find_spec("transformers").origin).parent / "generation" / "configuration_utils.py"
-        if f'"{name}"' in theirs.read_text(encoding="utf-8"):
-            return value
-        meant = difflib.get_close_matches(name, types, 1)
-        hint = f"did you mean {meant[0]}?" if meant else f"allowed are {', '.join(sorted(types))}."
+    """The value of an option of `generate`; options of Transformers' own `generate` are left to our configuration."""
+    if name in OPTIONS:
+        if not OPTIONS[name].types or (OPTIONS[name].role == "report" and OPTIONS[name].default is False):
+            raise ValueError(f"{name!r} changes nothing that a command shows.")
+        return OPTIONS[name].parse(text)
+    theirs = Path(find_spec("transformers").origin).parent / "generation" / "configuration_utils.py"
+    if f'"{name}"' not in theirs.read_text(encoding="utf-8"):
+        meant = difflib.get_close_matches(name, OPTIONS, 1)
+        hint = f"did you mean {meant[0]}?" if meant else f"allowed are {', '.join(sorted(OPTIONS))}."
         raise ValueError(f"{name!r} is no option of generate; {hint}")
-    allowed = [each for described in re.findall("`(.*?)`", types[name]) for each in _TYPES.get(described, ())]
-    if value is None or type(value) in allowed:
-        return value
-    if str in allowed:  # a text that looks like something else
-        return text
-    raise ValueError(f"{name} is {text}; allowed is {types[name].replace('`', '')}.")
+    with suppress(json.JSONDecodeError):
+        return json.loads(text)
+    return text
 
 
 Options = Annotated[

@@ -46,7 +46,7 @@ class DenoisingState:
         self.block_length = options.block_length
         self.num_blocks = length // options.block_length
         self.steps_per_block = options.steps // self.num_blocks
-        self.rule = build_commit_rule(options.commit_rule_config())
+        self.rule = build_commit_rule(options)
         # Rows are the numbers of masks that a block may start with.
         self.schedule = commit_schedule(self.block_length, self.steps_per_block, options.schedule_shift).to(device)
         self.stops = [torch.tensor(stop, device=device) for stop in stops if len(stop) <= length]

@@ -15,7 +15,7 @@ from .commit_rules_lladamedv import CandidateScores
 from .confidence_lladamedv import answer_confidence, calibrate_confidence
 from .denoising_cache_lladamedv import DenoisingCache
 from .denoising_state_lladamedv import DenoisingState, ForwardPass
-from .generation_config_lladamedv import LLaDAMedVGenerationConfig, complete_options
+from .generation_config_lladamedv import LLaDAMedVGenerationConfig, resolve_generation_config
 from .repetition_lladamedv import ban_repeated_ngrams
 
 
@@ -444,7 +444,7 @@ class LLaDAMedVGenerationMixin:
                 f"`generation_config` is a {type(base).__name__}; allowed are a LLaDAMedVGenerationConfig and a "
                 "GenerationConfig."
             )
-        options = complete_options(base, self.generation_config, kwargs, anew=generation_config is not None)
+        options = resolve_generation_config(base, self.generation_config, kwargs, anew=generation_config is not None)
         for name in ("eos_token_id", "suppress_tokens"):
             self._check_ids(name, getattr(options, name))
         return options

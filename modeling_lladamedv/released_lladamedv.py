@@ -182,8 +182,10 @@ _VISION_FIELDS = (
 _BEHIND_FEATURES = {
     "encoder.layers.{layers}.": "last layer", "post_layernorm.": "final norm (post-layernorm)", "head.": "pooling head",
 }  # fmt: skip
-# What is downloaded of a repository.
-FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+# What a model is loaded from, and is downloaded of a repository: weights of other names are left there.
+FILES = (
+    "*.json", "*.jinja", "*.txt", "*.model", "*model.safetensors", "*model-*-of-*.safetensors", "shard-*.safetensors",
+)  # fmt: skip
 
 
 def compare(

@@ -8,10 +8,10 @@ import torch
 from lladamedv import LLaDAMedVGenerationConfig
 from lladamedv.modeling_lladamedv.commit_rules_lladamedv import (
     CandidateScores,
-    CountRuleConfig,
-    EntropyBoundRuleConfig,
-    FactorRuleConfig,
-    ThresholdRuleConfig,
+    CountRule,
+    EntropyBoundRule,
+    FactorRule,
+    ThresholdRule,
     build_commit_rule,
     commit_schedule,
 )
@@ -21,19 +21,18 @@ from tests.tiny import image_prompt
 
 
 RULES = {
-    "low_confidence": (CountRuleConfig(), brute_force.most_probable, {}),
-    "margin": (CountRuleConfig("margin"), brute_force.largest_margin, {"remasking": "margin"}),
-    "entropy": (CountRuleConfig("entropy"), brute_force.smallest_entropy, {"remasking": "entropy"}),
-    "threshold": (ThresholdRuleConfig(0.2), brute_force.above_threshold(0.2), {"confidence_threshold": 0.2}),
-    "factor": (FactorRuleConfig(2.4), brute_force.by_factor(2.4), {"factor": 2.4}),
-    "entropy_bound": (EntropyBoundRuleConfig(3.0), brute_force.by_entropy_bound(3.0), {"entropy_bound": 3.0}),
+    "low_confidence": (CountRule(), brute_force.most_probable, {}),
+    "margin": (CountRule("margin"), brute_force.largest_margin, {"remasking": "margin"}),
+    "entropy": (CountRule("entropy"), brute_force.smallest_entropy, {"remasking": "entropy"}),
+    "threshold": (ThresholdRule(0.2), brute_force.above_threshold(0.2), {"confidence_threshold": 0.2}),
+    "factor": (FactorRule(2.4), brute_force.by_factor(2.4), {"factor": 2.4}),
+    "entropy_bound": (EntropyBoundRule(3.0), brute_force.by_entropy_bound(3.0), {"entropy_bound": 3.0}),
 }
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_rules_on_random_distributions(name):
-    config, choose, _ = RULES[name]
-    rule = build_commit_rule(config)
+    rule, choose, _ = RULES[name]
     generator = torch.Generator().manual_seed(0)
     sizes = set()
     for _ in range(60):
@@ -64,7 +63,7 @@ def test_rules_on_random_distributions(name):
 
 
 def test_random_rule():
-    rule = build_commit_rule(CountRuleConfig("random"))
+    rule = CountRule("random")
     noise = torch.tensor([[0.1, 0.9, 0.5, 0.7]])
     candidates = torch.tensor([[True, False, True, True]])
     scores = CandidateScores(confidence=torch.zeros(1, 4), noise=noise)
@@ -74,15 +73,15 @@ def test_random_rule():
 def test_equal_scores_go_from_left_to_right():
     scores = CandidateScores(confidence=torch.full((1, 5), 0.5), margin=torch.zeros(1, 5), entropy=torch.ones(1, 5))
     candidates = torch.tensor([[False, True, True, True, True]])
-    for config in (CountRuleConfig(), CountRuleConfig("margin"), CountRuleConfig("entropy"), FactorRuleConfig(1.6)):
-        committed = build_commit_rule(config)(candidates, scores, torch.tensor([2]))
+    for rule in (CountRule(), CountRule("margin"), CountRule("entropy"), FactorRule(1.6)):
+        committed = rule(candidates, scores, torch.tensor([2]))
         assert committed.tolist() == [[False, True, True, False, False]]
 
 
 def test_the_factor_rule_stops_at_the_first_failure():
     """A public implementation commits the first failing rank too."""
     scores = CandidateScores(confidence=torch.tensor([[0.9, 0.4, 0.39]], dtype=torch.float64))
-    rule = build_commit_rule(FactorRuleConfig(1.75))  # needs 0.417 at rank 2
+    rule = FactorRule(1.75)  # needs 0.417 at rank 2
     assert rule(torch.ones(1, 3, dtype=torch.bool), scores, torch.ones(1)).tolist() == [[True, False, False]]
 
 
@@ -124,12 +123,12 @@ def test_shifted_schedule(shift):
 )
 @torch.no_grad()
 def test_generate_with_every_rule(model, name, lengths, cfg_scale, suffix):
-    config, choose, options = RULES[name]
+    rule, choose, options = RULES[name]
     (length, block_length), prompt = lengths, image_prompt(PROMPT)
     steps = 3 * (length // block_length)
     expected, commits, forwards = brute_force.denoise(
         model, prompt[0].tolist(), PIXELS, length, block_length, steps, cfg_scale, SUPPRESSED,
-        suffix=[int(part) for part in suffix.split()], choose=choose, adaptive=build_commit_rule(config).adaptive,
+        suffix=[int(part) for part in suffix.split()], choose=choose, adaptive=rule.adaptive,
     )  # fmt: skip
     output = generate(
         model, max_new_tokens=length, block_length=block_length, steps=steps, cfg_scale=cfg_scale,
@@ -186,4 +185,4 @@ def test_rules_that_are_none(options, message):
 def test_rules_survive_saving(tmp_path):
     LLaDAMedVGenerationConfig(entropy_bound=0.25).save_pretrained(tmp_path)
     config = LLaDAMedVGenerationConfig.from_pretrained(tmp_path)
-    assert config.commit_rule_config() == EntropyBoundRuleConfig(0.25)
+    assert build_commit_rule(config) == EntropyBoundRule(0.25)

@@ -571,7 +571,7 @@ def test_json(mine, theirs, name, kind):
 
 
 def test_keys_that_come_twice(mine, theirs):
-    """The last one counts, for everybody who reads the file."""
+    """The last one counts, in every reader of the file."""
     for folder in (mine, theirs):
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text('{"model_type": "evil", "hidden_size": 1000000000,' + text.lstrip()[1:])
