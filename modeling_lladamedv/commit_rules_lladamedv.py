@@ -10,12 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .commit_rule_configs_lladamedv import (
-    CountRuleConfig,
-    EntropyBoundRuleConfig,
-    FactorRuleConfig,
-    ThresholdRuleConfig,
-)
+from .generation_options_lladamedv import ADAPTIVE_RULES
 
 
 @dataclass
@@ -76,27 +71,34 @@ def _rank(scores: torch.Tensor, candidates: torch.BoolTensor) -> torch.LongTenso
     return scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
+@dataclass(frozen=True)
 class CountRule(CommitRule):
-    """See [`CountRuleConfig`]."""
+    """Commit as many tokens as the schedule fixes beforehand (LLaDA, arXiv 2502.09992, algorithm 5).
 
+    Args:
+        ranking: which go first: `"low_confidence"` (the most probable; the name is that of what stays masked),
+            `"random"`, `"margin"` (the largest lead over the second-best token; Dream's `topk_margin`) or `"entropy"`
+            (the most certain distribution).
+    """
+
+    ranking: str = "low_confidence"
     adaptive = False
 
-    def __init__(self, config: CountRuleConfig):
-        self.ranking = config.ranking
-        self.needs = {"random": ("noise",), "margin": ("margin",), "entropy": ("entropy",)}.get(config.ranking, ())
+    @property
+    def needs(self):
+        return {"random": ("noise",), "margin": ("margin",), "entropy": ("entropy",)}.get(self.ranking, ())
 
     def __call__(self, candidates, scores, quota):
-        by = {"low_confidence": "confidence", "random": "noise"}.get(self.ranking, self.ranking)
-        value = getattr(scores, by)
+        value = getattr(scores, *(self.needs or ("confidence",)))
         value = -value if self.ranking == "entropy" else value
         return candidates & (_rank(value, candidates) < quota[:, None])
 
 
+@dataclass(frozen=True)
 class ThresholdRule(CommitRule):
-    """See [`ThresholdRuleConfig`]."""
+    """Commit every token at least this probable, and always the best (Fast-dLLM, arXiv 2505.22618)."""
 
-    def __init__(self, config: ThresholdRuleConfig):
-        self.threshold = config.confidence_threshold
+    threshold: float  # in (0, 1]
 
     def __call__(self, candidates, scores, quota):
         confidence = scores.confidence.masked_fill(~candidates, float("-inf"))
@@ -104,11 +106,11 @@ class ThresholdRule(CommitRule):
         return candidates & (confidence >= best.clamp(max=self.threshold))
 
 
+@dataclass(frozen=True)
 class FactorRule(CommitRule):
-    """See [`FactorRuleConfig`]."""
+    """Commit the r most probable tokens while the r-th has a probability of at least 1 − f / (r + 1) (Fast-dLLM)."""
 
-    def __init__(self, config: FactorRuleConfig):
-        self.factor = config.factor
+    factor: float  # f, above 0; the larger, the more tokens a step
 
     def __call__(self, candidates, scores, quota):
         confidence = scores.confidence.masked_fill(~candidates, float("-inf"))
@@ -119,13 +121,13 @@ class FactorRule(CommitRule):
         return candidates & (_rank(confidence, candidates) < count)
 
 
+@dataclass(frozen=True)
 class EntropyBoundRule(CommitRule):
-    """See [`EntropyBoundRuleConfig`]."""
+    """Commit the most certain tokens while the sum of their entropies without the largest stays within a bound, which
+    then also bounds the error of taking them for independent (arXiv 2505.24857; DiffusionGemma's sampler)."""
 
+    bound: float  # in nats, above 0
     needs = ("entropy",)
-
-    def __init__(self, config: EntropyBoundRuleConfig):
-        self.bound = config.entropy_bound
 
     def __call__(self, candidates, scores, quota):
         entropy = scores.entropy.masked_fill(~candidates, float("inf"))
@@ -137,17 +139,12 @@ class EntropyBoundRule(CommitRule):
         return candidates & (_rank(-entropy, candidates) < count)
 
 
-_RULES = {
-    CountRuleConfig: CountRule,
-    ThresholdRuleConfig: ThresholdRule,
-    FactorRuleConfig: FactorRule,
-    EntropyBoundRuleConfig: EntropyBoundRule,
-}
-
-
-def build_commit_rule(config) -> CommitRule:
-    """The rule of a config dataclass of this file."""
-    return _RULES[type(config)](config)
+def build_commit_rule(options) -> CommitRule:
+    """The rule that a checked [`LLaDAMedVGenerationConfig`] asks for."""
+    for name, rule in zip(ADAPTIVE_RULES, (ThresholdRule, FactorRule, EntropyBoundRule), strict=True):
+        if getattr(options, name) is not None:
+            return rule(getattr(options, name))
+    return CountRule(options.remasking)
 
 
 @functools.cache
@@ -183,10 +180,12 @@ def _fraction_left(time: float, shift: float) -> float:
 
 
 __all__ = [
-    "CountRuleConfig",
-    "EntropyBoundRuleConfig",
-    "FactorRuleConfig",
-    "ThresholdRuleConfig",
+    "CandidateScores",
+    "CommitRule",
+    "CountRule",
+    "EntropyBoundRule",
+    "FactorRule",
+    "ThresholdRule",
     "build_commit_rule",
     "commit_schedule",
 ]

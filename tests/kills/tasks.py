@@ -9,8 +9,8 @@ import torch
 
 from lladamedv.conversion import convert_checkpoint
 from lladamedv.demo import load_model
+from lladamedv.evaluation.chat import judge_answers
 from lladamedv.evaluation.judge import OpenAIJudge
-from lladamedv.evaluation.judging import judge_answers
 from lladamedv.evaluation.vqa import evaluate_vqa
 from lladamedv.hub_cards.push import push_folder
 from lladamedv.processing.datasets import load_vqa
