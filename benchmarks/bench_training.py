@@ -83,7 +83,7 @@ def halves(batch: dict) -> list[dict]:
 
 
 def run_step(model, optimizer, batches, compute, checkpoint) -> dict:
-    """`checkpoint` turns the checkpointing of activations on, if there shall be any."""
+    """`checkpoint` turns the checkpointing of activations on; `None` leaves it off."""
     if checkpoint is not None:
         checkpoint({"use_reentrant": False})
     with PeakMemory("cpu") as memory:

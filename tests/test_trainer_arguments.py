@@ -261,15 +261,6 @@ MaskedDiffusionSFTConfig("out", bf16=False, use_cpu=USE_CPU)
 MULTI_CPU = "distributed_type: MULTI_CPU\nnum_machines: 1\nnum_processes: 2\nuse_cpu: true\n"
 
 
-def start(tmp_path, launcher, use_cpu):
-    (tmp_path / "script.py").write_text(SCRIPT.replace("USE_CPU", str(use_cpu)))
-    (tmp_path / "multi_cpu.yaml").write_text(MULTI_CPU)
-    return subprocess.run(
-        [sys.executable, "-m", *launcher, str(tmp_path / "script.py")], capture_output=True, text=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, timeout=240,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "use_cpu", "processes"),
@@ -281,7 +272,12 @@ def start(tmp_path, launcher, use_cpu):
 def test_processes_that_would_train_apart(tmp_path, launcher, use_cpu, processes):
     if not use_cpu and torch.accelerator.is_available():
         pytest.skip("two processes find each other on GPUs")
-    result = start(tmp_path, launcher, use_cpu)
+    (tmp_path / "script.py").write_text(SCRIPT.replace("USE_CPU", str(use_cpu)))
+    (tmp_path / "multi_cpu.yaml").write_text(MULTI_CPU)
+    result = subprocess.run(
+        [sys.executable, "-m", *launcher, "script.py"], capture_output=True, text=True, cwd=tmp_path, timeout=240,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
     assert result.returncode and f"one of {processes}, but trains as one of 1" in result.stderr
 
 
@@ -292,9 +288,7 @@ apart = pytest.mark.skipif(Version(accelerate.__version__) < Version("1.15"), re
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        pytest.param(
-            {"WORLD_SIZE": "2"}, "started as one of 2, but trains as one of 1.*--use_cpu true", marks=apart
-        ),
+        pytest.param({"WORLD_SIZE": "2"}, "started as one of 2, but trains as one of 1.*--use_cpu true", marks=apart),
         pytest.param({"OMPI_COMM_WORLD_SIZE": "4"}, "started as one of 4, but trains as one of 1", marks=apart),
         ({"MASTER_ADDR": "127.0.0.1"}, "started as one of several, but trains as one of 1.*MULTI_CPU starts one"),
         ({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"}, None),
