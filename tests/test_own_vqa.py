@@ -16,7 +16,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 from lladamedv.evaluation import vqa
-from lladamedv.hub_cards.evaluation_results import EvaluationResults
+from lladamedv.hub_cards.results import EvaluationResults
 from lladamedv.loading import load_model
 from lladamedv.processing.datasets import load_own_vqa, load_vqa
 

@@ -201,7 +201,7 @@ def test_other_vision_towers(tmp_path):
     model = LLaDAMedVForConditionalGeneration.from_pretrained(folder, vision_tower=folder / "tower")
     assert model.config.vision_config.hidden_size == released.VISION
     model.save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match="`vision_tower` is .* allowed for checkpoints in a released layout only"):
+    with pytest.raises(ValueError, match=r"`vision_tower` is .* allowed for checkpoints in a released layout only"):
         LLaDAMedVForConditionalGeneration.from_pretrained(tmp_path / "ours", vision_tower=folder / "tower")
 
 

@@ -61,7 +61,7 @@ ASKED = {
     "pad_token": "<|eot_id|>", "use_cache": True, "use_liger_kernel": True, "liger_kernel_config": {"rope": True},
     "average_tokens_across_devices": False, "include_num_input_tokens_seen": "all", "label_names": ["labels"],
     "include_for_metrics": ["inputs"], "batch_eval_metrics": True, "hub_strategy": "every_save",
-    "hub_always_push": True,
+    "hub_always_push": True, "cache_image_features": "cache",
 }  # fmt: skip
 
 
@@ -76,7 +76,8 @@ def test_every_field_is_known():
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_what_means_nothing_here_is_refused(tmp_path, name):
     """In our own arguments and in TRL's, by name, value and reason."""
-    for kind in (MaskedDiffusionSFTConfig, SFTConfig)[: 1 + (name != "hub_strategy")]:  # it is TRL's default
+    ours_only = name in ("hub_strategy", "cache_image_features")  # TRL's default, and no option of TRL's
+    for kind in (MaskedDiffusionSFTConfig, SFTConfig)[: 2 - ours_only]:
         with pytest.raises(ValueError, match=rf"`{name}` is .*{ASKED[name]!r}.*, which does not apply.*: .{{10,}}\.$"):
             args = kind(str(tmp_path), use_cpu=True, **{name: ASKED[name]})
             MaskedDiffusionSFTTrainer(tiny_model(), args, train_dataset=rows(2), processing_class=tiny_processor())

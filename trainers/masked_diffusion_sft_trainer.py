@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 from dataclasses import fields
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -32,17 +33,8 @@ from lladamedv.processing.datasets.readers import undecoded
 
 from .answer_table import AnswerTableCallback
 from .data_collator import DataCollatorForMaskedDiffusion
-from .image_feature_cache import ImageFeatureCache
-from .masked_diffusion_loss import (
-    IGNORE_INDEX,
-    AnswerNoise,
-    NoisedBatch,
-    add_noise,
-    complement,
-    loss_weights,
-    run_masked_loss,
-)
-from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
+from .masked_diffusion_loss import IGNORE_INDEX, AnswerNoise, LossArguments, masked_diffusion_loss
+from .masked_diffusion_sft_config import TRAINABLE, MaskedDiffusionSFTConfig
 from .rows import pack_rows, prepare_rows
 
 
@@ -51,11 +43,6 @@ _PARTS = {
     "projector": ("model.multi_modal_projector.", "model.image_newline"),
     "vision": ("model.vision_tower.",),
     "language_model": ("model.language_model.", "lm_head."),
-}
-_TRAINED_PARTS = {
-    "projector": ("projector",),
-    "projector+language_model": ("projector", "language_model"),
-    "all": ("projector", "language_model", "vision"),
 }
 _NO_LOGITS = "no logits are kept; `log_answers` shows answers, `lladamedv eval` scores them"
 logger = logging.getLogger(__name__)
@@ -194,9 +181,6 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
                 )
         if args.log_answers:
             self.add_callback(AnswerTableCallback(self, self._first_rows(eval_dataset, args.log_answers)))
-        self.feature_cache = None
-        if args.cache_image_features is not None:
-            self.feature_cache = ImageFeatureCache(args.cache_image_features, self._base_model, processing_class)
 
     @staticmethod
     def _first_rows(dataset, count):
@@ -338,9 +322,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         rows = everyone[..., 0].T.flatten()  # batch after batch, process after process
         first = (rows.cumsum(0) - rows).view(len(batches), -1)[:, self.accelerator.process_index].tolist()
         for batch, first_row in zip(batches, first):
-            batch["whole"] = {
-                "first_row": first_row, "num_rows": num_rows, "num_answers": num_answers, "num_tokens": num_tokens,
-            }  # fmt: skip
+            batch["whole"] = (first_row, num_rows, num_answers, num_tokens)
         # A stream may end within a step, which Transformers takes only with the last of its batches.
         nothing = batches[-1] | {"labels": torch.full_like(batches[-1]["labels"], IGNORE_INDEX)}
         return batches + [nothing] * (num_batches - len(batches)), num_items_in_batch
@@ -348,66 +330,33 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise ValueError("`return_outputs` is True, but the full logits are never computed; only False is allowed.")
-        inputs = dict(inputs)
-        labels, answer_ids, row_ids = inputs.pop("labels"), inputs.pop("answer_ids"), inputs.pop("row_ids", None)
-        whole = inputs.pop("whole", None)
-        inputs["use_cache"] = False
-        if self.feature_cache is not None and "pixel_values" in inputs:
-            names = ("image_sizes", "batch_num_images", "image_index")
-            inputs["vision_features"] = self.feature_cache.vision_features(
-                self._base_model, inputs.pop("pixel_values"), **{name: inputs[name] for name in names}
-            )
-        if whole is None:  # an evaluation
-            losses = []
-            for number in range(self.args.eval_time_steps):
-                noised = self._fixed_noise(inputs, labels, answer_ids, number)
-                losses.append(self._masked_loss(model, inputs, labels, answer_ids, noised))
-            loss = torch.stack(losses).mean()
-        else:
-            place = (whole["first_row"], whole["num_rows"])
-            t, uniform = self.noise(labels, answer_ids, self.state.global_step, *place)
-            noised = add_noise(inputs["input_ids"], labels, t, self._base_model.config.mask_token_id, uniform=uniform)
-            totals = {name: whole[name] for name in ("num_answers", "num_tokens")}
-            if self.args.complementary_masking:
-                inputs, labels, answer_ids, noised = self._with_complement(inputs, labels, answer_ids, noised)
-                totals = {name: 2 * value for name, value in totals.items()}
-            # Processes average their gradients; the sum is wanted.
-            loss = self._masked_loss(model, inputs, labels, answer_ids, noised, **totals)
-            loss = loss * self.accelerator.num_processes
+        args, batch = self.args, {name: value for name, value in inputs.items() if name not in ("row_ids", "whole")}
+        loss_of = partial(masked_diffusion_loss, model, batch, mask_token_id=self._base_model.config.mask_token_id)
+        if "whole" in inputs:
+            first_row, num_rows, num_answers, num_tokens = inputs["whole"]
+            noise = partial(self.noise, step=self.state.global_step, first_row=first_row, num_rows=num_rows)
+            results = [loss_of(noise, args, num_answers=num_answers, num_tokens=num_tokens)]
+            scale = self.accelerator.num_processes  # processes average their gradients; the sum is wanted
             # In the state, so that a resumed run goes on counting.
-            self.state.num_input_tokens_seen += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
+            seen = self.accelerator.gather(batch["attention_mask"].sum()).sum() * (1 + args.complementary_masking)
+            self.state.num_input_tokens_seen += int(seen)
             self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
-        self._stop_if_not_finite(loss, row_ids, inputs)
+        else:  # an evaluation, of each answer with the same times and masks whenever it comes
+            plain = LossArguments(args.loss_weighting, args.max_loss_weight, args.loss_normalization)
+            noises = [partial(self.noise.fixed, number=each, of=args.eval_time_steps)
+                      for each in range(args.eval_time_steps)]  # fmt: skip
+            results, scale = [loss_of(noise, plain) for noise in noises], 1 / len(noises)
+        for _, found in results:
+            right, asked = (int(self.accelerator.gather(each).sum())
+                            for each in (found.sum(), torch.ones_like(found).sum()))  # fmt: skip
+            if asked:
+                self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(right / asked)
+        loss = scale * sum(loss for loss, _ in results)
+        self._stop_if_not_finite(loss, inputs)
         return loss
 
     def _track_num_input_tokens(self, inputs):
         """`compute_loss` counts them."""
-
-    def _fixed_noise(self, inputs, labels, answer_ids, number) -> NoisedBatch:
-        t, uniform = self.noise.fixed(labels, answer_ids, number, self.args.eval_time_steps)
-        return add_noise(inputs["input_ids"], labels, t, self._base_model.config.mask_token_id, uniform=uniform)
-
-    def _with_complement(self, inputs, labels, answer_ids, noised):
-        """Every row twice, images once."""
-        other = complement(noised, inputs["input_ids"], labels, self._base_model.config.mask_token_id)
-        doubled = {name: torch.cat([getattr(noised, name), getattr(other, name)]) for name in vars(noised)}
-        shared = ("pixel_values", "vision_features", "image_sizes", "use_cache")
-        inputs = {name: value if name in shared else torch.cat([value, value]) for name, value in inputs.items()}
-        answers = torch.cat([answer_ids, answer_ids + int(answer_ids.max()) + 1])
-        return inputs, torch.cat([labels, labels]), answers, NoisedBatch(**doubled)
-
-    def _masked_loss(self, model, inputs, labels, answer_ids, noised: NoisedBatch, **totals) -> torch.FloatTensor:
-        """The weighted cross-entropy of the masked tokens, and how many of them the model finds."""
-        args = self.args
-        weights = loss_weights(
-            labels, noised, answer_ids, args.loss_weighting, args.max_loss_weight, args.loss_normalization, **totals
-        )
-        loss, found = run_masked_loss(model, inputs, labels, noised, weights)
-        mode = "train" if self.model.training else "eval"
-        right, asked = (self.accelerator.gather(each.sum()).sum() for each in (found, noised.masked))
-        if asked > 0:
-            self._metrics[mode]["mean_token_accuracy"].append((right / asked).item())
-        return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """`eval_loss` and nothing else: an answer's quality shows in answers, not in logits (see the answer table)."""
@@ -415,7 +364,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
-    def _stop_if_not_finite(self, loss, row_ids, inputs):
+    def _stop_if_not_finite(self, loss, inputs):
         if bool(torch.isfinite(loss)):
             return
         file = Path(self.args.output_dir) / f"not_finite{self.accelerator.process_index or ''}.json"
@@ -423,7 +372,8 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         texts = self.processing_class.tokenizer.batch_decode(inputs["input_ids"])
         image = self.processing_class.image_token
         texts = [text.replace(image, "") for text in texts]
-        record = {"step": self.state.global_step, "loss": str(loss.item()), "row_ids": row_ids, "texts": texts}
+        ids = inputs.get("row_ids")
+        record = {"step": self.state.global_step, "loss": str(loss.item()), "row_ids": ids, "texts": texts}
         file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         raise ValueError(
             f"The loss is {loss.item()} at step {self.state.global_step}; the batch's ids are in {file}. Try a lower "
@@ -572,8 +522,8 @@ def _freeze(model, trainable: str, peft_config) -> None:
             _check_adapters(model)
         return
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and part_of(name) in _TRAINED_PARTS[trainable])
-    for part in _TRAINED_PARTS[trainable]:
+        parameter.requires_grad_(parameter.requires_grad and part_of(name) in TRAINABLE[trainable])
+    for part in TRAINABLE[trainable]:
         weights = [each for name, each in model.named_parameters() if part_of(name) == part]
         if weights and not any(each.requires_grad for each in weights):
             raise ValueError(
