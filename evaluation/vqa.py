@@ -63,7 +63,7 @@ def evaluate_vqa(
     Args:
         model, processor: as loaded; the model where it shall run.
         dataset, report: of [`load_vqa`], not streamed.
-        folder: of this run. Called again with the same arguments, it goes on where it stopped.
+        folder: of this run. Called again with the same arguments, it continues where it stopped.
         model_name: what to call the model in the report.
         options: of `generate`; by default the paper's for short answers, a canvas of 64 tokens in one block and 64
             steps.
@@ -82,7 +82,7 @@ def evaluate_vqa(
 
     Raises:
         ValueError: before anything is answered, for a value that is not allowed, an empty data set, or a folder of
-            a run that other things were in force in: options, weights, data, kind of device, ….
+            a run with other options, weights, data, kind of device, ….
     """
     if scoring not in SCORINGS:
         raise ValueError(f"`scoring` is {scoring!r}; allowed are {SCORINGS}.")
@@ -225,7 +225,7 @@ def _calibration(confidence: Sequence[float], correct: Sequence[float]) -> dict:
 
 
 def write_summary(summary: dict, folder: str | Path) -> None:
-    """Write `summary.json`, `summary.md` and, where matplotlib is installed, pictures of the calibration.
+    """Write `summary.json`, `summary.md` and, where matplotlib is installed, figures of the calibration.
 
     Args:
         summary: of [`evaluate_vqa`].

@@ -97,23 +97,16 @@ def test_missing_images_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row, message",
-    [
-        (benchmark_row(0), "`question_id` is 0, as at line 1"),
-        (benchmark_row(1, question_id=None), "`question_id` is None"),
-        (benchmark_row(1, question_id=True), "`question_id` is True"),
-        (benchmark_row(1, gpt4_answer=" "), "`gpt4_answer` is ' '"),
-        (benchmark_row(1, image=3), "`image` is 3"),
-        (benchmark_row(1, type="chat"), "`type` is 'chat'"),
-        (benchmark_row(1, domain={"pet": True}), "`domain` is {'pet': True}"),
-        (benchmark_row(1, domain=None), "`domain` is None"),
-        (benchmark_row(1, in_text_mention=["x"]), "`in_text_mention` is"),
-        (benchmark_row(1, text="<image>\n"), "`text` is .*, which asks nothing"),
-    ],
-)
-def test_bad_rows(tmp_path, row, message):
+    "fields, message",
+    [({"question_id": 0}, "`question_id` is 0, as at line 1"), ({"question_id": None}, "`question_id` is None"),
+     ({"question_id": True}, "`question_id` is True"), ({"gpt4_answer": " "}, "`gpt4_answer` is ' '"),
+     ({"image": 3}, "`image` is 3"), ({"type": "chat"}, "`type` is 'chat'"), ({"domain": None}, "`domain` is None"),
+     ({"domain": {"pet": True}}, "`domain` is {'pet': True}"), ({"in_text_mention": ["x"]}, "`in_text_mention` is"),
+     ({"text": "<image>\n"}, "`text` is .*, which asks nothing")],
+)  # fmt: skip
+def test_bad_rows(tmp_path, fields, message):
     with pytest.raises(ValueError, match=f"invalid question at line 2: {message}"):
-        load(tmp_path, benchmark_row(0), row)
+        load(tmp_path, benchmark_row(0), benchmark_row(1, **fields))
 
 
 def test_files_without_questions_or_answers(tmp_path):
