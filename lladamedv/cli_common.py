@@ -391,6 +391,8 @@ class CommandLine(TyperGroup):
             name = max(parameter.opts, key=len) if is_option else parameter.metavar or parameter.name.upper()
             for each in (parameter.name, name.lstrip("-").replace("-", "_")):
                 text = text.replace(f"`{each}`", name)
+        for other in filter(str.isidentifier, text.split("`")):
+            text = text.replace(f"`{other}`", other)
         return text
 
 
