@@ -288,7 +288,7 @@ def test_full_range_and_background(browser, frames, tmp_path):
     assert (shown_pixels(browser.choose(background="white")[0]) == 255).all()
     assert (shown_pixels(browser.choose(background="#000000")[0]) == 0).all()
     shown = browser.choose(background="no colour")[2]
-    assert "Background is &#x27;no colour&#x27;; allowed are names of colours" in shown
+    assert "Background is 'no colour'; allowed are names of colours" in Page(shown, "ldm-alert").texts[0]
 
 
 def test_text_burned_in_is_shown_on_request(browser, example, tmp_path):
@@ -347,7 +347,7 @@ def test_pages(browser, tmp_path):
     assert "percentiles" in browser.choose(place=2)[0]
     assert "window 32000/64000" in browser.choose(place=2, window="32000/64000")[0]
     shown = browser.choose(place=0, window="32000/64000")[2]
-    assert "of mode &#x27;RGB&#x27;; allowed are windows" in shown
+    assert "of mode 'RGB'; allowed are windows" in Page(shown, "ldm-alert").texts[0]
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,44 @@ def test_help_does_not_wait_for_torch(words):
     assert result.stderr.strip() == "False"
 
 
+# What the documentation of 0.1.0 shows, but for `demo --train`, which is removed, and what the documentation still shows.
+COMMAND_LINES = """
+analyze decoding --model demo --output o --path 9000:60:description --steps 24 --steps 6 --full-canvas --noise-pictures
+ask picture.png "Describe the image." --option steps=8 --json
+ask picture.png "Describe the image." --explain denoising.html
+ask scan.dcm "Is there a fracture?" --model path/or/hub-id --window bone --json
+ask volume.nii.gz "What is shown?" --axis coronal --slice 6 --time 0 --window 40/80
+chat
+chat picture.png --show-steps
+chat scan.dcm --window bone --model path/or/hub-id --option confidence_threshold=0.9
+convert LLaDAMedV-2A4E converted --dtype bfloat16 --preset llada-medv --push ME/REPO
+demo --questions 1000
+eval chat --questions qa50.jsonl --image-folder images --model hub/id --output o --judge-model NAME --judge-url URL
+eval vqa --benchmark phantoms --path 9000:100:new --model demo --output o --max-new-tokens 24 --block-length 8 --steps 24
+eval vqa --benchmark slake --model path/or/hub-id --output runs/slake --dtype bfloat16
+eval vqa --data questions.csv --image-folder images --model path/or/hub-id --output runs/own
+init new --language-model LLaDA-8B-Instruct --vision-tower siglip2-so400m-patch14-384
+push ADAPTERS OWNER/NAME --base-model OWNER/MODEL --merge
+push OUT OWNER/NAME --public --branch BRANCH --replace --leave-out 'checkpoint-*' --dry-run
+push-dataset slake OWNER/NAME
+serve --model path/or/hub-id
+space "My demo" FOLDER --model OWNER/NAME
+train demo_lora -- --help
+train lora_one_gpu --model_name_or_path FOLDER --train_data DATA.csv --eval_split 0.1 --output_dir OUT
+train stage2_instruct --accelerate fsdp2
+"""
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES.strip().splitlines())
+def test_documented_command_lines_are_understood(line):
+    words, command = shlex.split(line), get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    for parameter in command.params:  # the files and folders are not there
+        parameter.callback = None
+    command.make_context(command.name, words)
+
+
 # Bad calls, and what is said about them: in the names of the command line, before anything is imported.
 BAD_CALLS = {
     "ask missing.png What?": "'missing.png' is a path that cannot be opened (there is no such file)",
