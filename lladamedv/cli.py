@@ -25,6 +25,7 @@ from .cli_common import (
     Group,
     Host,
     Source,
+    calls,
     check_exists,
     flag,
     generation_options,
@@ -694,6 +695,11 @@ def _check_space_model(model: str) -> None:
         raise ValueError(f"{model!r}; allowed are a Hub id, OWNER/NAME, and {DEMO}.")
 
 
+def _check_splits(splits: list[str]) -> None:
+    for split in splits:
+        one_of(*SPLITS)(split)
+
+
 Out = word(Path, "OUT", "Folder to create.", check=check_new_folder)
 Tokenizer = flag(
     str | None, "Folder or Hub id of the tokenizer, if it does not lie beside the weights.", check=check_name
@@ -703,6 +709,7 @@ ShardSize = flag(str, "Largest shard; at most one is held in memory.", check=che
 
 
 @app.command(rich_help_panel=PUBLISH)
+@calls("lladamedv.conversion:convert_checkpoint")
 def convert(
     source: word(str, "SOURCE", "Folder or Hub id with LLaDA, LLaDA-V or LLaDA-MedV weights.", check=check_name),
     out: Out,
@@ -720,7 +727,6 @@ def convert(
     revision: flag(str | None, "Revision of SOURCE on the Hub.") = None,
     push: flag(str | None, "Hub id to upload OUT to.", check=_check_repo) = None,
     public: flag(bool, "Create that repository as a public one.", "--public") = False,
-    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Turn released weights into a folder that loads with `from_pretrained`.
 
@@ -731,17 +737,10 @@ def convert(
     """
     if public and push is None:
         raise usage("--public", "it goes with --push.")
-    quiet()
-    from lladamedv.conversion import convert_checkpoint
-
-    report = convert_checkpoint(
-        source, out, tokenizer, vision_tower, dtype, preset, max_shard_size, revision, push, public, progress(as_json)
-    )
-    if as_json:
-        print_json(report)
 
 
 @app.command(rich_help_panel=PUBLISH)
+@calls("lladamedv.conversion:initialize_checkpoint")
 def init(
     out: Out,
     language_model: flag(str, "Folder or Hub id of LLaDA-8B-Instruct.", check=check_name),
@@ -755,7 +754,6 @@ def init(
     aspect_ratio: flag(str, "square, pad or anyres_max_N.", check=_check_aspect_ratio) = "anyres_max_4",
     seed: flag(int, "Seed of the untrained weights.", min=0) = 0,
     max_shard_size: ShardSize = "2GB",
-    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Put a new model together from a LLaDA, a SigLIP and an untrained or stage-1 projector.
 
@@ -763,44 +761,27 @@ def init(
     Example:
       lladamedv init new --language-model LLaDA-8B-Instruct --vision-tower siglip2-so400m-patch14-384
     """
-    quiet()
-    from lladamedv.conversion import initialize_checkpoint
-
-    report = initialize_checkpoint(
-        language_model, vision_tower, out, projector, tokenizer, dtype, aspect_ratio, seed, max_shard_size,
-        progress(as_json),
-    )  # fmt: skip
-    if as_json:
-        print_json(report)
 
 
 Repo = word(str, "REPO", "Hub id, OWNER/NAME; created as a private one if there is none.", check=_check_repo)
-PUSHING = Group(
-    {
-        "public": (flag(bool, "Create a public repository, or push to one.", "--public"), False),
-        "replace": (
-            flag(bool, "Push over a repository of another kind, and delete what it holds.", "--replace"), False,
-        ),
-        "branch": (flag(str | None, "Branch to push to, created if there is none."), None),
-        "dry_run": (flag(bool, "Check and list only; nothing is sent.", "--dry-run"), False),
-    },
-    lambda own, given: {
-        "private": not own["public"], "replace": own["replace"], "revision": own["branch"],
-        "dry_run": own["dry_run"], "report": progress(given["as_json"]),
-    },
-)  # fmt: skip
+Private = flag(bool, "Create a public repository, or push to one.", " /--public", show_default=False)
+Replace = flag(bool, "Push over a repository of another kind, and delete what it holds.", "--replace")
+Branch = flag(str | None, "Branch to push to, created if there is none.", "--branch")
+DryRun = flag(bool, "Check and list only; nothing is sent.", "--dry-run")
 
 
 @app.command(rich_help_panel=PUBLISH)
-@takes(pushing=PUSHING)
+@calls("lladamedv.hub_cards.push:push_folder")
 def push(
-    pushing: dict,
     folder: word(Path, "FOLDER", "Folder of a model, or of LoRA adapters.", check=_check_folder),
     repo: Repo,
     adapter_merge: flag(bool, "Merge adapters into their model and push that.", "--merge") = False,
     base_model: flag(str | None, "Hub id of the adapters' model; to merge, also a folder.") = None,
-    leave_out: flag(list[str] | None, "Pattern of files not to push, as 'checkpoint-*'; several times.") = None,
-    as_json: AsJson = False,
+    leave_out: flag(list[str], "Pattern of files not to push, as 'checkpoint-*'; several times.") = [],  # noqa: B006
+    private: Private = True,
+    replace: Replace = False,
+    revision: Branch = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Push a model's folder to the Hub, checked, and as one commit.
 
@@ -810,24 +791,11 @@ def push(
       lladamedv push converted ME/llada-medv
       lladamedv push adapters ME/llada-medv-lora --base-model ME/llada-medv
     """
-    quiet()
-    from lladamedv.hub_cards.push import push_folder
-
-    options = {"adapter_merge": adapter_merge, "base_model": base_model, "leave_out": leave_out or ()}
-    plan = push_folder(folder, repo, **options, **pushing)
-    if as_json:
-        print_json(plan)
-
-
-def _check_splits(splits: list[str]) -> None:
-    for split in splits:
-        one_of(*SPLITS)(split)
 
 
 @app.command("push-dataset", rich_help_panel=PUBLISH)
-@takes(pushing=PUSHING)
+@calls("lladamedv.hub_cards.push:push_dataset")
 def push_dataset(
-    pushing: dict,
     benchmark: word(str, "BENCHMARK", f"{', '.join(BENCHMARKS)}.", check=one_of(*BENCHMARKS)),
     repo: Repo,
     splits: flag(list[str] | None, "train, validation or test; by default all.", "--split", check=_check_splits) = None,
@@ -836,7 +804,10 @@ def push_dataset(
     image_folder: flag(Path | None, "Where image files named in --path are.") = None,
     data_revision: flag(str | None, "Revision of the source on the Hub.", "--revision") = None,
     recipe_only: flag(bool, "Push no records, but a program that builds them.", "--recipe-only") = False,
-    as_json: AsJson = False,
+    private: Private = True,
+    replace: Replace = False,
+    revision: Branch = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Push a VQA benchmark in one form to the Hub, or how to build it where its licence forbids more.
 
@@ -845,15 +816,6 @@ def push_dataset(
       lladamedv push-dataset phantoms ME/phantoms --path 1:500 --dry-run
       lladamedv push-dataset slake ME/slake --recipe-only
     """
-    quiet()
-    from lladamedv.hub_cards import push as hub
-
-    plan = hub.push_dataset(
-        benchmark, repo, splits=splits, source=source, path=path, image_folder=image_folder,
-        data_revision=data_revision, recipe_only=recipe_only, **pushing,
-    )  # fmt: skip
-    if as_json:
-        print_json(plan)
 
 
 @app.command(rich_help_panel=PUBLISH)

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -93,6 +94,9 @@ def usage(flag: str, message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint=flag)
 
 
+AsJson = flag(bool, "Print the result as JSON; all else goes to standard error.", "--json")
+
+
 class Group(NamedTuple):
     """Options that several commands share.
 
@@ -115,18 +119,52 @@ def takes(**groups: Group) -> Callable[[Callable], Callable]:
             everything = {name: value for values in own.values() for name, value in values.items()} | given
             return command(**given, **{name: group.read(own[name], everything) for name, group in groups.items()})
 
-        parameters = inspect.signature(command, eval_str=True).parameters.values()
-        parameters = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters if each.name not in groups]
+        parameters = [each for name, each in inspect.signature(command).parameters.items() if name not in groups]
         for group in groups.values():
             for name, (annotation, default) in group.parameters.items():
                 default = inspect.Parameter.empty if default is ... else default
                 each = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
                 parameters.append(each)
-        wrapped.__signature__ = inspect.Signature(parameters)
-        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        _sign(wrapped, parameters)
         return wrapped
 
     return decorate
+
+
+def calls(target: str) -> Callable[[Callable], Callable]:
+    """Make a command of its signature: it calls a function with all that was given, and prints a result as JSON.
+
+    Args:
+        target: the function, as `module:name`. It takes the command's parameters, and as `report` where lines on the
+            way to the result go.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        @wraps(command)
+        def wrapped(as_json: bool, **given):
+            command(**given)  # what it checks
+            quiet()
+            module, _, name = target.partition(":")
+            result = getattr(import_module(module), name)(**given, report=progress(as_json))
+            if as_json:
+                print_json(result)
+
+        parameters = inspect.signature(command).parameters.values()
+        parameters = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters]
+        parameters.append(
+            inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
+        )
+        _sign(wrapped, parameters)
+        return wrapped
+
+    return decorate
+
+
+def _sign(command: Callable, parameters: list[inspect.Parameter]) -> None:
+    """Let Typer see parameters that the command's own `def` does not have."""
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
 # The model
@@ -391,6 +429,8 @@ class CommandLine(TyperGroup):
             name = max(parameter.opts, key=len) if is_option else parameter.metavar or parameter.name.upper()
             for each in (parameter.name, name.lstrip("-").replace("-", "_")):
                 text = text.replace(f"`{each}`", name)
+        for other in filter(str.isidentifier, text.split("`")):
+            text = text.replace(f"`{other}`", other)
         return text
 
 
@@ -433,9 +473,6 @@ class _ToStandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         typer.echo(" ".join(record.getMessage().split()), err=True)
-
-
-AsJson = flag(bool, "Print the result as JSON; all else goes to standard error.", "--json")
 
 
 def progress(as_json: bool) -> Callable[[str], None]:

@@ -69,11 +69,3 @@ def test_demo_command(tmp_path):
     assert result.exit_code == 0, result.output
     assert "closed accuracy" in result.output and "blind" in result.output and DEMO_NOTICE in result.output
     assert Image.open(sheet).size[0] == 1400
-
-
-def test_ask_command(tmp_path):
-    example = next(example for example in PhantomVQA(4, 50, ("open",)) if example.topic == "modality")
-    example.image.save(tmp_path / "picture.png")
-    result = CliRunner().invoke(app, ["ask", str(tmp_path / "picture.png"), example.question])
-    assert result.exit_code == 0 and result.stdout.strip() == example.answer
-    assert result.stderr == f"{DEMO_NOTICE}\n"
