@@ -22,7 +22,7 @@ from lladamedv.processing.datasets import read_records
 from lladamedv.processing.datasets.chat_benchmark import DOMAINS, QUESTION_TYPES
 
 from .answering import answer_batch, open_image, question_about
-from .judge import PROMPT_VERSION, Judge, ask, parse_scores, prompt_sha256, render_messages, sha256
+from .judge import PROMPT_VERSION, OpenAIJudge, ask, parse_scores, prompt_sha256, render_messages, sha256
 from .medical_vqa.medical_vqa import bootstrap_intervals
 from .published import GROUP_SIZES, RELATIVE_SCORES
 from .reports import markdown_table, number
@@ -140,7 +140,7 @@ def match_answers(records: Sequence[dict], answers: dict[str, str], allow_partia
 def judge_answers(
     records: Sequence[dict],
     answers: dict[str, str],
-    judge: Judge,
+    judge: OpenAIJudge,
     folder: str | Path,
     *,
     swap_positions: bool = False,
@@ -154,7 +154,7 @@ def judge_answers(
     Args:
         records: as `load_chat_benchmark` returns them.
         answers: texts by the question's id, see [`match_answers`].
-        judge: what judges.
+        judge: an [`OpenAIJudge`], or what has its `settings` and `complete`.
         folder: keeps the judge's replies, in `judgments.jsonl`; made if it does not exist. One folder can serve any
             number of judges and models.
         swap_positions: judge each answer a second time with the two answers in the other order.
@@ -188,14 +188,13 @@ def judge_answers(
     folder = Path(folder)
     with locked(folder):
         outcomes = _ask_all(prompts, judge, folder / JUDGMENTS_FILE, max_concurrent, report)
-    judgments = {
-        item: [
-            {"status": found["status"], "scores": _in_order(found["scores"], swapped), "reason": found["reason"]}
-            for key, swapped in item_keys
-            for found in (outcomes[key],)
-        ]
-        for item, item_keys in keys.items()
-    }
+    judgments = {}
+    for item, item_keys in keys.items():
+        for key, swapped in item_keys:
+            found = {name: outcomes[key][name] for name in ("status", "scores", "reason")}
+            if swapped and found["scores"]:
+                found["scores"] = found["scores"][::-1]
+            judgments.setdefault(item, []).append(found)
     return {
         "judge": judge.settings,
         "prompt_version": version,
@@ -205,11 +204,9 @@ def judge_answers(
     }
 
 
-def _in_order(scores: list[float] | None, swapped: bool) -> list[float] | None:
-    return scores[::-1] if scores and swapped else scores
-
-
-def _ask_all(prompts: dict[str, list[dict]], judge: Judge, file: Path, max_concurrent: int, report) -> dict[str, dict]:
+def _ask_all(
+    prompts: dict[str, list[dict]], judge: OpenAIJudge, file: Path, max_concurrent: int, report
+) -> dict[str, dict]:
     """What came of each prompt, in this run or an earlier one, by its key."""
     outcomes = read_judgments(file)
     pending = [key for key in prompts if key not in outcomes]
@@ -330,7 +327,7 @@ def summarize(
         "coverage": n_judged / len(items),
         "groups": {group: _scores(chosen, bootstrap_samples, seed) for group, chosen in groups.items()},
         "order_disagreement": sum(disagreements) / len(disagreements) if disagreements else None,
-        "text": {who: TextRepetition(keep_in_memory=True).compute(predictions=text) for who, text in texts.items()},
+        "text": {name: TextRepetition(keep_in_memory=True).compute(predictions=each) for name, each in texts.items()},
         **{key: judged[key] for key in ("judge", "prompt_version", "prompt_sha256", "swap_positions")},
         "multi_label_domains": multi_label_domains,
         "bootstrap_samples": bootstrap_samples,
@@ -398,7 +395,7 @@ def to_markdown(summary: dict) -> str:
             f"{number(summary['order_disagreement'])} percent points on average."
         )
     columns = ("words_per_answer", "distinct_1", "rep_4", "longest_run", "num_empty")
-    repetition = [[who, *(number(metrics[column]) for column in columns)] for who, metrics in summary["text"].items()]
+    repetition = [[name, *(number(each[column]) for column in columns)] for name, each in summary["text"].items()]
     own = [summary["groups"][group]["relative_score"] for group in GROUP_SIZES]
     scores = {f"**{summary['name']}**": own, **RELATIVE_SCORES}
     lines += [

@@ -11,7 +11,6 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 from urllib.parse import urlsplit
 
 
@@ -179,24 +178,7 @@ class JudgeError(RuntimeError):
         self.for_all = for_all
 
 
-class Judge(Protocol):
-    """What can judge.
-
-    Attributes:
-        settings: JSON-able, all that the replies depend on and no secret; `model` and `host` are shown in reports.
-    """
-
-    settings: dict
-
-    def complete(self, messages: Sequence[dict]) -> str:
-        """The reply to chat messages `{"role", "content"}`; called from several threads.
-
-        Raises:
-            JudgeError: if there is none.
-        """
-
-
-def ask(judge: Judge, messages: list[dict]) -> tuple[tuple[float, float] | None, list[str], JudgeError | None]:
+def ask(judge: OpenAIJudge, messages: list[dict]) -> tuple[tuple[float, float] | None, list[str], JudgeError | None]:
     """Ask for a comparison, and once more if the scores cannot be read.
 
     Returns:
@@ -218,7 +200,8 @@ class OpenAIJudge:
 
     Requests that meet a full or broken server are repeated by the `openai` client, with growing pauses or after those
     that the server asks for, up to two minutes. The key, the address and the organisation are never taken from the
-    environment, and redirects are not followed.
+    environment, and redirects are not followed. A judge of another kind needs the same `settings` (JSON-able, all that
+    its replies depend on and no secret; `model` and `host` are shown in reports) and `complete`.
 
     Args:
         model: what the server calls the model.
@@ -286,7 +269,7 @@ class OpenAIJudge:
         return f"OpenAIJudge({', '.join(f'{name}={value!r}' for name, value in self.settings.items())})"
 
     def complete(self, messages: Sequence[dict]) -> str:
-        """The reply to chat messages `{"role", "content"}`.
+        """The reply to chat messages `{"role", "content"}`; called from several threads.
 
         Raises:
             JudgeError: if there is none, even after all repetitions.
@@ -327,6 +310,6 @@ class OpenAIJudge:
 
 
 __all__ = [
-    "OPENAI_URL", "PROMPT_VERSION", "Judge", "JudgeError", "OpenAIJudge", "ask", "parse_scores", "prompt_sha256",
+    "OPENAI_URL", "PROMPT_VERSION", "JudgeError", "OpenAIJudge", "ask", "parse_scores", "prompt_sha256",
     "render_messages", "sha256",
 ]  # fmt: skip

@@ -7,11 +7,7 @@ caller's own figures matter.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
-
-
-_MARKERS = "osD^vP*Xph"
 
 
 def number(value: float | None) -> str:
@@ -94,7 +90,7 @@ def line_plots(
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     ticks = sorted({x for panel in panels.values() for points in panel.values() for x, y in points if y is not None})
     for axes, (y_label, panel) in zip(all_axes, panels.items()):
-        for (name, points), marker in zip(panel.items(), cycle(_MARKERS)):
+        for (name, points), marker in zip(panel.items(), "osD^vP*Xph" * len(panel)):
             drawn = [point for point in points if point[1] is not None]
             axes.plot([x for x, _ in drawn], [y for _, y in drawn], marker=marker, label=name, alpha=0.8)
         axes.set_xscale("log", base=2)

@@ -78,8 +78,16 @@ def run_items(
                 cut_torn_line(part)
 
     def answer_own() -> None:
-        pending = [place for place, item in enumerate(ids) if item not in done]
-        _run_own(pending[state.process_index :: state.num_processes], answer, folder, batch_size, state)
+        own = [place for place, item in enumerate(ids) if item not in done][state.process_index :: state.num_processes]
+        label = f"process 1 of {state.num_processes}" if state.num_processes > 1 else None
+        with tqdm(total=len(own), unit="question", desc=label, disable=not state.is_main_process) as progress:
+            for start in range(0, len(own), batch_size):
+                batch = own[start : start + batch_size]
+                records = answer(batch)
+                if len(records) != len(batch):
+                    raise RuntimeError(f"{len(batch)} items gave {len(records)} records.")
+                append_lines(folder / f"part-{state.process_index:05}.jsonl", records)
+                progress.update(len(batch))
 
     def put_together() -> None:
         if state.is_main_process:
@@ -115,18 +123,6 @@ def _all_do(work: Callable[[], _T], state: PartialState) -> _T:
         if message is not None:
             raise RuntimeError(f"process {number} of {state.num_processes} failed: {message}")
     return result
-
-
-def _run_own(places: list[int], answer, folder: Path, batch_size: int, state: PartialState) -> None:
-    description = f"process 1 of {state.num_processes}" if state.num_processes > 1 else None
-    with tqdm(total=len(places), unit="question", desc=description, disable=not state.is_main_process) as progress:
-        for start in range(0, len(places), batch_size):
-            batch = places[start : start + batch_size]
-            records = answer(batch)
-            if len(records) != len(batch):
-                raise RuntimeError(f"{len(batch)} items gave {len(records)} records.")
-            append_lines(folder / f"part-{state.process_index:05}.jsonl", records)
-            progress.update(len(batch))
 
 
 def _check_settings(folder: Path, settings: dict) -> None:

@@ -63,7 +63,7 @@ def evaluate_vqa(
     Args:
         model, processor: as loaded; the model where it shall run.
         dataset, report: of [`load_vqa`], not streamed.
-        folder: of this run. Called again with the same arguments, it goes on where it stopped.
+        folder: of this run. Called again with the same arguments, it continues where it stopped.
         model_name: what to call the model in the report.
         options: of `generate`; by default the paper's for short answers, a canvas of 64 tokens in one block and 64
             steps.
@@ -82,7 +82,7 @@ def evaluate_vqa(
 
     Raises:
         ValueError: before anything is answered, for a value that is not allowed, an empty data set, or a folder of
-            a run that other things were in force in: options, weights, data, kind of device, ….
+            a run with other options, weights, data, kind of device, ….
     """
     if scoring not in SCORINGS:
         raise ValueError(f"`scoring` is {scoring!r}; allowed are {SCORINGS}.")
@@ -225,7 +225,7 @@ def _calibration(confidence: Sequence[float], correct: Sequence[float]) -> dict:
 
 
 def write_summary(summary: dict, folder: str | Path) -> None:
-    """Write `summary.json`, `summary.md` and, where matplotlib is installed, pictures of the calibration.
+    """Write `summary.json`, `summary.md` and, where matplotlib is installed, figures of the calibration.
 
     Args:
         summary: of [`evaluate_vqa`].
@@ -248,13 +248,11 @@ def write_summary(summary: dict, folder: str | Path) -> None:
 def render_summary(summary: dict) -> str:
     """The summary as Markdown."""
     lines = [f"# {summary['model']} on {summary['benchmark']} ({summary['split']})", ""]
-    left_out, total = summary["left_out"], summary["num_questions"]
+    left_out, questions = summary["left_out"], summary["data"]["questions"]
+    asked_a_part = summary["num_questions"] < questions
     for names, problem in (
-        (summary["failed"], f"of {total} questions have no answer"),
-        (
-            left_out,
-            f"of {summary['data']['questions'] + len(left_out)} records were not asked: no image, or invalid",
-        ),
+        (summary["failed"], f"of {summary['num_questions']} questions have no answer"),
+        (left_out, f"of {questions + len(left_out)} records were not asked: no image, or invalid"),
     ):
         if names:
             shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
@@ -272,14 +270,24 @@ def render_summary(summary: dict) -> str:
         rows.append([name, f"{value:.2f}", interval, str(count)])
     lines += markdown_table(["score", "value", "95 % interval", "n"], rows)
     counts = {name.removeprefix("num_").replace("_", " "): scores[name] for name in scores if name.startswith("num_")}
-    asked_a_part = summary["num_questions"] < summary["data"]["questions"]
     if asked_a_part:
-        counts[f"asked of {summary['data']['questions']} questions"] = summary["num_questions"]
+        counts[f"asked of {questions} questions"] = summary["num_questions"]
     lines += ["Counts: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".", ""]
     if summary["without_reference"]:
         lines += [f"Left out, because their true answer is empty: {', '.join(summary['without_reference'])}.", ""]
-    if summary["data"]["is_published"] and not asked_a_part:
-        lines += _render_published(summary["benchmark"], summary["model"], scores)
+    published = PUBLISHED_VQA.get(summary["benchmark"])
+    if published and summary["data"]["is_published"] and not asked_a_part:
+        own = (scores["open_recall_llava_med"], scores["closed_accuracy_llava_med"])
+        cells = [
+            [name, *("-" if value is None else f"{value:.2f}" for value in row)]
+            for name, row in {**published, f"**{summary['model']}**": own}.items()
+        ]
+        lines += [
+            "Beside table 2 of LLaDA-MedV (arXiv 2508.01617), by its rules, which count repeated words and look for "
+            "substrings. Published numbers are not all about the same questions.",
+            "",
+            *markdown_table(["model", "open recall", "closed accuracy"], cells),
+        ]
     if summary["calibration"]:
         names = ("mean_confidence", "accuracy", "expected_calibration_error", "area_under_risk_coverage")
         lines += markdown_table(
@@ -307,21 +315,6 @@ def render_summary(summary: dict) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _render_published(benchmark: str, model: str, scores: dict) -> list[str]:
-    """Published results, and one's own by the same rules."""
-    if benchmark not in PUBLISHED_VQA:
-        return []
-    own = (scores["open_recall_llava_med"], scores["closed_accuracy_llava_med"])
-    rows = {**PUBLISHED_VQA[benchmark], f"**{model}**": own}
-    cells = [[name, *("-" if value is None else f"{value:.2f}" for value in row)] for name, row in rows.items()]
-    return [
-        "Beside table 2 of LLaDA-MedV (arXiv 2508.01617), by its rules, which count repeated words and look for "
-        "substrings. Published numbers are not all about the same questions.",
-        "",
-        *markdown_table(["model", "open recall", "closed accuracy"], cells),
-    ]
 
 
 __all__ = ["PAPER_DECODING", "SCORINGS", "evaluate_vqa", "render_summary", "write_summary"]

@@ -80,14 +80,19 @@ def check_model(source: str | Path, revision: str | None = None, with_weights: b
 
     Raises:
         ValueError: for the reasons of [`check_folder`] and [`read_checkpoint`]; if weights of the model are missing or
-            have other shapes, or the folder holds others.
+            have other shapes, or the folder holds others, or its configuration names other files.
     """
     checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)))
     config = checkpoint.build_config()
     expected = LLaDAMedVForConditionalGeneration.parameter_shapes(config)
+    if "transformers_weights" in checkpoint.original:
+        raise ValueError("`transformers_weights` in config.json names other files; allowed is model.safetensors.")
     files = list(checkpoint.folder.glob("*.safetensors"))
     # Quantised weights, and those that several devices have saved, have names and shapes of their own.
-    if checkpoint.original.get("quantization_config") or any(file.name.startswith("shard-") for file in files):
+    by_devices = any(file.name.startswith("shard-") for file in files)
+    if by_devices or checkpoint.original.get("quantization_config"):
+        if not by_devices or (checkpoint.folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+            read_weights([*checkpoint.folder.iterdir()])
         stored = sum(file.stat().st_size for file in files)
         needed = sum(torch.Size(shape).numel() for shape in expected.values())
         if 4 * stored < needed:  # two bits a weight

@@ -7,26 +7,21 @@ people, files and the model say is escaped, and never read as markup. Nothing is
 
 from __future__ import annotations
 
-import math
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
-from functools import partial
 
 import typer
-from PIL import Image
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationOutput
+from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.medical_images import MedicalImage
 
 from .cli_common import print_json
-from .conversation import LEVELS, MASK, CanvasStreamer, chat_about, generate_answer, level_of, pieces, printable
-from .explanation import answer_length, answer_tokens, summarize
+from .conversation import LEVELS, NOTICE, Token, demo_notice, printable, reply_to
 
 
 with suppress(ImportError):  # not on Windows
@@ -53,9 +48,6 @@ class Chat:
         read_image: reads an image file, with what the command line says about windows, frames and so on.
         show_steps: print the canvas after every step, one line each, instead of redrawing it in place.
         as_json: print each answer as one line of JSON.
-
-    Raises:
-        ValueError: for options that are not allowed.
     """
 
     def __init__(
@@ -68,35 +60,33 @@ class Chat:
         as_json: bool = False,
     ):
         self._model, self._processor, self._options, self._read_image = model, processor, options, read_image
-        self._prepared = model.resolve_generation_config(**options, return_dict_in_generate=True)
         self._show_steps, self._as_json = show_steps, as_json
         self._live = sys.stdout.isatty() and not (show_steps or as_json)
         self._console = Console(highlight=False)
-        self._decode = partial(processor.decode, skip_special_tokens=True)
-        self._picture: Image.Image | None = None
+        self._picture = None
         self._turns: list[tuple[str, str]] = []
 
-    def look_at(self, image: MedicalImage) -> None:
-        """Begin a new conversation, about this image."""
-        self._picture, self._turns = image.image, []
-        height, width = image.size
-        say("; ".join([f"image: {width} by {height} pixels", *image.steps]))
-
-    def run(self) -> None:
+    def run(self, picture: MedicalImage | None = None) -> None:
         """Read lines and obey them until `/quit` or the end of the input.
 
         Raises:
+            ValueError: for options of `generate` that are not allowed.
             KeyboardInterrupt: for Ctrl-C, except while an answer is given to somebody who types.
         """
+        self._model.resolve_generation_config(**self._options, return_dict_in_generate=True)
         for stream in (sys.stdin, sys.stdout):
             stream.reconfigure(errors="replace")  # rather than end the chat
+        for notice in filter(None, (NOTICE, demo_notice(self._model))):
+            say(notice)
+        if picture is not None:
+            self._look_at(picture)
         typing = sys.stdin.isatty()
         prompt = "> " if typing and sys.stdout.isatty() else ""
         while True:
             try:
                 line = input(prompt).strip()
             except EOFError:
-                line = "/quit"
+                return
             if line == "/quit":
                 return
             try:
@@ -108,12 +98,17 @@ class Chat:
                     raise
                 say("stopped; this question is not part of the conversation")
 
+    def _look_at(self, picture: MedicalImage) -> None:
+        self._picture, self._turns = picture.image, []
+        height, width = picture.size
+        say("; ".join([f"image: {width} by {height} pixels", *map(str, picture.steps)]))
+
     def _obey(self, line: str) -> None:
         command, _, argument = line.partition(" ")
         if line and not line.startswith("/"):
             self._ask(line)
         elif command == "/image" and argument:
-            self.look_at(self._read_image(os.path.expanduser(argument.strip())))
+            self._look_at(self._read_image(argument.strip()))
         elif line == "/new":
             self._turns = []
         elif line == "/help":
@@ -124,57 +119,54 @@ class Chat:
     def _ask(self, question: str) -> None:
         if self._picture is None:
             raise ValueError("There is no image yet; /image FILE takes one.")
-        canvases: list[list[int]] = []
+        step = -1  # the first canvas is before the first step
 
-        def show(canvas, _):
+        def show(tokens: list[Token]) -> None:
+            nonlocal step
+            step += 1
             if self._live:
-                live.update(self._draft(canvas, canvases[-1] if canvases else canvas), refresh=True)
-            elif canvases:  # the first is before the first step
-                line = "".join(f" {MASK}" if text is None else text for text, _ in self._pieces(canvas))
-                typer.echo(f"{len(canvases):4} {printable(line.strip(), keep='')}", err=self._as_json)
-            canvases.append(canvas)
+                live.update(_draft(tokens, step), refresh=True)
+            elif step:
+                line = "".join(_spaced(token) for token in tokens)
+                typer.echo(f"{step:4} {printable(line.strip(), keep='')}", err=self._as_json)
 
         with Live(console=self._console, auto_refresh=False) if self._live else nullcontext() as live:
-            streamer = None
-            if self._live or self._show_steps:
-                streamer = CanvasStreamer(self._prepared.max_new_tokens, self._model.config.mask_token_id, show)
-            messages = chat_about(self._picture, self._turns, question)
-            ids, output = generate_answer(self._model, self._processor, messages, **self._options, streamer=streamer)
+            reply = reply_to(
+                self._model, self._processor, self._picture, question, self._turns,
+                show if self._live or self._show_steps else None, **self._options,
+            )  # fmt: skip
             if self._live:
-                live.update(self._shade(ids, output), refresh=True)
-        answer, confidence = self._decode(ids).strip(), float(output.answer_confidence[0])
-        self._turns.append((question, answer))
+                live.update(_shade(reply.tokens, reply.suffix), refresh=True)
+        self._turns.append((question, reply.text))
         if self._live:
-            self._console.print(Text(summarize(output), "dim"))
+            self._console.print(Text(reply.summary, "dim"))
         elif self._as_json:
-            confidence = None if math.isnan(confidence) else confidence
-            print_json({"question": question, "answer": answer, "confidence": confidence})
+            print_json({"question": question, "answer": reply.text, "confidence": reply.confidence})
         else:
-            typer.echo(printable(answer))
+            typer.echo(printable(reply.text))
 
-    def _pieces(self, canvas):
-        return pieces(canvas, self._decode, self._model.config.mask_token_id)
 
-    def _draft(self, canvas: list[int], previous: list[int]) -> Text:
-        """An unfinished answer: masks dim, what is new bold."""
-        text = Text()
-        for piece, places in self._pieces(canvas):
-            if piece is None:
-                text.append(f" {MASK}", "dim")
-            else:
-                new = any(previous[place] == self._model.config.mask_token_id for place in places)
-                text.append(printable(piece), "bold" if new else "")
-        return text
+def _spaced(token: Token) -> str:
+    return f" {token.text}" if token.step is None else token.text or ""
 
-    def _shade(self, ids: list[int], output: LLaDAMedVGenerationOutput) -> Text:
-        """An answer whose tokens look as sure as they are."""
-        text = Text()
-        for token in answer_tokens(ids, output, self._decode, self._model.config.mask_token_id):
-            style = "dim" if token.confidence is None else _STYLES[level_of(token.confidence)]
-            text.append(printable(token.text or ""), style)
-        text.append(printable(self._decode(ids[answer_length(output) :])))  # a suffix that was given
-        text.rstrip()
-        return text[len(text.plain) - len(text.plain.lstrip()) :]
+
+def _draft(tokens: Iterable[Token], step: int) -> Text:
+    """An unfinished answer: masks dim, what is new bold."""
+    text = Text()
+    for token in tokens:
+        style = "dim" if token.step is None else "bold" if token.step == step else ""
+        text.append(printable(_spaced(token)), style)
+    return text
+
+
+def _shade(tokens: Iterable[Token], suffix: str) -> Text:
+    """An answer whose tokens look as sure as they are, and what stands behind it."""
+    text = Text()
+    for token in tokens:
+        text.append(printable(token.text or ""), "dim" if token.step is None else _STYLES[token.level])
+    text.append(printable(suffix))
+    text.rstrip()
+    return text[len(text.plain) - len(text.plain.lstrip()) :]
 
 
 def say(text: str) -> None:

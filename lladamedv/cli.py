@@ -1,58 +1,61 @@
-"""The command line, `lladamedv`: its commands, and those that need no module of their own."""
+"""The command line, `lladamedv`: its commands. What they share is in `cli_common`.
 
-from __future__ import annotations
+Each command checks its words first, then calls `quiet`, which imports PyTorch, and then what does the work.
+"""
 
+import json
 import os
 import re
+import socket
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Any, NamedTuple
 
 import typer
 
 import lladamedv
 from lladamedv.processing.medical_images import is_url
 
-from .cli_app import app_command
-from .cli_chat import chat, read_picture, takes_reading_options
 from .cli_common import (
     DEBUG,
+    READING,
     AsJson,
     CommandLine,
-    Device,
-    Dtype,
-    Model,
-    Options,
-    Revision,
-    check_generation,
-    checked,
+    Group,
+    Host,
+    Source,
+    calls,
+    check_exists,
+    flag,
+    generation_options,
+    listen,
+    model_options,
     one_of,
-    parse_options,
     print_json,
     progress,
     quiet,
+    takes,
+    usage,
+    word,
 )
-from .cli_evaluation import analyze_app, eval_app
-from .cli_hub import check_repo, push, push_dataset, space
-from .cli_serve import serve
-from .loading import DEMO, DTYPES, check_name, load_model
-from .paths import EXPLANATION_SUFFIXES, check_folder_to_fill, check_new_file, check_new_folder, check_shard_size
+from .doors import LOOPBACK_HOSTS
+from .loading import DEMO, DTYPES, check_name, find_device
+from .paths import EXPLANATION_SUFFIXES, check_new_file, check_new_folder, check_shard_size
 
 
 # Headings of `lladamedv --help`.
 USE, MEASURE, PUBLISH = "Ask a model", "Train and measure", "Make and publish models"
-
+INCOMPLETE = 3  # exit code: there is a report, but some questions have no answer
+# As `processing.datasets` and `modeling_lladamedv.released_lladamedv` have them, which are slow to import.
+BENCHMARKS, SPLITS = ("vqa-rad", "slake", "path-vqa", "phantoms"), ("train", "validation", "test")
+PRESETS = ("llada-medv", "llada-medv-vqa", "llada-v", "llada")
 # In a training's process: what versions to come will change, and that there is no GPU.
 _IGNORED = "ignore::FutureWarning,ignore::DeprecationWarning,ignore:'pin_memory' argument:UserWarning"
 
 app = typer.Typer(cls=CommandLine, no_args_is_help=True, pretty_exceptions_enable=False)
-
-
-def _shipped(folder: str):
-    """Completes the names of YAML files in a folder of `trainers`, without importing it."""
-    files = (Path(path) / "trainers" / folder for path in lladamedv.__path__)
-    names = sorted(file.stem for path in files for file in path.glob("*.yaml"))
-    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+eval_app = typer.Typer(cls=CommandLine, no_args_is_help=True)
+analyze_app = typer.Typer(cls=CommandLine, no_args_is_help=True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -63,12 +66,8 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    debug: Annotated[
-        bool, typer.Option("--debug", envvar=DEBUG, help="Show where an error comes from, as a traceback.")
-    ] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
+    debug: flag(bool, "Show where an error comes from, as a traceback.", "--debug", envvar=DEBUG) = False,
+    version: flag(bool, "Print the version and exit.", "--version", check=_print_version, is_eager=True) = False,
 ) -> None:
     """LLaDA-MedV: a masked-diffusion vision-language model for biomedical images.
 
@@ -86,18 +85,23 @@ def main(
         os.environ[DEBUG] = "1"
 
 
+# Ask a model
+
+IMAGE = "File (also DICOM, NIfTI and 16-bit pictures) or URL of an image"
+
+
+def _no_training(wanted: bool) -> None:
+    if wanted:
+        raise ValueError("removed; use: lladamedv train demo_full")
+
+
 @app.command(rich_help_panel=USE)
 def demo(
-    train: Annotated[
-        bool, typer.Option("--train", help="Train the demo model anew (about 80 minutes of 2 cores).")
-    ] = False,
-    questions: Annotated[
-        int | None, typer.Option(min=3, help="How many held-out questions to ask.", show_default="300")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="The .png sheet to write, or with --train the folder of the new model.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of --train.", show_default="0")] = None,
+    questions: flag(int, "How many held-out questions to ask.", min=3) = 300,
+    output: flag(Path, "The .png sheet to write.", check=partial(check_new_file, suffixes=(".png",))) = Path(
+        "lladamedv_demo.png"
+    ),
+    train: flag(bool, "", "--train", check=_no_training, hidden=True) = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the shipped tiny model on synthetic images, sighted and blind, and show how it denoises answers.
@@ -106,117 +110,208 @@ def demo(
     Examples:
       lladamedv demo
       lladamedv demo --questions 1000 --output sheet.png
-      lladamedv demo --train --output my_model
     """
-    for flag, value, goes in (("--questions", questions, not train), ("--seed", seed, train)):
-        if value is not None and not goes:
-            raise typer.BadParameter(f"{value}; it goes {'without' if train else 'with'} --train.", param_hint=flag)
-    output = output or Path("lladamedv_demo_model" if train else "lladamedv_demo.png")
-    check = check_folder_to_fill if train else partial(check_new_file, suffixes=(".png",))
-    try:
-        check(output)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="'--output'") from error
-    # Imported here, so that `lladamedv --help` does not wait for what only some commands need.
     quiet()
     from lladamedv.demo import run_demo
-    from lladamedv.demo_training import train_demo
 
-    if train:
-        train_demo(output, seed or 0, report=progress(as_json))
-        result = {"output": output}
-    else:
-        result = {"output": output, "scores": run_demo(questions or 300, output, report=progress(as_json))}
+    scores = run_demo(questions, output, report=progress(as_json))
     if as_json:
-        print_json(result)
+        print_json({"output": output, "scores": scores})
 
 
 @app.command(rich_help_panel=USE)
-@takes_reading_options
+@takes(source=model_options(), read=READING, generation=generation_options())
 def ask(
-    image: Annotated[
-        str,
-        typer.Argument(metavar="IMAGE", help="File (also DICOM, NIfTI and 16-bit pictures) or URL of an image."),
-    ],
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
-    model: Model = DEMO,
-    revision: Revision = None,
-    reading: dict = {},  # noqa: B006  stands for all options of the reader
-    option: Options = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    explain: Annotated[
-        Path | None,
-        typer.Option(
-            help="Also write how the answer was denoised, as an .html or .png file.",
-            callback=checked(partial(check_new_file, suffixes=EXPLANATION_SUFFIXES)),
-        ),
-    ] = None,
+    image: word(str, "IMAGE", f"{IMAGE}."),
+    question: word(str, "QUESTION", "What to ask about it."),
+    source: Source,
+    read: Any,
+    generation: dict,
+    explain: flag(
+        Path | None, "Also write how the answer was denoised, as an .html or .png file.",
+        check=partial(check_new_file, suffixes=EXPLANATION_SUFFIXES),
+    ) = None,
     as_json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Answer one question about one image.
 
-    What was done to the image on the way (window, frame, …) is said on standard error.
+    What was done to the image on the way (window, frame, …) is printed on standard error.
 
     \b
     Examples:
       lladamedv ask picture.png "Is there a lesion?"
       lladamedv ask scan.dcm "Is there a fracture?" --window bone --model path/or/hub-id
-      lladamedv ask picture.png "Describe the image." --option steps=8 --json
+      lladamedv ask picture.png "Describe the image." --steps 8 --json
       lladamedv ask picture.png "Describe the image." --explain denoising.html
     """
     if not is_url(image) and not Path(image).expanduser().is_file() and Path(question).expanduser().is_file():
-        message = f"{image!r} is no file, but QUESTION {question!r} is one: the image comes first."
-        raise typer.BadParameter(message, param_hint="IMAGE")
+        raise usage("IMAGE", f"{image!r} is no file, but QUESTION {question!r} is one: the image comes first.")
     if not question.strip():
-        raise typer.BadParameter("it is empty.", param_hint="QUESTION")
-    options = parse_options(option)
-    check_generation(model, options)
-    read = read_picture(image, reading)
+        raise usage("QUESTION", "it is empty.")
+    picture = read(image)
     quiet()
     from lladamedv.conversation import demo_notice
-    from lladamedv.evaluation.answering import answer_batch, question_about
     from lladamedv.explanation import explain_answer
 
-    loaded, processor = load_model(model, dtype, device, revision)
-    if explain is None:
-        given = answer_batch(loaded, processor, [question_about(read.image, question)], **options)[0]
-    else:
-        given = explain_answer(loaded, processor, read.image, question, read.steps, **options)
-    notice = demo_notice(loaded)
+    model, processor = source.load()
+    given = explain_answer(model, processor, picture.image, question, picture.steps, **generation)
+    notice, steps = demo_notice(model), list(map(str, picture.steps))
     if as_json:
-        print_json({"answer": given.text, "confidence": given.confidence, "image": read.steps, "notice": notice})
+        print_json({"answer": given.text, "confidence": given.confidence, "image": steps, "notice": notice})
     else:
-        if read.steps:
-            typer.echo(f"image: {'; '.join(read.steps)}", err=True)
-        if notice is not None:
-            typer.echo(notice, err=True)
+        for line in ([f"image: {'; '.join(steps)}"] if steps else []) + ([notice] if notice else []):
+            typer.echo(line, err=True)
         typer.echo(given.text)
     if explain is not None:
         given.save(explain)
 
 
-app.command(rich_help_panel=USE)(chat)
-app.command("app", rich_help_panel=USE)(app_command)
-app.command(rich_help_panel=USE)(serve)
+@app.command(rich_help_panel=USE)
+@takes(source=model_options(), read=READING, generation=generation_options())
+def chat(
+    source: Source,
+    read: Any,
+    generation: dict,
+    image: word(str | None, "IMAGE", f"{IMAGE}; or later, by /image FILE.") = None,
+    show_steps: flag(bool, "Print the canvas after every step, one line each.", "--show-steps") = False,
+    as_json: flag(bool, "Print question, answer and confidence as a line of JSON each.", "--json") = False,
+) -> None:
+    """Talk with a model about one image, and watch its answers being denoised.
+
+    One question a line. /help lists the commands, Ctrl-C stops an answer, and Ctrl-D or /quit ends the chat. Options
+    about images hold for all images of the chat.
+
+    \b
+    Examples:
+      lladamedv chat picture.png
+      lladamedv chat scan.dcm --window bone --model path/or/hub-id
+      lladamedv chat picture.png --json < questions.txt > answers.jsonl
+    """
+    picture = None if image is None else read(image)
+    quiet()
+    from lladamedv.chat import Chat
+
+    Chat(*source.load(), generation, read, show_steps, as_json).run(picture)
+
+
+def _warn_of_others(host: str, what: str) -> bool:
+    """Whether others than this computer reach the host; then the user is warned."""
+    others = (f"[{host}]" if ":" in host else host) not in LOOPBACK_HOSTS
+    if others:
+        typer.echo(f"Warning: everybody who reaches {host} can use the {what}, with no password.", err=True)
+    return others
+
+
+@app.command("app", rich_help_panel=USE)
+@takes(source=model_options())
+def app_command(
+    source: Source,
+    host: Host = "127.0.0.1",
+    port: flag(int, "Port to listen on.", min=1, max=65535) = 7860,
+    share: flag(bool, "Make a public link, through Gradio's servers.", "--share") = False,
+) -> None:
+    """Ask a model about images in the browser, and watch it denoise its answers.
+
+    By default the page is at http://127.0.0.1:7860. Ctrl-C ends it, and all conversations with it.
+
+    \b
+    Examples:
+      lladamedv app
+      lladamedv app --model path/or/hub-id
+    """
+    if ":" in host:
+        raise ValueError(f"`host` is {host!r}; allowed are names and IPv4 addresses, because Gradio serves no others.")
+    listen(host, port).close()
+    quiet()
+    from lladamedv.app import build_app, import_gradio, own_temporary_files
+
+    with own_temporary_files():
+        # All that can be wrong is tried before a large model is loaded.
+        import_gradio()
+        find_device(source.device)
+        page = build_app(*source.load())
+        if share:
+            typer.echo(
+                "Warning: everybody who has the link can use the app, and uploads pass through Gradio.", err=True
+            )
+        _warn_of_others(host, "app")
+        try:
+            # Both addresses are given, so that no environment variable can open the app. Gradio's own lines advise to
+            # share.
+            _, local, _ = page.launch(
+                server_name=host, server_port=port, share=share, inbrowser=False, quiet=True, prevent_thread_lock=True
+            )
+            typer.echo(f"The app is at {local}")
+            page.block_thread()  # until Ctrl-C, which it keeps to itself
+        finally:
+            page.close(verbose=False)
+    raise typer.Exit(130)
+
+
+@app.command(rich_help_panel=USE)
+@takes(source=model_options())
+def serve(
+    source: Source,
+    host: Host = "127.0.0.1",
+    port: flag(int, "Port to listen on; 0 for a free one.", min=0, max=65535) = 8000,
+    max_queue: flag(int, "How many requests may wait while one is answered.", min=0) = 16,
+    max_upload_size: flag(int, "Largest request, in MB.", min=1) = 20,
+) -> None:
+    """Serve a model to programs that speak OpenAI's API.
+
+    By default the API is at http://127.0.0.1:8000/v1. Ctrl-C ends it.
+
+    \b
+    Examples:
+      lladamedv serve
+      lladamedv serve --model path/or/hub-id
+    """
+    # All that can be wrong is tried before a large model is loaded.
+    listening = listen(host, port)
+    quiet()
+    from lladamedv.serving import build_api, make_server
+
+    find_device(source.device)
+    # Inherited by connections; without it each part of a stream would wait for the one before to be acknowledged.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    model = source.model
+    name = "lladamedv-demo" if model == DEMO else Path(model).resolve().name if Path(model).is_dir() else model
+    options = {"name": name, "max_queue": max_queue, "max_upload_size": max_upload_size * 1_000_000}
+    if _warn_of_others(host, "server"):
+        options["hosts"] = None  # the names under which it is known to others are not known here
+    server = make_server(build_api(*source.load(), **options))
+    address = f"[{host}]" if ":" in host else host
+    typer.echo(f"{name} is served at http://{address}:{listening.getsockname()[1]}/v1")
+    server.run(sockets=[listening])
+
+
+# Train and measure
+
+
+def _shipped(folder: str = "") -> Callable[[str], list[str]]:
+    """Completes the names of recipes, or of configurations of accelerate."""
+
+    def complete(incomplete: str) -> list[str]:
+        from lladamedv.trainers.recipes import RECIPES
+
+        return sorted(file.stem for file in (RECIPES / folder).glob("*.yaml") if file.stem.startswith(incomplete))
+
+    return complete
 
 
 @app.command(rich_help_panel=MEASURE, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,
-    recipe: Annotated[
-        str | None, typer.Argument(help="Name of a recipe, or a YAML file.", autocompletion=_shipped("recipes"))
-    ] = None,
-    accelerate: Annotated[
-        str | None,
-        typer.Option(
-            help="Where to run: a configuration of accelerate, by the name of a shipped one or as a file.",
-            autocompletion=_shipped("recipes/accelerate"),
-        ),
-    ] = None,
-    list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --list: as a JSON object.")] = False,
-) -> None:
+    recipe: word(
+        str | None, "RECIPE", "Name of a recipe, or a YAML file.", autocompletion=_shipped()
+    ) = None,
+    accelerate: flag(
+        str | None, "Where to run: a configuration of accelerate, by the name of a shipped one or as a file.",
+        autocompletion=_shipped("accelerate"),
+    ) = None,
+    list_recipes: flag(bool, "List the recipes.", "--list") = False,
+    as_json: flag(bool, "With --list: as a JSON object.", "--json") = False,
+) -> None:  # fmt: skip
     """Fine-tune a model: `accelerate launch -m lladamedv.trainers.sft --config RECIPE`.
 
     All other options, to be given after RECIPE, are arguments of that script and override the recipe.
@@ -234,12 +329,9 @@ def train(
     if list_recipes:
         recipes = describe_recipes()
         if as_json:
-            print_json(recipes)
-        else:
-            width = max(map(len, recipes))
-            for name, description in recipes.items():
-                typer.echo(f"{name:{width}}  {description}")
-        return
+            return print_json(recipes)
+        width = max(map(len, recipes))
+        return typer.echo("\n".join(f"{name:{width}}  {description}" for name, description in recipes.items()))
     words = list(context.args)
     if recipe is not None and recipe.startswith("-"):
         words, recipe = [recipe, *words], None
@@ -251,8 +343,336 @@ def train(
     raise typer.Exit(launch(configuration, "lladamedv.trainers.sft", ["--config", str(file), *words]))
 
 
+def _check(flag: str, check: Callable[[str], None], value: str) -> None:
+    try:
+        check(value)
+    except ValueError as error:
+        raise usage(flag, str(error)) from None
+
+
+class Questions(NamedTuple):
+    """Which questions to ask, and what to do about those that cannot be read."""
+
+    benchmark: str | None
+    data: str | None
+    split: str | None
+    source: str | None
+    path: str | None
+    revision: str | None
+    image_folder: Path | None
+    invalid_records: str
+    limit: int | None
+
+    def check(self) -> "Questions":
+        """Refuse options that do not go together."""
+        of_benchmark = {"--source": self.source, "--path": self.path, "--revision": self.revision}
+        if (self.benchmark is None) == (self.data is None):
+            given = "none" if self.data is None else "both"
+            raise usage("--benchmark, --data", f"{given} given; exactly one is needed.")
+        if self.data is None and self.split is not None:
+            _check("--split", one_of(*SPLITS), self.split)
+        for name, value in of_benchmark.items():
+            if self.data is not None and value is not None:
+                raise usage(name, f"{value!r}; it goes with --benchmark.")
+        if self.path is not None and self.benchmark != "phantoms":
+            _check("--path", check_exists, self.path)
+        return self
+
+    def load(self) -> tuple:
+        """The questions, and the report about what was loaded."""
+        from lladamedv.processing.datasets import load_own_vqa, load_vqa
+
+        options = {"image_folder": self.image_folder, "invalid_records": self.invalid_records}
+        if self.data is not None:
+            dataset, report = load_own_vqa(self.data, self.split, **options)
+        else:
+            options |= {"source": self.source, "path": self.path, "revision": self.revision}
+            dataset, report = load_vqa(self.benchmark, self.split or "test", **options)
+        if not len(dataset):
+            found = "; ".join(report.summary().splitlines())
+            raise ValueError(f"No question is left. {found}. --image-folder says where images are.")
+        return dataset if self.limit is None else dataset.select(range(min(self.limit, len(dataset)))), report
+
+
+def questions_options(benchmark: str | None = None) -> Group:
+    """Which questions; `benchmark` if the user names none."""
+    panel = {"rich_help_panel": "Questions"}
+    parameters = {
+        "benchmark": flag(str | None, f"{', '.join(BENCHMARKS)}; phantoms come with this.", check=one_of(*BENCHMARKS),
+                          **panel),
+        "data": flag(str | None, "Questions of your own instead of a benchmark: a .json, .jsonl, .csv, .tsv or "
+                     ".parquet file, or a folder.", check=check_exists, **panel),
+        "split": flag(str | None, "train, validation or (by default) test; of --data any that it has.", **panel),
+        "source": flag(str | None, "Which publication of the benchmark, by its Hub id.", **panel),
+        "path": flag(str | None, "The benchmark's files instead of the Hub's; for phantoms SEED:COUNT[:KINDS].",
+                     **panel),
+        "revision": flag(str | None, "Revision of the benchmark on the Hub.", **panel),
+        "image_folder": flag(Path | None, "Where the image files are that the questions name: a folder or .zip.",
+                             check=check_exists, **panel),
+        "invalid_records": flag(str, "error, or skip: leave malformed records out, and say so.",
+                                check=one_of("error", "skip"), **panel),
+        "limit": flag(int | None, "Only the first so many questions.", min=1, **panel),
+    }  # fmt: skip
+
+    def read(own: dict, given: dict) -> Questions:
+        questions = Questions(**own)
+        if questions.data is None and questions.benchmark is None:
+            questions = questions._replace(benchmark=benchmark)
+        return questions.check()
+
+    defaults = {"invalid_records": "error"}
+    return Group({name: (each, defaults.get(name)) for name, each in parameters.items()}, read)
+
+
+Output = flag(Path, "Folder of the run; called again, it goes on where it stopped.", file_okay=False)
+BatchSize = flag(int, "Questions at a time, in each process.", min=1)
+Bootstrap = flag(int, "Samples of the bootstrap for 95 % intervals; 0 for none.", min=0)
+Seed = flag(int, "Seed of the bootstrap, and of sampling.")
+Summary = flag(bool, "Print the summary as JSON instead of Markdown.", "--json")
+
+
+def _load(source: Source) -> tuple:
+    """Model and processor, by default on this process's device."""
+    from lladamedv.evaluation.runs import process_state
+
+    return source.load(process_state().device)
+
+
+def _finish(summary: dict, text: str, as_json: bool, output: Path) -> None:
+    from lladamedv.evaluation.runs import process_state
+
+    if process_state().is_main_process:
+        typer.echo(json.dumps(summary) if as_json else text)
+        typer.echo(f"wrote {output}", err=True)
+    process_state().destroy_process_group()
+    if not summary.get("complete", True):
+        raise typer.Exit(INCOMPLETE)
+
+
+@eval_app.command()
+@takes(
+    source=model_options(..., "--model-revision"),
+    questions=questions_options(),
+    generation=generation_options(max_new_tokens=64, block_length=64, steps=64),
+)
+def vqa(
+    source: Source,
+    questions: Questions,
+    generation: dict,
+    output: Output,
+    scoring: flag(
+        str, "generate, or likelihood: yes or no, whichever is the likelier answer.",
+        check=one_of("generate", "likelihood"),
+    ) = "generate",
+    train_candidates: flag(
+        bool, "Also LLaVA-Med's choice among the open answers of the train split.", "--train-candidates"
+    ) = False,
+    batch_size: BatchSize = 8,
+    bootstrap_samples: Bootstrap = 1000,
+    seed: Seed = 0,
+    as_json: Summary = False,
+) -> None:  # fmt: skip
+    """Answer and score a VQA benchmark, or questions of your own.
+
+    With several GPUs: `accelerate launch -m lladamedv.cli eval vqa …`.
+
+    Exactly one of --benchmark and --data is needed. Columns of --data are recognised by their names: question, answer,
+    image, and if there are any id, answer_type and split. The report says which were read.
+
+    Exit code 3: the report is written, but questions are missing from it.
+
+    \b
+    Examples:
+      lladamedv eval vqa --data questions.csv --image-folder images --model demo --output runs/own
+      lladamedv eval vqa --benchmark slake --model path/or/hub-id --output runs/slake --dtype bfloat16
+      lladamedv eval vqa --benchmark phantoms --model demo --output runs/phantoms --max-new-tokens 24 \\
+          --block-length 8 --steps 24
+    """
+    quiet()
+    from lladamedv.evaluation.vqa import evaluate_vqa, render_summary
+    from lladamedv.processing.datasets import training_open_answers
+
+    dataset, report = questions.load()
+    candidates = None
+    if train_candidates:
+        candidates = training_open_answers(questions._replace(split="train", limit=None).load()[0])
+    summary = evaluate_vqa(
+        *_load(source), dataset, report, output, model_name=source.model, options=generation, scoring=scoring,
+        batch_size=batch_size, candidates=candidates, bootstrap_samples=bootstrap_samples, seed=seed,
+    )  # fmt: skip
+    _finish(summary, render_summary(summary), as_json, output)
+
+
+@eval_app.command("chat")
+@takes(
+    source=model_options(None, "--model-revision"),
+    generation=generation_options(max_new_tokens=256, block_length=64, steps=256),
+)
+def eval_chat(
+    source: Source,
+    generation: dict,
+    questions: flag(Path, "The benchmark's file, llava_med_eval_qa50_qa.jsonl.", check=check_exists),
+    output: Output,
+    answers: flag(
+        Path | None, "Instead of --model: a file of answers, ours or in a published form.", check=check_exists
+    ) = None,
+    image_folder: flag(Path | None, "Where the images are; needed with --model.", check=check_exists) = None,
+    limit: flag(int | None, "Only the first so many questions.", min=1) = None,
+    batch_size: BatchSize = 1,
+    judge_model: flag(str | None, "What the server calls the judge; without it, no one judges.") = None,
+    judge_url: flag(str | None, "Address of an OpenAI-compatible server, as http://localhost:8000/v1.") = None,
+    judge_key_env: flag(str | None, "Name of the environment variable that holds the server's key.") = None,
+    reasoning_judge: flag(
+        bool, "The judge takes max_completion_tokens and no temperature.", "--reasoning-judge"
+    ) = False,
+    swap_positions: flag(bool, "Judge twice, with the answers in both orders.", "--swap-positions") = False,
+    max_concurrent: flag(int, "Requests to the judge at a time.", min=1) = 4,
+    allow_partial: flag(bool, "Judge even if some questions have no answer.", "--allow-partial") = False,
+    bootstrap_samples: Bootstrap = 1000,
+    seed: Seed = 0,
+    as_json: Summary = False,
+) -> None:
+    """Answer the open-ended biomedical chat benchmark and have the answers judged.
+
+    Nothing is sent anywhere but to --judge-url, or to OpenAI if only --judge-key-env is given. Exit code 3: the report
+    is written, but questions are missing from it.
+
+    \b
+    Examples:
+      lladamedv eval chat --questions qa50.jsonl --image-folder images --model path/or/hub-id --output runs/chat
+      lladamedv eval chat --questions qa50.jsonl --answers answers.jsonl --output runs/chat --judge-model NAME \\
+          --judge-url http://localhost:8000/v1
+    """
+    if (source.model is None) == (answers is None):
+        given = "none" if answers is None else "both"
+        raise usage("--model, --answers", f"{given} given; exactly one is needed.")
+    if source.model is not None and image_folder is None:
+        raise usage("--image-folder", "missing; a model needs the images.")
+    key = None if judge_key_env is None else os.environ.get(judge_key_env)
+    if judge_key_env is not None and not key:
+        raise usage("--judge-key-env", f"{judge_key_env!r}, but there is no such environment variable.")
+    if judge_model is not None and judge_url is None and key is None:
+        raise usage("--judge-model", "needs --judge-url or --judge-key-env: nothing is sent anywhere without one.")
+    quiet()
+    from lladamedv.evaluation.chat import (
+        answer_chat_benchmark,
+        judge_answers,
+        read_answers,
+        summarize,
+        to_markdown,
+        write_summary,
+    )
+    from lladamedv.evaluation.judge import OpenAIJudge
+    from lladamedv.evaluation.runs import process_state
+    from lladamedv.processing.datasets import load_chat_benchmark
+
+    judge = None
+    if judge_model is not None:
+        judge = OpenAIJudge(judge_model, judge_url, key, reasoning_model=reasoning_judge)
+    asked = load_chat_benchmark(questions)[0][:limit]
+    if source.model is not None:
+        records, report = load_chat_benchmark(questions, image_folder)
+        known = {record["id"] for record in asked}
+        records = [record for record in records if record["id"] in known]
+        if not records:
+            raise ValueError(f"`image_folder` is {str(image_folder)!r}, which has none of the images.")
+        if report.missing_images:
+            typer.echo(report.summary(), err=True)
+            allow_partial = True  # the summary says how many are missing
+        answers = answer_chat_benchmark(
+            *_load(source), records, output, model_name=source.model, options=generation, batch_size=batch_size
+        )
+    if judge is None:
+        return typer.echo(f"answers: {answers}; give --judge-model to have them judged")
+    if process_state().is_main_process:
+        given = read_answers(answers)
+        judged = judge_answers(
+            asked, given, judge, output, swap_positions=swap_positions, allow_partial=allow_partial,
+            max_concurrent=max_concurrent, report=progress(True),
+        )  # fmt: skip
+        name = source.model or answers.name
+        summary = summarize(asked, given, judged, name=name, bootstrap_samples=bootstrap_samples, seed=seed)
+        write_summary(output, summary)
+        _finish(summary, to_markdown(summary), as_json, output)
+
+
+@analyze_app.command()
+@takes(
+    source=model_options(..., "--model-revision"),
+    questions=questions_options("phantoms"),
+    generation=generation_options(without=("steps", "max_new_tokens", "block_length")),
+)
+def decoding(
+    source: Source,
+    questions: Questions,
+    generation: dict,
+    output: Output,
+    steps: flag(list[int], "Z; several times.", min=1) = [256, 128, 64, 32, 16],  # noqa: B006
+    max_new_tokens: flag(list[int], "L; several times.", min=1) = [256],  # noqa: B006
+    block_length: flag(list[int], "B; several times.", min=1) = [64],  # noqa: B006
+    full_canvas: flag(
+        bool, "Let nothing end an answer, which shows what ends hide: repetition.", "--full-canvas"
+    ) = False,
+    noise_pictures: flag(
+        bool, "Ask about pictures of noise: what it says where it sees nothing.", "--noise-pictures"
+    ) = False,
+    batch_size: BatchSize = 1,
+    example_id: flag(str | None, "Question whose answers are shown.") = None,
+    bootstrap_samples: Bootstrap = 1000,
+    seed: Seed = 0,
+    as_json: Summary = False,
+) -> None:
+    """Sweep steps, canvas and block: words, seconds, repetition and accuracy (LLaDA-MedV's table 3 and figure 5).
+
+    The questions are those of the phantoms, of another --benchmark, or of --data.
+
+    \b
+    Example:
+      lladamedv analyze decoding --model demo --output runs/decoding --path 9000:60:description \\
+          --max-new-tokens 24 --block-length 24 --steps 24 --steps 6 --steps 1
+    """
+    quiet()
+    from lladamedv.evaluation import decoding_analysis as analysis
+
+    records, report = questions.load()
+    if report.missing_images or report.invalid:
+        typer.echo(report.summary(), err=True)
+    if noise_pictures:
+        records = analysis.noise_pictures(records, seed)
+    summary = analysis.analyze_decoding(
+        *_load(source), records, output, steps=steps, max_new_tokens=max_new_tokens, block_length=block_length,
+        batch_size=batch_size, full_canvas=full_canvas, extra_options=generation, name=source.model,
+        example_id=example_id, bootstrap_samples=bootstrap_samples, seed=seed, report=progress(True),
+    )  # fmt: skip
+    _finish(summary, analysis.to_markdown(summary), as_json, output)
+
+
+@eval_app.callback()
+def _eval() -> None:
+    """Measure a model on a benchmark or on data of your own.
+
+    \b
+    Examples:
+      lladamedv eval vqa --benchmark phantoms --model demo --output runs/phantoms
+      lladamedv eval vqa --data questions.csv --model demo --output runs/own
+    """
+
+
+@analyze_app.callback()
+def _analyze() -> None:
+    """Look into how a model answers.
+
+    \b
+    Example:
+      lladamedv analyze decoding --model demo --output decoding
+    """
+
+
 app.add_typer(eval_app, name="eval", rich_help_panel=MEASURE)
 app.add_typer(analyze_app, name="analyze", rich_help_panel=MEASURE)
+
+
+# Make and publish models
 
 
 def _check_aspect_ratio(ratio: str) -> None:
@@ -260,54 +680,54 @@ def _check_aspect_ratio(ratio: str) -> None:
         raise ValueError(f"{ratio!r}; allowed are square, pad and anyres_max_N with a whole number N of at least 1.")
 
 
-# As `modeling_lladamedv.released_lladamedv` has them, which is slow to import.
-PRESETS = ("llada-medv", "llada-medv-vqa", "llada-v", "llada")
-_NAME = checked(check_name)
-_Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.", callback=checked(check_new_folder))]
-_Tokenizer = Annotated[
-    str | None,
-    typer.Option(help="Folder or Hub id of the tokenizer, if it does not lie beside the weights.", callback=_NAME),
-]
-_Dtype = Annotated[
-    str | None,
-    typer.Option(help=f"{', '.join(DTYPES[1:])}; by default the source's.", callback=checked(one_of(DTYPES[1:]))),
-]
-_ShardSize = Annotated[
-    str, typer.Option(help="Largest shard; at most one is held in memory.", callback=checked(check_shard_size))
-]
+def _check_folder(folder: Path) -> None:
+    if not folder.expanduser().is_dir():
+        raise ValueError(f"there is no folder {str(folder)!r}.")
+
+
+def _check_repo(repo: str) -> None:
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repo) or "--" in repo or ".." in repo:
+        raise ValueError(f"{repo!r} is no Hub id, OWNER/NAME.")
+
+
+def _check_space_model(model: str) -> None:
+    if model != DEMO and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        raise ValueError(f"{model!r}; allowed are a Hub id, OWNER/NAME, and {DEMO}.")
+
+
+def _check_splits(splits: list[str]) -> None:
+    for split in splits:
+        one_of(*SPLITS)(split)
+
+
+Out = word(Path, "OUT", "Folder to create.", check=check_new_folder)
+Tokenizer = flag(
+    str | None, "Folder or Hub id of the tokenizer, if it does not lie beside the weights.", check=check_name
+)
+StoredDtype = flag(str | None, f"{', '.join(DTYPES[1:])}; by default the source's.", check=one_of(*DTYPES[1:]))
+ShardSize = flag(str, "Largest shard; at most one is held in memory.", check=check_shard_size)
 
 
 @app.command(rich_help_panel=PUBLISH)
+@calls("lladamedv.conversion:convert_checkpoint")
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SOURCE", help="Folder or Hub id with LLaDA, LLaDA-V or LLaDA-MedV weights.", callback=_NAME
-        ),
-    ],
-    out: _Out,
-    tokenizer: _Tokenizer = None,
-    vision_tower: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or Hub id of the SigLIP, if it is not SigLIP2 so400m/14-384 or not in SOURCE.", callback=_NAME
-        ),
-    ] = None,
-    dtype: _Dtype = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="Prompt and generation options: llada-medv, llada-medv-vqa, llada-v or llada; by default known from "
-            "the source's name, or else from its layout.",
-            callback=checked(one_of(PRESETS)),
-        ),
-    ] = None,
-    max_shard_size: _ShardSize = "2GB",
-    revision: Annotated[str | None, typer.Option(help="Revision of SOURCE on the Hub.")] = None,
-    push: Annotated[str | None, typer.Option(help="Hub id to upload OUT to.", callback=checked(check_repo))] = None,
-    public: Annotated[bool, typer.Option("--public", help="Create that repository as a public one.")] = False,
-    as_json: AsJson = False,
-) -> None:
+    source: word(str, "SOURCE", "Folder or Hub id with LLaDA, LLaDA-V or LLaDA-MedV weights.", check=check_name),
+    out: Out,
+    tokenizer: Tokenizer = None,
+    vision_tower: flag(
+        str | None, "Folder or Hub id of the SigLIP, if it is not SigLIP2 so400m/14-384 or not in SOURCE.",
+        check=check_name,
+    ) = None,
+    dtype: StoredDtype = None,
+    preset: flag(
+        str | None, f"Prompt and generation options: {', '.join(PRESETS)}; by default known from the source's name, or "
+        "else from its layout.", check=one_of(*PRESETS),
+    ) = None,
+    max_shard_size: ShardSize = "2GB",
+    revision: flag(str | None, "Revision of SOURCE on the Hub.") = None,
+    push: flag(str | None, "Hub id to upload OUT to.", check=_check_repo) = None,
+    public: flag(bool, "Create that repository as a public one.", "--public") = False,
+) -> None:  # fmt: skip
     """Turn released weights into a folder that loads with `from_pretrained`.
 
     \b
@@ -316,61 +736,108 @@ def convert(
       lladamedv convert SLAKE_10E slake --preset llada-medv-vqa --push ME/llada-medv-slake
     """
     if public and push is None:
-        raise typer.BadParameter("it goes with --push.", param_hint="--public")
-    quiet()
-    from lladamedv.conversion import convert_checkpoint
-
-    report = convert_checkpoint(
-        source, out, tokenizer, vision_tower, dtype, preset, max_shard_size, revision, push, public, progress(as_json)
-    )
-    if as_json:
-        print_json(report)
+        raise usage("--public", "it goes with --push.")
 
 
 @app.command(rich_help_panel=PUBLISH)
+@calls("lladamedv.conversion:initialize_checkpoint")
 def init(
-    out: _Out,
-    language_model: Annotated[str, typer.Option(help="Folder or Hub id of LLaDA-8B-Instruct.", callback=_NAME)],
-    vision_tower: Annotated[
-        str, typer.Option(help="Folder or Hub id of SigLIP2, the tower or the whole model.", callback=_NAME)
-    ],
-    projector: Annotated[
-        Path | None,
-        typer.Option(
-            help="Projector of stage 1: safetensors, or .bin, which is unpickled with torch.load(weights_only=True).",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
-    tokenizer: _Tokenizer = None,
-    dtype: _Dtype = None,
-    aspect_ratio: Annotated[
-        str, typer.Option(help="square, pad or anyres_max_N.", callback=checked(_check_aspect_ratio))
-    ] = "anyres_max_4",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the untrained weights.")] = 0,
-    max_shard_size: _ShardSize = "2GB",
-    as_json: AsJson = False,
-) -> None:
+    out: Out,
+    language_model: flag(str, "Folder or Hub id of LLaDA-8B-Instruct.", check=check_name),
+    vision_tower: flag(str, "Folder or Hub id of SigLIP2, the tower or the whole model.", check=check_name),
+    projector: flag(
+        Path | None, "Projector of stage 1: safetensors, or .bin, which is unpickled with "
+        "torch.load(weights_only=True).", exists=True, dir_okay=False,
+    ) = None,
+    tokenizer: Tokenizer = None,
+    dtype: StoredDtype = None,
+    aspect_ratio: flag(str, "square, pad or anyres_max_N.", check=_check_aspect_ratio) = "anyres_max_4",
+    seed: flag(int, "Seed of the untrained weights.", min=0) = 0,
+    max_shard_size: ShardSize = "2GB",
+) -> None:  # fmt: skip
     """Put a new model together from a LLaDA, a SigLIP and an untrained or stage-1 projector.
 
     \b
     Example:
       lladamedv init new --language-model LLaDA-8B-Instruct --vision-tower siglip2-so400m-patch14-384
     """
+
+
+Repo = word(str, "REPO", "Hub id, OWNER/NAME; created as a private one if there is none.", check=_check_repo)
+Private = flag(bool, "Create a public repository, or push to one.", " /--public", show_default=False)
+Replace = flag(bool, "Push over a repository of another kind, and delete what it holds.", "--replace")
+Branch = flag(str | None, "Branch to push to, created if there is none.", "--branch")
+DryRun = flag(bool, "Check and list only; nothing is sent.", "--dry-run")
+
+
+@app.command(rich_help_panel=PUBLISH)
+@calls("lladamedv.hub_cards.push:push_folder")
+def push(
+    folder: word(Path, "FOLDER", "Folder of a model, or of LoRA adapters.", check=_check_folder),
+    repo: Repo,
+    adapter_merge: flag(bool, "Merge adapters into their model and push that.", "--merge") = False,
+    base_model: flag(str | None, "Hub id of the adapters' model; to merge, also a folder.") = None,
+    leave_out: flag(list[str], "Pattern of files not to push, as 'checkpoint-*'; several times.") = [],  # noqa: B006
+    private: Private = True,
+    replace: Replace = False,
+    revision: Branch = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Push a model's folder to the Hub, checked, and as one commit.
+
+    \b
+    Examples:
+      lladamedv push converted ME/llada-medv --dry-run
+      lladamedv push converted ME/llada-medv
+      lladamedv push adapters ME/llada-medv-lora --base-model ME/llada-medv
+    """
+
+
+@app.command("push-dataset", rich_help_panel=PUBLISH)
+@calls("lladamedv.hub_cards.push:push_dataset")
+def push_dataset(
+    benchmark: word(str, "BENCHMARK", f"{', '.join(BENCHMARKS)}.", check=one_of(*BENCHMARKS)),
+    repo: Repo,
+    splits: flag(list[str] | None, "train, validation or test; by default all.", "--split", check=_check_splits) = None,
+    source: flag(str | None, "Which publication of the benchmark, by its Hub id.") = None,
+    path: flag(str | None, "Local data instead of the Hub's; for phantoms SEED:COUNT.") = None,
+    image_folder: flag(Path | None, "Where image files named in --path are.") = None,
+    data_revision: flag(str | None, "Revision of the source on the Hub.", "--revision") = None,
+    recipe_only: flag(bool, "Push no records, but a program that builds them.", "--recipe-only") = False,
+    private: Private = True,
+    replace: Replace = False,
+    revision: Branch = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Push a VQA benchmark in one form to the Hub, or how to build it where its licence forbids more.
+
+    \b
+    Examples:
+      lladamedv push-dataset phantoms ME/phantoms --path 1:500 --dry-run
+      lladamedv push-dataset slake ME/slake --recipe-only
+    """
+
+
+@app.command(rich_help_panel=PUBLISH)
+def space(
+    name: word(str, "NAME", "The Space's title."),
+    out: Out,
+    model: flag(str, "Hub id of a model, or `demo` for the one that comes with this.", check=_check_space_model) = DEMO,
+    revision: flag(str | None, "Revision of --model on the Hub.") = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a Gradio Space: a folder to upload with `hf upload ME/SPACE FOLDER --repo-type space`.
+
+    \b
+    Example:
+      lladamedv space "Ask about medical images" my_space --model ME/llada-medv
+    """
     quiet()
-    from lladamedv.conversion import initialize_checkpoint
+    from lladamedv.hub_cards.push import write_space
 
-    report = initialize_checkpoint(
-        language_model, vision_tower, out, projector, tokenizer, dtype, aspect_ratio, seed, max_shard_size,
-        progress(as_json),
-    )  # fmt: skip
+    write_space(name, out, model, revision=revision, report=progress(as_json))
     if as_json:
-        print_json(report)
-
-
-app.command(rich_help_panel=PUBLISH)(push)
-app.command("push-dataset", rich_help_panel=PUBLISH)(push_dataset)
-app.command(rich_help_panel=PUBLISH)(space)
+        print_json({"output": out, "model": model, "revision": revision})
 
 
 if __name__ == "__main__":

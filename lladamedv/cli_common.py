@@ -1,26 +1,40 @@
-"""What all commands share: how errors end, where lines of progress go, and how results become JSON."""
+"""What a command of the command line is: options that several share, their checks, how errors end, and how results
+become text or JSON. The commands themselves are in `cli`.
+
+Nothing here imports PyTorch before [`quiet`]: wrong usage must not wait for it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import logging
 import os
-import re
 import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.util import find_spec
+from functools import wraps
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 
 from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
+from lladamedv.processing.medical_images import (
+    READING_OPTIONS,
+    MedicalImage,
+    MedicalImageError,
+    check_options,
+    fetch_url,
+    is_url,
+    read_medical_image,
+)
 
 from . import loading
 
@@ -31,25 +45,37 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def checked(check: Callable[[Any], object]) -> Callable[[Any], Any]:
+# Options and their checks
+
+
+def checked(check: Callable[[Any], object]) -> Callable[[typer.CallbackParam, Any], Any]:
     """A callback of an option or argument, so that it is checked with the command line, before anything is imported."""
 
-    def callback(value: Any) -> Any:
+    def callback(param: typer.CallbackParam, value: Any) -> Any:
         try:
             if value is not None:
                 check(value)
-        except ValueError as error:
-            raise typer.BadParameter(re.sub(r"^`\w+` is ", "", str(error))) from error  # which Typer names
+        except ValueError as error:  # Typer names the option itself
+            raise typer.BadParameter(str(error).removeprefix(f"`{param.name}` is ")) from error
         return value
 
     return callback
 
 
-def one_of(allowed: Sequence[str]) -> Callable[[str], None]:
-    """What [`checked`] takes for an option with a few allowed values."""
+def flag(kind: Any, help: str, *names: str, check: Callable[[Any], object] | None = None, **more) -> Any:
+    """The annotation of an option; `names` where its flag is not the parameter's name, `more` is Typer's."""
+    return Annotated[kind, typer.Option(*names, help=help, callback=check and checked(check), **more)]
+
+
+def word(kind: Any, metavar: str, help: str, check: Callable[[Any], object] | None = None, **more) -> Any:
+    """The annotation of a positional argument."""
+    return Annotated[kind, typer.Argument(metavar=metavar, help=help, callback=check and checked(check), **more)]
+
+
+def one_of(*allowed: str) -> Callable[[str], None]:
+    """The check of an option with a few allowed values."""
 
     def check(value: str) -> None:
         if value not in allowed:
@@ -58,14 +84,286 @@ def one_of(allowed: Sequence[str]) -> Callable[[str], None]:
     return check
 
 
+def check_exists(path: str | Path) -> None:
+    if not os.path.exists(os.path.expanduser(path)):
+        raise ValueError(f"{str(path)!r}; there is no such file or folder.")
+
+
+def usage(flag: str, message: str) -> typer.BadParameter:
+    """An error of wrong usage that is seen only when several options are looked at."""
+    return typer.BadParameter(message, param_hint=flag)
+
+
+AsJson = flag(bool, "Print the result as JSON; all else goes to standard error.", "--json")
+
+
+class Group(NamedTuple):
+    """Options that several commands share.
+
+    Attributes:
+        parameters: annotation and default of each, by the parameter's name; `...` for one that is required.
+        read: makes the command's argument of the values of these, and of all values that were given.
+    """
+
+    parameters: dict[str, tuple[Any, Any]]
+    read: Callable[[dict, dict], Any]
+
+
+def takes(**groups: Group) -> Callable[[Callable], Callable]:
+    """Give a command the options of groups; each group is one argument of the command, under the name given here."""
+
+    def decorate(command: Callable) -> Callable:
+        @wraps(command)
+        def wrapped(**given):
+            own = {name: {each: given.pop(each) for each in group.parameters} for name, group in groups.items()}
+            everything = {name: value for values in own.values() for name, value in values.items()} | given
+            return command(**given, **{name: group.read(own[name], everything) for name, group in groups.items()})
+
+        parameters = [each for name, each in inspect.signature(command).parameters.items() if name not in groups]
+        for group in groups.values():
+            for name, (annotation, default) in group.parameters.items():
+                default = inspect.Parameter.empty if default is ... else default
+                each = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+                parameters.append(each)
+        _sign(wrapped, parameters)
+        return wrapped
+
+    return decorate
+
+
+def calls(target: str) -> Callable[[Callable], Callable]:
+    """Make a command of its signature: it calls a function with all that was given, and prints a result as JSON.
+
+    Args:
+        target: the function, as `module:name`. It takes the command's parameters, and as `report` where lines on the
+            way to the result go.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        @wraps(command)
+        def wrapped(as_json: bool, **given):
+            command(**given)  # what it checks
+            quiet()
+            module, _, name = target.partition(":")
+            result = getattr(import_module(module), name)(**given, report=progress(as_json))
+            if as_json:
+                print_json(result)
+
+        parameters = inspect.signature(command).parameters.values()
+        parameters = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters]
+        parameters.append(
+            inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
+        )
+        _sign(wrapped, parameters)
+        return wrapped
+
+    return decorate
+
+
+def _sign(command: Callable, parameters: list[inspect.Parameter]) -> None:
+    """Let Typer see parameters that the command's own `def` does not have."""
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+# The model
+
+
+class Source(NamedTuple):
+    """Which model to load, and how."""
+
+    model: str | None
+    revision: str | None
+    dtype: str
+    device: str
+
+    def load(self, device: Any = None) -> tuple:
+        """Model and processor; on `device` where the user leaves that open."""
+        return loading.load_model(
+            self.model, self.dtype, device if device is not None and self.device == "auto" else self.device,
+            self.revision,
+        )  # fmt: skip
+
+
 def _check_device_name(device: str) -> None:
-    if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", device):
+    kind, _, number = device.partition(":")
+    if device != "auto" and (kind not in ("cpu", "cuda", "mps", "xpu") or (":" in device and not number.isdecimal())):
         raise ValueError(f"{device!r}; allowed are auto, cpu, cuda, mps and xpu, also with a number, as in cuda:1.")
+
+
+def model_options(default: Any = loading.DEMO, revision: str = "--revision") -> Group:
+    """Which model: `default` if none is named; `revision` is the flag of its revision."""
+    about = "Folder or Hub id of a model or of adapters, or `demo` for the tiny one that comes with this."
+    dtypes = f"{', '.join(loading.DTYPES)}; auto is the checkpoint's on a GPU and float32 on a CPU."
+    devices = "auto, cpu, cuda or mps; auto is a GPU if there is one."
+    more = {"rich_help_panel": "Model"}
+    parameters = {
+        "model": (flag(str if default else str | None, about, check=loading.find_folder, **more), default),
+        revision.strip("-").replace("-", "_"): (flag(str | None, "Revision of --model on the Hub.", **more), None),
+        "dtype": (flag(str, dtypes, check=one_of(*loading.DTYPES), **more), "auto"),
+        "device": (flag(str, devices, check=_check_device_name, **more), "auto"),
+    }
+    return Group(parameters, lambda own, given: Source(*own.values()))
+
+
+# Reading images
+
+_READING_FLAGS = {option.argument: f"--{option.name.replace('_', '-')}" for option in READING_OPTIONS}
+
+
+class Reader:
+    """Reads images, by their files' names or URLs, with the options of the reader.
+
+    Raises:
+        ValueError: if one cannot be read, or an option does not suit it; in the names of the command line.
+    """
+
+    def __init__(self, own: dict, given: dict):
+        self._options = own
+        self._told(check_options)
+
+    def __call__(self, source: str) -> MedicalImage:
+        def read(**options):
+            return read_medical_image(fetch_url(source) if is_url(source) else os.path.expanduser(source), **options)
+
+        return self._told(read, source)
+
+    def _told(self, call: Callable, source: str = "") -> Any:
+        try:
+            return call(**self._options)
+        except MedicalImageError as error:
+            raise ValueError(error.told(lambda argument: _READING_FLAGS.get(argument, repr(source)))) from None
+
+
+READING = Group(
+    {
+        option.argument: (
+            flag(option.type if option.type is bool else option.type | None, option.help,
+                 _READING_FLAGS[option.argument], rich_help_panel="Image"),
+            False if option.type is bool else None,
+        )
+        for option in READING_OPTIONS
+    },
+    Reader,
+)  # fmt: skip
+
+
+# Options of `generate`
+
+_PANEL = "Generation (by default as the model's own configuration says)"
+
+
+def _is_shown(name: str) -> bool:
+    """Whether an option changes anything that commands show: not objects of Python, and what only adds to a result."""
+    return OPTIONS[name].types not in ((), (bool,)) or OPTIONS[name].role == "answer"
+
+
+def _read_option(name: str, text: str) -> Any:
+    """The value of an option of `generate`; of another name, which `generate` may know as autoregressive, as JSON.
+
+    Raises:
+        ValueError: if the name looks mistyped, the option changes nothing that a command shows, or `text` is no value.
+    """
+    if name not in OPTIONS:
+        if meant := difflib.get_close_matches(name, OPTIONS, 1, cutoff=0.8):
+            raise ValueError(f"{name!r} is no option of generate; did you mean {meant[0]}?")
+        with suppress(json.JSONDecodeError):
+            return json.loads(text)
+        return text
+    if not _is_shown(name):
+        raise ValueError(f"{name!r} changes nothing that a command shows.")
+    return OPTIONS[name].parse(text)
+
+
+def _read_options(given: list[str]) -> dict:
+    """Options of `generate` as NAME=VALUE."""
+    options = {}
+    for each in given:
+        name, separator, value = each.partition("=")
+        if not separator or not name:
+            raise ValueError(f"{each!r}; allowed is NAME=VALUE.")
+        if name in options:
+            raise ValueError(f"{name} is given twice.")
+        options[name] = _read_option(name, value)
+    return options
+
+
+def generation_options(without: Sequence[str] = (), **defaults: int) -> Group:
+    """Flags for the options of `generate`, and `--option NAME=VALUE`, which takes the same.
+
+    Args:
+        without: options that the command has otherwise.
+        defaults: the command's own; others are the model's.
+    """
+    parameters = {}
+    for name, option in OPTIONS.items():
+        if name not in without and option.role != "model" and _is_shown(name):
+            is_switch = option.types == (bool,)
+            more = {} if is_switch else {"metavar": f"<{option.type_names.partition(' ')[0]}>"}
+            if name in defaults:
+                more["show_default"] = str(defaults[name])
+            help = f"{option.meaning.partition('. ')[0].removesuffix('.')}."
+            parameters[name] = (flag((bool if is_switch else str) | None, help, rich_help_panel=_PANEL, **more), None)
+    parameters["option"] = (flag(list[str] | None, "NAME=VALUE", "--option", check=_read_options, hidden=True), None)
+
+    def read(own: dict, given: dict) -> dict:
+        words = _read_options(own.pop("option") or [])
+        options = {}
+        for name, value in own.items():
+            if value is not None:
+                if name in words:
+                    raise usage("--option", f"{name} is given twice.")
+                try:
+                    options[name] = value if isinstance(value, bool) else _read_option(name, value)
+                except ValueError as error:
+                    raise usage(f"--{name.replace('_', '-')}", str(error).removeprefix(f"{name} is ")) from error
+        options = defaults | options | words
+        check_generation(given.get("model"), options, partial=bool(without))
+        return options
+
+    return Group(parameters, read)
+
+
+def check_generation(model: str | None, options: dict, partial: bool = False) -> None:
+    """Check options of `generate` without PyTorch: by themselves, and with a model whether they suit its own.
+
+    The own of a model that is not here, or that is adapters or as released, are not known yet.
+
+    Args:
+        partial: whether the command adds others, so that they cannot be checked together.
+
+    Raises:
+        ValueError: for a value that is not allowed.
+    """
+    if not options:
+        return
+    _silence()
+    from lladamedv.modeling_lladamedv.generation_config_lladamedv import (
+        LLaDAMedVGenerationConfig,
+        resolve_generation_config,
+    )
+
+    own = LLaDAMedVGenerationConfig(**options)
+    folder = None if model is None or partial else loading.find_folder(model)
+    if folder is None or not all((folder / file).is_file() for file in ("processor_config.json", "config.json")):
+        return
+    try:
+        own = LLaDAMedVGenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError):  # loading the model tells what is wrong with it
+        return
+    resolve_generation_config(own, own, options | {"return_dict_in_generate": True})
+
+
+# Serving: what `app` and `serve` share
 
 
 def _check_host_name(host: str) -> None:
     if not host.strip():
         raise ValueError("it is empty; allowed are names and addresses of this computer.")
+
+
+Host = flag(str, "Address to listen on; others than 127.0.0.1 let others in.", check=_check_host_name)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -86,99 +384,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"`port` is {port}, which cannot be listened on at {host}: {reason}.") from error
 
 
-def parse_options(given: list[str] | None, **named) -> dict:
-    """Options of `generate` from the command line; values are JSON where they can be read so, or else text.
-
-    Raises:
-        ValueError: for one without a value, of a name that `generate` does not know, or of another type than it takes.
-    """
-    options = {name: value for name, value in named.items() if value is not None}
-    parsed = {}
-    for each in given or []:
-        name, separator, value = each.partition("=")
-        if not separator or not name:
-            raise ValueError(f"{each!r}; allowed is NAME=VALUE.")
-        if name in parsed:
-            raise ValueError(f"{name} is given twice.")
-        parsed[name] = _parse_value(name, value)
-    return options | parsed
-
-
-def check_generation(model: str | None, options: dict) -> None:
-    """Check options of `generate` without PyTorch: by themselves, and with a model whether they suit its own.
-
-    The own of a model that is not here, or that is adapters or as released, are not known yet.
-
-    Raises:
-        ValueError: for a value that is not allowed.
-    """
-    if not options:
-        return
-    _silence()
-    from lladamedv.modeling_lladamedv.generation_config_lladamedv import (
-        LLaDAMedVGenerationConfig,
-        resolve_generation_config,
-    )
-
-    LLaDAMedVGenerationConfig(**options)
-    folder = None if model is None else loading.find_folder(model)
-    if folder is not None and all((folder / file).is_file() for file in ("processor_config.json", "config.json")):
-        try:
-            own = LLaDAMedVGenerationConfig.from_pretrained(folder)
-        except (OSError, ValueError):  # loading the model tells what is wrong with it
-            return
-        resolve_generation_config(own, own, options | {"return_dict_in_generate": True})
-
-
-def _parse_value(name: str, text: str) -> Any:
-    """The value of an option of `generate`; options of Transformers' own `generate` are left to our configuration."""
-    if name in OPTIONS:
-        if not OPTIONS[name].types or (OPTIONS[name].role == "report" and OPTIONS[name].default is False):
-            raise ValueError(f"{name!r} changes nothing that a command shows.")
-        return OPTIONS[name].parse(text)
-    theirs = Path(find_spec("transformers").origin).parent / "generation" / "configuration_utils.py"
-    if f'"{name}"' not in theirs.read_text(encoding="utf-8"):
-        meant = difflib.get_close_matches(name, OPTIONS, 1)
-        hint = f"did you mean {meant[0]}?" if meant else f"allowed are {', '.join(sorted(OPTIONS))}."
-        raise ValueError(f"{name!r} is no option of generate; {hint}")
-    with suppress(json.JSONDecodeError):
-        return json.loads(text)
-    return text
-
-
-Options = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--option", help="An option of generate, as NAME=VALUE; several times.", callback=checked(parse_options)
-    ),
-]
-Model = Annotated[
-    str,
-    typer.Option(
-        help="Folder or Hub id of a model or of adapters, or `demo` for the tiny one that comes with this.",
-        callback=checked(loading.find_folder),
-    ),
-]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help=f"{', '.join(loading.DTYPES)}; auto is the checkpoint's on a GPU and float32 on a CPU.",
-        callback=checked(one_of(loading.DTYPES)),
-    ),
-]
-Device = Annotated[
-    str,
-    typer.Option(help="cpu, cuda, cuda:1, mps…; auto is a GPU if there is one.", callback=checked(_check_device_name)),
-]
-Revision = Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")]
-Host = Annotated[
-    str,
-    typer.Option(help="Address to listen on; others than 127.0.0.1 let others in.", callback=checked(_check_host_name)),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; all else goes to standard error.")]
-
-
-_UsageError = typer.BadParameter.__base__  # click's, of which newer versions of Typer have a copy of their own
+# Errors, quiet and results
 
 
 class CommandLine(TyperGroup):
@@ -197,7 +403,7 @@ class CommandLine(TyperGroup):
     def main(self, *args, **options) -> Any:
         try:
             raise SystemExit(super().main(*args, **options | {"standalone_mode": False}))
-        except _UsageError as error:
+        except typer.BadParameter.__base__ as error:  # click's UsageError, or Typer's copy of it
             if text := error.format_message():  # else help was asked for, and given
                 text = " ".join(text.split())
                 if errors := getattr(error.__cause__, "errors", None):  # Typer's own: pydantic knows what was given
@@ -217,17 +423,19 @@ class CommandLine(TyperGroup):
             raise SystemExit(1) from error
 
     def _in_flags(self, text: str) -> str:
-        """A message with the names of the command line, where it names arguments as messages do: in backticks."""
+        """A message in the names of the command line: Python's messages name arguments in backticks."""
         for parameter in getattr(self.called, "params", ()):
             is_option = parameter.param_type_name == "option"
             name = max(parameter.opts, key=len) if is_option else parameter.metavar or parameter.name.upper()
             for each in (parameter.name, name.lstrip("-").replace("-", "_")):
                 text = text.replace(f"`{each}`", name)
-        return re.sub(r"`(\w+)`", r"\1", text)
+        for other in filter(str.isidentifier, text.split("`")):
+            text = text.replace(f"`{other}`", other)
+        return text
 
 
 def quiet() -> None:
-    """Import PyTorch, Transformers and the model's classes without a line of theirs, now or later, among the answers.
+    """Import PyTorch and Transformers without a line of theirs, now or later, among the answers.
 
     To be called when the arguments have been checked, and before other modules are imported. Errors of the libraries
     and what this package reports are shown; `--debug`, Python's `-W` and the libraries' own variables show more.
@@ -245,7 +453,6 @@ def quiet() -> None:
     import transformers
 
     transformers.logging.disable_progress_bar()
-    import lladamedv.modeling_lladamedv.modeling_lladamedv  # noqa: F401  registers the Auto classes
 
 
 def _silence() -> None:
@@ -274,13 +481,9 @@ def progress(as_json: bool) -> Callable[[str], None]:
 
 
 def print_json(result: Any) -> None:
-    """One line of JSON; dataclasses become objects, paths texts."""
-    typer.echo(json.dumps(result, default=_plain))
+    """One line of JSON; dataclasses become objects, all else that JSON lacks becomes text."""
 
+    def plain(value: Any) -> Any:
+        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return dataclasses.asdict(value)
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form.")
+    typer.echo(json.dumps(result, default=plain))

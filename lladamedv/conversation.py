@@ -1,21 +1,19 @@
-"""What the browser app, the terminal chat and explanations share: how a conversation is asked about, how the canvas is
-followed while it is denoised, and how its tokens become text and their confidence a look."""
+"""A conversation about an image, for `ask`, `chat` and the app: how it is asked, how its answer is followed while it is
+denoised, and how the answer's tokens become text whose look is their confidence."""
 
 from __future__ import annotations
 
+import math
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 
 from lladamedv.evaluation.answering import question_about
-from lladamedv.modeling_lladamedv import (
-    LLaDAMedVConfig,
-    LLaDAMedVForConditionalGeneration,
-    LLaDAMedVGenerationOutput,
-)
+from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 
 from .loading import DEMO_MODEL
@@ -46,9 +44,64 @@ LEVELS = (
 )
 
 
-def level_of(confidence: float) -> int:
-    """Index of the confidence's level in `LEVELS`."""
-    return next(index for index, level in enumerate(LEVELS) if confidence >= level.least)
+def level_styles(prefix: str) -> str:
+    """CSS of the levels, as classes `{prefix}level-0` and so on."""
+    return "".join(
+        f".{prefix}level-{index} {{ background: {level.color}; "
+        + (f"text-decoration: underline {level.underline} 2px; }}" if level.underline else "}")
+        for index, level in enumerate(LEVELS)
+    )
+
+
+class Token(NamedTuple):
+    """A token of an answer, or several that share a character.
+
+    Attributes:
+        text: what it says, `MASK` for a mask; `None` for what ended the answer.
+        step: the forward pass, from 1, that committed it, the last one if there are several; `None` for a mask.
+        confidence: its probability then, the least one if there are several; `None` for a mask.
+    """
+
+    text: str | None
+    step: int | None
+    confidence: float | None
+
+    @property
+    def level(self) -> int:
+        """Index of the confidence's level in `LEVELS`."""
+        return next(index for index, level in enumerate(LEVELS) if self.confidence >= level.least)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer and how it came about.
+
+    Attributes:
+        text: without special tokens and without white space around it.
+        confidence: as `generate` returns it; `None` if nothing was decided.
+        tokens: in reading order, and at last what ended the answer, if anything did. A token that is committed never
+            changes, so that these are all canvases, as far as the answer reaches.
+        length: tokens up to the end.
+        num_forwards: how many passes there were.
+        abstained: whether the confidence is below `abstention_threshold`.
+        suffix: the text behind the answer that `generation_suffix` gave.
+    """
+
+    text: str
+    confidence: float | None
+    tokens: tuple[Token, ...]
+    length: int
+    num_forwards: int
+    abstained: bool
+    suffix: str
+
+    @property
+    def summary(self) -> str:
+        """Confidence, length and cost, in one line."""
+        sure = "unknown" if self.confidence is None else f"{self.confidence:.1%}"
+        line = f"confidence {sure}, {self.length} token{'s' * (self.length != 1)}, "
+        line += f"{self.num_forwards} forward pass{'es' * (self.num_forwards != 1)}"
+        return line + ("; below the model's threshold: take it as no answer" if self.abstained else "")
 
 
 def demo_notice(model: LLaDAMedVForConditionalGeneration) -> str | None:
@@ -68,77 +121,123 @@ def printable(text: str, keep: str = "\n\t") -> str:
     )
 
 
-def chat_about(image: Image.Image, turns: Iterable[tuple[str, str]], question: str) -> list[dict]:
-    """Messages for the chat template: the image, questions with their answers so far, and a new question."""
+def reply_to(
+    model: LLaDAMedVForConditionalGeneration,
+    processor: LLaDAMedVProcessor,
+    image: Image.Image,
+    question: str,
+    turns: Sequence[tuple[str, str]] = (),
+    show: Callable[[list[Token]], object] | None = None,
+    **options,
+) -> Reply:
+    """Answer a question about an image.
+
+    Args:
+        model, processor: as loaded.
+        image: what the conversation is about.
+        question: the new question.
+        turns: the questions before it, with their answers.
+        show: called with the canvas before the first and after every forward pass, up to its stop; `generate` ends with
+            what it raises.
+        options: those of `generate`.
+
+    Raises:
+        ValueError: as `generate` does.
+    """
     texts = [text for turn in turns for text in turn] + [question]
     later = [
         {"role": ("user", "assistant")[index % 2], "content": [{"type": "text", "text": text}]}
         for index, text in enumerate(texts)
     ]
-    return question_about(image, texts[0]) + later[1:]
-
-
-def generate_answer(
-    model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, messages: list[dict], **options
-) -> tuple[list[int], LLaDAMedVGenerationOutput]:
-    """Answer a chat: the ids of the answer, and all that `generate`, whose `options` these are, returns."""
     inputs = processor.apply_chat_template(
-        [messages], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
+        [question_about(image, texts[0]) + later[1:]], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    ).to(model.device)  # fmt: skip
+    mask = model.config.mask_token_id
+    if show is not None:
+        length = model.resolve_generation_config(**options, return_dict_in_generate=True).max_new_tokens
+        options["streamer"] = _Canvases(length, mask, lambda *canvas: show(_tokens(*canvas, processor.decode, mask)))
     output = model.generate(**inputs, tokenizer=processor.tokenizer, **options, return_dict_in_generate=True)
-    return output.sequences[0, inputs["input_ids"].shape[1] :].tolist(), output
+
+    ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    length = round(float(output.tokens_per_forward[0] * output.num_forwards[0]))  # up to the end, without a suffix
+    steps = [step + 1 for step in output.commit_step[0].tolist()]
+    confidences, confidence = output.commit_confidence[0].tolist(), float(output.answer_confidence[0])
+    tokens = _tokens(ids[:length], steps, confidences, processor.decode, mask)
+    if length < len(steps):
+        tokens.append(Token(None, steps[length], confidences[length]))
+    return Reply(
+        text=processor.decode(ids, skip_special_tokens=True).strip(),
+        confidence=None if math.isnan(confidence) else confidence,
+        tokens=tuple(tokens),
+        length=length,
+        num_forwards=int(output.num_forwards[0]),
+        abstained=output.abstained is not None and bool(output.abstained[0]),
+        suffix=processor.decode(ids[length:], skip_special_tokens=True),
+    )
 
 
-class CanvasStreamer:
-    """A streamer for `generate` that shows the canvas at first and after every forward pass.
+class _Canvases:
+    """A streamer for `generate`: shows the ids of each canvas, and the step and confidence of each of them."""
 
-    Args:
-        length: of the canvas, in tokens.
-        mask_token_id: the mask.
-        show: called with each canvas up to its stop, a list of ids, and with the confidence of each of its tokens, NaN
-            for those that were not committed; `generate` ends with what it raises.
-    """
-
-    def __init__(self, length: int, mask_token_id: int, show: Callable[[list[int], list[float]], object]):
-        self._first = [mask_token_id] * length
-        self._show = show
+    def __init__(self, length: int, mask_token_id: int, show: Callable[[list[int], list[int], list[float]], object]):
+        self._mask, self._show, self._passes, self._begun = mask_token_id, show, 0, False
+        self._length, self._steps = length, {}
 
     def put(self, tokens: torch.Tensor) -> None:
         """The prompt, whereupon the loop begins; then finished blocks, which are in the canvases, too."""
-        if self._first:
-            self._show(self._first, [float("nan")] * len(self._first))
-            self._first = []
+        if not self._begun:
+            self._begun = True
+            self._show([self._mask] * self._length, [], [])
 
     def put_canvas(self, tokens: torch.Tensor, confidence: torch.Tensor) -> None:
         """The canvas after a forward pass, and its tokens' confidence, both `(1, canvas)`."""
-        self._show(tokens[0].tolist(), confidence[0].tolist())
+        self._passes += 1
+        ids = tokens[0].tolist()
+        for place, token in enumerate(ids):
+            if token != self._mask:
+                self._steps.setdefault(place, self._passes)
+        self._show(ids, [self._steps.get(place) for place in range(len(ids))], confidence[0].tolist())
 
     def end(self) -> None:
         """The answer is whole: nothing that was not shown."""
 
 
-def pieces(
-    tokens: Sequence[int], decode: Callable[[list[int]], str], mask_token_id: int
-) -> Iterator[tuple[str | None, list[int]]]:
-    """Text and positions of each token; of several tokens where they share a character, and `None` for a mask."""
-    group: list[int] = []
-    for position, token in enumerate(tokens):
-        if token == mask_token_id:
-            if group:
-                yield decode([tokens[each] for each in group]), group
-            yield None, [position]
-            group = []
-            continue
-        group.append(position)
-        text = decode([tokens[each] for each in group])
-        if not text.endswith("\ufffd") or len(group) == 4:  # UTF-8 has at most four bytes
-            yield text, group
-            group = []
-    if group:
-        yield decode([tokens[each] for each in group]), group
+def _tokens(
+    ids: Sequence[int],
+    steps: Sequence[int | None],
+    confidences: Sequence[float],
+    decode: Callable[[list[int]], str],
+    mask_token_id: int,
+) -> list[Token]:
+    """The tokens of a canvas; several ids are one where they share a character."""
+
+    def groups() -> Iterator[list[int]]:
+        group: list[int] = []
+        for place, token in enumerate(ids):
+            if token == mask_token_id and group:
+                yield group
+                group = []
+            group.append(place)
+            # UTF-8 has at most four bytes.
+            if token == mask_token_id or len(group) == 4 or not text_of(group).endswith("\ufffd"):
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def text_of(group: list[int]) -> str:
+        return decode([ids[place] for place in group])
+
+    return [
+        Token(MASK, None, None)
+        if ids[group[0]] == mask_token_id
+        else Token(text_of(group), max(steps[place] for place in group), min(confidences[place] for place in group))
+        for group in groups()
+    ]
 
 
 __all__ = [
-    "DEMO_NOTICE", "LEVELS", "MASK", "NOTICE", "CanvasStreamer", "Level", "chat_about", "demo_notice",
-    "generate_answer", "level_of", "pieces", "printable",
+    "DEMO_NOTICE", "LEVELS", "MASK", "NOTICE", "Level", "Reply", "Token", "demo_notice", "level_styles", "printable",
+    "reply_to",
 ]  # fmt: skip

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from lladamedv.evaluation.answering import answer_batch
+from lladamedv.evaluation.answering import answer_batch, question_about
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.phantoms import KINDS, PhantomExample, PhantomVQA
@@ -22,8 +23,8 @@ from .loading import DEMO_MODEL, load_model
 from .paths import check_new_file, whole_file
 
 
-HELD_OUT_SEED = 9_000  # far from every seed that `demo --train` draws from
-_SHEET_EXAMPLES = ("chest_xray", "mri", "ct", "histology", "gross")
+HELD_OUT_SEED = 9_000  # far from every seed that the recipe `demo_full` draws from
+_SHEET = {"chest_xray": "description", "mri": "open", "ct": "closed", "histology": "description", "gross": "open"}
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,10 @@ def score(examples: Sequence[PhantomExample], answers: Sequence[str]) -> DemoSco
 
 def evaluate_demo(model, processor, examples: Sequence[PhantomExample], shuffled: bool = False) -> DemoScores:
     """Answer and score `examples`, or, with `shuffled`, the same questions about each other's pictures."""
-    images = [example.image for example in examples]
-    if shuffled:
-        # Rolling by a third gives every question another picture, and the same ones each time.
-        shift = max(1, len(images) // 3)
-        images = images[shift:] + images[:shift]
-    chats = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": example.question}]}]
-        for image, example in zip(images, examples)
-    ]
+    # Rolling by a third gives every question another picture, and the same ones each time.
+    shift = max(1, len(examples) // 3) if shuffled else 0
+    pictured = [*examples[shift:], *examples[:shift]]
+    chats = [question_about(other.image, example.question) for other, example in zip(pictured, examples)]
     return score(examples, answer(model, processor, chats))
 
 
@@ -117,18 +113,11 @@ def run_demo(questions: int = 300, output: Path = Path("lladamedv_demo.png"), re
 def draw_sheet(model, processor, examples: Sequence[PhantomExample]) -> Image.Image:
     """One picture per domain with a question, the answer, and the canvas after every forward pass."""
     panels = []
-    kinds = ("description", "open", "closed", "description", "open")
-    for domain, kind in zip(_SHEET_EXAMPLES, kinds):
+    for domain, kind in _SHEET.items():
         matching = [example for example in examples if example.attributes.domain == domain]
-        example = next((example for example in matching if example.kind == kind), matching[0] if matching else None)
-        if example is not None:
+        for example in sorted(matching, key=lambda each: each.kind != kind)[:1]:
             explanation = explain_answer(model, processor, example.image, example.question)
             right = score([example], [explanation.text]) == score([example], [example.answer])
             note = f"Reference: {example.answer} ({'right' if right else 'wrong'})"
-            panels.append(draw_explanation(explanation, scale=1.4, note=note))
-    sheet = Image.new("RGB", (max(panel.width for panel in panels), sum(panel.height for panel in panels)), "white")
-    top = 0
-    for panel in panels:
-        sheet.paste(panel, (0, top))
-        top += panel.height
-    return sheet
+            panels.append(np.asarray(draw_explanation(explanation, scale=1.4, note=note)))
+    return Image.fromarray(np.vstack(panels))  # all are of one width

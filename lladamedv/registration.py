@@ -1,13 +1,15 @@
-"""Registers our classes with Transformers' Auto classes as soon as Transformers is imported, and not before.
+"""Registers our classes with Transformers' Auto classes as soon as these are imported, and not before.
 
-Transformers takes seconds to import, with PyTorch, and has no lazy registration for classes of others. So the modules
-that lead to ours are watched while they are imported, and the classes are registered when the outermost one is done.
+The Auto classes take seconds to import, with PyTorch, and Transformers has no lazy registration for classes of others.
+So they, and the modules that lead to ours, are watched while they are imported, and the classes are registered when the
+outermost one is done. The rest of Transformers needs no PyTorch: the command line checks options with it.
 """
 
 import sys
 from importlib.abc import MetaPathFinder
 
 
+_AUTO = "transformers.models.auto"
 _WATCHED = ("lladamedv.modeling_lladamedv.", "lladamedv.processing.")
 
 
@@ -42,7 +44,7 @@ class _Watch(MetaPathFinder):
         self.executing = 0
 
     def find_spec(self, name, path=None, target=None):
-        if name != "transformers" and not name.startswith(_WATCHED):
+        if name != _AUTO and not name.startswith(_WATCHED):
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, others), None)
@@ -57,7 +59,7 @@ class _Watch(MetaPathFinder):
                 execute(module)
             finally:
                 self.executing -= 1
-            if not self.executing and self in sys.meta_path and "transformers" in sys.modules:
+            if not self.executing and self in sys.meta_path and _AUTO in sys.modules:
                 sys.meta_path.remove(self)
                 register()
 
@@ -65,8 +67,8 @@ class _Watch(MetaPathFinder):
 
 
 def install() -> None:
-    """Register now if Transformers is imported already, or else when it is."""
-    if "transformers" in sys.modules:
+    """Register now if the Auto classes are imported already, or else when they are."""
+    if _AUTO in sys.modules:
         register()
     else:
         sys.meta_path.insert(0, _Watch())

@@ -542,15 +542,9 @@ class LLaDAMedVForConditionalGeneration(
             )
         query_mask = self._query_mask(logits_to_keep, **kwargs)
         outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            batch_num_images=batch_num_images,
-            attention_mask=attention_mask,
-            query_mask=query_mask,
-            return_dict=True,
-            **kwargs,
-        )
+            input_ids, pixel_values, image_sizes, batch_num_images, attention_mask, query_mask=query_mask,
+            return_dict=True, **kwargs,
+        )  # fmt: skip
         hidden = outputs.last_hidden_state
         logits = self.lm_head(hidden if query_mask is not None else slice_logits_to_keep(hidden, logits_to_keep))
         return LLaDAMedVOutput(

@@ -217,7 +217,7 @@ def test_sliders_are_options_of_generate(page, shipped, example, picture, monkey
     output = model.generate(**inputs, **options, tokenizer=processor.tokenizer, return_dict_in_generate=True)
     assert answers(page, 1) == answer(*shipped, [example.messages()], **options)
     assert output.num_forwards[0] < 20
-    expect(page.get_by_text(f"Forward passes: {int(output.num_forwards[0])}.")).to_be_visible()
+    expect(page.get_by_text(f"{int(output.num_forwards[0])} forward passes")).to_be_visible()
 
 
 def test_frames_and_windows(page, shipped, frames):

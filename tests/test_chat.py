@@ -54,36 +54,26 @@ def of_domain(*names):
 def three(tmp_path):
     """Two conversations, about MRI and CT, and one description, about MRI."""
     kinds = [("conversation", "mri"), ("conversation", "ct_scan"), ("detailed_description", "mri")]
-    return load(
-        tmp_path,
-        *(
-            benchmark_row(number, type=kind, domain=of_domain(domain), pair_id=f"image-{number}")
-            for number, (kind, domain) in enumerate(kinds)
-        ),
-    )
+    fields = [
+        {"type": kind, "domain": of_domain(domain), "pair_id": f"image-{number}"}
+        for number, (kind, domain) in enumerate(kinds)
+    ]
+    return load(tmp_path, *(benchmark_row(number, **more) for number, more in enumerate(fields)))
 
 
 def test_a_record(tmp_path):
     mentions = [{"tokens": "As seen .", "entities": []}]
-    (record,) = load(
-        tmp_path, benchmark_row(7, in_text_mention=mentions, domain=of_domain("ct_scan", "chest_xray"), pair_id="1_F1")
-    )
+    row = benchmark_row(7, in_text_mention=mentions, domain=of_domain("ct_scan", "chest_xray"), pair_id="1_F1")
+    (record,) = load(tmp_path, row)
     assert record == {
-        "id": "7",
-        "image": "1_F1.jpg",
-        "image_id": "1_F1",
-        "question": "What does sign 7 mean?",
+        "id": "7", "image": "1_F1.jpg", "image_id": "1_F1", "question": "What does sign 7 mean?",
         "reference": "Sign 7 means that all is well.",
         "context": {
-            "fig_label": "Figure 1",
-            "fig_caption": "An image of patient 1.",
-            "in_text_mention": ["As seen ."],
+            "fig_label": "Figure 1", "fig_caption": "An image of patient 1.", "in_text_mention": ["As seen ."],
             "in_text_mention_repr": "[{'tokens': 'As seen .', 'entities': []}]",
         },
-        "type": "detailed_description",
-        "domain": "chest_xray",
-        "domains": ["chest_xray", "ct_scan"],
-    }
+        "type": "detailed_description", "domain": "chest_xray", "domains": ["chest_xray", "ct_scan"],
+    }  # fmt: skip
     (record,) = load(tmp_path, benchmark_row(7, in_text_mention=None, domain=of_domain()))
     assert record["context"]["in_text_mention"] == [] and record["context"]["in_text_mention_repr"] == "None"
     assert record["domain"] is None and record["domains"] == []
@@ -107,23 +97,16 @@ def test_missing_images_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row, message",
-    [
-        (benchmark_row(0), "`question_id` is 0, as at line 1"),
-        (benchmark_row(1, question_id=None), "`question_id` is None"),
-        (benchmark_row(1, question_id=True), "`question_id` is True"),
-        (benchmark_row(1, gpt4_answer=" "), "`gpt4_answer` is ' '"),
-        (benchmark_row(1, image=3), "`image` is 3"),
-        (benchmark_row(1, type="chat"), "`type` is 'chat'"),
-        (benchmark_row(1, domain={"pet": True}), "`domain` is {'pet': True}"),
-        (benchmark_row(1, domain=None), "`domain` is None"),
-        (benchmark_row(1, in_text_mention=["x"]), "`in_text_mention` is"),
-        (benchmark_row(1, text="<image>\n"), "`text` is .*, which asks nothing"),
-    ],
-)
-def test_bad_rows(tmp_path, row, message):
+    "fields, message",
+    [({"question_id": 0}, "`question_id` is 0, as at line 1"), ({"question_id": None}, "`question_id` is None"),
+     ({"question_id": True}, "`question_id` is True"), ({"gpt4_answer": " "}, "`gpt4_answer` is ' '"),
+     ({"image": 3}, "`image` is 3"), ({"type": "chat"}, "`type` is 'chat'"), ({"domain": None}, "`domain` is None"),
+     ({"domain": {"pet": True}}, "`domain` is {'pet': True}"), ({"in_text_mention": ["x"]}, "`in_text_mention` is"),
+     ({"text": "<image>\n"}, "`text` is .*, which asks nothing")],
+)  # fmt: skip
+def test_bad_rows(tmp_path, fields, message):
     with pytest.raises(ValueError, match=f"invalid question at line 2: {message}"):
-        load(tmp_path, benchmark_row(0), row)
+        load(tmp_path, benchmark_row(0), benchmark_row(1, **fields))
 
 
 def test_files_without_questions_or_answers(tmp_path):

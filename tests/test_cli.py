@@ -58,7 +58,7 @@ def test_version():
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (ValueError("`seed` is 3;\nallowed are others."), "lladamedv: --seed is 3; allowed are others."),
+        (ValueError("`questions` is 3;\nallowed are others."), "lladamedv: --questions is 3; allowed are others."),
         (ImportError("Install it."), "lladamedv: Install it."),
         (KeyError("key"), "lladamedv: KeyError: 'key' (--debug shows where)"),
         (AssertionError(), "lladamedv: AssertionError (--debug shows where)"),
@@ -122,6 +122,44 @@ def test_help_does_not_wait_for_torch(words):
     assert result.stderr.strip() == "False"
 
 
+# What the documentation of 0.1.0 shows, but for `demo --train`, which is removed, and what the documentation still shows.
+COMMAND_LINES = """
+analyze decoding --model demo --output o --path 9000:60:description --steps 24 --steps 6 --full-canvas --noise-pictures
+ask picture.png "Describe the image." --option steps=8 --json
+ask picture.png "Describe the image." --explain denoising.html
+ask scan.dcm "Is there a fracture?" --model path/or/hub-id --window bone --json
+ask volume.nii.gz "What is shown?" --axis coronal --slice 6 --time 0 --window 40/80
+chat
+chat picture.png --show-steps
+chat scan.dcm --window bone --model path/or/hub-id --option confidence_threshold=0.9
+convert LLaDAMedV-2A4E converted --dtype bfloat16 --preset llada-medv --push ME/REPO
+demo --questions 1000
+eval chat --questions qa50.jsonl --image-folder images --model hub/id --output o --judge-model NAME --judge-url URL
+eval vqa --benchmark phantoms --path 9000:100:new --model demo --output o --max-new-tokens 24 --block-length 8 --steps 24
+eval vqa --benchmark slake --model path/or/hub-id --output runs/slake --dtype bfloat16
+eval vqa --data questions.csv --image-folder images --model path/or/hub-id --output runs/own
+init new --language-model LLaDA-8B-Instruct --vision-tower siglip2-so400m-patch14-384
+push ADAPTERS OWNER/NAME --base-model OWNER/MODEL --merge
+push OUT OWNER/NAME --public --branch BRANCH --replace --leave-out 'checkpoint-*' --dry-run
+push-dataset slake OWNER/NAME
+serve --model path/or/hub-id
+space "My demo" FOLDER --model OWNER/NAME
+train demo_lora -- --help
+train lora_one_gpu --model_name_or_path FOLDER --train_data DATA.csv --eval_split 0.1 --output_dir OUT
+train stage2_instruct --accelerate fsdp2
+"""
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES.strip().splitlines())
+def test_documented_command_lines_are_understood(line):
+    words, command = shlex.split(line), get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    for parameter in command.params:  # the files and folders are not there
+        parameter.callback = None
+    command.make_context(command.name, words)
+
+
 # Bad calls, and what is said about them: in the names of the command line, before anything is imported.
 BAD_CALLS = {
     "ask missing.png What?": "'missing.png' is a path that cannot be opened (there is no such file)",
@@ -137,6 +175,10 @@ BAD_CALLS = {
     "ask {picture} What? --slice 3": "--slice is given, but '{picture}' is a picture file",
     "ask {picture} What? --frame x": "'--frame': ",
     "eval vqa --benchmark phantoms --model demo --output o --limit 0": "0",
+    "ask {picture} What? --steps many": "--steps: many; allowed is int",
+    "ask {picture} What? --steps 8 --option steps=9": "--option: steps is given twice",
+    "ask {picture} What? --confidence-threshold 2": "--confidence-threshold is 2; allowed are numbers in (0, 1]",
+    "ask {picture} What? --factor 1 --entropy-bound 1": "--factor is 1 and --entropy-bound is 1; each is a rule",
     "ask {picture} What? --option steps": "'--option': 'steps'; allowed is NAME=VALUE",
     "ask {picture} What? --option stepps=3": "'--option': 'stepps' is no option of generate; did you mean steps?",
     "ask {picture} What? --option steps=many": "'--option': steps is many; allowed is int",
@@ -150,7 +192,7 @@ BAD_CALLS = {
     "ask {picture} What? --option steps=8 --option steps=9": "'--option': steps is given twice",
     "ask {picture} What? --option output_history=true": "'output_history' changes nothing that a command shows",
     "ask {picture} What? --option steps=0": "steps is 0; allowed are whole numbers of at least 1",
-    "ask {picture} What? --option steps=7": "steps is 7, which is no multiple of the number of blocks (3 = max_new_",
+    "ask {picture} What? --option steps=7": "--steps is 7, which is no multiple of the number of blocks (3 = --max",
     "ask {picture} What? --option remasking=foo": "is 'foo'; allowed are low_confidence, random, margin, entropy.",
     "ask {picture} What? --option num_beams=4": "num_beams is 4, which masked diffusion does not have",
     "ask {picture} What? --option streamer=x": "Unknown generation arguments ['streamer']",
@@ -165,10 +207,8 @@ BAD_CALLS = {
     "chat --option step=3": "did you mean steps?",
     "demo --questions 2": "'--questions'",
     "demo --questions many": "'many'",
-    "demo --seed 3": "--seed: 3; it goes with --train",
-    "demo --train --questions 9": "--questions: 9; it goes without --train",
+    "demo --train": "'--train': removed; use: lladamedv train demo_full",
     "demo --output x.gif": "'--output': The file 'x.gif' cannot be written: its name must end in .png",
-    "demo --train --output {picture}": "'--output': The folder '{picture}' cannot be used: '{picture}' is no folder",
     "serve --model {folder}": "'--model': '{folder}' is a folder with neither",
     "serve --host foo.invalid": "--host is 'foo.invalid', which cannot be listened on",
     "serve --host ''": "'--host': it is empty",
@@ -211,7 +251,7 @@ def bad_calls(tmp_path_factory):
     Image.new("RGB", (64, 64)).save(places["picture"])
     calls = [shlex.split(each.format_map(places)) for each in BAD_CALLS]
     program = (
-        "import sys, json; sys.argv[0] = 'lladamedv'\n"
+        "import sys, json\n"
         "from typer.testing import CliRunner; from lladamedv.cli import app\n"
         f"results = [CliRunner().invoke(app, words) for words in {calls!r}]\n"
         "print(json.dumps(['torch' in sys.modules, [(each.exit_code, each.stdout, each.stderr) for each in results]]))"
@@ -254,7 +294,7 @@ def test_completion_does_not_wait_for_torch(words, expected):
         "COMP_CWORD": str(len(words.split()) - 1),
     }
     program = (
-        "import sys, atexit; sys.argv[0] = 'lladamedv'\n"
+        "import sys, atexit\n"
         "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
         "from lladamedv.cli import app; app(prog_name='lladamedv')"
     )

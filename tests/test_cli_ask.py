@@ -66,8 +66,8 @@ def test_options_of_generate(example, tmp_path):
     example, expected = example
     file = tmp_path / "picture.png"
     example.image.save(file)
-    options = ["--option", "steps=24", "--option", "confidence_threshold=0.9"]
-    assert call(file, example.question, *options).stdout.strip() == expected
+    assert call(file, example.question, "--steps", 24, "--confidence-threshold", 0.9).stdout.strip() == expected
+    assert call(file, example.question, "--option", "steps=24", "--use-cache").stdout.strip() == expected
 
 
 @pytest.mark.parametrize(

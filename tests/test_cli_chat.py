@@ -70,7 +70,7 @@ def test_in_a_pipe(shipped, example, picture):
 
 
 def test_json(shipped, example, picture):
-    result = chat(picture, "--json", "--option", "confidence_threshold=0.9", lines=[DESCRIBE, CLOSED])
+    result = chat(picture, "--json", "--confidence-threshold", 0.9, lines=[DESCRIBE, CLOSED])
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     first = ask(shipped, example.image, DESCRIBE, confidence_threshold=0.9)
     second = ask(shipped, example.image, DESCRIBE, first.text, CLOSED, confidence_threshold=0.9)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lladamedv import cli, cli_evaluation
+from lladamedv import cli
 from lladamedv.cli import app
 from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS
 from lladamedv.processing.datasets import BENCHMARKS
@@ -85,7 +85,7 @@ def test_bad_input_is_one_line(tmp_path, words, code, message):
 
 def test_names_are_those_of_the_loaders():
     assert cli.PRESETS == tuple(PRESETS)
-    assert cli_evaluation.BENCHMARKS == BENCHMARKS and cli_evaluation.SPLITS == SPLITS
+    assert cli.BENCHMARKS == BENCHMARKS and cli.SPLITS == SPLITS
 
 
 def test_own_data(tmp_path):

@@ -1,10 +1,9 @@
-"""What the app, the chat and explanations share: every canvas is seen, no text is lost, nothing acts on a terminal."""
-
-import math
+"""What `ask`, the chat and the app share: every canvas is seen, no text is lost, nothing acts on a terminal."""
 
 import pytest
 
-from lladamedv.conversation import CanvasStreamer, chat_about, generate_answer, pieces, printable
+from lladamedv.conversation import MASK, printable, reply_to
+from lladamedv.evaluation.answering import question_about
 from lladamedv.processing.phantoms import PhantomVQA
 
 
@@ -18,63 +17,62 @@ from lladamedv.processing.phantoms import PhantomVQA
         {"initial_canvas_length": 8},
     ],
 )
-def test_every_canvas_is_streamed(shipped, options):
+def test_every_canvas_is_shown(shipped, options):
     """Against the history that `generate` itself keeps, up to the first end that is in it, and what it returns."""
     model, processor = shipped
-    ends = set(model.generation_config.eos_token_id)
-    mask = model.config.mask_token_id
+    ends, mask = set(model.generation_config.eos_token_id), model.config.mask_token_id
     for example in [PhantomVQA(11, 1)[0], PhantomVQA(5, 1, ("description",))[0]]:  # of one block and of several
         seen = []
-        streamer = CanvasStreamer(24, mask, lambda *canvas, seen=seen: seen.append(canvas))
-        _, output = generate_answer(
-            model, processor, example.messages(), streamer=streamer, output_history=True, **options
-        )
-        expected = [[mask] * 24]
+        reply = reply_to(model, processor, example.image, example.question, show=seen.append, **options)
+        inputs = processor.apply_chat_template(
+            question_about(example.image, example.question), add_generation_prompt=True, tokenize=True,
+            return_dict=True, return_tensors="pt",
+        )  # fmt: skip
+        output = model.generate(**inputs, return_dict_in_generate=True, output_history=True, **options)
+        sure, step = output.commit_confidence[0].tolist(), output.commit_step[0].tolist()
+        expected = [[(MASK, None, None)] * 24]
         for canvas in output.history[:, 0].tolist():
             end = next((place for place, token in enumerate(canvas) if token in ends), len(canvas))
-            expected.append(canvas[:end])
-        assert [canvas for canvas, _ in seen] == expected
-        final = output.commit_confidence[0].tolist()
-        for canvas, confidence in seen:
-            assert len(confidence) == len(canvas)
-            for place, token in enumerate(canvas):  # committed once, and never changed
-                assert math.isnan(confidence[place]) if token == mask else confidence[place] == final[place]
+            expected.append([
+                (MASK, None, None) if token == mask else (processor.decode([token]), step[place] + 1, sure[place])
+                for place, token in enumerate(canvas[:end])
+            ])  # fmt: skip
+        assert seen == expected
+        assert reply.num_forwards == len(seen) - 1 and reply.confidence == output.answer_confidence[0]
+        assert reply.text == example.answer and "".join(token.text or "" for token in reply.tokens) == reply.text
 
 
 def test_what_shows_a_canvas_can_end_it(shipped):
     class EnoughError(Exception):
         pass
 
-    def show(canvas, confidence):
-        shown.append(canvas)
+    def show(tokens):
+        shown.append(tokens)
         if len(shown) == 3:
             raise EnoughError
 
-    shown = []
-    streamer = CanvasStreamer(24, shipped[0].config.mask_token_id, show)
+    shown, example = [], PhantomVQA(5, 1, ("description",))[0]
     with pytest.raises(EnoughError):
-        generate_answer(*shipped, PhantomVQA(5, 1, ("description",))[0].messages(), streamer=streamer)
-    assert [canvas.count(shipped[0].config.mask_token_id) for canvas in shown] == [24, 23, 22]
+        reply_to(*shipped, example.image, example.question, show=show)
+    assert [sum(token.step is None for token in tokens) for tokens in shown] == [24, 23, 22]
 
 
-def test_pieces_of_text_are_the_text(shipped):
-    """Characters of several tokens stay whole, and nothing is lost around masks."""
+def test_characters_of_several_tokens_stay_whole(shipped, monkeypatch):
+    """The model is made to say bytes."""
     model, processor = shipped
-    mask = model.config.mask_token_id
     text = "A lésion – 😀 of 3 µm."
-    tokens = processor.tokenizer(text, add_special_tokens=False).input_ids
-    found = list(pieces([mask, *tokens, mask], processor.decode, mask))
-    assert [found[0], found[-1]] == [(None, [0]), (None, [len(tokens) + 1])]
-    assert "".join(piece for piece, _ in found[1:-1]) == text
-    assert [place for _, places in found for place in places] == list(range(len(tokens) + 2))
-    assert "😀" in "|".join(piece for piece, _ in found[1:-1])
+    ids = processor.tokenizer(text, add_special_tokens=False).input_ids
+    generate = type(model).generate
 
+    def say(self, **options):
+        output = generate(self, **options, suppress_tokens=[], min_new_tokens=24)
+        output.sequences[0, -24 : len(ids) - 24] = output.sequences.new_tensor(ids)
+        return output
 
-def test_a_chat_holds_all_turns():
-    chat = chat_about("image", [("one", "1"), ("two", "2")], "three")
-    assert [message["role"] for message in chat] == ["user", "assistant", "user", "assistant", "user"]
-    contents = [[part.get("text", part.get("image")) for part in message["content"]] for message in chat]
-    assert contents == [["image", "one"], ["1"], ["two"], ["2"], ["three"]]
+    monkeypatch.setattr(type(model), "generate", say)
+    example = PhantomVQA(5, 1)[0]
+    tokens = [token.text for token in reply_to(model, processor, example.image, example.question).tokens]
+    assert "".join(tokens).startswith(text) and {"é", "–", "😀", "µ"} < set(tokens)
 
 
 def test_nothing_acts_on_a_terminal():

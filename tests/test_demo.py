@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from typer.testing import CliRunner
 
-from lladamedv import demo, demo_training
+from lladamedv import demo
 from lladamedv.cli import app
 from lladamedv.conversation import DEMO_NOTICE, demo_notice
 from lladamedv.processing.phantoms import PhantomVQA
@@ -69,41 +69,3 @@ def test_demo_command(tmp_path):
     assert result.exit_code == 0, result.output
     assert "closed accuracy" in result.output and "blind" in result.output and DEMO_NOTICE in result.output
     assert Image.open(sheet).size[0] == 1400
-
-
-def test_ask_command(tmp_path):
-    example = next(example for example in PhantomVQA(4, 50, ("open",)) if example.topic == "modality")
-    example.image.save(tmp_path / "picture.png")
-    result = CliRunner().invoke(app, ["ask", str(tmp_path / "picture.png"), example.question])
-    assert result.exit_code == 0 and result.stdout.strip() == example.answer
-    assert result.stderr == f"{DEMO_NOTICE}\n"
-
-
-def test_training_resumes_where_it_stopped(tmp_path, monkeypatch):
-    """Interrupted in the second stage and resumed, the weights are those of an uninterrupted run."""
-    stages = (demo_training.Stage("tower", 2_000, 4), demo_training.Stage("joint", 1_000, 4))
-    monkeypatch.setattr(demo_training, "STAGES", stages)
-    monkeypatch.setattr(demo_training, "BATCH_SIZE", 4)
-    monkeypatch.setattr(demo_training, "SAVE_EVERY", 2)
-    whole = demo_training.train_demo(tmp_path / "whole", report=lambda line: None).state_dict()
-
-    class InterruptionError(Exception):
-        pass
-
-    original = demo_training.masked_diffusion_loss
-    calls = []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise InterruptionError
-        return original(*arguments)
-
-    monkeypatch.setattr(demo_training, "masked_diffusion_loss", interrupted)
-    with pytest.raises(InterruptionError):
-        demo_training.train_demo(tmp_path / "parts", report=lambda line: None)
-    resumed = demo_training.train_demo(tmp_path / "parts", report=lambda line: None).state_dict()
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
-    assert len(calls) == 4 + 2  # two steps were saved, the third was repeated
-    loaded, processor = demo.load_model(tmp_path / "parts")
-    assert demo.answer(loaded, processor, [PhantomVQA(0, 1)[0].messages()])

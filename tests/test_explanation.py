@@ -15,15 +15,9 @@ from PIL import Image, PngImagePlugin
 from typer.testing import CliRunner
 
 from lladamedv.cli import app
-from lladamedv.conversation import DEMO_NOTICE, LEVELS, MASK, generate_answer
+from lladamedv.conversation import DEMO_NOTICE, LEVELS, MASK, Token
 from lladamedv.evaluation.answering import question_about
-from lladamedv.explanation import (
-    Explanation,
-    Token,
-    draw_explanation,
-    explain_answer,
-    to_html,
-)
+from lladamedv.explanation import Explanation, draw_explanation, explain_answer, to_html
 from lladamedv.processing.phantoms import PhantomVQA
 
 
@@ -84,9 +78,13 @@ def told(request, shipped, example):
     """An explanation, and what `generate` keeps of the same answer: text and history up to its end, confidence."""
     model, processor = shipped
     explanation = explain_answer(model, processor, example.image, example.question, **request.param)
-    ids, output = generate_answer(
-        model, processor, question_about(example.image, example.question), output_history=True, **request.param
-    )
+    inputs = processor.apply_chat_template(
+        question_about(example.image, example.question), add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    reported = {"tokenizer": processor.tokenizer, "return_dict_in_generate": True, "output_history": True}
+    output = model.generate(**inputs, **request.param, **reported)
+    ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     suffix = processor.tokenizer(request.param.get("generation_suffix", ""), add_special_tokens=False).input_ids
     assert not suffix or ids[-len(suffix) :] == suffix
     length = len(ids) - len(suffix)
@@ -206,9 +204,11 @@ def hostile():
         image_steps=[ATTACK],
         text=ATTACK * 50,
         confidence=None,
-        summary=ATTACK,
         tokens=(*tokens, Token(MASK, None, None), Token(None, 256, 0.5)),
+        length=181,
         num_forwards=256,
+        abstained=True,
+        suffix=ATTACK,
         options={"max_new_tokens": 256, "block_length": 64, "steps": 256, "stop_strings": [ATTACK]},
     )
 
@@ -284,7 +284,7 @@ def test_ask(shipped, example, tmp_path):
     """The command says what it always says, and writes a file that does not name the picture's."""
     picture, file = tmp_path / "SECRET_NAME.png", tmp_path / "denoising.html"
     example.image.save(picture)
-    words = ["ask", str(picture), example.question, "--option", "confidence_threshold=0.9", "--json"]
+    words = ["ask", str(picture), example.question, "--confidence-threshold", "0.9", "--json"]
     plain = CliRunner().invoke(app, words)
     result = CliRunner().invoke(app, [*words, "--explain", str(file)])
     assert result.exit_code == 0 and result.stdout == plain.stdout

@@ -144,7 +144,10 @@ def _load(source: DataSource, streaming: bool, invalid_records: str, argument: s
             source.path, source.split, called, image_folder=source.image_folder, streaming=streaming,
             keep_invalid=invalid_records == "skip", name=source.name, revision=source.revision,
         )  # fmt: skip
-        name += "" if callable(records) else f"/{source.split}"
+        if not callable(records):  # a table
+            name = f"{name}/{source.split}"
+        elif os.path.isdir(os.path.expanduser(source.path)):
+            name = source.split  # of its file
         _check_columns(first, source, called)
     maker = RowMaker(partial(_rows, images=images), report, name)
     dataset = load_rows(records, maker, ROW_FEATURES, streaming)
