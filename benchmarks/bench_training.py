@@ -26,7 +26,7 @@ from naive_training import loss as naive_loss
 from trl.models import enable_selective_activation_checkpointing
 from trl.trainer.utils import add_fused_lm_head
 
-from lladamedv.trainers.masked_diffusion_loss import IGNORE_INDEX, add_noise, loss_weights, run_masked_loss
+from lladamedv.trainers.masked_diffusion_loss import IGNORE_INDEX, LossArguments, masked_diffusion_loss
 
 
 TEXT, ANSWER = 64, 32  # tokens of question and answer, of the answer
@@ -63,11 +63,9 @@ def build_batch(model, rows: int, questions: int = 1, pictures: int | None = Non
 
 
 def our_loss(model, batch: dict) -> torch.FloatTensor:
-    names = ("pixel_values", "image_index", "segment_ids", "position_ids")
-    inputs = {name: batch[name] for name in names if name in batch}
-    labels = batch["labels"]
-    noised = add_noise(batch["input_ids"], labels, batch["t"], model.config.mask_token_id, uniform=batch["uniform"])
-    return run_masked_loss(model, inputs, labels, noised, loss_weights(labels, noised, batch["answer_ids"]))[0]
+    batch = dict(batch)
+    draws = batch.pop("t"), batch.pop("uniform")
+    return masked_diffusion_loss(model, batch, lambda *_: draws, LossArguments(), model.config.mask_token_id).loss
 
 
 def plain_loss(model, batch: dict) -> torch.FloatTensor:
@@ -85,7 +83,7 @@ def halves(batch: dict) -> list[dict]:
 
 
 def run_step(model, optimizer, batches, compute, checkpoint) -> dict:
-    """`checkpoint` turns the checkpointing of activations on, if there shall be any."""
+    """`checkpoint` turns the checkpointing of activations on; `None` leaves it off."""
     if checkpoint is not None:
         checkpoint({"use_reentrant": False})
     with PeakMemory("cpu") as memory:

@@ -1,10 +1,12 @@
-"""Hooks of MkDocs: the package as it is installed, for the API reference, and references in docstrings.
+"""Hooks of MkDocs: the package as it is installed, for the API reference, references in docstrings, and the options.
 
 The sources lie in top-level folders that an installation puts into the package (`package-dir` in pyproject.toml).
-The reference is read from a copy in `build/api` that looks like an installation; nothing is imported.
+The reference is read from a copy in `build/api` that looks like an installation; nothing is
+imported but the table of the options of `generate`, which needs no library.
 """
 
 import re
+import runpy
 import shutil
 import tomllib
 from pathlib import Path
@@ -27,6 +29,16 @@ def on_config(config):
         for file in (ROOT / folder).glob("*.py"):
             shutil.copy(file, target)
     return config
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Put the options of `generate` where a page has the marker, from the table that they are checked by."""
+    options = runpy.run_path(str(ROOT / "modeling_lladamedv" / "generation_options_lladamedv.py"))["OPTIONS"]
+    table = ["| Option | Type | Default | Meaning |", "|---|---|---|---|"]
+    for option in options.values():
+        default = "" if option.default is None else f"`{option.default!r}`"
+        table.append(f"| `{option.name}` | {option.type_names or 'CompileConfig'} | {default} | {option.meaning} |")
+    return markdown.replace("<!-- options of generate -->", "\n".join(table))
 
 
 def on_page_content(html, page, config, files):

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import platform
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -20,38 +21,38 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
+from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 
-from . import plots
-from .answering import answer_batch, decoding_in_force, open_image, question_about, run_settings, undecoded
+from .answering import answer_batch, open_image, question_about, undecoded
 from .medical_vqa.medical_vqa import MedicalVQA, bootstrap_intervals, complete_reference
+from .published import PUBLISHED_ABLATION, PUBLISHED_EFFICIENCY
+from .reports import line_plots, markdown_table, number
+from .run_settings import decoding_in_force, run_settings
 from .runs import process_state, replace_file, run_items
-from .tables import markdown_table
 from .text_repetition.text_repetition import TextRepetition
 
 
 SUMMARY_FILE, MARKDOWN_FILE, CSV_FILE = "summary.json", "summary.md", "decoding.csv"
 NGRAM_SIZES = (1, 2, 3, 4)
 _FIELDS = ("id", "image_id", "question", "answer", "answer_type")
-
-# Source: Table 3 of LLaDA-MedV (arXiv 2508.01617): seconds per question, words per question, seconds per word, steps,
-# overall relative score in percent. LLaDA-MedV has a canvas of 256 and blocks of 64.
-PUBLISHED_EFFICIENCY = (
-    ("LLaVA-Med", 1.317, 36.332, 0.036, None, 44.750),
-    ("LLaVA-Med200", 1.392, 40.922, 0.034, None, 44.582),
-    ("LLaDA-MedV", 38.382, 166.585, 0.230, 256, 52.605),
-    ("LLaDA-MedV", 30.874, 170.399, 0.181, 128, 44.276),
-    ("LLaDA-MedV", 21.234, 172.839, 0.123, 64, 28.523),
-    ("LLaDA-MedV", 13.945, 182.596, 0.076, 32, 18.581),
-    ("LLaDA-MedV", 8.595, 192.090, 0.045, 16, 13.525),
-)
-# Source: the ablations there: canvas, block, steps, overall relative score in percent.
-PUBLISHED_ABLATION = (
-    (32, 32, 32, 37.057), (64, 32, 64, 39.135), (128, 32, 128, 33.222), (256, 32, 256, 51.215),
-    (256, 64, 256, 52.605), (256, 128, 256, 51.641), (256, 256, 256, 51.470),
-    (256, 256, 128, 44.020), (256, 256, 64, 31.774), (256, 256, 32, 20.165),
-)  # fmt: skip
+_SWEPT = ("max_new_tokens", "block_length", "steps")
+_SCORES = ("closed_accuracy", "open_recall")
+_FIGURES = {
+    "repetition.png": {
+        "rep-2 of tokens": "token_rep_2", "longest run of a token, mean": "token_mean_longest_run",
+        "closed accuracy, %": "closed_accuracy", "open recall, %": "open_recall",
+    },
+    "time.png": {"seconds per question": "seconds_per_question", "seconds per word": "seconds_per_word"},
+}  # fmt: skip
+_COLUMNS = {
+    "L": "max_new_tokens", "B": "block_length", "Z": "steps",
+    "T/Q, s": "seconds_per_question", "W/Q": "words_per_question", "T/W, s": "seconds_per_word",
+    "forwards/Q": "forwards_per_question", "tokens/forward": "tokens_per_forward",
+    "rep-1, words": "rep_1", "rep-2, words": "rep_2", "rep-2, tokens": "token_rep_2",
+    "longest run, tokens": "token_mean_longest_run",
+    "closed accuracy, %": "closed_accuracy", "open recall, %": "open_recall",
+}  # fmt: skip
 
 
 def analyze_decoding(
@@ -74,31 +75,34 @@ def analyze_decoding(
 ) -> dict:
     """Answer all questions with every combination of canvas, block and steps, and compare.
 
-    Each combination is a run of its own in a sub-folder (`L256-B64-Z128`): interrupted, it goes on where it was, and
-    as several processes (torchrun, `accelerate launch`) they share it. Only the main process writes reports.
+    Each combination is a run of its own in a sub-folder (`L256-B64-Z128`): interrupted, it continues where it was, and
+    several processes (torchrun, `accelerate launch`) share it. Times are from the chat template to the text; before its
+    first batch a process answers that batch once untimed, because the first pass of a shape is slow.
 
     Args:
         model, processor: as loaded.
         records: each with `id`, `image`, `question` and, to be scored, `answer`, `answer_type` and `image_id`: dicts,
-            or the rows of `processing.datasets.load_vqa`. Those without an answer are asked and not scored.
-        folder: where the runs and the reports are; made if it is not there.
+            or the rows of `load_vqa`. Those without an answer are asked and not scored.
+        folder: where the runs and the reports are; made if it does not exist.
         steps, max_new_tokens, block_length: denoising steps for the whole canvas (Z), its length (L) and that of its
             blocks (B), in tokens; their cross product is taken. Combinations that `generate` does not allow are listed.
         batch_size: questions at a time; the seconds per question are those of a batch divided by its size.
-        full_canvas: let nothing end an answer: `min_new_tokens` is the canvas, end and padding tokens are not proposed,
-            and stop strings do not count. Answers that end early hide the repetition, which grows where the canvas must
-            be filled. Scores then say little: what follows the true answer is counted too.
+        full_canvas: let nothing end an answer (no end or padding token is proposed, stop strings do not count). Answers
+            that end early hide the repetition, which grows where the canvas must be filled. Scores then say little:
+            what follows the true answer is counted too.
         extra_options: further options of `generate`, the same for all combinations.
         name: what to call the model.
         example_id: the question to show the answers of; by default the one with the longest answer, in words, at the
             most steps of the first canvas and block.
         bootstrap_samples: how often the images are drawn anew for the 95 % intervals; 0 computes none.
         seed: of these draws, and of sampling where the options sample.
-        report: called with each line of text.
+        report: called with each line of text, in the main process.
 
     Returns:
-        JSON-able, and also in `summary.json` and, shorter, in `summary.md` and `decoding.csv`:
+        JSON-able, and also in `summary.json` and, shorter, in `summary.md` and `decoding.csv`; `None` for a number
+        where nothing could be counted:
         - name, num_questions, num_scored, full_canvas, extra_options, bootstrap_samples, seed, example_id;
+        - example: its question, and for each combination its answer in pieces, one for each token;
         - combinations: for each, its max_new_tokens, block_length and steps, and
             - words_per_question, seconds_per_question and seconds_per_word, their quotient (Table 3's W/Q, T/Q, T/W);
             - forwards_per_question, tokens_per_forward (of the answer, up to its end);
@@ -107,54 +111,51 @@ def analyze_decoding(
               without white space are one word. The answer is tokenised anew for that;
             - closed_accuracy and open_recall from 0 to 100 (the metric `medical_vqa`);
             - with `bootstrap_samples`, `_ci95` of rep_n and of both scores;
-            - measured_on: the devices, data type, CPU threads and batch size that the times are of, and how many
-              questions each; times are kept when a run is taken up again, and more than one entry means mixed times;
+            - measured_on: the devices, data types, CPU threads and batch sizes that the times are of, and how many
+              questions each; more than one entry means mixed times;
         - not_allowed: the other combinations, each with its `reason`;
         - plots: names of the figures; none without matplotlib.
-        Numbers are `None` where nothing could be counted.
 
     Raises:
         ValueError: before any question is asked, for a value that is not allowed, records without what is needed, or if
             no combination is allowed; and as `run_items` does.
-
-    Times are from the chat template to the text, on the machine that answers. Before its first batch a process answers
-    that batch once untimed, because the first pass of a shape is slow.
     """
-    extra_options = dict(extra_options or {})
-    swept = {"max_new_tokens": max_new_tokens, "block_length": block_length, "steps": steps}
+    extra_options = extra_options or {}
     records = undecoded(records)
     items = _read_items(records, bootstrap_samples)
-    asked = [
-        {"id": item["id"], "question": item["question"], "image": record["image"]}
-        for item, record in zip(items, records)
-    ]
+    ids = [item["id"] for item in items]
+    swept = dict(zip(_SWEPT, (max_new_tokens, block_length, steps)))
     allowed, not_allowed = _combinations(model, swept, extra_options, full_canvas)
-    if example_id is not None and example_id not in {item["id"] for item in items}:
+    if example_id is not None and example_id not in ids:
         raise ValueError(f"`example_id` is {example_id!r}; allowed are the ids of the records.")
     folder, state = Path(folder), process_state()
     say = report if state.is_main_process else lambda line: None
     for combination in not_allowed:
         say(f"left out {_folder_name(combination)}: {combination['reason']}")
 
+    asked = (
+        {"id": item["id"], "question": item["question"], "image": record["image"]}
+        for item, record in zip(items, records)
+    )
     common = {"seed": seed, **run_settings(model, processor, allowed[0][1], asked)}
-    results, texts = [], {}
+    results, texts = [], []
     for combination, options in allowed:
-        predictions = run_items(
-            [item["id"] for item in items],
-            _Answers(model, processor, records, items, options, batch_size, seed),
-            folder / _folder_name(combination),
-            {**common, "decoding": decoding_in_force(model, options)},
-            batch_size,
-        )
-        numbers = _measure(predictions, items, processor.tokenizer, bootstrap_samples, seed)
-        results.append({**combination, **numbers})
-        texts[_folder_name(combination)] = [prediction["prediction"] for prediction in predictions]
+        settings = {**common, "decoding": decoding_in_force(model, options)}
+        answer = _answering(model, processor, records, items, options, batch_size, seed)
+        predictions = run_items(ids, answer, folder / _folder_name(combination), settings, batch_size)
+        results.append({**combination, **_measure(predictions, items, processor.tokenizer, bootstrap_samples, seed)})
+        texts.append([prediction["prediction"] for prediction in predictions])
+        shown = {name: number(value) for name, value in results[-1].items()}
         say(
-            f"{_folder_name(combination)}: {_cell(numbers['words_per_question'])} words and "
-            f"{_cell(numbers['seconds_per_question'])} s per question, rep-2 {_cell(numbers['rep_2'])}, "
-            f"closed {_cell(numbers['closed_accuracy'])}, open {_cell(numbers['open_recall'])}"
+            "{name}: {words_per_question} words and {seconds_per_question} s per question, rep-2 {rep_2}, closed "
+            "{closed_accuracy}, open {open_recall}".format(name=_folder_name(combination), **shown)
         )
-    example = _choose_example(items, results, texts, example_id)
+    if example_id is None:
+        shapes = [[one[key] for key in _SWEPT[:2]] for one in results]
+        first = [place for place, shape in enumerate(shapes) if shape == shapes[0]]
+        slowest = texts[max(first, key=lambda place: results[place]["steps"])]
+        example_id = ids[max(range(len(ids)), key=lambda place: len(slowest[place].split()))]
+    example = ids.index(example_id)
     summary = {
         "name": name,
         "num_questions": len(items),
@@ -163,14 +164,18 @@ def analyze_decoding(
         "extra_options": extra_options,
         "bootstrap_samples": bootstrap_samples,
         "seed": seed,
-        "example_id": items[example]["id"],
+        "example_id": example_id,
+        "example": {
+            "question": items[example]["question"],
+            "answers": [_pieces(processor.tokenizer, answers[example]) for answers in texts],
+        },
         "combinations": results,
         "not_allowed": not_allowed,
         "plots": [],
     }
     if state.is_main_process:
         try:
-            summary["plots"] = _draw(folder, summary, processor, records[example], example, texts)
+            _draw(folder, summary)
         except ImportError as error:
             say(f"No figures: {error}")
         replace_file(folder / CSV_FILE, _to_csv(results))
@@ -198,29 +203,22 @@ def noise_pictures(records: Sequence[dict] | Dataset, seed: int = 0) -> list[dic
 
 
 def _read_items(records, bootstrap_samples: int) -> list[dict]:
-    """All but the images, which nobody decodes before their turn."""
+    """All but the images, which are read when their question is asked."""
     if not isinstance(records, (Sequence, Dataset)) or not len(records):
         raise ValueError(
             f"`records` is a {type(records).__name__}; allowed are a list or a Dataset with records in it."
         )
-    if isinstance(records, Dataset):
-        rows = records.select_columns([name for name in records.column_names if name in _FIELDS])
-        has_image = ["image" in records.column_names] * len(records)
-    else:
-        rows, has_image = records, ["image" in record for record in records]
     items = []
-    for number, (row, pictured) in enumerate(zip(rows, has_image)):
+    for place, row in enumerate(records):
         item = {key: row.get(key) for key in _FIELDS}
         missing = [key for key in ("id", "question") if not isinstance(item[key], str) or not item[key].strip()]
-        if missing or not pictured:
-            raise ValueError(f"`records` has no {(missing or ['image'])[0]} in record {number}.")
+        if missing or "image" not in row:
+            raise ValueError(f"`records` has no {(missing or ['image'])[0]} in record {place}.")
         item["answer"] = item["answer"] or None  # some published rows have an empty one
         if item["answer"] is not None:
-            item = {**item, **complete_reference("", item, "")}
+            item |= complete_reference("", item, "")
             if bootstrap_samples and not item["image_id"]:
-                raise ValueError(
-                    f"`records` has no image_id for {item['id']!r}; `bootstrap_samples` are drawn of images."
-                )
+                raise ValueError(f"`records` has no image_id for {item['id']!r}; `bootstrap_samples` draw images.")
         items.append(item)
     return items
 
@@ -229,16 +227,9 @@ def _combinations(
     model, swept: dict[str, Sequence[int]], extra_options: dict, full_canvas: bool
 ) -> tuple[list[tuple[dict, dict]], list[dict]]:
     """The allowed combinations, each with its options, and the others, each with the reason."""
-    own = {*swept, *(_endless(model, 1) if full_canvas else ())}
-    taken = sorted(own & set(extra_options))
+    taken = sorted({*swept, *(_endless(model, 1) if full_canvas else ())} & set(extra_options))
     if taken:
         raise ValueError(f"`extra_options` has {taken}, which are set by arguments of their own.")
-    LLaDAMedVGenerationConfig(**extra_options)
-    for option, values in swept.items():
-        if not values:
-            raise ValueError(f"`{option}` is {values!r}; at least one value is needed.")
-        for value in values:
-            LLaDAMedVGenerationConfig(**{option: value})
     allowed, not_allowed = [], []
     for values in product(*(dict.fromkeys(values) for values in swept.values())):
         combination = dict(zip(swept, values))
@@ -246,11 +237,11 @@ def _combinations(
         if full_canvas:
             options |= _endless(model, combination["max_new_tokens"])
         try:
-            model.resolve_generation_config(**options, return_dict_in_generate=True)
+            decoding_in_force(model, options)
             allowed.append((combination, options))
         except ValueError as error:
             not_allowed.append({**combination, "reason": str(error)})
-    if not allowed:
+    if not allowed:  # also where a list of values is empty
         reasons = " ".join(f"{_folder_name(one)}: {one['reason']}" for one in not_allowed)
         raise ValueError(f"No combination of `max_new_tokens`, `block_length` and `steps` is allowed. {reasons}")
     return allowed, not_allowed
@@ -269,89 +260,81 @@ def _folder_name(combination: dict) -> str:
     return "L{max_new_tokens}-B{block_length}-Z{steps}".format(**combination)
 
 
-class _Answers:
-    """Answers batches of one combination, for `run_items`."""
+def _answering(model, processor, records, items, options, batch_size, seed) -> Callable[[list[int]], list[dict]]:
+    """What answers batches of one combination, for `run_items`."""
+    device = model.device.type
+    if device == "cuda":
+        device = torch.cuda.get_device_name(model.device)
+    elif device == "cpu":
+        device = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
+    measured_on = {
+        "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "batch_size": batch_size,
+    }
+    warm = False
 
-    def __init__(self, model, processor, records, items, options, batch_size, seed):
-        self.model, self.processor, self.records, self.items = model, processor, records, items
-        self.options, self.seed, self.warm = options, seed, False
-        self.measured_on = {
-            "device": _device_name(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "batch_size": batch_size,
-        }
-
-    def __call__(self, places: list[int]) -> list[dict]:
-        asked = [(self.records[place]["image"], self.items[place]) for place in places]
-        chats = [
-            question_about(open_image(self.processor, image, item["id"]), item["question"]) for image, item in asked
-        ]
-        if not self.warm:
-            answer_batch(self.model, self.processor, chats, **self.options)
-            self.warm = True
-        torch.manual_seed(self.seed + places[0])  # the same draws, whenever a run is taken up again
-        answers = answer_batch(self.model, self.processor, chats, **self.options)
+    def answer(places: list[int]) -> list[dict]:
+        nonlocal warm
+        asked = [(records[place]["image"], items[place]) for place in places]
+        chats = [question_about(open_image(processor, image, item["id"]), item["question"]) for image, item in asked]
+        if not warm:  # the first pass of a shape is slow
+            answer_batch(model, processor, chats, **options)
+            warm = True
+        torch.manual_seed(seed + places[0])  # the same draws, whenever a run continues
+        answers = answer_batch(model, processor, chats, **options)
         return [
-            {
-                "id": self.items[place]["id"], **answer.as_record(), "measured_on": self.measured_on,
-            }
-            for place, answer in zip(places, answers)
-        ]  # fmt: skip
+            {"id": items[place]["id"], **given.as_record(), "measured_on": measured_on}
+            for place, given in zip(places, answers)
+        ]
 
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
-    return device.type
+    return answer
 
 
 def _measure(predictions: list[dict], items: list[dict], tokenizer, bootstrap_samples: int, seed: int) -> dict:
     """The numbers of one combination."""
     texts = [prediction["prediction"] for prediction in predictions]
-    words = _repetition(texts)
-    tokens = _repetition([" ".join("".join(piece.split()) for piece in _pieces(tokenizer, text)) for text in texts])
-    seconds = sum(prediction["seconds"] for prediction in predictions) / len(predictions)
-    forwards = sum(prediction["num_forwards"] for prediction in predictions)
-    numbers = {
-        "words_per_question": words["words_per_answer"],
-        "seconds_per_question": seconds,
-        "seconds_per_word": seconds / words["words_per_answer"] if words["words_per_answer"] else None,
-        "forwards_per_question": forwards / len(predictions),
-        "tokens_per_forward": sum(one["num_tokens"] for one in predictions) / forwards if forwards else None,
-    }
-    kept = [f"{kind}_{size}" for size in NGRAM_SIZES for kind in ("distinct", "rep")]
-    kept += ["longest_run", "mean_longest_run"]
-    numbers |= {name: words[name] for name in kept}
-    numbers |= {f"token_{name}": tokens[name] for name in kept}
+    tokens = [" ".join("".join(piece.split()) for piece in _pieces(tokenizer, text)) for text in texts]
     image_ids = [item["image_id"] or item["id"] for item in items]
-    for size in NGRAM_SIZES if bootstrap_samples else ():
-        for prefix, metrics in (("", words), ("token_", tokens)):
-            values = [(one[f"distinct_{size}"], image) for one, image in zip(metrics["items"], image_ids)]
-            values = [(1 - value, image) for value, image in values if value is not None]
-            interval = None
-            if values:
-                scores, images = zip(*values)
-                interval = bootstrap_intervals(np.array(scores)[:, None], images, bootstrap_samples, seed)
-            numbers[f"{prefix}rep_{size}_ci95"] = None if interval is None else interval[0].tolist()
+    words_and_tokens = {
+        prefix: TextRepetition(keep_in_memory=True).compute(
+            predictions=units, ngram_sizes=NGRAM_SIZES, return_items=True
+        )
+        for prefix, units in (("", texts), ("token_", tokens))
+    }
+    repetition = {}
+    for prefix, found in words_and_tokens.items():
+        kept = [f"{kind}_{size}" for size in NGRAM_SIZES for kind in ("distinct", "rep")]
+        repetition |= {f"{prefix}{name}": found[name] for name in (*kept, "longest_run", "mean_longest_run")}
+        for size in NGRAM_SIZES if bootstrap_samples else ():
+            distinct = [(one[f"distinct_{size}"], image) for one, image in zip(found["items"], image_ids)]
+            counted = [(1 - share, image) for share, image in distinct if share is not None]
+            shares, images = np.array([[share] for share, _ in counted]), [image for _, image in counted]
+            interval = bootstrap_intervals(shares, images, bootstrap_samples, seed)  # None for one image or none
+            repetition[f"{prefix}rep_{size}_ci95"] = None if interval is None else interval[0].tolist()
     scored = [(text, item) for text, item in zip(texts, items) if item["answer"] is not None]
-    names = ["closed_accuracy", "open_recall"]
-    names += [f"{name}_ci95" for name in names] if bootstrap_samples else []
     scores = {}
     if scored:
-        answers, references = (list(column) for column in zip(*scored))
+        answers, references = map(list, zip(*scored))
         scores = MedicalVQA(keep_in_memory=True).compute(
             predictions=answers, references=references, bootstrap_samples=bootstrap_samples, seed=seed
         )
-    numbers |= {name: scores.get(name) for name in names}
-    measured = Counter(json.dumps(prediction["measured_on"]) for prediction in predictions)
-    return {**numbers, "measured_on": [{**json.loads(one), "questions": count} for one, count in measured.items()]}
-
-
-def _repetition(texts: list[str]) -> dict:
-    return TextRepetition(keep_in_memory=True).compute(predictions=texts, ngram_sizes=NGRAM_SIZES, return_items=True)
+    names = [f"{name}{end}" for end in ("", "_ci95")[: 1 + bool(bootstrap_samples)] for name in _SCORES]
+    words_of = words_and_tokens[""]["words_per_answer"]
+    seconds = sum(one["seconds"] for one in predictions) / len(predictions)
+    forwards = sum(one["num_forwards"] for one in predictions)
+    measured = Counter(json.dumps(one["measured_on"]) for one in predictions)
+    return {
+        "words_per_question": words_of,
+        "seconds_per_question": seconds,
+        "seconds_per_word": seconds / words_of if words_of else None,
+        "forwards_per_question": forwards / len(predictions),
+        "tokens_per_forward": sum(one["num_tokens"] for one in predictions) / forwards if forwards else None,
+        **repetition,
+        **{name: scores.get(name) for name in names},
+        "measured_on": [{**json.loads(one), "questions": count} for one, count in measured.items()],
+    }
 
 
 def _pieces(tokenizer, text: str) -> list[str]:
@@ -361,64 +344,31 @@ def _pieces(tokenizer, text: str) -> list[str]:
     return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)])]
 
 
-def _choose_example(items: list[dict], results: list[dict], texts: dict, example_id: str | None) -> int:
-    if example_id is not None:
-        return [item["id"] for item in items].index(example_id)
-    first = [one for one in results if all(one[key] == results[0][key] for key in ("max_new_tokens", "block_length"))]
-    slowest = texts[_folder_name(max(first, key=lambda one: one["steps"]))]
-    return max(range(len(items)), key=lambda place: len(slowest[place].split()))
-
-
-def _lines(results: list[dict], column: str) -> dict[str, list[tuple[int, float | None]]]:
-    """For each canvas and block, a column against the steps, in their order."""
-    lines = {}
-    for one in sorted(results, key=lambda one: one["steps"]):
-        lines.setdefault(f"L {one['max_new_tokens']}, B {one['block_length']}", []).append((one["steps"], one[column]))
-    return dict(sorted(lines.items(), key=lambda line: [int(part) for part in line[0].replace(",", "").split()[1::2]]))
-
-
-def _draw(folder: Path, summary: dict, processor, record: dict, place: int, texts: dict) -> list[str]:
-    """Draw all figures; returns their names."""
-    results, x_label = summary["combinations"], "steps Z"
+def _draw(folder: Path, summary: dict) -> None:
+    """Draw all figures, with a line for each canvas and block, and add their names to the summary."""
+    results = sorted(summary["combinations"], key=lambda one: [one[key] for key in _SWEPT])
     canvas = "full canvas" if summary["full_canvas"] else "answers end where the model ends them"
     title = f"{summary['name']}, {summary['num_questions']} questions, {canvas}"
-    columns = {
-        "repetition.png": {
-            "rep-2 of tokens": "token_rep_2", "longest run of a token, mean": "token_mean_longest_run",
-            "closed accuracy, %": "closed_accuracy", "open recall, %": "open_recall",
-        },
-        "time.png": {"seconds per question": "seconds_per_question", "seconds per word": "seconds_per_word"},
-    }  # fmt: skip
-    names = []
-    for name, labels in columns.items():
-        counted = {label: column for label, column in labels.items() if any(one[column] is not None for one in results)}
-        plots.line_plots(
-            folder / name, {label: _lines(results, column) for label, column in counted.items()}, x_label, title
-        )
-        names.append(name)
-    groups, image = {}, open_image(processor, record["image"], record["id"])
-    for one in sorted(results, key=lambda one: -one["steps"]):
-        answer = _pieces(processor.tokenizer, texts[_folder_name(one)][place])
-        groups.setdefault((one["max_new_tokens"], one["block_length"]), {})[f"Z {one['steps']}"] = answer
-    for (length, block), answers in sorted(groups.items()):
-        name = f"answers-L{length}-B{block}.png"
-        title = f"{summary['name']}, L {length}, B {block}; red: repeats the token before"
-        plots.answers_figure(folder / name, record["question"], answers, title, image)
-        names.append(name)
-    return names
+    for file, labels in _FIGURES.items():
+        panels = {}
+        for one, (label, column) in product(results, labels.items()):
+            line = f"L {one['max_new_tokens']}, B {one['block_length']}"
+            panels.setdefault(label, {}).setdefault(line, []).append((one["steps"], one[column]))
+        counted = {label for label, column in labels.items() if any(one[column] is not None for one in results)}
+        line_plots(folder / file, {label: panels[label] for label in labels if label in counted}, "steps Z", title)
+        summary["plots"].append(file)
 
 
 def _to_csv(results: list[dict]) -> str:
     """One line per combination; of an interval its two ends, of the machines their JSON."""
-    file, rows = io.StringIO(), []
+    rows = []
     for one in results:
-        row = {}
-        for key, value in one.items():
-            if key.endswith("_ci95"):
-                row[f"{key}_low"], row[f"{key}_high"] = value or (None, None)
-            else:
-                row[key] = json.dumps(value) if isinstance(value, list) else value
+        row = {key: value for key, value in one.items() if not key.endswith("_ci95")}
+        row["measured_on"] = json.dumps(row["measured_on"])
+        for key in sorted(one.keys() - row.keys()):
+            row[f"{key}_low"], row[f"{key}_high"] = one[key] or (None, None)
         rows.append(row)
+    file = io.StringIO()
     writer = csv.DictWriter(file, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -427,25 +377,20 @@ def _to_csv(results: list[dict]) -> str:
 
 def to_markdown(summary: dict) -> str:
     """The summary for readers, beside the published numbers."""
-    columns = {
-        "L": "max_new_tokens", "B": "block_length", "Z": "steps",
-        "T/Q, s": "seconds_per_question", "W/Q": "words_per_question", "T/W, s": "seconds_per_word",
-        "forwards/Q": "forwards_per_question", "tokens/forward": "tokens_per_forward",
-        "rep-1, words": "rep_1", "rep-2, words": "rep_2", "rep-2, tokens": "token_rep_2",
-        "longest run, tokens": "token_mean_longest_run",
-        "closed accuracy, %": "closed_accuracy", "open recall, %": "open_recall",
-    }  # fmt: skip
-    rows = [
-        [_cell(one[column], one.get(f"{column}_ci95")) for column in columns.values()]
-        for one in summary["combinations"]
-    ]
-    machines = {
-        f"{used['device']}, {used['dtype']}, {used['threads']} CPU threads, {used['batch_size']} questions at a time"
-        for one in summary["combinations"]
-        for used in one["measured_on"]
-    }
-    lines = [f"# Decoding: {summary['name']}", "", *markdown_table(list(columns), rows)]
-    lines += [
+    results = summary["combinations"]
+    rows, machines = [], set()
+    for one in results:
+        intervals = [one.get(f"{column}_ci95") for column in _COLUMNS.values()]
+        ends = ["" if ends is None else f" [{number(ends[0])}, {number(ends[1])}]" for ends in intervals]
+        rows.append([number(one[column]) + end for column, end in zip(_COLUMNS.values(), ends)])
+        for used in one["measured_on"]:
+            machine = "{device}, {dtype}, {threads} CPU threads, {batch_size} questions at a time".format(**used)
+            machines.add(machine)
+    answers = [[*row[: len(_SWEPT)], _marked(pieces)] for row, pieces in zip(rows, summary["example"]["answers"])]
+    lines = [
+        f"# Decoding: {summary['name']}",
+        "",
+        *markdown_table(list(_COLUMNS), rows),
         f"{summary['num_questions']} questions, {summary['num_scored']} of them scored. L is the canvas, B the block, "
         "Z the steps; T/Q and W/Q are seconds and words per question, T/W is T/Q divided by W/Q; rep-n is the share of "
         "repeated n-grams, and as the longest run of one token a mean over the answers. In brackets: 95 % intervals of "
@@ -455,11 +400,12 @@ def to_markdown(summary: dict) -> str:
         if summary["full_canvas"]
         else "Answers end where the model ends them, which hides repetition behind the end.",
         "",
+        f"Times were measured on: {'; '.join(sorted(machines))}.",
+        "",
     ]
     if summary["extra_options"]:
         lines += [f"Options: {', '.join(f'{key} {value}' for key, value in summary['extra_options'].items())}.", ""]
-    lines += [f"Times were measured on: {'; '.join(sorted(machines))}.", ""]
-    if any(len(one["measured_on"]) > 1 for one in summary["combinations"]):
+    if any(len(one["measured_on"]) > 1 for one in results):
         lines += ["**Some combinations were measured under more than one of these; their times are mixed.**", ""]
     if summary["not_allowed"]:
         lines += ["Not allowed, and left out:", ""]
@@ -467,6 +413,11 @@ def to_markdown(summary: dict) -> str:
     for name in summary["plots"]:
         lines += [f"![{name}]({name})", ""]
     lines += [
+        f"## Answers to question {summary['example_id']}",
+        "",
+        f"{_escaped(summary['example']['question'])} Bold: repeats the token before.",
+        "",
+        *markdown_table([*list(_COLUMNS)[: len(_SWEPT)], "answer"], answers),
         "## Published",
         "",
         "Table 3 and the ablations of LLaDA-MedV (arXiv 2508.01617): an 8-billion-parameter model on its authors' "
@@ -474,24 +425,29 @@ def to_markdown(summary: dict) -> str:
         "other questions, unless these are exactly the same: compare how the numbers change with Z, not the numbers. "
         "Overall is the score of the judge relative to text-only GPT-4, which is not measured here.",
         "",
+        *markdown_table(
+            ["model", "T/Q, s", "W/Q", "T/W, s", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_EFFICIENCY]
+        ),
+        "LLaDA-MedV there: L 256, B 64.",
+        "",
+        *markdown_table(["L", "B", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_ABLATION]),
     ]
-    lines += markdown_table(
-        ["model", "T/Q, s", "W/Q", "T/W, s", "Z", "Overall, %"],
-        [[_cell(value) for value in row] for row in PUBLISHED_EFFICIENCY],
-    )
-    lines += ["LLaDA-MedV there: L 256, B 64.", ""]
-    rows = [[_cell(value) for value in row] for row in PUBLISHED_ABLATION]
-    lines += markdown_table(["L", "B", "Z", "Overall, %"], rows)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _cell(value, interval: Sequence[float] | None = None) -> str:
-    if value is None:
-        return "–"
-    if not isinstance(value, float):
-        return str(value)
-    shown = f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
-    return shown if interval is None else f"{shown} [{_cell(interval[0])}, {_cell(interval[1])}]"
+def _marked(pieces: list[str]) -> str:
+    """An answer in a cell of a table, with pieces in bold that repeat the one before."""
+    shown, previous = "", None
+    for piece in pieces:
+        core, text = piece.strip().lower(), _escaped(piece)
+        shown += text.replace(text.strip(), f"**{text.strip()}**") if core and core == previous else text
+        previous = core or previous
+    return shown.strip() or "–"
 
 
-__all__ = ["PUBLISHED_ABLATION", "PUBLISHED_EFFICIENCY", "analyze_decoding", "noise_pictures", "to_markdown"]
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", re.sub(r"\s", " ", text))
+
+
+__all__ = ["analyze_decoding", "noise_pictures", "to_markdown"]

@@ -1,7 +1,7 @@
-"""Long runs over many items: shared between processes, killed at any moment, taken up again, nothing lost or doubled.
+"""Long runs over many items: shared between processes, killed at any moment, continued later, nothing lost or doubled.
 
-Each process appends what it has done to a file of its own, one line per item, on disk before the next batch begins. A
-later run, with any number of processes, skips what those files hold. At the end they become `predictions.jsonl`, in
+A journal has one JSON object per line, on disk before the next batch begins. Each process writes one of its own; a
+later run, with any number of processes, skips what the journals hold. At the end they become `predictions.jsonl`, in
 the order of the items.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,7 +38,6 @@ def run_items(
     folder: str | Path,
     settings: dict,
     batch_size: int = 1,
-    unit: str = "question",
 ) -> list[dict]:
     """Do what `answer` does for all items, each once.
 
@@ -47,10 +47,9 @@ def run_items(
         ids: what the items are called, each differently.
         answer: gets the places in `ids` of at most `batch_size` items and returns a JSON-able record for each, with its
             "id".
-        folder: where the files are; made if it is not there.
+        folder: where the files are; made if it does not exist.
         settings: JSON-able; all that the records depend on. A folder whose run had other settings is refused.
         batch_size: items at a time.
-        unit: what the progress bar calls an item.
 
     Returns:
         The records of all items in the order of `ids`, in every process.
@@ -58,55 +57,52 @@ def run_items(
     Raises:
         ValueError: before anything is done, if ids are not unique, `batch_size` is below 1, `folder` holds a run with
             other settings or items or records that cannot be read, or another run is using it.
-        Exception: what `answer` raises, and in the other processes a RuntimeError that tells it. What is done is kept.
+        Exception: what `answer` raises; the other processes raise a RuntimeError that names it. What is done is kept.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; allowed are whole numbers of at least 1.")
-    seen, doubled = set(), []
+    known = set()
     for item in ids:
-        (doubled.append if item in seen else seen.add)(item)
-    if doubled:
-        raise ValueError(f"`ids` holds {doubled[0]!r} more than once; each item needs its own id.")
+        if item in known:
+            raise ValueError(f"`ids` holds {item!r} more than once; each item needs its own id.")
+        known.add(item)
     folder, state = Path(folder), process_state()
     settings = {**settings, "num_items": len(ids), "items_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest()}
     settings = json.loads(json.dumps(settings))  # as it will be read again
-    lock = FileLock(folder / ".lock")
 
     def prepare() -> None:
         if state.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise ValueError(
-                    f"In the folder {str(folder)!r} another run is at work; wait for it or give another folder."
-                ) from None
+            held.enter_context(locked(folder))
             _check_settings(folder, settings)
             for part in folder.glob(_PARTS):
                 cut_torn_line(part)
 
-    def answer_own(done: dict[str, dict]) -> None:
-        pending = [place for place, item in enumerate(ids) if item not in done]
-        own = pending[state.process_index :: state.num_processes]
-        _run_own(own, answer, folder / f"part-{state.process_index:05}.jsonl", batch_size, unit, state)
+    def answer_own() -> None:
+        own = [place for place, item in enumerate(ids) if item not in done][state.process_index :: state.num_processes]
+        label = f"process 1 of {state.num_processes}" if state.num_processes > 1 else None
+        with tqdm(total=len(own), unit="question", desc=label, disable=not state.is_main_process) as progress:
+            for start in range(0, len(own), batch_size):
+                batch = own[start : start + batch_size]
+                records = answer(batch)
+                if len(records) != len(batch):
+                    raise RuntimeError(f"{len(batch)} items gave {len(records)} records.")
+                append_lines(folder / f"part-{state.process_index:05}.jsonl", records)
+                progress.update(len(batch))
 
     def put_together() -> None:
         if state.is_main_process:
-            done = _read_done(folder, set(ids))
-            lines = [json.dumps(done[item]) + "\n" for item in ids]
-            replace_file(folder / PREDICTIONS_FILE, "".join(lines))
+            done = _read_done(folder, known)
+            replace_file(folder / PREDICTIONS_FILE, "".join(json.dumps(done[item]) + "\n" for item in ids))
             for part in folder.glob(_PARTS):
                 part.unlink()
 
-    try:
+    with ExitStack() as held:
         _all_do(prepare, state)
-        done = _all_do(lambda: _read_done(folder, set(ids)), state)  # no process writes before all have read
-        _all_do(lambda: answer_own(done), state)
+        done = _all_do(lambda: _read_done(folder, known), state)  # no process writes before all have read
+        _all_do(answer_own, state)
         _all_do(put_together, state)
-        done = _read_done(folder, set(ids))
+        done = _read_done(folder, known)
         return [done[item] for item in ids]
-    finally:
-        lock.release()
 
 
 def _all_do(work: Callable[[], _T], state: PartialState) -> _T:
@@ -118,33 +114,15 @@ def _all_do(work: Callable[[], _T], state: PartialState) -> _T:
     try:
         result = work()
     except Exception as raised:
-        if state.num_processes == 1:
-            raise
         error = raised
-    errors = [None if error is None else f"{type(error).__name__}: {error}"]
-    if state.num_processes > 1:
-        errors = gather_object(errors)
+    message = None if error is None else f"{type(error).__name__}: {error}"
+    messages = gather_object([message]) if state.num_processes > 1 else [message]
     if error is not None:
         raise error
-    for number, told in enumerate(errors):
-        if told is not None:
-            raise RuntimeError(f"process {number + 1} of {state.num_processes} failed: {told}")
+    for number, message in enumerate(messages, start=1):
+        if message is not None:
+            raise RuntimeError(f"process {number} of {state.num_processes} failed: {message}")
     return result
-
-
-def _run_own(places: list[int], answer, part: Path, batch_size: int, unit: str, state: PartialState) -> None:
-    description = f"process 1 of {state.num_processes}" if state.num_processes > 1 else None
-    with tqdm(total=len(places), unit=unit, desc=description, disable=not state.is_main_process) as progress:
-        for start in range(0, len(places), batch_size):
-            batch = places[start : start + batch_size]
-            records = answer(batch)
-            if len(records) != len(batch):
-                raise RuntimeError(f"{len(batch)} items gave {len(records)} records.")
-            with part.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-                file.flush()
-                os.fsync(file.fileno())
-            progress.update(len(batch))
 
 
 def _check_settings(folder: Path, settings: dict) -> None:
@@ -175,28 +153,65 @@ def _differences(there: dict, here: dict, within: str = "") -> Iterator[tuple[st
             yield f"{within}{name}", *values
 
 
-def cut_torn_line(part: Path) -> None:
-    """Remove the line in which a killed process was interrupted; its item is done anew."""
-    with part.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-
-
 def _read_done(folder: Path, known: set[str]) -> dict[str, dict]:
     done = {}
     for file in (folder / PREDICTIONS_FILE, *sorted(folder.glob(_PARTS))):
-        if not file.exists():
-            continue
-        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                item = record["id"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{str(file)!r} has no record with an id at line {number}.") from None
-            if item not in known:
-                raise ValueError(f"{str(file)!r} has a record of {item!r} at line {number}, which is no item here.")
-            done.setdefault(item, record)  # killed while the parts were being put together, it is there twice
+        for number, record in read_lines(file, "id"):
+            if record["id"] not in known:
+                raise ValueError(f"{str(file)!r} has a record of {record['id']!r} at line {number}, which is no item.")
+            done.setdefault(record["id"], record)  # killed while the parts were being put together, it is there twice
     return done
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other runs out of it.
+
+    Raises:
+        ValueError: if another run is using it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"In the folder {str(folder)!r} another run is at work; wait for it or give another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_lines(journal: Path, key: str) -> Iterator[tuple[int, dict]]:
+    """Line numbers and objects of a journal; none if there is no file.
+
+    Raises:
+        ValueError: naming the line, if it is no JSON object with a text at `key`.
+    """
+    for number, line in enumerate(journal.read_bytes().splitlines() if journal.exists() else (), start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get(key), str):
+            raise ValueError(f"{str(journal)!r} has no record with {key!r} at line {number}.")
+        yield number, record
+
+
+def append_lines(journal: Path, records: Iterable[dict]) -> None:
+    """Add lines to a journal; they are on disk afterwards."""
+    with journal.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut_torn_line(journal: Path) -> None:
+    """Remove the line in which a killed process was interrupted; its item is done again."""
+    with journal.open("rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def replace_file(file: Path, text: str) -> None:
@@ -209,4 +224,7 @@ def replace_file(file: Path, text: str) -> None:
     unfinished.replace(file)
 
 
-__all__ = ["PREDICTIONS_FILE", "SETTINGS_FILE", "cut_torn_line", "process_state", "replace_file", "run_items"]
+__all__ = [
+    "PREDICTIONS_FILE", "SETTINGS_FILE", "append_lines", "cut_torn_line", "locked", "process_state", "read_lines",
+    "replace_file", "run_items",
+]  # fmt: skip

@@ -1,8 +1,8 @@
 """The VQA benchmarks from a model to a report: answers, scores that can be trusted, and what was published.
 
 One folder holds a run: `run.json` (all that the answers depend on), `predictions.jsonl` (a line per question),
-`summary.json` and `summary.md`, and pictures of the calibration. It can be interrupted at any moment and taken up again
-by the same call, and shared between the processes of `accelerate launch`.
+`summary.json` and `summary.md`, and figures of the calibration. It can be interrupted at any moment and continued by
+the same call, and shared between the processes of `accelerate launch`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, fit_
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport, VQAReport
 
-from .answering import Answer, answer_batch, open_image, question_about, run_settings, undecoded
+from .answering import Answer, answer_batch, open_image, question_about, undecoded
 from .calibration import area_under_risk_coverage, calibration_bins, expected_calibration_error, risk_coverage
 from .medical_vqa.medical_vqa import ANSWER_TYPES, POLARITY, MedicalVQA, closed_polarity
-from .plots import reliability_diagram, risk_coverage_curve
-from .published_vqa import PUBLISHED_VQA
+from .published import PUBLISHED_VQA
+from .reports import markdown_table, reliability_diagram, risk_coverage_curve
+from .run_settings import run_settings
 from .runs import process_state, replace_file, run_items
-from .tables import markdown_table
 from .text_repetition.text_repetition import TextRepetition
 
 
@@ -63,7 +63,7 @@ def evaluate_vqa(
     Args:
         model, processor: as loaded; the model where it shall run.
         dataset, report: of [`load_vqa`], not streamed.
-        folder: of this run. Called again with the same arguments, it goes on where it stopped.
+        folder: of this run. Called again with the same arguments, it continues where it stopped.
         model_name: what to call the model in the report.
         options: of `generate`; by default the paper's for short answers, a canvas of 64 tokens in one block and 64
             steps.
@@ -82,13 +82,14 @@ def evaluate_vqa(
 
     Raises:
         ValueError: before anything is answered, for a value that is not allowed, an empty data set, or a folder of
-            a run that other things were in force in: options, weights, data, kind of device, ….
+            a run with other options, weights, data, kind of device, ….
     """
     if scoring not in SCORINGS:
         raise ValueError(f"`scoring` is {scoring!r}; allowed are {SCORINGS}.")
     if not len(dataset):
         raise ValueError(f"`dataset` is empty; at least one question is needed ({LoadReport.summary(report)}).")
     options = PAPER_DECODING if options is None else options
+    model.eval()
     dataset = undecoded(dataset)
     in_force = run_settings(model, processor, options, dataset)
     provenance = {
@@ -99,13 +100,25 @@ def evaluate_vqa(
     settings = {**provenance, **in_force, "benchmark": report.benchmark, "seed": seed}
 
     def answer(places: list[int]) -> list[dict]:
-        return _answer_places(model, processor, dataset, places, options, scoring, seed, provenance)
+        rows = [dataset[place] for place in places]
+        digest = hashlib.sha256("\n".join([str(seed), *(row["id"] for row in rows)]).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # the same draws, whenever a run continues
+        given = _answer_rows(model, processor, rows, options, scoring)
+        return [
+            {
+                **{name: row[name] for name in ("id", "image_id", "question", "answer_type")},
+                "prompt": processor.apply_chat_template(
+                    question_about(None, row["question"]), add_generation_prompt=True, tokenize=False
+                ),
+                "reference": row["answer"], **answered, **provenance,
+            }
+            for row, answered in zip(rows, given)
+        ]  # fmt: skip
 
-    model.eval()
     records = run_items(list(dataset["id"]), answer, folder, settings, batch_size)
+    left_out = [name for name, _ in (*report.missing_images, *report.invalid)]
     summary = _summarize(records, candidates, bootstrap_samples, seed)
-    summary["left_out"] = [name for name, _ in (*report.missing_images, *report.invalid)]
-    summary["complete"] = summary["complete"] and not summary["left_out"]
+    summary |= {"left_out": left_out, "complete": summary["complete"] and not left_out}
     summary = {
         **{name: settings[name] for name in ("benchmark", "split", "model", "model_revision", "model_sha256")},
         **summary, "decoding": settings["decoding"], "scoring": scoring, "data": report.as_dict(),
@@ -121,56 +134,32 @@ def evaluate_vqa(
     return summary
 
 
-def _answer_places(model, processor, dataset, places, options, scoring, seed, provenance) -> list[dict]:
-    rows, errors = [dataset[place] for place in places], {}
-    for row in rows:
+def _answer_rows(model, processor, rows: list[dict], options: dict, scoring: str) -> list[dict]:
+    """For each row the fields of its answer, or without one `prediction` `None` and the `error`."""
+    answers, chats = {}, {}  # by place
+    for place, row in enumerate(rows):
         try:
-            row["image"] = open_image(processor, row["image"], row["id"])
+            chat = question_about(open_image(processor, row["image"], row["id"]), row["question"])
         except ValueError as error:
-            errors[row["id"]] = str(error)
-    digest = hashlib.sha256("\n".join([str(seed), *(row["id"] for row in rows)]).encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    given: dict[str, tuple[Answer, str]] = {}
-    readable = [row for row in rows if row["id"] not in errors]
-    decided = [row for row in readable if scoring == "likelihood" and _is_decided(row)]
-    for row in decided:
-        given[row["id"]] = (_likelier(model, processor, row), "likelihood")
-    generated = [row for row in readable if row["id"] not in given]
-    if generated:
-        chats = [question_about(row["image"], row["question"]) for row in generated]
-        answers = answer_batch(model, processor, chats, **options)
-        given |= {row["id"]: (answer, "generate") for row, answer in zip(generated, answers)}
-    records = []
-    for row in rows:
-        prompt = processor.apply_chat_template(
-            question_about(None, row["question"]), add_generation_prompt=True, tokenize=False
-        )
-        record = {
-            "id": row["id"], "image_id": row["image_id"], "question": row["question"], "prompt": prompt,
-            "answer_type": row["answer_type"], "reference": row["answer"],
-        }  # fmt: skip
-        if row["id"] in errors:
-            record |= {"prediction": None, "error": errors[row["id"]]}
+            answers[place] = {"prediction": None, "error": str(error)}
+            continue
+        if scoring == "likelihood" and row["answer_type"] == "closed" and closed_polarity("", row["answer"])[1]:
+            answers[place] = {**_likelier(model, processor, chat).as_record(), "method": "likelihood"}
         else:
-            answer, method = given[row["id"]]
-            record |= {**answer.as_record(), "method": method}
-        records.append(record | provenance)
-    return records
-
-
-def _is_decided(row: dict) -> bool:
-    """Whether a question is answered by yes or no."""
-    return row["answer_type"] == "closed" and closed_polarity("", row["answer"])[1] is not None
+            chats[place] = chat
+    if chats:
+        generated = answer_batch(model, processor, list(chats.values()), **options)
+        answers |= {place: {**answer.as_record(), "method": "generate"} for place, answer in zip(chats, generated)}
+    return [answers[place] for place in range(len(rows))]
 
 
 @torch.no_grad()
-def _likelier(model, processor, row: dict) -> Answer:
+def _likelier(model, processor, chat: list[dict]) -> Answer:
     """The likelier of yes and no, in whatever spelling, and the probability that the model gives it of the two."""
     started = time.perf_counter()
     inputs = processor.apply_chat_template(
-        [question_about(row["image"], row["question"])], add_generation_prompt=True, tokenize=True, return_dict=True,
-        return_tensors="pt",
-    )  # fmt: skip
+        [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
     texts = [text for word in POLARITY for text in _POLARITY_TEXTS[word]]
     scores = model.score(**inputs.to(model.device), candidates=texts, tokenizer=processor.tokenizer)
     likelihoods = scores.log_likelihood[0].view(len(POLARITY), -1).logsumexp(dim=1)
@@ -186,8 +175,7 @@ def _summarize(records: list[dict], candidates, bootstrap_samples: int, seed: in
     failed = [record["id"] for record in records if record["prediction"] is None]
     # A truth that is missing can be neither found nor missed.
     unanswerable = [record["id"] for record in records if not record["reference"].strip()]
-    left_out = {*failed, *unanswerable}
-    scored = [record for record in records if record["id"] not in left_out]
+    scored = [record for record in records if record["id"] not in {*failed, *unanswerable}]
     summary = {
         "complete": not failed, "num_questions": len(records), "num_scored": len(scored),
         "coverage": len(scored) / len(records), "failed": failed, "without_reference": unanswerable,
@@ -196,13 +184,7 @@ def _summarize(records: list[dict], candidates, bootstrap_samples: int, seed: in
     if not scored:
         return summary
     predictions = [record["prediction"] for record in scored]
-    references = [
-        {
-            "id": record["id"], "image_id": record["image_id"], "answer": record["reference"],
-            "answer_type": record["answer_type"],
-        }
-        for record in scored
-    ]  # fmt: skip
+    references = [{**record, "answer": record["reference"]} for record in scored]
     scores = MedicalVQA(keep_in_memory=True).compute(
         predictions=predictions, references=references, candidates=candidates, bootstrap_samples=bootstrap_samples,
         seed=seed, return_items=True,
@@ -243,7 +225,7 @@ def _calibration(confidence: Sequence[float], correct: Sequence[float]) -> dict:
 
 
 def write_summary(summary: dict, folder: str | Path) -> None:
-    """Write `summary.json`, `summary.md` and, where matplotlib is installed, pictures of the calibration.
+    """Write `summary.json`, `summary.md` and, where matplotlib is installed, figures of the calibration.
 
     Args:
         summary: of [`evaluate_vqa`].
@@ -266,13 +248,11 @@ def write_summary(summary: dict, folder: str | Path) -> None:
 def render_summary(summary: dict) -> str:
     """The summary as Markdown."""
     lines = [f"# {summary['model']} on {summary['benchmark']} ({summary['split']})", ""]
-    left_out, total = summary["left_out"], summary["num_questions"]
+    left_out, questions = summary["left_out"], summary["data"]["questions"]
+    asked_a_part = summary["num_questions"] < questions
     for names, problem in (
-        (summary["failed"], f"of {total} questions have no answer"),
-        (
-            left_out,
-            f"of {summary['data']['questions'] + len(left_out)} records were not asked: no image, or invalid",
-        ),
+        (summary["failed"], f"of {summary['num_questions']} questions have no answer"),
+        (left_out, f"of {questions + len(left_out)} records were not asked: no image, or invalid"),
     ):
         if names:
             shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
@@ -290,14 +270,24 @@ def render_summary(summary: dict) -> str:
         rows.append([name, f"{value:.2f}", interval, str(count)])
     lines += markdown_table(["score", "value", "95 % interval", "n"], rows)
     counts = {name.removeprefix("num_").replace("_", " "): scores[name] for name in scores if name.startswith("num_")}
-    asked_a_part = summary["num_questions"] < summary["data"]["questions"]
     if asked_a_part:
-        counts[f"asked of {summary['data']['questions']} questions"] = summary["num_questions"]
+        counts[f"asked of {questions} questions"] = summary["num_questions"]
     lines += ["Counts: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".", ""]
     if summary["without_reference"]:
         lines += [f"Left out, because their true answer is empty: {', '.join(summary['without_reference'])}.", ""]
-    if summary["data"]["is_published"] and not asked_a_part:
-        lines += _render_published(summary["benchmark"], summary["model"], scores)
+    published = PUBLISHED_VQA.get(summary["benchmark"])
+    if published and summary["data"]["is_published"] and not asked_a_part:
+        own = (scores["open_recall_llava_med"], scores["closed_accuracy_llava_med"])
+        cells = [
+            [name, *("-" if value is None else f"{value:.2f}" for value in row)]
+            for name, row in {**published, f"**{summary['model']}**": own}.items()
+        ]
+        lines += [
+            "Beside table 2 of LLaDA-MedV (arXiv 2508.01617), by its rules, which count repeated words and look for "
+            "substrings. Published numbers are not all about the same questions.",
+            "",
+            *markdown_table(["model", "open recall", "closed accuracy"], cells),
+        ]
     if summary["calibration"]:
         names = ("mean_confidence", "accuracy", "expected_calibration_error", "area_under_risk_coverage")
         lines += markdown_table(
@@ -325,21 +315,6 @@ def render_summary(summary: dict) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _render_published(benchmark: str, model: str, scores: dict) -> list[str]:
-    """Published results, and one's own by the same rules."""
-    if benchmark not in PUBLISHED_VQA:
-        return []
-    own = (scores["open_recall_llava_med"], scores["closed_accuracy_llava_med"])
-    rows = {**PUBLISHED_VQA[benchmark], f"**{model}**": own}
-    cells = [[name, *("-" if value is None else f"{value:.2f}" for value in row)] for name, row in rows.items()]
-    return [
-        "Beside table 2 of LLaDA-MedV (arXiv 2508.01617), by its rules, which count repeated words and look for "
-        "substrings. Published numbers are not all about the same questions.",
-        "",
-        *markdown_table(["model", "open recall", "closed accuracy"], cells),
-    ]
 
 
 __all__ = ["PAPER_DECODING", "SCORINGS", "evaluate_vqa", "render_summary", "write_summary"]

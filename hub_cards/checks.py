@@ -24,6 +24,8 @@ from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditiona
 from lladamedv.modeling_lladamedv.released_lladamedv import FILES, Checkpoint, read_checkpoint, resolve_source
 from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_header, read_weights
 
+from .privacy import SECRET
+
 
 CARD = "README.md"
 AUTO_CLASSES = (
@@ -58,7 +60,6 @@ _REFUSED = {
     (".*",): "is hidden",
 }
 _TEXTS = (".json", ".md", ".py", ".jinja", ".txt", ".yaml")
-SECRET = re.compile(r"\b(?:hf_|sk-(?:proj-|ant-\w+-)?|gh[pousr]_|api_org_|github_pat_)[A-Za-z0-9]{20,}")
 _PATH = re.compile(r"(?<![\w./<~])/([\w.+-]+)(?:/[\w.+-]+)+|\bfile://|\b[A-Za-z]:(?:\\{1,2}[\w.+-]+){2,}")
 _ROOTS = {"home", "Users", "root", "tmp", "mnt", "media", "scratch", "Volumes", "workspace", "data", "private", "var"}
 
@@ -79,14 +80,19 @@ def check_model(source: str | Path, revision: str | None = None, with_weights: b
 
     Raises:
         ValueError: for the reasons of [`check_folder`] and [`read_checkpoint`]; if weights of the model are missing or
-            have other shapes, or the folder holds others.
+            have other shapes, or the folder holds others, or its configuration names other files.
     """
     checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)))
     config = checkpoint.build_config()
     expected = LLaDAMedVForConditionalGeneration.parameter_shapes(config)
+    if "transformers_weights" in checkpoint.original:
+        raise ValueError("`transformers_weights` in config.json names other files; allowed is model.safetensors.")
     files = list(checkpoint.folder.glob("*.safetensors"))
     # Quantised weights, and those that several devices have saved, have names and shapes of their own.
-    if checkpoint.original.get("quantization_config") or any(file.name.startswith("shard-") for file in files):
+    by_devices = any(file.name.startswith("shard-") for file in files)
+    if by_devices or checkpoint.original.get("quantization_config"):
+        if not by_devices or (checkpoint.folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+            read_weights([*checkpoint.folder.iterdir()])
         stored = sum(file.stat().st_size for file in files)
         needed = sum(torch.Size(shape).numel() for shape in expected.values())
         if 4 * stored < needed:  # two bits a weight
@@ -315,7 +321,6 @@ __all__ = [
     "AUTO_CLASSES",
     "CARD",
     "PROJECTOR",
-    "SECRET",
     "check_adapter_files",
     "check_folder",
     "check_model",

@@ -24,7 +24,7 @@ class Licence:
     Args:
         license: the Hub's identifier, or `"other"`.
         title: in words.
-        conditions: what whoever passes the work on has to do, in half a sentence.
+        conditions: of passing the work on, in half a sentence.
         license_name, license_link: for `"other"`.
     """
 
@@ -55,8 +55,8 @@ _RESEARCH = Licence(
 _ASU = Licence(
     "other",
     "ASU non-commercial",
-    "academic, non-commercial use only, revocable; whoever passes it on must add the licence, keep its notices and "
-    "add a notice of changes",
+    "academic, non-commercial use only, revocable; to pass it on, add the licence, keep its notices and add a notice "
+    "of changes",
     "asu-non-commercial",
     "https://github.com/LLM-VLM-GSL/LLaDA-MedV",
 )
@@ -118,7 +118,7 @@ COMPONENTS = {
     ),
     "phantoms": Component(
         "phantoms", _APACHE, "drawn by this package, whose licence it is", _names("phantoms"),
-        (True, "phantoms are drawn by this package and show nobody"),
+        (True, "phantoms are drawn by this package and show no person"),
     ),
 }  # fmt: skip
 _BY_NAME = {name.lower(): each for key, each in COMPONENTS.items() for name in (key, *each.names)}

@@ -1,4 +1,4 @@
-"""What must not get into a card, which everybody reads: paths of a machine, the user names in them, and tokens."""
+"""What must not get into a card, which is public: paths of a machine, the user names in them, and tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 
 
 LOCAL_PATH = "(local path)"
-_SECRET = re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|sk-|api_org_)[\w-]{8,}")
+# Tokens of the Hub, GitHub, OpenAI and Anthropic; names in code, such as hf_hub_download, are none.
+SECRET = re.compile(r"\b(?:(?:hf_|gh[pousr]_|api_org_)[A-Za-z0-9]{15,}|(?:sk-|github_pat_)[\w-]{15,})")
 _PATHS = re.compile(
     r"\bfile://[^\s'\"`]+"
     r"|(?<![\w/.~])/(?!/)[^\s/'\"`|<>]+(?:/[^\s'\"`|]*)?"  # /home/name/x, also behind a colon, but not https://host/x
@@ -20,7 +21,7 @@ _PATHS = re.compile(
     r"|(?<!\w)[A-Za-z]:(?:\\|/(?!/))[^\s'\"`|]*"  # C:\x
     r"|\\\\[\w.-]+\\[^\s'\"`|]*"  # \\host\x
 )
-# Arguments that say where a run was at home, and nothing about what was trained.
+# Arguments about a machine or a user, which say nothing about what was trained.
 _PRIVATE_ARGUMENTS = re.compile(
     r"secret|password|api_key|(access|auth)_token|^token$|^hub_|_dir$|^run_name$|^(image_folder|push_to_hub|report_to|project)$"
     r"|^(resume_from_checkpoint|trackio_.*|cache_image_features)$"
@@ -30,7 +31,7 @@ _FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".zip", ".yaml", ".bin", ".safe
 
 def scrub(text: str) -> str:
     """The text without paths of this machine and without tokens."""
-    return _PATHS.sub(LOCAL_PATH, _SECRET.sub("(removed)", text))
+    return _PATHS.sub(LOCAL_PATH, SECRET.sub("(removed)", text))
 
 
 def scrub_recipe(recipe: str | Mapping) -> str:
@@ -80,4 +81,4 @@ def is_on_hub(report: Mapping) -> bool:
     return is_hub_id(source) and reference in (None, source.partition("@")[0])
 
 
-__all__ = ["LOCAL_PATH", "is_hub_id", "is_on_hub", "scrub", "scrub_recipe"]
+__all__ = ["LOCAL_PATH", "SECRET", "is_hub_id", "is_on_hub", "scrub", "scrub_recipe"]

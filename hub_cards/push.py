@@ -1,8 +1,8 @@
 """Pushing to the Hub: what leaves this machine is checked and listed first, and arrives as one commit or not at all.
 
-Models, adapters and data sets go the same way: all checks of files, then all questions to the Hub that can say no, then
-the upload by `huggingface_hub`, which repeats requests and does not send a large file again that has arrived. The
-folder that is pushed is never changed.
+Models, adapters and data sets go the same way: all checks of files, then all questions to the Hub that may refuse, then
+the upload by `huggingface_hub`, which repeats requests and sends no large file twice. The folder that is pushed is
+never changed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
@@ -34,16 +35,16 @@ from safetensors import SafetensorError
 
 from lladamedv.processing.datasets import SOURCES, load_vqa
 
-from . import build_dataset_card, is_hub_id, may_redistribute, rebuild_dataset, scrub
+from . import build_dataset_card, is_hub_id, may_redistribute, scrub
 from .checks import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CARD,
-    SECRET,
     check_adapter_files,
     check_model_files,
     checked_files,
 )
+from .privacy import SECRET
 
 
 MAIN = "main"
@@ -59,7 +60,7 @@ _HINTS = {
     401: "the token is missing or not valid; `hf auth login` or HF_TOKEN gives one",
     403: "the token may not write there",
     404: "there is no such repository, or the token may not see it",
-    412: "somebody else has changed the repository meanwhile",
+    412: "the repository has changed meanwhile",
     429: "too many requests",
 }
 
@@ -175,7 +176,7 @@ def push_dataset(
         benchmark, source, path, image_folder, data_revision: what to load; see [`load_vqa`].
         repo: Hub id of a data set, created if there is none.
         splits: by default all that the source has.
-        recipe_only: push no records, but a program that builds them anew and compares them with these.
+        recipe_only: push no records, but a card with the program that loads them and what was counted.
         dry_run: load and list only; nothing is sent to the Hub.
         private, replace, revision, token, report: as for [`push_folder`].
 
@@ -191,37 +192,22 @@ def push_dataset(
             "publishes how to build it instead."
         )
     target = _Target(repo, "recipe" if recipe_only else "dataset", private, replace, revision, token)
-    reference = SOURCES[benchmark][source or next(iter(SOURCES[benchmark]))]
-    arguments = {"source": source, "revision": data_revision}
     loaded = {
-        split: load_vqa(benchmark, split, path=path, image_folder=image_folder, **arguments)
-        for split in splits or reference.splits
-    }
-    reports = {split: each for split, (_, each) in loaded.items()}
-    for each in reports.values():
+        split: load_vqa(
+            benchmark, split, source=source, path=path, image_folder=image_folder, revision=data_revision
+        )
+        for split in splits or SOURCES[benchmark][source or next(iter(SOURCES[benchmark]))].splits
+    }  # fmt: skip
+    for _, each in loaded.values():
         report(each.summary())
-    first = next(iter(reports.values()))
-    recipe = {
-        "lladamedv": version("lladamedv"),
-        "benchmark": benchmark,
-        "arguments": {"source": source, "revision": first.revision},
-        "needs_path": path is not None and not first.source.startswith("phantoms:"),
-        "splits": {
-            split: {"rows": len(dataset), "sha256": rebuild_dataset.fingerprint(dataset)}
-            for split, (dataset, _) in loaded.items()
-        },
-    }
-    if first.source.startswith("phantoms:"):
-        recipe["arguments"] = {"path": first.source.removeprefix("phantoms:")}
+    facts = _combined(loaded)
+    recipe = {name: facts[name] for name in ("benchmark", "reference", "revision")}
+    recipe |= {"lladamedv": version("lladamedv"), "rows": {name: len(rows) for name, (rows, _) in loaded.items()}}
+    name = target.repo.rpartition("/")[2]
+    card = build_dataset_card(facts, name, version("lladamedv"), has_images=not recipe_only)
     with TemporaryDirectory() as staged:
         files: dict[str, Path | bytes] = {} if recipe_only else _write_parquet(loaded, Path(staged))
-        files["recipe.json"] = (json.dumps(recipe, indent=2) + "\n").encode()
-        files["rebuild.py"] = Path(rebuild_dataset.__file__)
-        card = build_dataset_card(
-            _combined(loaded), target.repo.rpartition("/")[2], version("lladamedv"), recipe=_recipe_code(recipe),
-            has_images=not recipe_only,
-        )  # fmt: skip
-        files[CARD] = str(card).encode()
+        files |= {"recipe.json": (json.dumps(recipe, indent=2) + "\n").encode(), CARD: str(card).encode()}
         return target.push(files, (), dry_run, report)
 
 
@@ -243,7 +229,7 @@ def _with_base_model(folder: Path, base_model: str | None) -> dict[str, bytes]:
     stated = str(config.get("base_model_name_or_path") or "")
     if base_model is None and not is_hub_id(stated):
         raise ValueError(
-            f"`base_model_name_or_path` in {ADAPTER_CONFIG} is {stated!r}, which is nowhere but here; `base_model` "
+            f"`base_model_name_or_path` in {ADAPTER_CONFIG} is {stated!r}, which is no Hub id; `base_model` "
             "gives its Hub id, or `adapter_merge` pushes the whole model."
         )
     if base_model is not None and not is_hub_id(base_model):
@@ -325,17 +311,6 @@ def _write_parquet(loaded: dict, folder: Path) -> dict[str, Path | bytes]:
     return files
 
 
-def _recipe_code(recipe: dict) -> str:
-    """What `rebuild.py` does, for the card."""
-    named = [f"{name}={value!r}" for name, value in recipe["arguments"].items() if value is not None]
-    arguments = ", ".join([repr(recipe["benchmark"]), "split", *named, *(['path="…"'] if recipe["needs_path"] else [])])
-    return (
-        "from lladamedv.processing.datasets import load_vqa\n\n"
-        "# `python rebuild.py OUT` does the same, compares the rows with recipe.json, and writes them.\n"
-        f"for split in {list(recipe['splits'])}:\n    dataset, report = load_vqa({arguments})"
-    )
-
-
 def _combined(loaded: dict) -> dict:
     """The reports of several splits as one; pictures that splits share count once."""
     reports = [each.as_dict() for _, each in loaded.values()]
@@ -390,7 +365,7 @@ def write_space(
         versions = {package: version(package).partition("+")[0] for package in _SPACE_PACKAGES}
     except PackageNotFoundError as error:
         raise ValueError(
-            f"{error.name} is not installed, so that its version cannot be pinned; `pip install \"lladamedv[app]\"`."
+            f'{error.name} is not installed, so that its version cannot be pinned; `pip install "lladamedv[app]"`.'
         ) from error
     data = SpaceCardData(
         title=title, sdk="gradio", sdk_version=versions["gradio"], app_file="app.py", license="apache-2.0",
@@ -417,12 +392,8 @@ def write_space(
 # The Hub
 
 
-class _RefusedError(ValueError):
-    """By us, not by the Hub."""
-
-
 class _Target:
-    """A repository, and all that is asked of the Hub about it."""
+    """A repository, and all requests to the Hub about it."""
 
     def __init__(self, repo, kind, private, replace, revision, token, argument="repo", message=None):
         try:
@@ -435,90 +406,89 @@ class _Target:
         self.message, self.secret = message, token or get_token()
         self.api = HfApi(token=token, library_name="lladamedv", library_version=version("lladamedv"))
 
-    def look(self):
-        """What the Hub knows about the repository, `None` if there is none.
-
-        Raises:
-            ValueError: if it cannot be pushed to.
-        """
-        user = self._ask("but the Hub does not let us in", self.api.whoami)
-        if "/" not in self.repo:
-            self.repo = f"{user['name']}/{self.repo}"
-        info = self._ask("which could not be looked up", self._info)
-        if info is not None:
-            self._check(info)
-        return info
-
     def push(self, files: dict[str, Path | bytes], left_out, dry_run: bool, report) -> PushPlan:
         """One commit of these files."""
         sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
         plan = PushPlan(self.repo, self.repo_type, self.kind, self.private, dict(sorted(sizes.items())), left_out)
         if dry_run:
-            for name, size in plan.files.items():
-                report(f"{size:>14,}  {name}")
-            for name in left_out:
-                report(f"{'left out':>14}  {name}")
+            for size, name in (*((f"{size:,}", name) for name, size in plan.files.items()),
+                               *(("left out", name) for name in left_out)):  # fmt: skip
+                report(f"{size:>14}  {name}")
             report(f"{plan.summary()}; nothing was sent")
             return plan
         if left_out:
             report(f"left out: {', '.join(left_out)}")
-        info = self.look()
-        url = self._ask("which could not be pushed to", self._commit, files, info)
+        self.look()
+        with self._told("which could not be pushed to"):
+            url = self._commit(files)
         plan = dataclasses.replace(plan, repo=self.repo, url=url)
         folder = "datasets/" if self.repo_type == "dataset" else ""
         report(f"pushed to {self.api.endpoint}/{folder}{self.repo}: {plan.summary()}")
         return plan
 
-    def _info(self):
-        where = {"repo_id": self.repo, "repo_type": self.repo_type}
-        try:
-            return self.api.repo_info(**where, revision=self.revision)
-        except GatedRepoError:
-            raise
-        except RepositoryNotFoundError:
-            return None
-        except RevisionNotFoundError:
-            return self.api.repo_info(**where)
+    def look(self) -> None:
+        """Ask whether the repository can be pushed to.
 
-    def _check(self, info) -> None:
-        """Refuse what would publish by mistake, or destroy."""
-        if self.private and info.private is False:
-            raise _RefusedError(
-                f"`{self.argument}` is {self.repo!r}, which is public; allowed with `private=False` (--public)."
-            )
-        there = _kind_of(info)
-        if there not in (None, self.kind) and not self.replace:
-            raise _RefusedError(
-                f"`{self.argument}` is {self.repo!r}, which holds {there}, not {self.kind}; `replace` "
-                "deletes that and pushes this instead."
-            )
-
-    def _commit(self, files: dict[str, Path | bytes], info) -> str:
-        where = {"repo_id": self.repo, "repo_type": self.repo_type}
-        if info is None:
-            self.api.create_repo(**where, private=self.private, exist_ok=True)
-        if self.revision not in (None, MAIN):
-            self.api.create_branch(**where, branch=self.revision, exist_ok=True)
-        # Anew, because somebody may have been faster, and the commit is to stand on what was looked at.
-        info = self.api.repo_info(**where, revision=self.revision)
+        Raises:
+            ValueError: if it cannot.
+        """
+        with self._told("but the Hub does not let us in"):
+            user = self.api.whoami()
+        if "/" not in self.repo:
+            self.repo = f"{user['name']}/{self.repo}"
+        with self._told("which could not be looked up"):
+            self._missing = False
+            try:
+                info = self.api.repo_info(**self._place, revision=self.revision)
+            except RevisionNotFoundError:
+                info = self.api.repo_info(**self._place)
+            except RepositoryNotFoundError as error:
+                if isinstance(error, GatedRepoError):
+                    raise
+                self._missing = True
+                return
         self._check(info)
-        replaces = _kind_of(info) not in (None, self.kind)
+
+    @property
+    def _place(self) -> dict[str, str]:
+        return {"repo_id": self.repo, "repo_type": self.repo_type}
+
+    def _check(self, info) -> str | None:
+        """Refuse what would publish by mistake, or destroy; the kind of what is there."""
+        refusal, there = None, _kind_of(info)
+        if self.private and info.private is False:
+            refusal = "is public; allowed with `private=False` (--public)"
+        elif there not in (None, self.kind) and not self.replace:
+            refusal = f"holds {there}, not {self.kind}; `replace` deletes that and pushes this instead"
+        if refusal:
+            raise _RefusedError(f"`{self.argument}` is {self.repo!r}, which {refusal}.")
+        return there
+
+    def _commit(self, files: dict[str, Path | bytes]) -> str:
+        if self._missing:
+            self.api.create_repo(**self._place, private=self.private, exist_ok=True)
+        if self.revision not in (None, MAIN):
+            self.api.create_branch(**self._place, branch=self.revision, exist_ok=True)
+        # Looked up anew: another process may have been faster, and the commit stands on what was checked.
+        info = self.api.repo_info(**self._place, revision=self.revision)
+        replaces = self._check(info) not in (None, self.kind)
         stale = [
-            each.rfilename for each in info.siblings or []
-            if each.rfilename not in files and each.rfilename != ".gitattributes"
-            and (replaces or any(fnmatchcase(each.rfilename, pattern) for pattern in _OURS))
+            name for each in info.siblings or []
+            if (name := each.rfilename) not in files and name != ".gitattributes"
+            and (replaces or any(fnmatchcase(name, pattern) for pattern in _OURS))
         ]  # fmt: skip
         operations = [CommitOperationAdd(name, file) for name, file in sorted(files.items())]
         operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
-        message = self.message or f"Upload {self.kind} with lladamedv {version('lladamedv')}"
         return self.api.create_commit(
-            **where, operations=operations, commit_message=message, revision=self.revision, parent_commit=info.sha
-        ).commit_url
+            **self._place, operations=operations, revision=self.revision, parent_commit=info.sha,
+            commit_message=self.message or f"Upload {self.kind} with lladamedv {version('lladamedv')}",
+        ).commit_url  # fmt: skip
 
-    def _ask(self, what: str, call: Callable, *arguments):
-        """Call, and turn what the client raises into one line that holds no token."""
+    @contextmanager
+    def _told(self, what: str):
+        """Turn what the client raises into one line that holds no token."""
         try:
-            return call(*arguments)
+            yield
         except _RefusedError:
             raise
         except Exception as error:  # the client raises many kinds
@@ -527,6 +497,10 @@ class _Target:
                 f"`{self.argument}` is {self.repo!r}, {what}: {_reason(error, self.secret)}. What has arrived there is "
                 "not sent again by a second try."
             ) from None
+
+
+class _RefusedError(ValueError):
+    """By the checks here, not by the Hub."""
 
 
 def _kind_of(info) -> str | None:

@@ -1,4 +1,4 @@
-"""What a card says about a training run, gathered from plain data that every trainer has."""
+"""What a card says about a training run, gathered from plain data that every trainer has, so that it is not typed."""
 
 from __future__ import annotations
 
@@ -117,8 +117,7 @@ def gather_training_facts(
         tuple((int(entry["step"]), float(entry[name])) for entry in log_history if name in entry)
         for name in ("loss", "eval_loss")
     )
-    seconds = [entry["train_runtime"] for entry in log_history if "train_runtime" in entry]
-    epochs = [entry["epoch"] for entry in log_history if "epoch" in entry]
+    last = {name: value for entry in log_history for name, value in entry.items()}
     sources: dict[str, list[TrainingData]] = {"train_data": [], "eval_data": []}
     for report in data_reports:
         if "source" in report:
@@ -134,8 +133,8 @@ def gather_training_facts(
         hardware=hardware,
         software=dict(software or {}),
         steps=max((int(entry["step"]) for entry in log_history if "step" in entry), default=0),
-        epochs=epochs[-1] if epochs else None,
-        seconds=seconds[-1] if seconds else None,
+        epochs=last.get("epoch"),
+        seconds=last.get("train_runtime"),
         losses=losses,
         eval_losses=eval_losses,
         picture=Path(picture).name if drawn else None,

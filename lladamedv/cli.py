@@ -554,10 +554,15 @@ def eval_chat(
     if judge_model is not None and judge_url is None and key is None:
         raise usage("--judge-model", "needs --judge-url or --judge-key-env: nothing is sent anywhere without one.")
     quiet()
-    from lladamedv.evaluation.chat_answers import answer_chat_benchmark
-    from lladamedv.evaluation.chat_benchmark import read_answers, summarize, to_markdown, write_summary
+    from lladamedv.evaluation.chat import (
+        answer_chat_benchmark,
+        judge_answers,
+        read_answers,
+        summarize,
+        to_markdown,
+        write_summary,
+    )
     from lladamedv.evaluation.judge import OpenAIJudge
-    from lladamedv.evaluation.judging import judge_answers
     from lladamedv.evaluation.runs import process_state
     from lladamedv.processing.datasets import load_chat_benchmark
 

@@ -34,31 +34,16 @@ _TEXT_DEFAULTS = {
     "use_cache": False,
 }
 # Far beyond every network of this kind. Larger numbers are refused, because a model would take memory and time for them
-# before anybody sees that its weights are not there.
+# before it turns out that its weights are not there.
+_LARGEST_EACH = {
+    "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 1024, "num_attention_heads": 2**14,
+}  # fmt: skip
 _LARGEST = {
-    "vision_config": {
-        "hidden_size": 2**20,
-        "intermediate_size": 2**22,
-        "num_hidden_layers": 1024,
-        "num_attention_heads": 2**14,
-        "num_channels": 2**8,
-        "image_size": 2**14,
-        "patch_size": 2**14,
-    },
-    "text_config": {
-        "vocab_size": 2**24,
-        "hidden_size": 2**20,
-        "intermediate_size": 2**22,
-        "num_hidden_layers": 1024,
-        "num_attention_heads": 2**14,
-        "num_key_value_heads": 2**14,
-        "head_dim": 2**14,
-        "max_position_embeddings": 2**24,
-    },
+    "vision_config": _LARGEST_EACH | {"num_channels": 2**8, "image_size": 2**14, "patch_size": 2**14},
+    "text_config": _LARGEST_EACH
+    | {"vocab_size": 2**24, "num_key_value_heads": 2**14, "head_dim": 2**14, "max_position_embeddings": 2**24},
 }
 MAX_GRIDS = 4096  # as in the image processor
-
-
 # Which of the files that `save_pretrained` writes next to the weights serves which Auto class, so that a folder loads
 # with `trust_remote_code=True` where this package is not installed.
 _MODEL = "modeling_lladamedv.LLaDAMedVForConditionalGeneration"
@@ -103,7 +88,7 @@ class LLaDAMedVConfig(PreTrainedConfig):
         vision_feature_layer (`int`, *optional*, defaults to -1): only -1, the last layer that is built.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`): only `False` is supported.
         text_only (`bool`, *optional*, defaults to `False`):
-            A LLaDA without eyes: no vision tower, projector or newline embedding, and `vision_config` is `None`.
+            A LLaDA without images: no vision tower, projector or newline embedding, and `vision_config` is `None`.
 
     Raises:
         ValueError: for an aspect ratio that does not exist, tied embeddings, special ids outside the vocabulary, a

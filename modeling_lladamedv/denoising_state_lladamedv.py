@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .cache_drift_lladamedv import INITIAL_INTERVAL, CacheDrift
 from .commit_rules_lladamedv import build_commit_rule, commit_schedule
-
-
-_INITIAL_ADAPTIVE_INTERVAL = 4
 
 
 @dataclass
@@ -25,6 +23,21 @@ class ForwardPass:
     start: torch.LongTensor | None = None
 
 
+class StepHooks:
+    """What a step does besides committing single tokens; these do nothing."""
+
+    def choose(self, state, candidates, logits, proposed, scores):
+        """The proposals `(rows, canvas)` with others where tokens belong together; changes `scores` for them."""
+        return proposed
+
+    def complete(self, state, committed):
+        """The places to commit `(rows, canvas)`, made complete where they belong together."""
+        return committed
+
+    def close(self, state) -> None:
+        """What follows from what is committed."""
+
+
 class DenoisingState:
     """The canvas and the progress of each row; `rows` are the numbers of the unfinished ones.
 
@@ -36,9 +49,10 @@ class DenoisingState:
         suffix: ids of the fixed text behind the canvas, 1-D.
         stops: token sequences that end an answer: those of the end ids, then those of the stop strings.
         absent (`(batch, length)`, *optional*): places that are not there: never attended to.
+        hooks ([`StepHooks`], *optional*): of every step.
     """
 
-    def __init__(self, model, options, canvas, prompt_mask, suffix, stops=(), absent=None):
+    def __init__(self, model, options, canvas, prompt_mask, suffix, stops=(), absent=None, hooks=None):
         batch, length = canvas.shape
         device = canvas.device
         self.options = options
@@ -61,7 +75,7 @@ class DenoisingState:
         self.prompt_lengths = prompt_mask.sum(dim=1)
         self.canvas = canvas
         self.absent = absent
-        self.blanks = None  # of a template that is filled in
+        self.hooks = hooks or StepHooks()
         self.prompt_ids = self.prompt_embeds = self.cache = None  # as soon as the loop begins
         self.positions = torch.arange(length, device=device)
         self.stop = torch.full((batch,), length, device=device)  # first position that is not part of the answer
@@ -71,7 +85,7 @@ class DenoisingState:
         self.masks_at_start = masks.gather(1, self.block[:, None])[:, 0]  # of the block
         interval = options.cache_refresh_interval
         if interval is None and options.cache_drift_bound is not None:
-            interval = _INITIAL_ADAPTIVE_INTERVAL
+            interval = INITIAL_INTERVAL
         # Steps since the states were refreshed, and after how many they are refreshed again.
         self.age = torch.zeros(batch, dtype=torch.long, device=device)
         self.interval = torch.full((batch,), interval or torch.iinfo(torch.long).max, device=device)
@@ -79,7 +93,9 @@ class DenoisingState:
         self.num_full_forwards = torch.zeros(batch, dtype=torch.long, device=device)
         self.commit_step = torch.full((batch, length), -1, device=device)
         self.commit_confidence = torch.full((batch, length), float("nan"), dtype=torch.float64, device=device)
-        self.cache_drift = []  # (batch,) per forward pass
+        self.drift = None
+        if options.output_cache_drift or options.cache_drift_bound is not None:
+            self.drift = CacheDrift(options.output_cache_drift, options.cache_drift_bound)
         self.rows = torch.arange(batch, device=device)
 
     @property
@@ -160,34 +176,27 @@ class DenoisingState:
         """Which positions may be committed, `(rows, canvas)`: the masked ones up to the end of the row's block and left
         of its stop, as far as the passes run them."""
         limit = torch.minimum(self.block_end[self.rows], self.stop[self.rows])
-        candidates = (self.canvas[self.rows] == self.mask_token_id) & (self.positions < limit[:, None])
-        for each in passes:
-            if each.start is not None:
-                candidates[each.part] &= self.positions >= each.start[:, None]
-        return candidates
+        masked = (self.canvas[self.rows] == self.mask_token_id) & (self.positions < limit[:, None])
+        return torch.stack([self.run_by(each, masked) for each in passes]).any(dim=0)
 
-    def note_passes(self, passes, drift):
-        """Count the passes, and set the next refresh by the measured drift.
+    def run_by(self, each, candidates):
+        """Those of the candidates `(rows, canvas)` that a pass runs."""
+        own = torch.zeros_like(candidates)
+        own[each.part] = candidates[each.part]
+        if each.start is not None:
+            own[each.part] &= self.positions >= each.start[:, None]
+        return own
 
-        Args:
-            drift (`(rows,)`): NaN where none was measured; `None` if none is to be.
-        """
+    def note_passes(self, passes):
+        """Count the passes, and how old the cached states of each row are."""
         for each in passes:
             if each.start is None:
                 rows = self.rows[each.part]
                 self.num_full_forwards[rows] += 1
                 self.age[rows] = 0
         self.age[self.rows] += 1
-        if drift is None:
-            return
-        if self.options.cache_drift_bound is not None:
-            measured = ~drift.isnan() & (self.age[self.rows] == 1)  # where the states were refreshed
-            rows, above = self.rows[measured], drift[measured] > self.options.cache_drift_bound
-            changed = torch.where(above, self.interval[rows] // 2, self.interval[rows] * 2)
-            self.interval[rows] = changed.clamp(min=1)
-        everyone = torch.full(self.stop.shape, float("nan"), dtype=torch.float64, device=self.stop.device)
-        everyone[self.rows] = drift
-        self.cache_drift.append(everyone)
+        if self.drift is not None:
+            self.drift.finish_step(self)
 
     def tokens_to_commit(self):
         """The schedule's k for each unfinished row."""
@@ -247,4 +256,4 @@ class DenoisingState:
         self.rows = rows[~finished]
 
 
-__all__ = ["DenoisingState", "ForwardPass"]
+__all__ = ["DenoisingState", "ForwardPass", "StepHooks"]

@@ -4,6 +4,7 @@
 the same numbers. Sources: LLaDA (arXiv 2502.09992, algorithms 4 and 5), LLaDA-MedV (arXiv 2508.01617).
 """
 
+import functools
 import json
 from dataclasses import dataclass
 
@@ -132,7 +133,8 @@ class LLaDAMedVGenerationMixin:
         stops = self._prepare_stop_sequences(options, tokenizer)
         suffix = self._prepare_suffix(options, tokenizer)
         attention_mask = self._check_prompt(input_ids, attention_mask)
-        self._check_context(attention_mask, options.max_new_tokens, len(suffix))
+        needed = f"the canvas (`max_new_tokens`, {options.max_new_tokens}) with the suffix ({len(suffix)})"
+        self._check_context(attention_mask, needed, options.max_new_tokens + len(suffix))
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"`streamer` works with one prompt; `input_ids` holds {len(input_ids)}.")
         canvas = torch.full((len(input_ids), options.max_new_tokens), self.config.mask_token_id).to(input_ids)
@@ -160,7 +162,7 @@ class LLaDAMedVGenerationMixin:
             commit_step=state.commit_step,
             answer_confidence=confidence,
             abstained=None if threshold is None else confidence < threshold,
-            cache_drift=torch.stack(state.cache_drift) if state.cache_drift else None,
+            cache_drift=None if state.drift is None else torch.stack(state.drift.history),
             history=history,
         )
 
@@ -207,7 +209,7 @@ class LLaDAMedVGenerationMixin:
         # 1.b. Compute logits at the candidates only, guided if asked for. With a cache, rows that need no refresh run
         # only their block, or what begins with it.
         row, place = candidates.nonzero(as_tuple=True)  # of each candidate
-        logits = self._step_logits(state, passes, candidates, row, place)
+        logits = self._step_logits(state, passes, candidates)
         if logits.numel() and not bool(torch.stack(logits.aminmax()).isfinite().all()):
             rows = state.rows[row[~logits.isfinite().all(dim=1)].unique()]
             raise ValueError(
@@ -223,60 +225,35 @@ class LLaDAMedVGenerationMixin:
         scores = CandidateScores(**{name: empty.masked_scatter(candidates, value) for name, value in values.items()})
         if "noise" in state.rule.needs:
             scores.noise = self._random_scores(canvas)
-        if state.blanks is not None:
-            proposed = state.blanks.choose(state, candidates, logits, proposed, scores)
+        proposed = state.hooks.choose(state, candidates, logits, proposed, scores)
 
         # 1.d. Commit what the rule keeps: by default the k most confident proposals, k from the block's schedule.
         confidence = scores.confidence
         if options.defer_eos:
             scores = scores.defer(torch.isin(proposed, state.deferred))
         committed = state.rule(candidates, scores, state.tokens_to_commit())
-        if state.blanks is not None:
-            committed = state.blanks.complete(state, committed)
-        state.commit(committed, proposed, confidence)
+        state.commit(state.hooks.complete(state, committed), proposed, confidence)
 
         # 1.e. Look for a stop sequence, and move on to the next block, or finish the row.
-        if state.blanks is not None:
-            state.blanks.close(state)
+        state.hooks.close(state)
         state.find_stops()
         state.advance()
 
-    def _step_logits(self, state, passes, candidates, row, place):
-        """Logits of all passes of a step in one tensor, `(candidates, vocabulary)`; takes note of the cache's drift."""
-        options = state.options
-        drift = None
-        if options.output_cache_drift or options.cache_drift_bound is not None:
-            drift = torch.full((len(state.rows),), float("nan"), dtype=torch.float64, device=row.device)
-
-        def owned(each):  # which of the candidates a pass runs
-            start = torch.full((len(state.rows),), candidates.shape[1], device=row.device)
-            start[each.part] = 0 if each.start is None else each.start
-            return place >= start[row]
-
-        parts = []
-        for each in passes:
-            stale = []
-            if each.start is None and options.cache_drift_bound is not None:
-                # What the old states would have said, before this pass overwrites them.
-                for probe in state.partial_passes(each.part[state.step[state.rows[each.part]] > 0]):
-                    stale.append((probe, owned(probe), self._candidate_logits(state, probe, candidates)))
-            logits, own = self._candidate_logits(state, each, candidates), owned(each)
-            parts.append((own, logits))
-            if each.start is not None and options.output_cache_drift:
-                exact = self._candidate_logits(state, each, candidates, whole=True)
-                drift[each.part] = self._mean_divergence(exact, logits, row[own], each.part, len(drift))
-            for probe, mask, cached in stale:
-                exact = logits[mask[own]]
-                drift[probe.part] = self._mean_divergence(exact, cached, row[mask], probe.part, len(drift))
-        state.note_passes(passes, drift)
+    def _step_logits(self, state, passes, candidates):
+        """Logits of all passes of a step in one tensor, `(candidates, vocabulary)`."""
+        run = functools.partial(self._candidate_logits, state, candidates)
+        if state.drift is not None:
+            run = state.drift.begin_step(state, candidates, run)
+        parts = [(each, run(each)) for each in passes]
+        state.note_passes(passes)
         if len(parts) == 1:
             return parts[0][1]
-        logits = parts[0][1].new_empty(len(row), parts[0][1].shape[-1])
-        for mask, values in parts:
-            logits[mask] = values
+        logits = parts[0][1].new_empty(int(candidates.sum()), parts[0][1].shape[-1])
+        for each, values in parts:
+            logits[state.run_by(each, candidates)[candidates]] = values
         return logits
 
-    def _candidate_logits(self, state, each: ForwardPass, candidates, whole: bool = False):
+    def _candidate_logits(self, state, candidates, each: ForwardPass, whole: bool = False):
         """Logits in at least float32 at the candidates of one pass, `(number of candidates, vocabulary)`.
 
         Args:
@@ -287,9 +264,7 @@ class LLaDAMedVGenerationMixin:
         partial = start is not None and not whole
         embed = self.get_input_embeddings()
         prompt_mask = state.prompt_mask[rows].bool()
-        keep = candidates[each.part]
-        if start is not None:
-            keep = keep & (state.positions >= start[:, None])
+        keep = state.run_by(each, candidates)[each.part]
         keep = torch.nn.functional.pad(keep, (0, len(state.suffix)))  # (rows, tail), the tail being canvas and suffix
 
         # Which places of the tail are run, the same number in each row.
@@ -341,17 +316,6 @@ class LLaDAMedVGenerationMixin:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (options.cfg_scale + 1) * (conditional - unconditional)
         return logits
-
-    @staticmethod
-    def _mean_divergence(exact, cached, row, part, num_rows):
-        """Mean over each row's candidates of KL(exact || cached), in nats, for the rows `part`."""
-        sums = torch.zeros(num_rows, dtype=torch.float64, device=row.device)
-        counts = torch.zeros_like(sums).index_add_(0, row, torch.ones_like(row, dtype=torch.float64))
-        size = _rows_at_a_time(exact)
-        for p, q, rows in zip(exact.split(size), cached.split(size), row.split(size)):
-            p, q = p.double().log_softmax(dim=-1), q.double().log_softmax(dim=-1)
-            sums.index_add_(0, rows, (p.exp() * (p - q)).sum(dim=-1))
-        return (sums / counts)[part]
 
     def _process_logits(self, state, logits, row, place):
         """What must not, or had better not, be proposed."""
@@ -519,14 +483,13 @@ class LLaDAMedVGenerationMixin:
             )
         return attention_mask
 
-    def _check_context(self, attention_mask, canvas_length, suffix_length) -> None:
-        longest = int(attention_mask.sum(dim=1).max())
-        total = longest + canvas_length + suffix_length
-        context = self.config.get_text_config().max_position_embeddings
-        if total > context:
+    def _check_context(self, attention_mask, what: str, length: int) -> None:
+        """That a prompt and `length` more tokens fit into the context; `what` says what these are."""
+        prompt, context = int(attention_mask.sum(dim=1).max()), self.config.get_text_config().max_position_embeddings
+        if prompt + length > context:
             raise ValueError(
-                f"The prompt ({longest} tokens), the canvas (`max_new_tokens`, {canvas_length}) and the suffix "
-                f"({suffix_length}) need {total} positions; the model's context allows {context}."
+                f"The prompt ({prompt} tokens) and {what} need {prompt + length} positions; the model's context allows "
+                f"{context}."
             )
 
     def adjust_generation_fn(

@@ -5,6 +5,7 @@ it. Nothing here needs PyTorch or Transformers, so that options can be checked b
 """
 
 import json
+import math
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -79,28 +80,24 @@ def _is_whole(value: object, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
 def _count(name: str, meaning: str, least: int = 1) -> GenerationOption:
     allowed = f"are whole numbers of at least {least}, at most {_LARGEST_COUNT}"
     return GenerationOption(name, (int,), meaning, allowed, lambda v: _is_whole(v, least) and v <= _LARGEST_COUNT)
 
 
-def _from_zero(name: str, meaning: str) -> GenerationOption:
-    accepts = lambda v: _is_number(v) and v >= 0  # noqa: E731
-    return GenerationOption(name, (float,), meaning, "are finite numbers of at least 0", accepts, 0.0)
+def _number(
+    name: str, meaning: str, default: float | None = None, zero: bool = False, most: float = math.inf,
+    role: str = "answer",
+) -> GenerationOption:  # fmt: skip
+    """A finite number above 0, or 0 itself with `zero`, of at most `most`."""
+    allowed = f"are numbers in (0, {most}]" if most < math.inf else "are finite numbers above 0"
+    allowed = "are finite numbers of at least 0" if zero else allowed
 
+    def accepts(value: Any) -> bool:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and value < math.inf and value <= most and (value > 0 or (zero and value == 0))
 
-def _above_zero(name: str, meaning: str, default: float | None = None, role: str = "answer") -> GenerationOption:
-    accepts = lambda v: _is_number(v) and v > 0  # noqa: E731
-    return GenerationOption(name, (float,), meaning, "are finite numbers above 0", accepts, default, role)
-
-
-def _probability(name: str, meaning: str, role: str = "answer") -> GenerationOption:
-    accepts = lambda v: _is_number(v) and 0 < v <= 1  # noqa: E731
-    return GenerationOption(name, (float,), meaning, "are numbers in (0, 1]", accepts, role=role)
+    return GenerationOption(name, (float,), meaning, allowed, accepts, default, role)
 
 
 def _switch(name: str, meaning: str, role: str = "answer") -> GenerationOption:
@@ -108,8 +105,8 @@ def _switch(name: str, meaning: str, role: str = "answer") -> GenerationOption:
 
 
 def _choice(name: str, choices: tuple[str, ...], meaning: str, default: str | None = None) -> GenerationOption:
-    accepts = lambda v: isinstance(v, str) and v in choices  # noqa: E731
-    return GenerationOption(name, (str,), meaning, f"are {', '.join(choices)}", accepts, default)
+    allowed = f"are {', '.join(choices)}"
+    return GenerationOption(name, (str,), meaning, allowed, lambda v: isinstance(v, str) and v in choices, default)
 
 
 def _items(accepts_one: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -144,12 +141,14 @@ _TABLE = (
         "2508.14148): an approximation, and faster for long canvases. If unset, all are kept.",
         least=0,
     ),
-    _from_zero(
-        "temperature", "Strength of the Gumbel noise on the logits; 0 is greedy. `do_sample=False` means 0."
+    _number(
+        "temperature", "Strength of the Gumbel noise on the logits; 0 is greedy. `do_sample=False` means 0.", 0.0,
+        zero=True,
     ),
-    _from_zero(
+    _number(
         "cfg_scale",
-        "Strength of the classifier-free guidance `u + (cfg_scale + 1) * (c - u)`; 0 is off. It doubles the work.",
+        "Strength of the classifier-free guidance `u + (cfg_scale + 1) * (c - u)`; 0 is off. It doubles the work.", 0.0,
+        zero=True,
     ),
     _choice(
         "remasking", ("low_confidence", "random", "margin", "entropy"),
@@ -158,21 +157,22 @@ _TABLE = (
         '(`"entropy"`), or `"random"` ones.',
         default="low_confidence",
     ),
-    _above_zero(
+    _number(
         "schedule_shift",
         "α of LaViDa's shifted schedule (arXiv 2505.16839): below 1 commits more tokens in a block's early steps, "
         "above 1 in its late ones. After a fraction 1 − t of the steps, αt / (1 + (α − 1)t) of the masks are left.",
     ),
-    _probability(
+    _number(
         "confidence_threshold",
         "Instead of the fixed number of tokens per step, commit every token of the block at least this probable, and "
         "always the most probable one (Fast-dLLM, arXiv 2505.22618). In (0, 1].",
+        most=1,
     ),
-    _above_zero(
+    _number(
         "factor",
         "Instead of that, commit the r most probable tokens while the r-th has at least 1 - factor / (r + 1).",
     ),
-    _above_zero(
+    _number(
         "entropy_bound",
         "Instead of that, commit the most certain tokens while the sum of their entropies (in nats, without the "
         "largest) is at most this, which then also bounds the error of taking them for independent (arXiv 2505.24857).",
@@ -192,7 +192,7 @@ _TABLE = (
         "With `use_cache`: run the whole row again after this many steps within a block too, not only when a block "
         "begins. With 1 nothing is approximated.",
     ),
-    _above_zero(
+    _number(
         "cache_drift_bound",
         "With `use_cache`: let each row find its own refresh interval. Whenever its states are refreshed, the drift is "
         "measured: the KL divergence, in nats, of the cached from the exact distributions, averaged over the "
@@ -218,7 +218,7 @@ _TABLE = (
         "Ids that are never proposed. If unset, the mask token alone; a list that leaves the mask token out lets the "
         "model propose it, and such a position stays masked, possibly to the end.",
     ),
-    _above_zero(
+    _number(
         "repetition_penalty",
         "Divides the positive and multiplies the negative logits of ids that the prompt or the committed part of the "
         "canvas holds (Transformers' `RepetitionPenaltyLogitsProcessor`); 1 is off.",
@@ -251,15 +251,15 @@ _TABLE = (
         "Fixed text after the canvas, seen from the first step on and appended to the answer; it needs `tokenizer=`.",
         "is a text", lambda v: isinstance(v, str),
     ),
-    _above_zero(
+    _number(
         "confidence_temperature",
         "Calibrates the confidence of answers (not of tokens), see `fit_confidence_temperature`; 1 is off.",
         default=1.0, role="report",
     ),
-    _probability(
+    _number(
         "abstention_threshold",
         "Mark answers of a lower (calibrated) confidence as `abstained`; needs `return_dict_in_generate`. In (0, 1].",
-        role="report",
+        most=1, role="report",
     ),
     _switch("output_history", "Whether to return the canvas after every forward pass.", role="report"),
     _switch(

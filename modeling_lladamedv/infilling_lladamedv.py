@@ -13,20 +13,15 @@ import torch
 from transformers.utils import ModelOutput
 
 from .confidence_lladamedv import answer_confidence
-from .denoising_state_lladamedv import DenoisingState
+from .denoising_state_lladamedv import DenoisingState, StepHooks
 
 
 _BLANK = re.compile(r"\[\[\s*(\w+)\s*(?::\s*(\d+)\s*)?\]\]")
 # Options of `generate` that say how long an answer is or where it ends, which here the template does.
-_DECIDED_BY_TEMPLATE = {
-    "max_new_tokens": None,
-    "min_new_tokens": None,
-    "initial_canvas_length": None,
-    "stop_strings": None,
-    "generation_suffix": None,
-    "abstention_threshold": None,
-    "return_dict_in_generate": False,
-}
+_DECIDED_BY_TEMPLATE = (
+    "max_new_tokens", "min_new_tokens", "initial_canvas_length", "stop_strings", "generation_suffix",
+    "abstention_threshold", "return_dict_in_generate",
+)  # fmt: skip
 
 
 @dataclass
@@ -64,7 +59,7 @@ class Blank:
     choices: tuple[tuple[int, ...], ...] = ()
 
 
-class Blanks:
+class Blanks(StepHooks):
     """The blanks of a template while it is being filled in; `length` `(batch, blanks)` says how long each is by now.
 
     A blank of allowed texts is decided as a whole: each text's score is the mean log-probability of its tokens at the
@@ -188,11 +183,16 @@ class LLaDAMedVInfillingMixin:
         block_length = kwargs.pop("block_length", None) or len(ids)
         length = -(-len(ids) // block_length) * block_length
         kwargs["steps"] = kwargs.get("steps") or length
-        kwargs = {**_DECIDED_BY_TEMPLATE, **kwargs, "max_new_tokens": length, "block_length": block_length}
+        kwargs = {
+            **dict.fromkeys(_DECIDED_BY_TEMPLATE),
+            **kwargs,
+            "max_new_tokens": length,
+            "block_length": block_length,
+        }
         options = self.resolve_generation_config(generation_config, **kwargs)
         self._check_choices(options, blanks, tokenizer)
         attention_mask = self._check_prompt(input_ids, attention_mask)
-        self._check_context(attention_mask, length, 0)
+        self._check_context(attention_mask, f"the template ({length} tokens)", length)
 
         batch, device = len(input_ids), input_ids.device
         # What fills the last block up is not there.
@@ -200,13 +200,13 @@ class LLaDAMedVInfillingMixin:
         canvas[:, : len(ids)] = torch.tensor(ids, device=device)
         absent = (torch.arange(length, device=device) >= len(ids)).repeat(batch, 1)
         suffix = torch.empty(0, dtype=torch.long, device=device)
-        state = DenoisingState(self, options, canvas, attention_mask, suffix, absent=absent)
-        state.blanks = Blanks(blanks, batch, device)
+        hooks = Blanks(blanks, batch, device)
+        state = DenoisingState(self, options, canvas, attention_mask, suffix, absent=absent, hooks=hooks)
         history = self._denoise(state, input_ids, pixel_values, image_sizes, batch_num_images)
 
         answers = [row[~gone] for row, gone in zip(state.canvas, state.absent)]
         padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=state.padding)
-        lengths = state.blanks.length
+        lengths = hooks.length
         fields, confidences = [{} for _ in range(batch)], [{} for _ in range(batch)]
         for number, blank in enumerate(blanks):
             values = answer_confidence(state.commit_confidence[:, blank.start : blank.end], lengths[:, number] + 1)

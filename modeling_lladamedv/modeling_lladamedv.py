@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.image_processing_utils import select_best_resolution
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector, unpad_image
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_lladamedv import LLaDAMedVConfig
@@ -161,6 +161,20 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
             return {name: tuple(weight.shape) for name, weight in cls(config).state_dict().items()}
 
 
+class LLaDAMedVProjector(nn.Module):
+    """From the vision tower's width to the language model's: two layers, `(…, vision width)` to `(…, hidden)`."""
+
+    def __init__(self, config: LLaDAMedVConfig):
+        super().__init__()
+        hidden, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, hidden, bias=bias)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(hidden, hidden, bias=bias)
+
+    def forward(self, features: torch.FloatTensor) -> torch.FloatTensor:
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
 class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
     """SigLIP tower, projector and bidirectional language model, without the output layer."""
 
@@ -171,7 +185,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             self.vision_tower = AutoModel.from_config(config.vision_config)
             # The features are taken before SigLIP's final norm (LLaVA's habit): without it no weight is left unused.
             self.vision_tower.post_layernorm = nn.Identity()
-            self.multi_modal_projector = LlavaOnevisionMultiModalProjector(config)
+            self.multi_modal_projector = LLaDAMedVProjector(config)
             # Only images cut into a grid have rows to end.
             if config.max_anyres_tiles is not None:
                 self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
@@ -186,32 +200,13 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
 
-    def get_vision_features(
+    @can_return_tuple
+    def get_image_features(
         self,
         pixel_values: torch.FloatTensor,
         image_sizes: torch.LongTensor | None = None,
         batch_num_images: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
-    ) -> torch.FloatTensor:
-        """What the vision tower sees in each image, before the projector: all that a frozen tower ever adds to a model.
-
-        Args: those of [`~LLaDAMedVModel.get_image_features`].
-
-        Returns:
-            `(num_images, num_tiles, patches, vision width)`, zero where an image has fewer tiles.
-        """
-        counts = self._tile_counts(pixel_values, "pixel_values", 5, image_sizes, batch_num_images, image_index)
-        hidden = self._run_tower(pixel_values, counts).last_hidden_state
-        return torch.nn.utils.rnn.pad_sequence(hidden.split(counts), batch_first=True)
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
-        batch_num_images: torch.LongTensor | None = None,
-        image_index: torch.LongTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode, project and lay out every image as a sequence of embeddings.
@@ -224,8 +219,6 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
                 alone in its prompt, as LLaVA-OneVision does; `None` means that each is.
             image_index (`(placeholders,)`, *optional*): which image stands at each placeholder of the batch, so that an
                 image that several prompts show is encoded once; by default one after the other.
-            vision_features (`(num_images, num_tiles, patches, vision width)`, *optional*): what
-                [`~LLaDAMedVModel.get_vision_features`] returned, in place of `pixel_values`.
             kwargs: `output_hidden_states` and `output_attentions` of the vision tower, and `return_dict`.
 
         Returns:
@@ -235,57 +228,31 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         Raises:
             ValueError: if the shapes do not fit each other or the config, or the model is text-only.
         """
-        if (pixel_values is None) == (vision_features is None):
-            raise ValueError("Give exactly one of `pixel_values` and `vision_features`.")
-        layout = (image_sizes, batch_num_images, image_index)
-        if vision_features is None:
-            grids = self._checked_grids(pixel_values, "pixel_values", 5, *layout)
-            counts = _count_tiles(grids)
-            outputs = self._run_tower(pixel_values, counts, **kwargs)
-        else:
-            grids = self._checked_grids(vision_features, "vision_features", 4, *layout)
-            counts = _count_tiles(grids)
-            hidden = torch.cat([image[:count] for image, count in zip(vision_features, counts)])
-            hidden = hidden.to(self.multi_modal_projector.linear_1.weight.dtype)
-            outputs = BaseModelOutputWithPooling(last_hidden_state=hidden)
+        grids = self._tile_grids(pixel_values, image_sizes, batch_num_images, image_index)
+        counts = [_count_tiles(grid) for grid in grids]
+        tiles = torch.cat([image[:count] for image, count in zip(pixel_values, counts)])
+        # A frozen tower keeps no activations, even where its inputs are made to require gradients (as PEFT does).
+        trained = any(weight.requires_grad for weight in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            outputs = self.vision_tower(tiles.to(self.dtype), return_dict=True, **kwargs)
         features = self.multi_modal_projector(outputs.last_hidden_state)  # (tiles, patches, hidden)
         sizes = image_sizes.tolist() if image_sizes is not None else [None] * len(counts)
         images = [self._lay_out(*each) for each in zip(features.split(counts), grids, sizes)]
         outputs.pooler_output = images if image_index is None else [images[number] for number in image_index.tolist()]
         return outputs
 
-    def _run_tower(self, pixel_values, counts, **kwargs):
-        tiles = torch.cat([image[:count] for image, count in zip(pixel_values, counts)])
-        # A frozen tower keeps no activations, even where its inputs are made to require gradients (as PEFT does).
-        trained = any(weight.requires_grad for weight in self.vision_tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            # `last_hidden_state` is (tiles, patches, vision width)
-            return self.vision_tower(tiles.to(self.dtype), return_dict=True, **kwargs)
-
-    def _tile_counts(self, images, name, dimensions, image_sizes, batch_num_images, image_index) -> list[int]:
-        """How many tiles of each image count."""
-        return _count_tiles(self._checked_grids(images, name, dimensions, image_sizes, batch_num_images, image_index))
-
-    def _checked_grids(self, images, name, dimensions, image_sizes, batch_num_images, image_index):
-        """[`_tile_grids`] of images, or of features of theirs, of the right shape."""
+    def _tile_grids(self, pixel_values, image_sizes, batch_num_images, image_index):
+        """Rows and columns of each image's tile grid, or `None` for an image of one tile; checks that all fits."""
         if self.config.text_only:
-            raise ValueError(f"`{name}` is given, but this model is text-only: it has no vision tower.")
-        if images.dim() != dimensions:
-            expected = "3, height, width" if dimensions == 5 else "patches, vision width"
+            raise ValueError("`pixel_values` is given, but this model is text-only: it has no vision tower.")
+        if pixel_values.dim() != 5:
             raise ValueError(
-                f"`{name}` has shape {tuple(images.shape)}; expected {dimensions} dimensions: "
-                f"(num_images, num_tiles, {expected})."
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected 5 dimensions: "
+                "(num_images, num_tiles, 3, height, width)."
             )
-        if image_sizes is not None and len(image_sizes) != len(images):
-            raise ValueError(f"`image_sizes` has {len(image_sizes)} rows for {len(images)} images; each needs one.")
-        grids = self._tile_grids(len(images), image_sizes, batch_num_images, image_index)
-        most = max(_count_tiles(grids))
-        if most > images.shape[1]:
-            raise ValueError(f"`{name}` has {images.shape[1]} tiles per image, but `image_sizes` asks for {most}.")
-        return grids
-
-    def _tile_grids(self, num_images, image_sizes, batch_num_images, image_index):
-        """Rows and columns of each image's tile grid, or `None` for an image of one tile."""
+        num_images, num_tiles = pixel_values.shape[:2]
+        if image_sizes is not None and len(image_sizes) != num_images:
+            raise ValueError(f"`image_sizes` has {len(image_sizes)} rows for {num_images} images; each needs one.")
         shown = list(range(num_images)) if image_index is None else image_index.tolist()
         if set(shown) != set(range(num_images)):
             raise ValueError(
@@ -308,14 +275,14 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
                     f"`image_index` names image {number} alone in one prompt and beside others in another one; anyres "
                     "cuts it differently there: it must be given twice."
                 )
-        tile = self.config.vision_config.image_size
-        grids = []
+        side, pinpoints = self.config.vision_config.image_size, self.config.image_grid_pinpoints
+        grids = [None] * num_images
         for number, size in enumerate(image_sizes.tolist()):
             if tiled[number]:
-                height, width = select_best_resolution(tuple(size), self.config.image_grid_pinpoints)
-                grids.append((height // tile, width // tile))
-            else:
-                grids.append(None)
+                grids[number] = tuple(edge // side for edge in select_best_resolution(tuple(size), pinpoints))
+        most = max(map(_count_tiles, grids))
+        if most > num_tiles:
+            raise ValueError(f"`pixel_values` has {num_tiles} tiles per image, but `image_sizes` asks for {most}.")
         return grids
 
     def _lay_out(self, features, grid, image_size):
@@ -329,7 +296,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         hidden = features.shape[-1]
         # (rows * cols, side * side, hidden) -> (hidden, rows * side, cols * side)
         plane = features[1:].view(*grid, side, side, hidden).permute(4, 0, 2, 1, 3).reshape(hidden, grid[0] * side, -1)
-        plane = unpad_image(plane, image_size)
+        plane = _unpad(plane, *image_size)
         height, width = plane.shape[1:]
         shrink = math.sqrt(height * width / (self.config.max_anyres_tiles * side**2))
         if shrink > 1.1:
@@ -345,7 +312,6 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         image_sizes: torch.LongTensor | None = None,
         batch_num_images: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
         **kwargs,
     ) -> tuple[torch.FloatTensor, BaseModelOutputWithPooling | None]:
         """Token embeddings `(batch, sequence, hidden)` with the image features at the image tokens.
@@ -359,7 +325,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         is_image = input_ids == self.config.image_token_id  # (batch, sequence)
         embeddings = self.get_input_embeddings()(input_ids)
         num_tokens = int(is_image.sum())
-        if pixel_values is None and vision_features is None:
+        if pixel_values is None:
             if num_tokens:
                 raise ValueError(
                     f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}) but `pixel_values` "
@@ -367,7 +333,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
                 )
             return embeddings, None
         images = self.get_image_features(
-            pixel_values, image_sizes, batch_num_images, image_index, vision_features, return_dict=True, **kwargs
+            pixel_values, image_sizes, batch_num_images, image_index, return_dict=True, **kwargs
         )
         features = torch.cat(images.pooler_output).to(embeddings)
         if num_tokens != len(features):
@@ -390,7 +356,6 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         segment_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_index: torch.LongTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
         query_mask: torch.BoolTensor | None = None,
         cache: Cache | None = None,
         embeddings_only: bool = False,
@@ -400,8 +365,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
 
         Args:
             input_ids (`(batch, sequence)`): tokens; give either these or `inputs_embeds`.
-            pixel_values, image_sizes, batch_num_images, image_index, vision_features: see
-                [`~LLaDAMedVModel.get_image_features`].
+            pixel_values, image_sizes, batch_num_images, image_index: see [`~LLaDAMedVModel.get_image_features`].
             attention_mask (`(batch, sequence)`, *optional*): 1 for tokens, 0 for padding on either side.
             position_ids (`(batch, sequence)`, *optional*): by default a row's tokens are numbered from 0, its padding
                 left out, so that a row means the same alone and in any batch.
@@ -432,9 +396,9 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         if inputs_embeds is None:
             recorded = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
             inputs_embeds, images = self.get_multimodal_embeddings(
-                input_ids, pixel_values, image_sizes, batch_num_images, image_index, vision_features, **recorded
+                input_ids, pixel_values, image_sizes, batch_num_images, image_index, **recorded
             )
-        elif pixel_values is not None or vision_features is not None:
+        elif pixel_values is not None:
             raise ValueError("Images need `input_ids`: `inputs_embeds` must already hold the image features.")
         if embeddings_only:
             return LLaDAMedVModelOutput(last_hidden_state=inputs_embeds, image_outputs=images)
@@ -486,9 +450,20 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         )
 
 
-def _count_tiles(grids) -> list[int]:
-    """The overview and the tiles of each grid."""
-    return [1 if grid is None else 1 + grid[0] * grid[1] for grid in grids]
+def _count_tiles(grid: tuple[int, int] | None) -> int:
+    """The overview and the tiles of the grid."""
+    return 1 if grid is None else 1 + grid[0] * grid[1]
+
+
+def _unpad(plane: torch.Tensor, original_height: int, original_width: int) -> torch.Tensor:
+    """Cut off what padding an image to its grid has added to the features `(hidden, height, width)`, rounded as in
+    LLaVA-OneVision."""
+    height, width = plane.shape[1:]
+    if original_width / original_height > width / height:
+        padding = (height - int(round(original_height * (width / original_width), 7))) // 2
+        return plane[:, padding : height - padding]
+    padding = (width - int(round(original_width * (height / original_height), 7))) // 2
+    return plane[:, :, padding : width - padding]
 
 
 class LLaDAMedVForConditionalGeneration(
@@ -533,12 +508,6 @@ class LLaDAMedVForConditionalGeneration(
         image_sizes: torch.LongTensor | None = None,
         batch_num_images: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        turn_ids: torch.LongTensor | None = None,
-        segment_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        image_index: torch.LongTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -552,7 +521,7 @@ class LLaDAMedVForConditionalGeneration(
                 positions that no row of the batch reads.
             labels: not accepted, because a masked-diffusion loss needs to know the noise.
 
-        The other arguments are those of [`LLaDAMedVModel.forward`].
+        The other arguments, and `kwargs`, are those of [`LLaDAMedVModel.forward`].
 
         Returns:
             [`LLaDAMedVOutput`] with `logits` `(batch, positions, vocab_size)`.
@@ -573,21 +542,9 @@ class LLaDAMedVForConditionalGeneration(
             )
         query_mask = self._query_mask(logits_to_keep, **kwargs)
         outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            batch_num_images=batch_num_images,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            turn_ids=turn_ids,
-            segment_ids=segment_ids,
-            inputs_embeds=inputs_embeds,
-            image_index=image_index,
-            vision_features=vision_features,
-            query_mask=query_mask,
-            return_dict=True,
-            **kwargs,
-        )
+            input_ids, pixel_values, image_sizes, batch_num_images, attention_mask, query_mask=query_mask,
+            return_dict=True, **kwargs,
+        )  # fmt: skip
         hidden = outputs.last_hidden_state
         logits = self.lm_head(hidden if query_mask is not None else slice_logits_to_keep(hidden, logits_to_keep))
         return LLaDAMedVOutput(

@@ -20,9 +20,13 @@ from .generation_config_lladamedv import LLaDAMedVGenerationConfig
 from .stored_weights_lladamedv import KeyReport, StoredWeight, read_json, read_weights
 
 
-_OLMO = r"^model\.transformer\."
-_OLMO_BLOCK = _OLMO + r"blocks\.(\d+)\."
-_OUR_BLOCK = r"model.language_model.layers.\1."
+_OLMO, _OURS = r"^model\.transformer\.", "model.language_model."
+_OLMO_LAYER = {
+    "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
+    "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
+}  # fmt: skip
+_LLAMA = {r"^model\.(layers|embed_tokens|norm)\.": _OURS + r"\1."}
 _TOWER = "model.vision_tower."
 # Per layout: released names -> ours, as regular expressions for `from_pretrained(key_mapping=…)`, which understands one
 # group per expression.
@@ -30,27 +34,19 @@ KEY_MAPPINGS = {
     "lladamedv": {},  # this package's own names
     # LLaDA-8B as published: OLMo's names.
     "llada": {
-        _OLMO + r"wte\.": "model.language_model.embed_tokens.",
-        _OLMO + r"ln_f\.": "model.language_model.norm.",
+        _OLMO + r"wte\.": _OURS + "embed_tokens.",
+        _OLMO + r"ln_f\.": _OURS + "norm.",
         _OLMO + r"ff_out\.": "lm_head.",
-        _OLMO_BLOCK + r"q_proj\.": _OUR_BLOCK + "self_attn.q_proj.",
-        _OLMO_BLOCK + r"k_proj\.": _OUR_BLOCK + "self_attn.k_proj.",
-        _OLMO_BLOCK + r"v_proj\.": _OUR_BLOCK + "self_attn.v_proj.",
-        _OLMO_BLOCK + r"attn_out\.": _OUR_BLOCK + "self_attn.o_proj.",
-        _OLMO_BLOCK + r"ff_proj\.": _OUR_BLOCK + "mlp.gate_proj.",
-        _OLMO_BLOCK + r"up_proj\.": _OUR_BLOCK + "mlp.up_proj.",
-        _OLMO_BLOCK + r"ff_out\.": _OUR_BLOCK + "mlp.down_proj.",
-        _OLMO_BLOCK + r"attn_norm\.": _OUR_BLOCK + "input_layernorm.",
-        _OLMO_BLOCK + r"ff_norm\.": _OUR_BLOCK + "post_attention_layernorm.",
+        **{rf"{_OLMO}blocks\.(\d+)\.{theirs}\.": rf"{_OURS}layers.\1.{ours}." for theirs, ours in _OLMO_LAYER.items()},
     },
     # LLaDA-8B with Llama's names, as LLaDA-V's training code starts from.
-    "llada_hf": {r"^model\.(layers|embed_tokens|norm)\.": r"model.language_model.\1."},
+    "llada_hf": _LLAMA,
     # LLaDA-V and LLaDA-MedV: the same, with LLaVA's names around it.
     "llava_llada": {
         r"^model\.vision_tower\.vision_tower\.vision_model\.": _TOWER,
         r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
         r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
-        r"^model\.(layers|embed_tokens|norm)\.": r"model.language_model.\1.",
+        **_LLAMA,
     },
     # Parts, for a new model: a stand-alone SigLIP, and the projector that stage 1 trains (under PEFT or not).
     "siglip": {
@@ -77,6 +73,9 @@ SPECIAL_TOKENS = {
 }
 
 
+_LLADA, _TOWER_ID = "GSAI-ML/LLaDA-8B-Instruct", "google/siglip2-so400m-patch14-384"
+
+
 @dataclass(frozen=True)
 class Preset:
     """What a released model expects and is run with.
@@ -88,7 +87,6 @@ class Preset:
         stop: special tokens that end an answer.
         suppress: special tokens that are never proposed, besides the mask.
         base_models: what the model was made from, as Hub ids.
-        papers: arXiv ids.
     """
 
     description: str
@@ -98,8 +96,7 @@ class Preset:
     steps: int
     stop: tuple[str, ...] = ("<|eot_id|>",)
     suppress: tuple[str, ...] = ("<|endoftext|>", "<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>")
-    base_models: tuple[str, ...] = ()
-    papers: tuple[str, ...] = ()
+    base_models: tuple[str, ...] = (_LLADA, _TOWER_ID)
 
     def generation_options(self) -> dict:
         """Arguments of `LLaDAMedVGenerationConfig`."""
@@ -114,24 +111,15 @@ class Preset:
         }
 
 
-_LLADA, _TOWER_ID = "GSAI-ML/LLaDA-8B-Instruct", "google/siglip2-so400m-patch14-384"
-_MEDV_PAPERS = ("2508.01617", "2505.16933", "2502.09992")
 PRESETS = {
-    "llada-medv": Preset(
-        "LLaDA-MedV, open-ended answers (arXiv 2508.01617)", "llava_llada_med", 256, 64, 256,
-        base_models=(_LLADA, _TOWER_ID), papers=_MEDV_PAPERS,
-    ),
+    "llada-medv": Preset("LLaDA-MedV, open-ended answers (arXiv 2508.01617)", "llava_llada_med", 256, 64, 256),
     "llada-medv-vqa": Preset(
-        "LLaDA-MedV fine-tuned on VQA-RAD, SLAKE or PathVQA (arXiv 2508.01617)", "llava_llada_med",
-        64, 64, 64, base_models=(_LLADA, _TOWER_ID), papers=_MEDV_PAPERS,
+        "LLaDA-MedV fine-tuned on VQA-RAD, SLAKE or PathVQA (arXiv 2508.01617)", "llava_llada_med", 64, 64, 64
     ),
-    "llada-v": Preset(
-        "LLaDA-V (arXiv 2505.16933), as the released demo runs it", "llava_llada", 128, 128, 128,
-        base_models=(_LLADA, _TOWER_ID), papers=_MEDV_PAPERS[1:],
-    ),
+    "llada-v": Preset("LLaDA-V (arXiv 2505.16933), as the released demo runs it", "llava_llada", 128, 128, 128),
     "llada": Preset(
         "LLaDA-8B-Instruct, text only (arXiv 2502.09992)", "llada", 128, 32, 128,
-        stop=("<|eot_id|>", "<|endoftext|>"), suppress=(), base_models=(_LLADA,), papers=_MEDV_PAPERS[2:],
+        stop=("<|eot_id|>", "<|endoftext|>"), suppress=(), base_models=(_LLADA,),
     ),
 }  # fmt: skip
 # The names under which the checkpoints were released, for which the right preset is known.
@@ -182,8 +170,10 @@ _VISION_FIELDS = (
 _BEHIND_FEATURES = {
     "encoder.layers.{layers}.": "last layer", "post_layernorm.": "final norm (post-layernorm)", "head.": "pooling head",
 }  # fmt: skip
-# What is downloaded of a repository.
-FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+# What a model is loaded from, and is downloaded of a repository: weights of other names are left there.
+FILES = (
+    "*.json", "*.jinja", "*.txt", "*.model", "*model.safetensors", "*model-*-of-*.safetensors", "shard-*.safetensors",
+)  # fmt: skip
 
 
 def compare(

@@ -79,27 +79,19 @@ class LLaDAMedVScoringMixin:
             ValueError: before any forward pass, for a value that is not allowed, an empty candidate, one that holds
                 the mask token, or a row longer than the model's context; later for logits that are not finite.
         """
-        for name, value, top in (
-            ("max_exact_tokens", max_exact_tokens, 12),
-            ("num_samples", num_samples, None),
-            ("batch_size", batch_size, None),
+        for name, value, least, most in (
+            ("max_exact_tokens", max_exact_tokens, 0, 12),
+            ("num_samples", num_samples, 2, math.inf),
+            ("batch_size", batch_size, 1, math.inf),
         ):
-            least = {"max_exact_tokens": 0, "num_samples": 2}.get(name, 1)
-            number = isinstance(value, int) and not isinstance(value, bool)
-            if not number or value < least or (top is not None and value > top):
-                bound = f"of at least {least}" if top is None else f"from {least} to {top}"
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                bound = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
                 raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers {bound}.")
         attention_mask = self._check_prompt(input_ids, attention_mask)
         answers = self._prepare_candidates(candidates, len(input_ids), tokenizer)
         ends = self._ends() if append_eos else [[]]
         longest = max(len(answer) for row in answers for answer in row) + len(ends[0])
-        total = int(attention_mask.sum(dim=1).max()) + longest
-        context = self.config.get_text_config().max_position_embeddings
-        if total > context:
-            raise ValueError(
-                f"A prompt and the longest candidate ({longest} tokens) need {total} positions; the model's context "
-                f"allows {context}."
-            )
+        self._check_context(attention_mask, f"the longest candidate ({longest} tokens)", longest)
         prompts = self.model(
             input_ids, pixel_values, image_sizes, batch_num_images, embeddings_only=True, return_dict=True
         ).last_hidden_state

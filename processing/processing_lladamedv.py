@@ -123,8 +123,8 @@ ROLES, IMAGE_KEYS = ("system", "user", "assistant"), ("image", "url", "path", "b
 class LLaDAMedVProcessor(ProcessorMixin):
     """Tokenizer and image processor in one: text with `<image>` placeholders and images in, model inputs out.
 
-    A `text` is taken as it is: `<image>` and special tokens in it are what they say. Texts of strangers therefore
-    belong into the messages of [`apply_chat_template`], where they are nothing but text.
+    A `text` is taken as it is: `<image>` and special tokens in it are what they say. Texts of users belong into the
+    messages of [`apply_chat_template`], where they stay text.
 
     `<image>` is not part of the released vocabulary. It is added to the tokenizer as the next free id (126349 for the
     released one), which is a spare row of the released embedding matrix: the matrix is neither resized nor changed,
@@ -173,6 +173,13 @@ class LLaDAMedVProcessor(ProcessorMixin):
                 raise
             name, reason = str(pretrained_model_name_or_path), f"{' '.join(str(error).split()):.300}"
             raise ValueError(f"The processor of {name!r} cannot be read: {reason}") from error
+
+    def __call__(self, images=None, text=None, **kwargs):
+        """As in Transformers; tensors of several texts are padded unless `padding` says otherwise."""
+        given = {**(kwargs.get("common_kwargs") or {}), **(kwargs.get("text_kwargs") or {}), **kwargs}
+        if given.get("return_tensors") is not None and "padding" not in given:
+            kwargs["padding"] = True
+        return super().__call__(images=images, text=text, **kwargs)
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
         """A conversation, or a list of them, as a prompt or, with `tokenize=True`, as model inputs.
@@ -279,8 +286,9 @@ class LLaDAMedVProcessor(ProcessorMixin):
         return next((n for n, (own, other) in enumerate(zip(ids, tokens)) if own != other), len(ids)), len(ids)
 
     def _warn_of_control_tokens(self, chats: list[list[dict]]) -> None:
+        find = self._control_tokens().search
         for part in (part for chat in chats for message in chat for part in _as_parts(message["content"])):
-            if part["type"] == "text" and (match := self._control_tokens().search(part["text"])):
+            if part["type"] == "text" and (match := find(part["text"])):
                 logger.warning(
                     "`conversation` holds the text %r, which tokenizing the prompt will take for a control token; "
                     "with tokenize=True it stays text.",
@@ -328,13 +336,6 @@ class LLaDAMedVProcessor(ProcessorMixin):
                     f"`text` holds no turn of a conversation. This model was trained on conversations; its answer to "
                     f"a bare text is mostly empty. {_CHAT_ADVICE}"
                 )
-
-    def _merge_kwargs(self, *args, **kwargs):
-        """As in Transformers; tensors of several texts are padded unless that is switched off."""
-        merged = super()._merge_kwargs(*args, **kwargs)
-        if merged["text_kwargs"].get("return_tensors") is not None:
-            merged["text_kwargs"].setdefault("padding", True)
-        return merged
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         """The checks of Transformers, of which the count of placeholders is not for marked texts: it takes what is left

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Lock, Thread
 
@@ -30,7 +31,7 @@ class JudgeStub:
 
     def __init__(self):
         self.script: list[Fault | str | None] = []
-        self.requests: list[tuple[str, dict, dict]] = []
+        self.requests: list[tuple[str, Message, dict]] = []
         self.url = ""
         self.lock, self.ending = Lock(), Event()
 
@@ -51,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
         stub = self.stub
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with stub.lock:
-            stub.requests.append((self.path, dict(self.headers), body))
+            stub.requests.append((self.path, self.headers, body))
             step = stub.script.pop(0) if stub.script else None
         if step == HANG:
             stub.ending.wait()
@@ -72,7 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]):
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        kind = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        for name, value in {**kind, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)

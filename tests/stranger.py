@@ -1,4 +1,4 @@
-"""A process that cannot import this package: whoever has a model folder and Transformers, and nothing else."""
+"""A process that cannot import this package: it has a model folder and Transformers, and nothing else."""
 
 import os
 import subprocess

@@ -5,14 +5,12 @@ import itertools
 import pytest
 import torch
 
-from lladamedv import LLaDAMedVGenerationConfig
 from lladamedv.modeling_lladamedv.commit_rules_lladamedv import (
     CandidateScores,
     CountRule,
     EntropyBoundRule,
     FactorRule,
     ThresholdRule,
-    build_commit_rule,
     commit_schedule,
 )
 from tests import brute_force
@@ -140,49 +138,8 @@ def test_generate_with_every_rule(model, name, lengths, cfg_scale, suffix):
     assert sorted(order) == sorted(commits)
 
 
-@pytest.mark.parametrize("options", [rule[2] for rule in RULES.values()] + [{"schedule_shift": 0.3}], ids=str)
-@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@torch.no_grad()
-def test_no_mask_is_left_and_no_step_is_lost(model, options, cfg_scale, temperature):
-    prompts = torch.cat([image_prompt(PROMPT), image_prompt((8, 9, 10))])
-    output = generate(
-        model, prompts, PIXELS.repeat(2, 1, 1, 1, 1), max_new_tokens=12, block_length=6, steps=4,
-        cfg_scale=cfg_scale, temperature=temperature, **options,
-    )  # fmt: skip
-    assert not (output.sequences == 98).any()
-    for row, forwards in enumerate(output.num_forwards.tolist()):
-        assert set(output.commit_step[row].tolist()) == set(range(forwards))
-
-
 @torch.no_grad()
 def test_a_shifted_schedule_in_generate(model):
     output = generate(model, max_new_tokens=16, block_length=16, steps=4, schedule_shift=1 / 3)
     counts = torch.bincount(output.commit_step[0])
     assert counts.tolist() == commit_schedule(16, 4, 1 / 3)[16].tolist() and counts[0] > counts[-1]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"remasking": "best"}, "`remasking` is 'best'; allowed are"),
-        ({"factor": 0}, r"`factor` is 0; allowed are finite numbers above 0"),
-        ({"factor": True}, "`factor` is True"),
-        ({"entropy_bound": -0.1}, r"`entropy_bound` is -0\.1"),
-        ({"entropy_bound": float("inf")}, "`entropy_bound` is inf"),
-        ({"schedule_shift": 0.0}, r"`schedule_shift` is 0\.0"),
-        ({"confidence_threshold": 1.5}, r"`confidence_threshold` is 1\.5; allowed are numbers in \(0, 1\]"),
-        ({"confidence_threshold": 0.9, "factor": 1.0}, "`confidence_threshold` is 0.9 and `factor` is 1.0"),
-        ({"entropy_bound": 0.5, "remasking": "margin"}, "`entropy_bound` cannot be combined with remasking='margin'"),
-        ({"factor": 1.0, "schedule_shift": 2.0}, "`schedule_shift` is 2.0, but with `factor` no schedule"),
-    ],
-)
-def test_rules_that_are_none(options, message):
-    with pytest.raises(ValueError, match=message):
-        LLaDAMedVGenerationConfig(**options)
-
-
-def test_rules_survive_saving(tmp_path):
-    LLaDAMedVGenerationConfig(entropy_bound=0.25).save_pretrained(tmp_path)
-    config = LLaDAMedVGenerationConfig.from_pretrained(tmp_path)
-    assert build_commit_rule(config) == EntropyBoundRule(0.25)

@@ -80,19 +80,6 @@ def test_bad_input(confidence, correct, message):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"abstention_threshold": 0.5, "return_dict_in_generate": False}, "needs return_dict_in_generate=True"),
-        ({"abstention_threshold": 1.5}, "`abstention_threshold` is 1.5; allowed are numbers in \\(0, 1\\]"),
-        ({"confidence_temperature": 0}, "`confidence_temperature` is 0; allowed are finite numbers above 0"),
-    ],
-)
-def test_bad_options(model, options, message):
-    with pytest.raises(ValueError, match=message):
-        generate(model, **options)
-
-
-@pytest.mark.parametrize(
     ("confidence", "correct", "warned"),
     [([0.9, 0.8, 0.7], [1, 1, 1], True), ([0.9, 0.8], [0, 0], True), ([0.9, 0.9, 0.9, 0.9], [1, 1, 1, 0], False)],
 )

@@ -112,7 +112,7 @@ def test_images_are_processed_once(aspect_ratio):
 
 
 def test_packed_rows(processor):
-    """What the questions share once, each question where it would be alone, and who may see whom."""
+    """What the questions share once, each question at the positions it would have alone, and the segments."""
     image, questions = random_image(), [("Is it small?", "Yes."), ("Where is it?", "On the left."), ("What?", "Lung.")]
     alone = [
         DataCollatorForMaskedDiffusion(processor=processor)([chat(*pair, images=[image])]) for pair in questions

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from lladamedv import LLaDAMedVGenerationConfig
 from tests.brute_force import denoise
 from tests.test_commit_rules_lladamedv import RULES
 from tests.test_generation_lladamedv import PIXELS, PROMPT, SUPPRESSED, _Tokenizer, generate
@@ -97,77 +96,6 @@ def test_one_layer_has_nothing_stale():
         cached = generate(model, max_new_tokens=8, block_length=8, steps=8, use_cache=True, cache_implementation=kind)
         assert torch.equal(exact.sequences, cached.sequences)
         torch.testing.assert_close(exact.commit_confidence, cached.commit_confidence, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["dual", "prefix"])
-@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
-@pytest.mark.parametrize("side", ["left", "right"])
-@torch.no_grad()
-def test_interval_1_is_exact_bit_for_bit(model, kind, cfg_scale, side):
-    prompts, mask = padded([image_prompt(PROMPT), image_prompt((8, 9))], side)
-    inputs = {"prompt": prompts, "pixel_values": PIXELS.repeat(2, 1, 1, 1, 1), "attention_mask": mask}
-    options = {"max_new_tokens": 12, "block_length": 4, "steps": 6, "cfg_scale": cfg_scale}
-    exact = generate(model, **inputs, **options)
-    cached = generate(model, **inputs, **options, use_cache=True, cache_implementation=kind, cache_refresh_interval=1)
-    assert torch.equal(exact.sequences, cached.sequences) and torch.equal(exact.commit_step, cached.commit_step)
-    assert torch.equal(exact.commit_confidence, cached.commit_confidence)
-    assert torch.equal(cached.num_full_forwards, cached.num_forwards)
-
-
-def padded(prompts, side):
-    width = max(prompt.shape[1] for prompt in prompts)
-    rows, masks = [], []
-    for prompt in prompts:
-        amount = (width - prompt.shape[1], 0) if side == "left" else (0, width - prompt.shape[1])
-        rows.append(torch.nn.functional.pad(prompt, amount, value=91))
-        masks.append(torch.nn.functional.pad(torch.ones_like(prompt), amount, value=0))
-    return torch.cat(rows), torch.cat(masks)
-
-
-@pytest.mark.parametrize("kind", ["dual", "prefix"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"cfg_scale": 1.0}, {"confidence_threshold": 0.2}, {"entropy_bound": 3.0}, {"eos_token_id": [7, 40]},
-     {"cache_refresh_interval": 2}, {"factor": 2.4, "cfg_scale": 0.5, "generation_suffix": "30 31"}],
-    ids=str,
-)  # fmt: skip
-@torch.no_grad()
-def test_a_row_answers_the_same_in_any_batch(model, kind, side, options):
-    """Rows of different lengths and images, in different blocks at a time under the adaptive rules."""
-    prompts = [image_prompt(PROMPT), torch.tensor([[8, 9]]), image_prompt((10, 11, 12, 13, 14)), image_prompt((3,))]
-    images = [PIXELS, None, PIXELS.flip(-1), PIXELS.flip(-2)]
-    options = {"max_new_tokens": 12, "block_length": 4, "steps": 6, "tokenizer": _Tokenizer(), **options}
-    options |= {"use_cache": True, "cache_implementation": kind}
-    ids, mask = padded(prompts, side)
-    pixels = torch.cat([image for image in images if image is not None])
-    together = generate(model, ids, pixels, attention_mask=mask, **options)
-    for row, (prompt, image) in enumerate(zip(prompts, images)):
-        alone = generate(model, prompt, image, **options)
-        answer = alone.sequences[0, prompt.shape[1] :]
-        assert torch.equal(together.sequences[row, ids.shape[1] :][: len(answer)], answer)
-        assert torch.equal(together.commit_step[row], alone.commit_step[0])
-        assert together.num_forwards[row] == alone.num_forwards[0]
-        assert together.num_full_forwards[row] == alone.num_full_forwards[0]
-
-
-@pytest.mark.parametrize(
-    ("kind", "rule", "cfg_scale", "suffix"),
-    list(itertools.product(["dual", "prefix"], [*RULES, "random"], [0.0, 1.0], ["", "30 31"])),
-)
-@torch.no_grad()
-def test_no_mask_is_left(model, kind, rule, cfg_scale, suffix):
-    options = {"remasking": "random"} if rule == "random" else RULES[rule][2]
-    prompts = torch.cat([image_prompt(PROMPT), image_prompt((8, 9, 10))])
-    output = generate(
-        model, prompts, PIXELS.repeat(2, 1, 1, 1, 1), max_new_tokens=12, block_length=6, steps=6, temperature=0.5,
-        cfg_scale=cfg_scale, generation_suffix=suffix or None, tokenizer=_Tokenizer(), use_cache=True,
-        cache_implementation=kind, **options,
-    )  # fmt: skip
-    assert not (output.sequences == 98).any()
-    for row, forwards in enumerate(output.num_forwards.tolist()):
-        assert set(output.commit_step[row].tolist()) == set(range(forwards)), "every pass commits"
-        assert output.num_full_forwards[row] == 2, "one a block"
 
 
 @torch.no_grad()
@@ -264,14 +192,6 @@ def test_drift_against_whole_passes(kind, options):
     assert output.cache_drift.nan_to_num().max() > 1e-4, "there must be something to measure"
 
 
-@torch.no_grad()
-def test_measuring_changes_nothing(model):
-    options = {"max_new_tokens": 12, "block_length": 6, "use_cache": True}
-    plain, measured = generate(model, **options), generate(model, **options, output_cache_drift=True)
-    assert torch.equal(plain.commit_confidence, measured.commit_confidence) and plain.cache_drift is None
-    assert torch.equal(plain.num_full_forwards, measured.num_full_forwards)
-
-
 @pytest.mark.parametrize("kind", ["dual", "prefix"])
 @torch.no_grad()
 def test_a_tighter_bound_refreshes_more(kind):
@@ -281,40 +201,3 @@ def test_a_tighter_bound_refreshes_more(kind):
         generate(model, **options, cache_drift_bound=bound).num_full_forwards.item() for bound in (1e-9, 0.02, 1e3)
     ]
     assert counts[0] > counts[1] >= counts[2] and counts[2] == 3  # at steps 0, 4 and 12
-
-
-@pytest.mark.parametrize("kind", ["dual", "prefix"])
-@torch.no_grad()
-def test_rows_find_their_own_interval(kind):
-    model = tiny_model(num_hidden_layers=3)
-    prompts = [image_prompt(PROMPT), torch.tensor([[8, 9]]), image_prompt((3,))]
-    images = [PIXELS, None, PIXELS.flip(-2)]
-    ids, mask = padded(prompts, "left")
-    options = {"max_new_tokens": 24, "block_length": 12, "use_cache": True, "cache_implementation": kind}
-    options |= {"cache_drift_bound": 0.03}
-    together = generate(model, ids, torch.cat(images[::2]), attention_mask=mask, **options)
-    for row, (prompt, image) in enumerate(zip(prompts, images)):
-        alone = generate(model, prompt, image, **options)
-        assert torch.equal(together.sequences[row, -24:], alone.sequences[0, -24:])
-        assert together.num_full_forwards[row] == alone.num_full_forwards[0]
-        torch.testing.assert_close(
-            together.cache_drift[:, row], alone.cache_drift[:, 0], atol=1e-6, rtol=1e-3, equal_nan=True
-        )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"cache_drift_bound": 0.1}, "`cache_drift_bound` is 0.1, which is allowed with use_cache=True"),
-        ({"output_cache_drift": True}, "`output_cache_drift` is True, which is allowed with use_cache=True"),
-        ({"use_cache": True, "cache_drift_bound": -1}, "`cache_drift_bound` is -1; allowed are finite numbers above 0"),
-        ({"use_cache": True, "cache_implementation": "static"}, "`cache_implementation` is 'static'; allowed are"),
-        ({"cache_implementation": "dual"}, "`cache_implementation` is 'dual', which is allowed with use_cache=True"),
-        ({"cache_refresh_interval": 4}, "`cache_refresh_interval` is 4, which is allowed with use_cache=True"),
-        ({"use_cache": True, "cache_refresh_interval": 0}, "`cache_refresh_interval` is 0"),
-        ({"use_cache": "yes"}, "`use_cache` is 'yes'"),
-    ],
-)
-def test_options_that_are_none(options, message):
-    with pytest.raises(ValueError, match=message):
-        LLaDAMedVGenerationConfig(**options)

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig
 
@@ -47,15 +47,8 @@ INDEX, SHARD = "model.safetensors.index.json", "model-00001-of-00002.safetensors
 def own(tmp_path_factory):
     """A folder of this package's own format, of two files; tests change copies of it."""
     folder = tmp_path_factory.mktemp("own") / "model"
-    tiny_model().save_pretrained(folder, max_shard_size="8MB")
+    tiny_model().save_pretrained(folder, max_shard_size="40KB")
     tiny_processor().save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(sorted(weights))}
-    for file in set(places.values()):
-        part = {name: value for name, value in weights.items() if places[name] == file}
-        save_file(part, folder / file, metadata={"format": "pt"})
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return folder
 
 
@@ -309,6 +302,8 @@ def test_names_of_files_that_lead_elsewhere(tmp_path, mine, theirs, name):
         index[min(index)] = str(tmp_path / "x.safetensors") if name == "/x.safetensors" else name
         (folder / INDEX).write_text(json.dumps({"weight_map": index}))
         refuse("lacks files that its index names", check_model, folder)
+    change(mine / "config.json", quantization_config={"quant_method": "evil"})
+    refuse("lacks files that its index names", check_model, mine)
     refuse("lacks files that its index names", convert_checkpoint, theirs, tmp_path / "out")
     refuse("lacks files that its index names", LLaDAMedVForConditionalGeneration.from_pretrained, theirs)
 
@@ -484,6 +479,7 @@ def test_the_largest_models_are_not_refused():
     ("projector_hidden_act", "evil"), ("dtype", "load"), ("architectures", {"a": {"b": "c"}}), ("auto_map", 5),
     ("to_dict", "shadow"), ("quantization_config", {"quant_method": "evil"}), ("tie_word_embeddings", "yes"),
     ("transformers_weights", "../x.safetensors"),
+    ("transformers_weights", "x.safetensors.index.json"),
 ], ids=lambda value: f"{value!r:.30}")  # fmt: skip
 def test_other_values(mine, name, value):
     change(mine / "config.json", **{name: value})
@@ -571,7 +567,7 @@ def test_json(mine, theirs, name, kind):
 
 
 def test_keys_that_come_twice(mine, theirs):
-    """The last one counts, for everybody who reads the file."""
+    """The last one counts, in every reader of the file."""
     for folder in (mine, theirs):
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text('{"model_type": "evil", "hidden_size": 1000000000,' + text.lstrip()[1:])
@@ -703,25 +699,24 @@ print("peak", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1
 """
 
 
-def write_bombs(root: Path, own: Path) -> None:
-    def copy(name: str, **values) -> Path:
-        folder = shutil.copytree(own, root / f"own-{name}")
-        config = json.loads((folder / "config.json").read_text())
-        for part in ("text_config", "vision_config"):
-            config[part] |= values.get(part, {})
-        (folder / "config.json").write_text(json.dumps(config))
-        return folder
+WIDE = {"hidden_size": 2**20, "num_attention_heads": 2**14, "head_dim": 2**14}
+VOCABULARY = {"text_config": {"vocab_size": 2**24}}
+SHARDED = "shard-00001-model-00001-of-00001.safetensors"  # of several devices
+LARGE = {
+    "wide": {"text_config": WIDE}, "vocabulary": VOCABULARY, "long": {"text_config": {"intermediate_size": 2**22}},
+    "deep": {"text_config": {"num_hidden_layers": 200}}, "devices": VOCABULARY, "quantised": VOCABULARY,
+    "gigabytes": {}, "tower": {"vision_config": {"image_size": 2**14, "patch_size": 1}},
+}  # fmt: skip
 
-    copy("wide", text_config={"hidden_size": 2**20, "num_attention_heads": 2**14, "head_dim": 2**14})
-    copy("vocabulary", text_config={"vocab_size": 2**24})
-    copy("long", text_config={"intermediate_size": 2**22})
-    copy("deep", text_config={"num_hidden_layers": 200})
-    copy("tower", vision_config={"image_size": 2**14, "patch_size": 1})
-    change(copy("quantised", text_config={"vocab_size": 2**24}) / "config.json", quantization_config={"a": "b"})
-    # The library's way of loading what several devices have saved takes memory for all weights first.
-    name = "shard-00001-model-00001-of-00001.safetensors"
-    save_file({"x": torch.ones(1)}, copy("devices", text_config={"vocab_size": 2**24}) / name)
-    with (copy("gigabytes") / "config.json").open("wb") as file:  # of nothing: a file with a hole
+
+def write_bombs(root: Path, own: Path) -> None:
+    for name, parts in LARGE.items():
+        folder = shutil.copytree(own, root / f"own-{name}")
+        for part, values in parts.items():
+            change_part(folder, part, **values)
+    save_file({"x": torch.ones(1)}, root / "own-devices" / SHARDED)
+    change(root / "own-quantised" / "config.json", quantization_config={"a": "b"})
+    with (root / "own-gigabytes" / "config.json").open("wb") as file:  # of nothing: a file with a hole
         file.truncate(2**35)
     adapter = write_adapter(root / "adapter-rank", str(DEMO_MODEL))
     write_card(adapter)
@@ -729,16 +724,14 @@ def write_bombs(root: Path, own: Path) -> None:
     shutil.copytree(adapter, root / "merge-rank")
     tiny_tokenizer().save_pretrained(released.write_olmo(root / "llada"))
     released.write_tower(root / "siglip")
-    released.write(
-        root / "released-wide", released.OLMO_CONFIG | {"d_model": 2**20, "n_layers": 300}, released.olmo_weights()
-    )
+    wide = released.OLMO_CONFIG | {"d_model": 2**20, "n_layers": 300}
+    released.write(root / "released-wide", wide, released.olmo_weights())
     # A thousandth of the size when it is packed, and a call that `weights_only` allows.
-    tensors = {"model.mm_projector.0.weight": torch.zeros(2**24)}
-    torch.save(tensors, root / "unpacked.bin")
-    with zipfile.ZipFile(root / "unpacked.bin") as source:
-        with zipfile.ZipFile(root / "projector-packed.bin", "w", zipfile.ZIP_DEFLATED) as target:
-            for member in source.infolist():
-                target.writestr(member.filename, source.read(member))
+    torch.save({"model.mm_projector.0.weight": torch.zeros(2**24)}, root / "unpacked.bin")
+    packed = zipfile.ZipFile(root / "projector-packed.bin", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(root / "unpacked.bin") as source, packed as target:
+        for member in source.infolist():
+            target.writestr(member.filename, source.read(member))
     (root / "unpacked.bin").unlink()
     torch.save({"x": _Bytes()}, root / "projector-bytes.bin")
 

@@ -22,7 +22,7 @@ from peft import LoraConfig
 from PIL import Image
 
 from lladamedv.demo import DEMO_MODEL, load_model
-from lladamedv.evaluation.chat_benchmark import summarize
+from lladamedv.evaluation.chat import summarize
 from lladamedv.evaluation.vqa import evaluate_vqa
 from lladamedv.hub_cards import (
     COMPONENTS,
@@ -42,7 +42,7 @@ from lladamedv.hub_cards import (
     scrub,
     strictest_licence,
 )
-from lladamedv.processing.datasets import LoadReport, load_vqa
+from lladamedv.processing.datasets import load_vqa
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
 from tests.test_masked_diffusion_sft_trainer import make_trainer
 from tests.tiny import random_image
@@ -574,8 +574,8 @@ def test_the_example_of_the_demo_model(tmp_path):
     [
         "/home/alice/x", "at '/root/run 1'", "vqa:slake:train:/data/alice", "zip://a.jpg::/srv/alice.zip", "~/alice",
         "~alice/x", "../alice", "./alice/x", "file:///home/alice", r"C:\Users\alice\x", "D:/alice/x", r"\\alice\share",
-        "(/mnt/alice)", "x=/alice", "hf_alicealicealice", "ghp_alice0123456789", "sk-proj-alice0123",
-        "Bearer hf_alice_01234567",
+        "(/mnt/alice)", "x=/alice", "hf_alicealicealice", "ghp_alice0123456789", "sk-proj-alice0123_x",
+        "Bearer hf_alice01234567890",
     ],
 )  # fmt: skip
 def test_scrubbed(text):
@@ -588,7 +588,8 @@ def test_scrubbed(text):
     [
         "https://huggingface.co/GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Instruct@main", "yes/no and/or 1/p",
         "phantoms:5000:2000:closed,open", "a [link](https://arxiv.org/abs/2508.01617)",
-        r"model\.layers\.\d+\.(q|v)_proj", "1.0e-4 / 2", "sha256 `abcd`", "~ 5", "a: b", "task-specific",
+        r"model\.layers\.\d+\.(q|v)_proj", "hf_hub_download", "1.0e-4 / 2",
+        "sha256 `abcd`", "~ 5", "a: b", "task-specific",
     ],
 )  # fmt: skip
 def test_not_scrubbed(text):
@@ -624,7 +625,7 @@ def test_nothing_private_gets_into_a_card(tmp_path):
     assert "judge" in str(build_model_card(facts).data.to_dict()["model-index"])
     for text in (
         str(build_model_card(facts)),
-        str(build_dataset_card(load_report(source=secret, invalid=[(secret, secret)]), secret, "0.1.0", recipe=secret)),
+        str(build_dataset_card(load_report(source=secret, invalid=[(secret, secret)]), secret, "0.1.0")),
     ):
         assert "alice" not in text and "secret" not in text and "/data/SLAKE" not in text
         assert "hf_" not in text and str(tmp_path) not in text and "images:" not in text
@@ -680,7 +681,7 @@ def test_the_recipe_of_a_dataset_card_builds_it():
     names = {}
     exec(card.text.split("```python\n")[1].split("```")[0], names)
     assert names["report"].as_dict() == report.as_dict() and len(names["dataset"]) == 12
-    assert card.data.to_dict()["license"] == "apache-2.0" and "show nobody" in card.text
+    assert card.data.to_dict()["license"] == "apache-2.0" and "show no person" in card.text
 
 
 def test_pictures_that_must_not_be_published():
@@ -689,14 +690,3 @@ def test_pictures_that_must_not_be_published():
     with pytest.raises(ValueError, match="`has_images` is True; allowed is False: PathVQA's MIT licence"):
         build_dataset_card(path_vqa, "x", "0.1.0", has_images=True)
     assert "They must not be passed on here" in build_dataset_card(path_vqa, "x", "0.1.0").text
-    instructions = LoadReport("/data/llava_med_instruct_60k.json", rows=60_000)
-    for options, message in (
-        ({}, "`component` is None"), ({"component": "llava-med-instruct"}, "`recipe` is None"),
-        ({"component": "llava-med-instruct", "recipe": "x", "has_images": True}, "`has_images` is True"),
-        ({"component": "mine", "recipe": "x", "has_images": True}, "nothing is known here"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            build_dataset_card(instructions, "x", "0.1.0", **options)
-    card = build_dataset_card(instructions, "x", "0.1.0", component="llava-med-instruct", recipe="llava_med_rows(…)")
-    assert card.data.to_dict()["license_name"] == "cc-by-nc-4.0-research-only" and "/data" not in str(card)
-    assert "license" not in build_dataset_card(instructions, "x", "0.1.0", component="mine", recipe="x").data.to_dict()

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from tests.test_denoising_cache_lladamedv import padded
 from tests.test_generation_lladamedv import PIXELS, PROMPT, SUPPRESSED, _Tokenizer, generate
 from tests.tiny import image_prompt, tiny_model
 
@@ -120,61 +119,6 @@ def test_the_suffix_is_a_special_case(model):
     values = list(output.field_confidence[0].values())
     assert values[0] == pytest.approx(expected.answer_confidence.item(), rel=1e-4)
     assert output.fields[0]["answer"] == Words().decode(expected.sequences[0, -10:-2])
-
-
-@pytest.mark.parametrize("block_length", [None, 4, 5, 64])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"steps": 40}, {"confidence_threshold": 0.1}, {"entropy_bound": 4.0}, {"factor": 2.5}, {"cfg_scale": 1.0},
-     {"temperature": 1.0}, {"remasking": "random"}, {"remasking": "margin"}, {"remasking": "entropy"},
-     {"use_cache": True}, {"use_cache": True, "cache_implementation": "prefix", "cache_refresh_interval": 2},
-     {"repetition_penalty": 1.5}, {"eos_token_id": list(range(30, 60))}],
-    ids=str,
-)  # fmt: skip
-@torch.no_grad()
-def test_locked_text_never_changes(block_length, options):
-    """Whatever decodes: fixed ids stand where they were in every state of the canvas, choices are among the allowed."""
-    model = tiny_model(seed=1)
-    if "steps" in options and block_length == 5:
-        options = {"steps": 12}  # a multiple of the number of blocks
-    torch.manual_seed(0)
-    template = "3 4 [[a:3]] 5 6 [[b]] 7 [[c:4]] 8"
-    places = {0: 3, 1: 4, 5: 5, 6: 6, 9: 7, 14: 8}
-    choices = {"b": ["11 12", "13"]}
-    if block_length in (4, 5):  # so that b is not cut in two
-        template, places = template.replace("[[b]]", "[[b]] 9"), {0: 3, 1: 4, 5: 5, 6: 6, 9: 9, 10: 7, 15: 8}
-        if block_length == 4:
-            template, places = "3 " + template, {0: 3, **{place + 1: token for place, token in places.items()}}
-    output = infill(model, template, choices=choices, block_length=block_length, output_history=True, **options)
-    for canvas in output.history[:, 0]:
-        assert {place: int(canvas[place]) for place in places} == places
-    assert output.fields[0]["b"] in choices["b"]
-    assert 98 not in output.sequences[0].tolist()
-    answer = output.sequences[0, image_prompt(PROMPT).shape[1] :].tolist()
-    joined = " ".join(output.fields[0][name] for name in "abc" if output.fields[0][name])
-    assert sorted(answer) == sorted([*places.values(), *(int(part) for part in joined.split())])
-    assert all(0 <= value <= 1 for value in output.field_confidence[0].values())
-
-
-@pytest.mark.parametrize("cache", [{}, {"use_cache": True}, {"use_cache": True, "cache_implementation": "prefix"}])
-@pytest.mark.parametrize("side", ["left", "right"])
-@torch.no_grad()
-def test_in_a_batch(cache, side):
-    model = tiny_model(seed=1)
-    prompts = [image_prompt(PROMPT), torch.tensor([[8, 9]]), image_prompt((10, 11, 12, 13))]
-    images = [PIXELS, None, PIXELS.flip(-1)]
-    ids, mask = padded(prompts, side)
-    options = {"choices": {"b": ["11 12", "13", "14 15"]}, "eos_token_id": list(range(20, 45)), "block_length": 8}
-    options |= {"confidence_threshold": 0.2, **cache}
-    template = "3 [[a:4]] 5 [[b]] 7 [[c:6]]"
-    together = infill(model, template, ids, torch.cat(images[::2]), attention_mask=mask, **options)
-    assert len({len(text) for text in together.texts}) > 1, "rows of different lengths are wanted here"
-    for row, (prompt, image) in enumerate(zip(prompts, images)):
-        alone = infill(model, template, prompt, image, **options)
-        assert together.fields[row] == alone.fields[0] and together.texts[row] == alone.texts[0]
-        assert together.num_forwards[row] == alone.num_forwards[0]
-        for name, value in alone.field_confidence[0].items():
-            assert together.field_confidence[row][name] == pytest.approx(value, rel=1e-3)
 
 
 @torch.no_grad()

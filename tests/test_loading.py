@@ -64,12 +64,15 @@ def test_adapters_of_a_released_checkpoint(tmp_path):
     folder = released.write_llava(tmp_path / "LLaDA-MedV")
     tiny_tokenizer().save_pretrained(folder)
     base, processor = load_model(folder)
+    torch.manual_seed(0)
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapters")
     chat = asked(random_image(40, 30), "Is there a lesion?")
     _, wanted = logits(adapted.eval(), processor, chat)
-    torch.testing.assert_close(logits(*load_model(tmp_path / "adapters"), chat)[1], wanted, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"belong to '.*LLaDA-MedV', .* load them with `lladamedv\.loading\.load_model`"):
+    torch.testing.assert_close(logits(*load_model(tmp_path / "adapters"), chat)[1], wanted, atol=1e-3, rtol=1e-3)
+    with pytest.raises(
+        ValueError, match=r"belong to '.*LLaDA-MedV', .* load them with `lladamedv\.loading\.load_model`"
+    ):
         LLaDAMedVForConditionalGeneration.from_pretrained(tmp_path / "adapters")
 
 

@@ -63,22 +63,11 @@ def item(answer, answer_type="open", **identifiers):
 # Normalisation
 
 
-@pytest.mark.parametrize("normalizer", ["vqa_v2", "vqa_v2_fixed"])
-@pytest.mark.parametrize("vector", OPEN_VECTORS, ids=lambda vector: vector[0] or "empty")
-def test_normalised_vectors(code, vector, normalizer):
-    prediction, answer, normal_prediction, normal_answer = vector[:4]
-    assert code.normalize_answer(prediction, normalizer) == normal_prediction
-    assert code.normalize_answer(answer, normalizer) == normal_answer
-
-
 @pytest.mark.parametrize(
     "text, published, fixed",
     [
-        (
-            "dont - it's a well-known e.g. test; (one) none, three/four!",
-            "don't it's wellknown eg test 1 0 3 4",
-            "don't it's well known eg test 1 0 3 4",
-        ),
+        ("it's a well-known e.g. test; (one) none, three/four!", "it's well known eg test 1 0 3 4",
+         "it's well known eg test 1 0 3 4"),
         ("sub-pleural nodule - left", "subpleural nodule left", "sub pleural nodule left"),
         ("sub-pleural", "sub pleural", "sub pleural"),
         ("left- and right-sided", "left and rightsided", "left and right sided"),
@@ -92,7 +81,7 @@ def test_normalised_vectors(code, vector, normalizer):
         ("it isn\u2019t 10\u201320\u00a0mm", "it isn\u2019t 10\u201320 mm", "it isn't 10 20 mm"),
         ("\uff59\uff45\uff53\uff0e", "\uff59\uff45\uff53\uff0e", "yes"),
     ],
-)
+)  # fmt: skip
 def test_normalisers_differ_in_punctuation(code, text, published, fixed):
     assert code.normalize_answer(text, "vqa_v2") == published
     assert code.normalize_answer(text, "vqa_v2_fixed") == fixed
@@ -126,39 +115,26 @@ def test_every_mark_of_unicode_separates(code):
 @pytest.mark.parametrize(
     "prediction, answer, correct, unparsable",
     [
-        ("No", "No, it is normal", 1, 0),
-        ("Yes", "No, it is normal", 0, 0),
-        ("It is normal", "No, it is normal", 0, 1),
-        ("**No.** The heart is normal.", "There is no lesion.", 1, 0),
-        ("Yes, on the right", "yes (left)", 1, 0),
-        ("True", "true", 1, 0),
-        ("Yes.", "True", 1, 0),
-        ("No, that is false.", "True", 0, 0),
-        ("A false aneurysm: yes", "yes", 1, 0),
-        ("maybe", "False", 0, 1),
+        ("No", "No, it is normal", 1, 0), ("Yes", "No, it is normal", 0, 0), ("It is normal", "No, it is normal", 0, 1),
+        ("**No.** The heart is normal.", "There is no lesion.", 1, 0), ("Yes, on the right", "yes (left)", 1, 0),
+        ("True", "true", 1, 0), ("Yes.", "True", 1, 0), ("No, that is false.", "True", 0, 0),
+        ("A false aneurysm: yes", "yes", 1, 0), ("maybe", "False", 0, 1), ("No. Yes would be wrong", "yes", 0, 0),
+        ("Well, yes and no", "Yes.", 1, 0), ("the lower left lung", "left lower lung", 0, 0),
+        ("left lower lung", "lung left", 0, 0), ("leftward", "left", 0, 0), ("nodule", "none", 0, 0), ("", "no", 0, 1),
+        ("", "left", 0, 0), ("anything", "A", 0, 0),
     ],
-)
-def test_truth_and_prediction_are_read_alike(metric, prediction, answer, correct, unparsable):
+)  # fmt: skip
+def test_closed_answers_are_decided_by_words(metric, prediction, answer, correct, unparsable):
     scores = metric.compute(predictions=[prediction], references=[item(answer, "closed")])
     assert (scores["closed_accuracy"], scores["num_unparsable"]) == (100 * correct, unparsable)
 
 
 @pytest.mark.parametrize(
     "word, full",
-    [
-        ("dont", "don't"),
-        ("couldntve", "couldntve"),
-        ("couldnt've", "couldn't've"),
-        ("couldn'tve", "couldn't've"),
-        ("somebody'd", "somebodyd"),
-        ("yall'd've", "y'all'd've"),
-        ("ow's'at", "'ow's'at"),
-        ("twas", "'twas"),
-        ("Im", "im"),
-        ("its", "its"),
-        ("well", "well"),
-    ],
-)
+    [("dont", "don't"), ("couldntve", "couldntve"), ("couldnt've", "couldn't've"), ("couldn'tve", "couldn't've"),
+     ("somebody'd", "somebodyd"), ("yall'd've", "y'all'd've"), ("ow's'at", "'ow's'at"), ("twas", "'twas"),
+     ("Im", "im"), ("its", "its"), ("well", "well")],
+)  # fmt: skip
 def test_contractions(code, word, full):
     assert code.normalize_answer(word) == full
 
@@ -172,8 +148,10 @@ def test_unknown_normaliser(code):
 
 
 @pytest.mark.parametrize("vector", OPEN_VECTORS, ids=lambda vector: vector[0] or "empty")
-def test_open_vectors(metric, vector):
-    prediction, answer, _, _, legacy, legacy_match, substring, bleus, recall = vector
+def test_open_vectors(code, metric, vector):
+    prediction, answer, *normal, legacy, legacy_match, substring, bleus, recall = vector
+    for normalizer in ("vqa_v2", "vqa_v2_fixed"):
+        assert [code.normalize_answer(text, normalizer) for text in (prediction, answer)] == normal
     scores = metric.compute(predictions=[prediction], references=[item(answer)])
     for name, expected in zip(("precision", "recall", "f1"), legacy):
         assert scores[f"open_{name}_llava_med"] == pytest.approx(100 * expected, abs=1e-4)
@@ -235,26 +213,6 @@ def test_short_predictions_pay_the_brevity_penalty(metric):
     scores = metric.compute(predictions=["left lung"], references=[item("left lung upper lobe")])
     assert scores["open_bleu_1"] == scores["open_bleu_2"] == pytest.approx(100 * math.exp(1 - 4 / 2))
     assert scores["open_bleu_3"] == 0
-
-
-@pytest.mark.parametrize(
-    "prediction, answer, correct",
-    [
-        ("No. Yes would be wrong", "yes", 0),
-        ("Well, yes and no", "Yes.", 1),
-        ("the lower left lung", "left lower lung", 0),
-        ("left lower lung", "lung left", 0),
-        ("leftward", "left", 0),
-        ("nodule", "none", 0),
-        ("", "no", 0),
-        ("", "left", 0),
-        ("anything", "A", 0),
-    ],
-)
-def test_closed_answers_are_decided_by_words(metric, prediction, answer, correct):
-    assert metric.compute(predictions=[prediction], references=[item(answer, "closed")])["closed_accuracy"] == (
-        100 * correct
-    )
 
 
 def test_batches_are_averaged_by_type_and_counted(metric):

@@ -259,9 +259,6 @@ def test_an_image_index_spares_the_tower(aspect_ratio):
     again = model.get_image_features(images[index], sizes[index]).pooler_output
     hook.remove()
     assert len(once) == 3 and all(torch.equal(a, b) for a, b in zip(once, again)) and tiles[0] < tiles[1]
-    features = model.model.get_vision_features(images, sizes, image_index=index)
-    from_features = model.get_image_features(None, sizes, None, index, features).pooler_output
-    assert all(torch.equal(a, b) for a, b in zip(once, from_features))
 
 
 def test_an_image_index_that_is_none():
@@ -271,8 +268,6 @@ def test_an_image_index_that_is_none():
         model.get_image_features(pixels(2, 5), sizes, image_index=torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="`image_index` names image 0 alone in one prompt and beside others"):
         model.get_image_features(pixels(2, 5), sizes, torch.tensor([1, 2]), torch.tensor([0, 0, 1]))
-    with pytest.raises(ValueError, match="exactly one of `pixel_values` and `vision_features`"):
-        model.get_image_features()
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -280,7 +275,7 @@ def test_a_frozen_tower_keeps_no_activations(frozen):
     model = tiny_model()
     model.model.vision_tower.requires_grad_(not frozen)
     model.enable_input_require_grads()
-    features = model.model.get_vision_features(pixels())
+    features = model.get_image_features(pixels()).last_hidden_state
     assert features.requires_grad is not frozen
 
 

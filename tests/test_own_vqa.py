@@ -1,4 +1,4 @@
-"""Questions of one's own, in whatever file they are, become the rows that are in it; the report claims nothing else."""
+"""A user's own questions, in files of every form, become rows; the report claims nothing that is not in them."""
 
 import base64
 import csv
@@ -16,7 +16,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 from lladamedv.evaluation import vqa
-from lladamedv.hub_cards.evaluation_results import EvaluationResults
+from lladamedv.hub_cards.results import EvaluationResults
 from lladamedv.loading import load_model
 from lladamedv.processing.datasets import load_own_vqa, load_vqa
 
@@ -204,19 +204,17 @@ def test_answer_types_that_are_not_given(tmp_path, answer, answer_type):
 
 
 def test_pictures_in_other_places(tmp_path):
-    """In images/, in a zip archive, as a data URL, and as bytes in a list."""
+    """In images/, as a data URL, and in a zip archive."""
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(picture(1))
     with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
         archive.writestr("b.png", picture(2))
     url = "data:image/png;base64," + base64.b64encode(picture(3)).decode()
-    (tmp_path / "own.json").write_text(
-        json.dumps([{"question": "?", "answer": "1", "image": name} for name in ("a.png", url)])
-    )
+    records = [{"question": "?", "answer": "1", "image": name} for name in ("a.png", url, "b.png")]
+    (tmp_path / "own.json").write_text(json.dumps(records))
     dataset, report = load_own_vqa(tmp_path / "own.json")
     assert report.rows == report.images == 2 and len(dataset[0:2]["image_id"][1]) == 64
-    (tmp_path / "zipped.json").write_text(json.dumps([{"question": "?", "answer": "1", "image": "b.png"}]))
-    assert load_own_vqa(tmp_path / "zipped.json", image_folder=tmp_path / "some.zip")[1].rows == 1
+    assert load_own_vqa(tmp_path / "own.json", image_folder=tmp_path / "some.zip")[1].rows == 2
 
 
 def test_splits(tmp_path):

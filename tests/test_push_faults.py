@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def write_shards(folder, count):
-    places = {f"weight_{number}": f"model-{number}.safetensors" for number in range(count)}
+    places = {f"weight_{number}": f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)}
     for number, (key, name) in enumerate(places.items()):
         save_file({key: torch.full((5000,), float(number))}, folder / name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
@@ -98,7 +98,7 @@ def fails(folder, **options):
         (Fault(COMMIT, 401), "HTTP 401, the token is missing or not valid"),
         (Fault(COMMIT, 403, body="read only: {authorization}"), "may not write there (read only: Bearer (token))"),
         (Fault(COMMIT, 404, {"X-Error-Code": "RepoNotFound"}), "HTTP 404, there is no such repository"),
-        (Fault(COMMIT, 412), "HTTP 412, somebody else has changed the repository meanwhile"),
+        (Fault(COMMIT, 412), "HTTP 412, the repository has changed meanwhile"),
         (Fault(COMMIT, 429, {"Retry-After": "9"}), "HTTP 429, too many requests, try again in 9 s"),
         (Fault(COMMIT, 500, times=1, body="line one\nline two"), "the Hub has a problem (line one line two)"),
         (Fault(COMMIT, 502), "HTTP 502, the Hub has a problem"),
@@ -178,7 +178,7 @@ def test_somebody_commits_in_between(hub, folder, watched):
         return put(request)
 
     hub.fault = commit_meanwhile
-    assert "HTTP 412, somebody else has changed the repository meanwhile" in fails(folder)
+    assert "HTTP 412, the repository has changed meanwhile" in fails(folder)
     assert set(hub.repos["me/model"]) == {"README.md", "notes.txt"}
 
 

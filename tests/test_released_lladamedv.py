@@ -135,6 +135,11 @@ def test_subfolders_and_dtypes(tmp_path):
         ((), {"model.layers.9.mlp.up_proj.weight": torch.ones(2)}, r"not part of this layout: model\.layers\.9"),
         ((), {"model.norm.weight": torch.ones(3)}, r"wrong shape: model\.norm\.weight \(3,\) instead of \(8,\)"),
         ((), {"model.mm_projector.4.weight": torch.ones(3)}, r"not part of this layout: model\.mm_projector\.4"),
+        (
+            (),
+            {"model.multi_modal_projector.linear_1.bias": torch.ones(8)},
+            "which means the same as model.mm_projector.0",
+        ),
         (("model.image_newline",), {}, r"lacks weights of the model: model\.image_newline"),
     ],
 )
@@ -195,6 +200,9 @@ def test_other_vision_towers(tmp_path):
         LLaDAMedVForConditionalGeneration.from_pretrained(folder)
     model = LLaDAMedVForConditionalGeneration.from_pretrained(folder, vision_tower=folder / "tower")
     assert model.config.vision_config.hidden_size == released.VISION
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"`vision_tower` is .* allowed for checkpoints in a released layout only"):
+        LLaDAMedVForConditionalGeneration.from_pretrained(tmp_path / "ours", vision_tower=folder / "tower")
 
 
 # Presets

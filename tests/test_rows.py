@@ -1,4 +1,4 @@
-"""Rows as people have them: whatever is wrong with one is told by its number, and what is left out is counted."""
+"""Rows as users have them: a wrong one is named by its number, and what is left out is counted."""
 
 import dataclasses
 import io
@@ -133,15 +133,8 @@ def test_a_stream_without_a_good_row(demo, tmp_path):
                          invalid_rows="skip")  # fmt: skip
 
 
-class Message(pydantic.BaseModel):
-    role: str
-    content: str
-
-
-@dataclasses.dataclass
-class PlainMessage:
-    role: str
-    content: str
+Message = pydantic.create_model("Message", role=str, content=str)
+PlainMessage = dataclasses.make_dataclass("PlainMessage", ["role", "content"])
 
 
 def test_rows_that_are_as_good(demo, tmp_path):
@@ -359,6 +352,8 @@ def test_a_disk_that_fills_up_ends_a_run_in_one_line(tmp_path):
 
 def test_an_image_part_with_reading_options_is_refused():
     image = {"type": "image", "window": "lung"}
-    with pytest.raises(ValueError, match="its messages cannot be read: .* an image with window, which would have no effect"):
+    with pytest.raises(
+        ValueError, match=r"its messages cannot be read: .* an image with window, which would"
+    ):
         normalize_messages([{"role": "user", "content": [image]}], 1)
     assert normalize_messages([{"role": "user", "content": [{**image, "window": None}]}], 1)

@@ -111,11 +111,11 @@ def test_killed_runs_go_on(tmp_path):
 
 
 def test_a_torn_line_is_done_anew(tmp_path):
-    folder = tmp_path / "run"
-    ids = ["a\u2028b", "c", "d"]  # a line separator to Python, but not to JSON lines
+    folder, ids, asked = tmp_path / "run", ["a\u2028b", "c", "d"], []  # a line separator, but not of JSON lines
 
     def answer(places):
-        if places == [2]:
+        asked.extend(places)
+        if asked == [0, 1, 2]:
             raise OSError("no more")
         return [{"id": ids[place], "n": place} for place in places]
 
@@ -123,13 +123,8 @@ def test_a_torn_line_is_done_anew(tmp_path):
         run_items(ids, answer, folder, {})
     part = folder / "part-00000.jsonl"
     part.write_bytes(part.read_bytes()[:-4])  # in the midst of the record of "c"
-    asked = []
-
-    def answer_rest(places):
-        asked.extend(places)
-        return [{"id": ids[place], "n": place} for place in places]
-
-    assert [record["n"] for record in run_items(ids, answer_rest, folder, {})] == [0, 1, 2]
+    asked.clear()
+    assert [record["n"] for record in run_items(ids, answer, folder, {})] == [0, 1, 2]
     assert asked == [1, 2]
 
 
@@ -137,23 +132,24 @@ def test_what_is_refused_loses_nothing(tmp_path):
     folder, ids = tmp_path / "run", ["0", "1"]
     run_items(ids, squares, folder, {"steps": 4, "revision": None})
     kept = {file: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(ValueError, match="steps: 4 there, 8 here"):
-        run_items(ids, squares, folder, {"steps": 8, "revision": None})
-    with pytest.raises(ValueError, match=r"other settings .*num_items: 2 there, 1 here"):
-        run_items(["0"], squares, folder, {"steps": 4, "revision": None})
-    with pytest.raises(ValueError, match=r"other settings .*items_sha256"):
-        run_items(["1", "0"], squares, folder, {"steps": 4, "revision": None})
-    with pytest.raises(ValueError, match="'0' more than once"):
-        run_items(["0", "0"], squares, folder, {})
+    for changed, settings, message in (
+        (ids, {"steps": 8}, "steps: 4 there, 8 here"),
+        (["0"], {"steps": 4}, r"other settings .*num_items: 2 there, 1 here"),
+        (["1", "0"], {"steps": 4}, r"other settings .*items_sha256"),
+        (["0", "0"], {"steps": 4}, "'0' more than once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_items(changed, squares, folder, {**settings, "revision": None})
     with pytest.raises(ValueError, match="`batch_size` is 0"):
         run_items(ids, squares, folder, {}, batch_size=0)
     assert {file: file.read_bytes() for file in folder.iterdir()} == kept
     with pytest.raises(RuntimeError, match="2 items gave 1 records"):
         run_items(ids, lambda places: squares(places)[:1], tmp_path / "short", {}, batch_size=2)
 
-    (folder / "predictions.jsonl").write_text('{"id": "5"}\n')
-    with pytest.raises(ValueError, match="'5' at line 1, which is no item here"):
-        run_items(ids, squares, folder, {"steps": 4, "revision": None})
+    for line, message in (('{"id": "5"}', "'5' at line 1, which is no item"), ("[1]", "no record with 'id' at line 1")):
+        (folder / "predictions.jsonl").write_text(line + "\n")
+        with pytest.raises(ValueError, match=message):
+            run_items(ids, squares, folder, {"steps": 4, "revision": None})
     (folder / "run.json").unlink()
     with pytest.raises(ValueError, match=r"holds .*predictions.jsonl.* but no run.json"):
         run_items(ids, squares, folder, {"steps": 4, "revision": None})

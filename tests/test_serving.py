@@ -21,8 +21,8 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner
 
-from lladamedv.cli_common import CommandLine
 from lladamedv.cli import serve
+from lladamedv.cli_common import CommandLine
 from lladamedv.evaluation.answering import answer_batch, question_about
 from lladamedv.processing.medical_images import read_medical_image
 from lladamedv.processing.phantoms import PhantomVQA

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
 from lladamedv.cli import app
 from lladamedv.demo import DEMO_MODEL, load_model
+from lladamedv.hub_cards.checks import PROJECTOR
 from lladamedv.processing.phantoms import PhantomVQA
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
 from lladamedv.trainers import DataCollatorForMaskedDiffusion, recipes, sft
@@ -228,7 +229,7 @@ def test_a_flag_that_does_not_exist(capsys):
 def test_stage_one_leaves_a_projector_to_go_on_with(tmp_path):
     out = train(tmp_path, trainable="projector", chat_template="llada_plain")
     assert changed(out) == {"model.multi_modal_projector"}
-    projector = load_file(out / sft.PROJECTOR_FILE)
+    projector = load_file(out / PROJECTOR)
     saved = {name: weight for name, weight in load_file(out / "model.safetensors").items() if name in projector}
     assert len(projector) == 4 and all(torch.equal(projector[name], weight) for name, weight in saved.items())
     assert LLaDAMedVProcessor.from_pretrained(out).chat_template == CHAT_TEMPLATES["llada_plain"]
@@ -242,16 +243,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
     expected = weights(whole)
     again = train(tmp_path, "whole", max_steps=4, resume_from_checkpoint="last")
     assert all(torch.equal(expected[name], weight) for name, weight in weights(again).items())
-    assert not (whole / sft.PROJECTOR_FILE).exists()
-
-
-def test_answers_are_shown(tmp_path):
-    out = train(tmp_path, eval_data="phantoms:2:6", eval_strategy="steps", eval_steps=1, log_answers=3)
-    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    examples = PhantomVQA(2, 3)
-    assert [answer["step"] for answer in answers] == [1, 1, 1, 2, 2, 2]
-    for answer, example in zip(answers, [*examples, *examples]):
-        assert (answer["question"], answer["reference"]) == (example.question, example.answer) and answer["answer"]
+    assert not (whole / PROJECTOR).exists()
 
 
 def test_streaming(tmp_path):
@@ -308,7 +300,7 @@ def test_a_released_checkpoint_loads_as_it_is(tmp_path):
     assert sft.load_model(script, model_args)[1].image_token_id == processor.image_token_id
 
 
-def test_a_released_language_model_without_eyes(tmp_path):
+def test_a_released_language_model_without_a_vision_tower(tmp_path):
     folder = tmp_path / "LLaDA"
     released.write(folder, released.LLAMA_CONFIG, released.llama_weights())
     tiny_tokenizer().save_pretrained(folder)
@@ -324,15 +316,6 @@ def test_a_released_language_model_without_eyes(tmp_path):
 
 
 # Adapters and checkpoints
-
-
-def test_adapters_are_on_the_language_model_alone():
-    model, _ = load_model()
-    _, _, model_args = arguments(use_peft=True)
-    config = sft.lora_config(model, model_args)
-    targets = [name for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)]
-    assert len(targets) == 28 and all(name.startswith("model.language_model.layers.") for name in targets)
-    assert config.modules_to_save is None and sft.lora_config(model, arguments()[2]) is None
 
 
 @pytest.mark.parametrize(
@@ -382,14 +365,13 @@ def test_which_checkpoint(tmp_path):
         ({"model_name_or_path": "{llama}"}, "of a model of type 'llama'; allowed are 'lladamedv', and as released"),
         ({"load_in_8bit": True}, "`load_in_8bit` is True, but `use_peft` False"),
         ({"from_scratch": True, "load_in_4bit": True, "use_peft": True}, "`from_scratch` needs"),
-        ({"use_peft": True, "lora_target_modules": ["query"]}, "`lora_target_modules` holds 'query'"),
         ({"train_data": "phantoms:1:0"}, "`train_data` holds a source without a row"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "`eval_data` is empty"),
-        ({"log_answers": 2}, "`log_answers` is 2, but there is no `eval_dataset`"),
         ({"shuffle_buffer": 0}, "`shuffle_buffer` is 0"),
         ({"lora_r": 8}, "`lora_r` is given, but `use_peft` is False"),
         ({"resume_from_checkpoint": "none"}, "`resume_from_checkpoint` is 'none'"),
         ({"trainable": "stage1"}, "invalid choice: 'stage1'"),
+        ({"cache_image_features": "cache"}, "`cache_image_features` is 'cache', which .* removed in 0.2.0"),
         ({"stage": "1"}, "--stage"),
     ],
 )
@@ -399,7 +381,7 @@ def test_bad_arguments(tmp_path, capsys, options, message):
         options = {"model_name_or_path": options["model_name_or_path"].format(llama=tmp_path)}
     with pytest.raises(SystemExit) as stopped:
         train(tmp_path, **options)
-    assert message in f"{stopped.value}{capsys.readouterr().err}"
+    assert re.search(message, f"{stopped.value}{capsys.readouterr().err}")
 
 
 def test_a_recipe_with_an_unknown_key(tmp_path):

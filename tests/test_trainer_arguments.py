@@ -61,7 +61,7 @@ ASKED = {
     "pad_token": "<|eot_id|>", "use_cache": True, "use_liger_kernel": True, "liger_kernel_config": {"rope": True},
     "average_tokens_across_devices": False, "include_num_input_tokens_seen": "all", "label_names": ["labels"],
     "include_for_metrics": ["inputs"], "batch_eval_metrics": True, "hub_strategy": "every_save",
-    "hub_always_push": True,
+    "hub_always_push": True, "cache_image_features": "cache",
 }  # fmt: skip
 
 
@@ -76,7 +76,8 @@ def test_every_field_is_known():
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_what_means_nothing_here_is_refused(tmp_path, name):
     """In our own arguments and in TRL's, by name, value and reason."""
-    for kind in (MaskedDiffusionSFTConfig, SFTConfig)[: 1 + (name != "hub_strategy")]:  # it is TRL's default
+    ours_only = name in ("hub_strategy", "cache_image_features")  # TRL's default, and no option of TRL's
+    for kind in (MaskedDiffusionSFTConfig, SFTConfig)[: 2 - ours_only]:
         with pytest.raises(ValueError, match=rf"`{name}` is .*{ASKED[name]!r}.*, which does not apply.*: .{{10,}}\.$"):
             args = kind(str(tmp_path), use_cpu=True, **{name: ASKED[name]})
             MaskedDiffusionSFTTrainer(tiny_model(), args, train_dataset=rows(2), processing_class=tiny_processor())
@@ -260,15 +261,6 @@ MaskedDiffusionSFTConfig("out", bf16=False, use_cpu=USE_CPU)
 MULTI_CPU = "distributed_type: MULTI_CPU\nnum_machines: 1\nnum_processes: 2\nuse_cpu: true\n"
 
 
-def start(tmp_path, launcher, use_cpu):
-    (tmp_path / "script.py").write_text(SCRIPT.replace("USE_CPU", str(use_cpu)))
-    (tmp_path / "multi_cpu.yaml").write_text(MULTI_CPU)
-    return subprocess.run(
-        [sys.executable, "-m", *launcher, str(tmp_path / "script.py")], capture_output=True, text=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, timeout=240,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "use_cpu", "processes"),
@@ -280,7 +272,12 @@ def start(tmp_path, launcher, use_cpu):
 def test_processes_that_would_train_apart(tmp_path, launcher, use_cpu, processes):
     if not use_cpu and torch.accelerator.is_available():
         pytest.skip("two processes find each other on GPUs")
-    result = start(tmp_path, launcher, use_cpu)
+    (tmp_path / "script.py").write_text(SCRIPT.replace("USE_CPU", str(use_cpu)))
+    (tmp_path / "multi_cpu.yaml").write_text(MULTI_CPU)
+    result = subprocess.run(
+        [sys.executable, "-m", *launcher, "script.py"], capture_output=True, text=True, cwd=tmp_path, timeout=240,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
     assert result.returncode and f"one of {processes}, but trains as one of 1" in result.stderr
 
 
@@ -291,9 +288,7 @@ apart = pytest.mark.skipif(Version(accelerate.__version__) < Version("1.15"), re
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        pytest.param(
-            {"WORLD_SIZE": "2"}, "started as one of 2, but trains as one of 1.*--use_cpu true", marks=apart
-        ),
+        pytest.param({"WORLD_SIZE": "2"}, "started as one of 2, but trains as one of 1.*--use_cpu true", marks=apart),
         pytest.param({"OMPI_COMM_WORLD_SIZE": "4"}, "started as one of 4, but trains as one of 1", marks=apart),
         ({"MASTER_ADDR": "127.0.0.1"}, "started as one of several, but trains as one of 1.*MULTI_CPU starts one"),
         ({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1"}, None),

@@ -17,8 +17,8 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, IterableDataset
 
-from lladamedv.processing.datasets.columns import CONVERSATIONS, Fields
-from lladamedv.processing.datasets.messages import ROW_FEATURES, record_to_row
+from lladamedv.processing.datasets.columns import Fields
+from lladamedv.processing.datasets.messages import FORMS, QUESTION, ROW_FEATURES, record_to_row
 from lladamedv.processing.datasets.readers import ImageFiles, LoadReport, RowMaker, load_rows, open_records, undecoded
 from lladamedv.processing.datasets.vqa import load_vqa, phantom_records, record_to_messages
 from lladamedv.processing.phantoms import parse_phantoms
@@ -26,9 +26,6 @@ from lladamedv.processing.phantoms import parse_phantoms
 
 logger = logging.getLogger(__name__)
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
-_QUESTION = ("question", "answer", "image")
-# The columns of a record of each form; of a question's, also by other names.
-_FORMS = (("messages",), *((name,) for name in CONVERSATIONS), ("prompt", "completion"))
 _PHANTOMS, _VQA = "phantoms:", "vqa:"
 
 
@@ -147,7 +144,10 @@ def _load(source: DataSource, streaming: bool, invalid_records: str, argument: s
             source.path, source.split, called, image_folder=source.image_folder, streaming=streaming,
             keep_invalid=invalid_records == "skip", name=source.name, revision=source.revision,
         )  # fmt: skip
-        name += "" if callable(records) else f"/{source.split}"
+        if not callable(records):  # a table
+            name = f"{name}/{source.split}"
+        elif os.path.isdir(os.path.expanduser(source.path)):
+            name = source.split  # of its file
         _check_columns(first, source, called)
     maker = RowMaker(partial(_rows, images=images), report, name)
     dataset = load_rows(records, maker, ROW_FEATURES, streaming)
@@ -165,14 +165,14 @@ def _check_columns(record: dict, source: DataSource, called: str) -> None:
     Raises:
         ValueError: if the first record of a source has no form that is known.
     """
-    if any(set(form) <= set(record) for form in _FORMS):
+    if any(set(form) <= set(record) for form in FORMS):
         return
     fields = Fields(record)
-    read = {column: next(iter(fields.names(column)), None) for column in _QUESTION}
+    read = {column: next(iter(fields.names(column)), None) for column in QUESTION}
     if None in read.values():
         raise ValueError(
             f"{called}, which has the columns {sorted(record)}; allowed are "
-            f"{', or '.join(' and '.join(form) for form in _FORMS)}, or {', '.join(_QUESTION)}, also by other usual "
+            f"{', or '.join(' and '.join(form) for form in FORMS)}, or {', '.join(QUESTION)}, also by other usual "
             "names."
         )
     if any(name not in (column, "images") for column, name in read.items()):

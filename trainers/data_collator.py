@@ -1,4 +1,4 @@
-"""Rows of messages and images into a batch for the masked-diffusion loss: tokens, labels, and who may see whom."""
+"""Rows of messages and images into a batch for the masked-diffusion loss: tokens, labels, turns and segments."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         """Each image once, and where it stands."""
         processor, unique, index = self.processor.image_processor, {}, []
         for row in images:
-            # Beside others an image is one tile under anyres, and so another one.
+            # Under anyres an image beside others is one tile, so its pixels differ.
             alone = len(row) == 1 or not processor.vision_aspect_ratio.startswith("anyres")
             for image in row:
                 key = (hashlib.sha256(image.tobytes()).digest(), image.size, alone)

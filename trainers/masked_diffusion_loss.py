@@ -1,14 +1,16 @@
-"""The masked-diffusion loss of LLaDA: noise the answer, predict what was masked, weigh by how much was masked.
+"""The masked-diffusion loss of LLaDA: mask part of the answer, predict it, weigh by how much was masked.
 
-Source: LLaDA (arXiv 2502.09992), algorithm 2 and equation 5; constants as in LLaDA-V's (arXiv 2505.16933) training.
-The trainer gives every answer its own draws ([`AnswerNoise`]), so that they depend neither on padding nor on how a
-batch is split over processes and accumulation steps.
+[`masked_diffusion_loss`] is what the trainer runs: seven steps, in the order of LLaDA's algorithm 2 (arXiv 2502.09992)
+and equation 5, with the constants of LLaDA-V's training (arXiv 2505.16933). [`AnswerNoise`] gives every answer draws of
+its own, which depend neither on padding nor on how a batch is split over processes and accumulation steps.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +21,69 @@ EPSILON = 1e-3  # the masking probability never falls below this, so that its in
 LOSS_WEIGHTINGS = ("inverse_probability", "clipped", "uniform")
 LOSS_NORMALIZATIONS = ("answer_length", "tokens", "batch")
 TIME_SAMPLINGS = ("uniform", "stratified", "antithetic")
+_OF_IMAGES = ("pixel_values", "image_sizes")  # inputs of the model that are about images, not rows
 
 
 @dataclass
-class NoisedBatch:
+class LossArguments:
+    """
+    Variants of the loss; the defaults are those of LLaDA-V's and LLaDA-MedV's training.
+
+    Parameters:
+        loss_weighting (`str`, *optional*, defaults to `"inverse_probability"`):
+            What a masked token counts: `"inverse_probability"`, 1 / p, which makes the loss a bound on the likelihood
+            (LLaDA, arXiv 2502.09992, equation 5); `"clipped"`, 1 / p but at most `max_loss_weight`; or `"uniform"`, 1.
+        max_loss_weight (`float`, *optional*, defaults to `10.0`):
+            The largest weight with `loss_weighting="clipped"`.
+        loss_normalization (`str`, *optional*, defaults to `"answer_length"`):
+            Divide each answer's loss by its number of tokens and average over answers (`"answer_length"`, as LLaDA-V's
+            training does, arXiv 2505.16933), divide the whole batch's loss by its number of answer tokens, over all
+            processes and accumulation steps (`"tokens"`), or average the answers' sums (`"batch"`, LLaDA's equation 5).
+        complementary_masking (`bool`, *optional*, defaults to `False`):
+            Whether each row comes twice, with a mask and with its complement, so that every answer token is learned
+            from; images are encoded once (LaViDa, arXiv 2505.16839, section 3.2). Doubles the rows of a batch.
+
+    Raises:
+        ValueError: for a value that is not allowed.
+    """
+
+    loss_weighting: str = field(
+        default="inverse_probability",
+        metadata={"help": "What a masked token counts.", "choices": list(LOSS_WEIGHTINGS)},
+    )
+    max_loss_weight: float = field(default=10.0, metadata={"help": "Largest weight with loss_weighting='clipped'."})
+    loss_normalization: str = field(
+        default="answer_length",
+        metadata={"help": "What the loss is divided by.", "choices": list(LOSS_NORMALIZATIONS)},
+    )
+    complementary_masking: bool = field(
+        default=False, metadata={"help": "Whether each row comes with a mask and with its complement."}
+    )
+
+    def __post_init__(self):
+        for each in fields(self):  # also of classes that inherit
+            value, choices = getattr(self, each.name), each.metadata.get("choices")
+            if choices is not None and value not in (each.default, *choices):
+                raise ValueError(f"`{each.name}` is {value!r}; allowed are {tuple(choices)}.")
+        if not self.max_loss_weight >= 1:
+            raise ValueError(
+                f"`max_loss_weight` is {self.max_loss_weight}; allowed are numbers of at least 1, below which all "
+                "tokens would weigh alike."
+            )
+        if self.loss_weighting != "clipped" and self.max_loss_weight != LossArguments.max_loss_weight:
+            raise ValueError(
+                f"`max_loss_weight` is {self.max_loss_weight}, but `loss_weighting` is {self.loss_weighting!r}, which "
+                "has no largest weight; it belongs to 'clipped'."
+            )
+
+
+class NoisedBatch(NamedTuple):
     """A batch in which part of the answer tokens is masked.
 
     Attributes:
         input_ids (`(batch, sequence)`): the noised tokens.
         masked (`(batch, sequence)`, bool): where the mask token was put.
-        probability (`(batch,)` or `(batch, sequence)`): the masking probability p of each row, or of each token.
+        probability (`(batch, sequence)`): the masking probability p of each token.
     """
 
     input_ids: torch.LongTensor
@@ -36,53 +91,96 @@ class NoisedBatch:
     probability: torch.FloatTensor
 
 
-def sample_timesteps(
-    batch_size: int, generator: torch.Generator | None = None, stratified: bool = False, device=None
-) -> torch.FloatTensor:
-    """Draw t in [0, 1) for every row.
+class MaskedDiffusionLoss(NamedTuple):
+    """What [`masked_diffusion_loss`] returns.
+
+    Attributes:
+        loss: a scalar.
+        found (`(number of masked tokens,)`, bool): whether the model's first choice is right, row after row.
+    """
+
+    loss: torch.FloatTensor
+    found: torch.BoolTensor
+
+
+def masked_diffusion_loss(
+    model,
+    batch: Mapping,
+    noise: Callable[[torch.LongTensor, torch.LongTensor], tuple[torch.FloatTensor, torch.FloatTensor]],
+    args: LossArguments,
+    mask_token_id: int,
+    num_answers: int | None = None,
+    num_tokens: int | None = None,
+    fused: bool | None = None,
+) -> MaskedDiffusionLoss:
+    """The masked-diffusion loss of a batch.
 
     Args:
-        batch_size: number of rows.
-        generator: source of randomness.
-        stratified: give every row its own 1/batch_size-wide part of the interval, in random order; each t is still
-            uniform, but a batch's average varies less.
-        device: where to draw.
-
-    Returns:
-        `(batch_size,)` float32.
+        model: [`LLaDAMedVForConditionalGeneration`], which may be wrapped.
+        batch: what the model takes, and `labels` and `answer_ids`, `(batch, sequence)` each: the tokens to learn, -100
+            elsewhere, and the number of the answer, within the batch, that a token belongs to.
+        noise: draws t and u in [0, 1), `(batch, sequence)` each, for labels and answers: see [`AnswerNoise`].
+        args: the variant.
+        mask_token_id: of the model's configuration.
+        num_answers, num_tokens: what to divide by where this is a part of a larger batch; by default its own numbers.
+        fused: whether the output layer is TRL's fused one (`trl.trainer.utils.add_fused_lm_head`), which the model must
+            then have: in tiles, each computed a second time for the gradients, so that all logits are never there. By
+            default on accelerators; on a CPU it takes about twice as long.
     """
-    t = torch.rand(batch_size, generator=generator, device=device)
-    if stratified:
-        t = (torch.randperm(batch_size, generator=generator, device=device) + t) / batch_size
-    return t
+    # 1. What is learned.
+    inputs = dict(batch)
+    input_ids, labels, answer_ids = (inputs.pop(name) for name in ("input_ids", "labels", "answer_ids"))
+    # 2. Draw a time t for each answer, and u for each of its tokens.
+    t, uniform = noise(labels, answer_ids)
+    # 3. Mask each answer token with probability p = (1 - ε) t + ε.
+    noised = add_noise(input_ids, labels, t, uniform, mask_token_id)
+    # 4. Perhaps the same rows again, with exactly the other answer tokens masked.
+    if args.complementary_masking:
+        other = complement(noised, input_ids, labels, mask_token_id)
+        noised = NoisedBatch(*map(torch.cat, zip(noised, other)))
+        inputs |= {name: torch.cat([value, value]) for name, value in inputs.items() if name not in _OF_IMAGES}
+        labels, answer_ids = torch.cat([labels, labels]), torch.cat([answer_ids, answer_ids + answer_ids.max() + 1])
+        num_answers, num_tokens = (None if number is None else 2 * number for number in (num_answers, num_tokens))
+    # 5. Predict what is masked. The last layer and the output layer run at these positions alone.
+    masked, targets = noised.masked, labels[noised.masked]
+    if masked.device.type != "cpu" if fused is None else fused:
+        outputs = model(
+            input_ids=noised.input_ids, query_mask=masked, shift_labels=targets, fused_lm_head=True, use_cache=False,
+            **inputs,
+        )  # fmt: skip
+        log_probs, found = outputs.log_probs.float(), outputs.is_top1
+    else:
+        logits = model(input_ids=noised.input_ids, logits_to_keep=masked, use_cache=False, **inputs).logits.float()
+        log_probs, found = -F.cross_entropy(logits, targets, reduction="none"), logits.argmax(dim=-1) == targets
+    # 6. Weigh each masked token by 1 / p, and divide by the answer's number of tokens and the number of answers.
+    weights = loss_weights(labels, noised, answer_ids, args, num_answers, num_tokens)
+    # 7. Sum over the masked tokens of all answers.
+    return MaskedDiffusionLoss(-(log_probs * weights[masked]).sum(), found)
 
 
 def add_noise(
     input_ids: torch.LongTensor,
     labels: torch.LongTensor,
     t: torch.FloatTensor,
+    uniform: torch.FloatTensor,
     mask_token_id: int,
-    generator: torch.Generator | None = None,
-    uniform: torch.FloatTensor | None = None,
 ) -> NoisedBatch:
-    """Mask each labelled token with probability p = (1 - 1e-3) t + 1e-3.
+    """Mask each labelled token with probability p = (1 - 1e-3) t + 1e-3, that is, where `uniform` is below p.
 
     Args:
         input_ids, labels (`(batch, sequence)`): tokens, and the same tokens with -100 where nothing is to be learned.
-        t (`(batch,)` or `(batch, sequence)`): time of each row, or of each token.
+        t (`(batch, sequence)`, or what broadcasts to it): the time of each token's answer.
+        uniform (`(batch, sequence)`): draws from [0, 1).
         mask_token_id: id to put in.
-        generator: source of randomness for `uniform`.
-        uniform (`(batch, sequence)`): the draws to use, instead of new ones.
     """
-    if uniform is None:
-        uniform = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
-    probability = (1 - EPSILON) * t + EPSILON
-    threshold = probability if probability.dim() == 2 else probability[:, None]
-    masked = (uniform < threshold) & (labels != IGNORE_INDEX)
+    probability = ((1 - EPSILON) * t + EPSILON).expand(labels.shape)
+    masked = (uniform < probability) & (labels != IGNORE_INDEX)
     return NoisedBatch(input_ids.masked_fill(masked, mask_token_id), masked, probability)
 
 
-def complement(noised: NoisedBatch, input_ids: torch.LongTensor, labels: torch.LongTensor, mask_token_id: int):
+def complement(
+    noised: NoisedBatch, input_ids: torch.LongTensor, labels: torch.LongTensor, mask_token_id: int
+) -> NoisedBatch:
     """The same batch with exactly the other answer tokens masked (LaViDa, arXiv 2505.16839, section 3.2).
 
     A token is masked here with probability 1 - p, which has no lower bound; its inverse is bounded as p's is.
@@ -95,99 +193,32 @@ def complement(noised: NoisedBatch, input_ids: torch.LongTensor, labels: torch.L
 def loss_weights(
     labels: torch.LongTensor,
     noised: NoisedBatch,
-    answer_ids: torch.LongTensor | None = None,
-    weighting: str = "inverse_probability",
-    max_weight: float = 10.0,
-    normalization: str = "answer_length",
+    answer_ids: torch.LongTensor,
+    args: LossArguments,
     num_answers: int | None = None,
     num_tokens: int | None = None,
 ) -> torch.FloatTensor:
-    """What the cross-entropy of each masked token counts in the loss, `(batch, sequence)`; 0 where nothing is masked.
+    """What the cross-entropy of each masked token counts in the loss.
 
     Args:
-        labels (`(batch, sequence)`): see [`add_noise`].
+        labels, answer_ids, args, num_answers, num_tokens: see [`masked_diffusion_loss`].
         noised: what [`add_noise`] returned.
-        answer_ids (`(batch, sequence)`, *optional*): number of the answer, within the batch, that each token belongs
-            to, where a row holds several; by default a row is an answer.
-        weighting: `"inverse_probability"` (1 / p, which makes the loss a bound on the likelihood: LLaDA), `"clipped"`
-            (1 / p, but at most `max_weight`), or `"uniform"` (1: every masked token counts the same).
-        max_weight: of `"clipped"`.
-        normalization: divide by the number of the answer's labelled tokens and average over answers
-            (`"answer_length"`: LLaDA-V's training), divide by the batch's number of labelled tokens (`"tokens"`), or
-            sum over tokens and average over answers (`"batch"`: LLaDA, equation 5).
-        num_answers, num_tokens: what to divide by, where this is a part of a larger batch; by default its own numbers.
 
     Returns:
-        Weights. An answer without labels counts as 0.
+        `(batch, sequence)`, 0 where nothing is masked. An answer without labels counts as 0.
     """
-    labelled = labels != IGNORE_INDEX
-    if answer_ids is None:
-        answer_ids = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
-    probability = noised.probability if noised.probability.dim() == 2 else noised.probability[:, None]
-    weights = torch.ones_like(probability) if weighting == "uniform" else 1 / probability
-    if weighting == "clipped":
-        weights = weights.clamp(max=max_weight)
+    learned = labels != IGNORE_INDEX
+    weights = torch.ones_like(noised.probability) if args.loss_weighting == "uniform" else 1 / noised.probability
+    if args.loss_weighting == "clipped":
+        weights = weights.clamp(max=args.max_loss_weight)
     weights = weights * noised.masked
-    if normalization == "tokens":
-        return weights / max(1, int(labelled.sum()) if num_tokens is None else num_tokens)
+    if args.loss_normalization == "tokens":
+        return weights / max(1, int(learned.sum()) if num_tokens is None else num_tokens)
     own_answers = int(answer_ids.max()) + 1
-    if normalization == "answer_length":
-        counts = torch.zeros(own_answers, device=labels.device).index_add_(
-            0, answer_ids.flatten(), labelled.flatten().float()
-        )
-        weights = weights / counts.clamp(min=1)[answer_ids]
+    if args.loss_normalization == "answer_length":
+        lengths = torch.bincount(answer_ids[learned], minlength=own_answers)
+        weights = weights / lengths.clamp(min=1)[answer_ids]
     return weights / (own_answers if num_answers is None else num_answers)
-
-
-def masked_diffusion_loss(
-    masked_logits: torch.FloatTensor, labels: torch.LongTensor, noised: NoisedBatch
-) -> torch.FloatTensor:
-    """Mean over rows of the sum over masked tokens of cross-entropy / p / number of labelled tokens.
-
-    Args:
-        masked_logits (`(number of masked tokens, vocabulary)`): logits at `noised.masked`, as
-            `model(..., logits_to_keep=noised.masked)` gives them.
-        labels (`(batch, sequence)`): see [`add_noise`].
-        noised: what [`add_noise`] returned.
-
-    Returns:
-        A scalar. A row without labels counts as 0.
-    """
-    cross_entropy = F.cross_entropy(masked_logits.float(), labels[noised.masked], reduction="none")
-    return (cross_entropy * loss_weights(labels, noised)[noised.masked]).sum()
-
-
-def run_masked_loss(
-    model,
-    inputs: dict,
-    labels: torch.LongTensor,
-    noised: NoisedBatch,
-    weights: torch.FloatTensor,
-    fused: bool | None = None,
-) -> tuple[torch.FloatTensor, torch.BoolTensor]:
-    """The loss of a model, whose last layer and output layer run at the masked tokens alone.
-
-    Args:
-        model: may be wrapped.
-        inputs: what the model takes besides the tokens.
-        labels, noised: see [`add_noise`].
-        weights: of [`loss_weights`].
-        fused: whether the output layer is TRL's fused one (`trl.trainer.utils.add_fused_lm_head`), which the model must
-            then have: in tiles, each computed a second time for the gradients, so that all logits are never there. By
-            default on accelerators; on a CPU it takes about twice as long.
-
-    Returns:
-        The loss, a scalar, and for each masked token, row after row, whether the model finds it.
-    """
-    masked = noised.masked
-    targets, inputs = labels[masked], inputs | {"input_ids": noised.input_ids}
-    if masked.device.type != "cpu" if fused is None else fused:
-        outputs = model(**inputs, query_mask=masked, shift_labels=targets, fused_lm_head=True)
-        log_probs, found = outputs.log_probs.float(), outputs.is_top1
-    else:
-        logits = model(**inputs, logits_to_keep=masked).logits.float()
-        log_probs, found = -F.cross_entropy(logits, targets, reduction="none"), logits.argmax(dim=-1) == targets
-    return -(log_probs * weights[masked]).sum(), found
 
 
 class AnswerNoise:
@@ -207,29 +238,32 @@ class AnswerNoise:
         self.seed, self.sampling = seed, sampling
 
     def __call__(
-        self, labels: torch.LongTensor, answer_ids: torch.LongTensor, step: object, first_row: int, num_rows: int
+        self, labels: torch.LongTensor, answer_ids: torch.LongTensor, step: int, first_row: int, num_rows: int
     ) -> tuple[torch.FloatTensor, torch.FloatTensor]:
         """Draw for a part of the whole batch.
 
         Args:
-            labels, answer_ids (`(rows, sequence)`): see [`loss_weights`].
-            step: of the optimizer, or whatever else tells draws apart.
+            labels, answer_ids (`(rows, sequence)`): see [`masked_diffusion_loss`].
+            step: of the optimizer.
             first_row: place of the first of these rows in the whole batch.
             num_rows: of the whole batch.
 
         Returns:
-            `t` and `uniform`, `(rows, sequence)` each, on the CPU and then moved to where `labels` are.
+            `t` and `uniform`, `(rows, sequence)` each, on the device of `labels`, drawn on the CPU.
         """
         t, uniform = torch.zeros(labels.shape), torch.ones(labels.shape)
         order = torch.randperm(num_rows, generator=self._generator(step, "order"))
-        for row, (answers, labelled) in enumerate(zip(answer_ids.cpu(), (labels != IGNORE_INDEX).cpu())):
-            numbers = answers[labelled].unique(sorted=True).tolist()
-            for place, number in enumerate(numbers):
-                mine = labelled & (answers == number)
-                generator = self._generator(step, first_row + row, place)
-                draw = float(torch.rand((), generator=generator))
-                t[row, mine] = self._time(draw, step, first_row + row, place, len(numbers), order)
-                uniform[row, mine] = torch.rand(int(mine.sum()), generator=generator)
+        for row, place, num_answers, own in _answers(labels, answer_ids):
+            number = first_row + row
+            generator = self._generator(step, number, place)
+            time = float(torch.rand((), generator=generator))
+            if self.sampling == "stratified":
+                # A row's answers share its part of the interval, each with a part of that.
+                time = (float(order[number]) + (place + time) / num_answers) / num_rows
+            elif self.sampling == "antithetic" and number % 2:
+                time = 1 - float(torch.rand((), generator=self._generator(step, number - 1, place)))
+            t[row, own] = time
+            uniform[row, own] = torch.rand(int(own.sum()), generator=generator)
         return t.to(labels.device), uniform.to(labels.device)
 
     def fixed(
@@ -238,21 +272,20 @@ class AnswerNoise:
         """The `number`-th of `of` times spread evenly over [0, 1], and draws that depend on the answer alone: for an
         evaluation that says the same of the same model. Arguments and return value are those of a call."""
         t, uniform = torch.full(labels.shape, (number + 0.5) / of), torch.ones(labels.shape)
-        for row, (answers, learned) in enumerate(zip(answer_ids.cpu(), labels.cpu())):
-            for answer in answers[learned != IGNORE_INDEX].unique().tolist():
-                mine = (learned != IGNORE_INDEX) & (answers == answer)
-                generator = self._generator("fixed", learned[mine].tolist(), number)
-                uniform[row, mine] = torch.rand(int(mine.sum()), generator=generator)
+        for row, _, _, own in _answers(labels, answer_ids):
+            generator = self._generator("fixed", labels[row].cpu()[own].tolist(), number)
+            uniform[row, own] = torch.rand(int(own.sum()), generator=generator)
         return t.to(labels.device), uniform.to(labels.device)
-
-    def _time(self, draw, step, row, place, num_answers, order):
-        if self.sampling == "stratified":
-            # A row's answers share its part of the interval, each with a part of that.
-            return (float(order[row]) + (place + draw) / num_answers) / len(order)
-        if self.sampling == "antithetic" and row % 2:
-            return 1 - float(torch.rand((), generator=self._generator(step, row - 1, place)))
-        return draw
 
     def _generator(self, *names: object) -> torch.Generator:
         digest = hashlib.sha256(repr((self.seed, *names)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _answers(labels: torch.Tensor, answer_ids: torch.Tensor) -> Iterator[tuple[int, int, int, torch.BoolTensor]]:
+    """For each answer its row, its place among the answers of that row, how many these are, and where its tokens are,
+    `(sequence,)`."""
+    for row, (answers, learned) in enumerate(zip(answer_ids.cpu(), (labels != IGNORE_INDEX).cpu())):
+        numbers = answers[learned].unique().tolist()
+        for place, number in enumerate(numbers):
+            yield row, place, len(numbers), learned & (answers == number)

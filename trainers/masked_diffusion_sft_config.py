@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from .masked_diffusion_loss import LOSS_NORMALIZATIONS, LOSS_WEIGHTINGS, TIME_SAMPLINGS
+from .masked_diffusion_loss import TIME_SAMPLINGS, LossArguments
 
 
-TRAINABLE = ("projector", "projector+language_model", "all")
-LONG_ROWS = ("error", "drop")
-INVALID_ROWS = ("error", "skip")
+# The parts of the model with weights that are trained, by `trainable`.
+TRAINABLE = {
+    "projector": ("projector",),
+    "projector+language_model": ("projector", "language_model"),
+    "all": ("projector", "language_model", "vision"),
+}
 _PACKING = "use `pack_questions`"
 _HUB = "only at the end is everything checked that is pushed; allowed is `hub_strategy='end'`"
 _METRICS = "evaluation computes `eval_loss` and no logits; `log_answers` shows answers, `lladamedv eval` scores them"
@@ -43,37 +46,32 @@ NOT_APPLICABLE = {
     "batch_eval_metrics": _METRICS,
     "hub_strategy": _HUB,
     "hub_always_push": _HUB,
+    "cache_image_features": "it was removed in 0.2.0, because it saved only 2 to 4 % of a step",
 }
 # Values besides the default that ask for nothing else than what happens.
 _NEUTRAL = {"eval_packing": (False,), "router_aux_loss_coef": (0.0,), "include_num_input_tokens_seen": ("non_padding",)}
 
+_LEAST = {
+    "eos_padding": 0, "log_answers": 0, "eos_padding_to_multiple_of": 1, "eval_time_steps": 1, "max_length": 1,
+    "pad_to_multiple_of": 1, "pack_questions": 2,
+}  # fmt: skip
+
 
 @dataclass
-class MaskedDiffusionSFTConfig(SFTConfig):
+class MaskedDiffusionSFTConfig(LossArguments, SFTConfig):
     r"""
     Configuration class for the [`MaskedDiffusionSFTTrainer`].
 
-    This class includes only the parameters that masked diffusion adds; see [`trl.SFTConfig`] for the others.
+    This class includes only the parameters that masked diffusion adds; see [`trl.SFTConfig`] for the others, and
+    [`LossArguments`] for `loss_weighting`, `max_loss_weight`, `loss_normalization` and `complementary_masking`.
 
     Parameters:
-        > The loss
+        > The noise
 
-        loss_weighting (`str`, *optional*, defaults to `"inverse_probability"`):
-            What a masked token counts: `"inverse_probability"`, 1 / p (LLaDA, arXiv 2502.09992, equation 5);
-            `"clipped"`, 1 / p but at most `max_loss_weight`; or `"uniform"`, 1.
-        max_loss_weight (`float`, *optional*, defaults to `10.0`):
-            The largest weight with `loss_weighting="clipped"`.
-        loss_normalization (`str`, *optional*, defaults to `"answer_length"`):
-            Divide each answer's loss by its number of tokens and average over answers (`"answer_length"`, as LLaDA-V's
-            training does, arXiv 2505.16933), divide the whole batch's loss by its number of answer tokens, over all
-            processes and accumulation steps (`"tokens"`), or average the answers' sums (`"batch"`, LLaDA's equation 5).
         time_sampling (`str`, *optional*, defaults to `"uniform"`):
             How the times t of a batch are drawn: independently (`"uniform"`, LLaDA), each in its own part of [0, 1)
             over the whole batch of all processes (`"stratified"`, VDM's low-discrepancy sampler, arXiv 2107.00630), or
             as t and 1 - t for rows next to each other (`"antithetic"`).
-        complementary_masking (`bool`, *optional*, defaults to `False`):
-            Whether each row comes twice, with a mask and with its complement, so that every answer token is learned
-            from; images are encoded once (LaViDa, arXiv 2505.16839, section 3.2). Doubles the rows of a batch.
         noise_seed (`int`, *optional*):
             Seed of times and masks; by default `seed`.
 
@@ -112,9 +110,6 @@ class MaskedDiffusionSFTConfig(SFTConfig):
             frozen in the model stays so. With adapters these are trained instead, and whatever `modules_to_save` names.
         projector_learning_rate, vision_learning_rate, language_model_learning_rate (`float`, *optional*):
             Learning rates of these parts; by default `learning_rate`. Adapters belong to the part that they adapt.
-        cache_image_features (`str`, *optional*):
-            Folder in which to keep what a frozen vision tower sees in each image, for later epochs and runs. A cache of
-            another tower is refused.
 
         > Evaluation
 
@@ -146,21 +141,9 @@ class MaskedDiffusionSFTConfig(SFTConfig):
     hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether to push to a private repository."})
     hub_strategy: str = field(default="end", metadata={"help": "When to push; only at the end is everything checked."})
 
-    # The loss
-    loss_weighting: str = field(
-        default="inverse_probability",
-        metadata={"help": "What a masked token counts.", "choices": list(LOSS_WEIGHTINGS)},
-    )
-    max_loss_weight: float = field(default=10.0, metadata={"help": "Largest weight with loss_weighting='clipped'."})
-    loss_normalization: str = field(
-        default="answer_length",
-        metadata={"help": "What the loss is divided by.", "choices": list(LOSS_NORMALIZATIONS)},
-    )
+    # The noise
     time_sampling: str = field(
         default="uniform", metadata={"help": "How times are drawn.", "choices": list(TIME_SAMPLINGS)}
-    )
-    complementary_masking: bool = field(
-        default=False, metadata={"help": "Whether each row comes with a mask and with its complement."}
     )
     noise_seed: int | None = field(default=None, metadata={"help": "Seed of times and masks; by default `seed`."})
 
@@ -180,11 +163,11 @@ class MaskedDiffusionSFTConfig(SFTConfig):
         default=None, metadata={"help": "Put up to this many questions about one image into one row."}
     )
     long_rows: str = field(
-        default="error", metadata={"help": "What to do with rows that are too long.", "choices": list(LONG_ROWS)}
+        default="error", metadata={"help": "What to do with rows that are too long.", "choices": ["error", "drop"]}
     )
     invalid_rows: str = field(
         default="error",
-        metadata={"help": "What to do with rows that cannot be trained on.", "choices": list(INVALID_ROWS)},
+        metadata={"help": "What to do with rows that cannot be trained on.", "choices": ["error", "skip"]},
     )
 
     # What is trained
@@ -197,7 +180,7 @@ class MaskedDiffusionSFTConfig(SFTConfig):
         default=None, metadata={"help": "Learning rate of the language model and its output layer."}
     )
     cache_image_features: str | None = field(
-        default=None, metadata={"help": "Folder in which to keep what a frozen vision tower sees."}
+        default=None, metadata={"help": "Removed in 0.2.0; only its absence is allowed."}
     )
 
     # Evaluation
@@ -205,39 +188,23 @@ class MaskedDiffusionSFTConfig(SFTConfig):
     log_answers: int = field(default=0, metadata={"help": "How many evaluation rows to answer and log as a table."})
 
     def __post_init__(self):
-        super().__post_init__()
+        SFTConfig.__post_init__(self)
+        LossArguments.__post_init__(self)
         _check_processes(self.world_size)
-        choices = {
-            "loss_weighting": LOSS_WEIGHTINGS, "loss_normalization": LOSS_NORMALIZATIONS,
-            "time_sampling": TIME_SAMPLINGS, "long_rows": LONG_ROWS, "invalid_rows": INVALID_ROWS,
-            "trainable": TRAINABLE,
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {allowed}.")
-        for name, least in (("eos_padding", 0), ("eos_padding_to_multiple_of", 1), ("pack_questions", 2),
-                            ("eval_time_steps", 1), ("log_answers", 0), ("max_length", 1),
-                            ("pad_to_multiple_of", 1)):  # fmt: skip
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and (value != int(value) or value < least):
                 raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers of at least {least}.")
-        for name in ("max_loss_weight", "projector_learning_rate", "vision_learning_rate",
-                     "language_model_learning_rate"):  # fmt: skip
+        for name in ("projector_learning_rate", "vision_learning_rate", "language_model_learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` is {value!r}; allowed are numbers above 0.")
-        if self.loss_weighting != "clipped" and self.max_loss_weight != type(self).max_loss_weight:
-            raise ValueError(
-                f"`max_loss_weight` is {self.max_loss_weight}, but `loss_weighting` is {self.loss_weighting!r}, which "
-                "has no largest weight; it belongs to 'clipped'."
-            )
-        if self.max_loss_weight < 1:
-            raise ValueError(f"`max_loss_weight` is {self.max_loss_weight}; below 1 it would weigh all tokens alike.")
-        for each in fields(SFTConfig):
-            reason, value = NOT_APPLICABLE.get(each.name), getattr(self, each.name)
-            harmless = (getattr(type(self), each.name, []), *_NEUTRAL.get(each.name, ()))
-            if reason is not None and value not in harmless:
-                raise ValueError(f"`{each.name}` is {value!r}, which does not apply to masked diffusion: {reason}.")
+        for name in NOT_APPLICABLE.keys() & self.__dataclass_fields__.keys():
+            value = getattr(self, name)
+            if value not in (getattr(type(self), name, []), *_NEUTRAL.get(name, ())):
+                raise ValueError(
+                    f"`{name}` is {value!r}, which does not apply to masked diffusion: {NOT_APPLICABLE[name]}."
+                )
         if set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}:
             raise ValueError(
                 f"`dataset_kwargs` is {self.dataset_kwargs!r}; allowed is 'skip_prepare_dataset', which changes "

@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 from dataclasses import fields
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -32,17 +33,8 @@ from lladamedv.processing.datasets.readers import undecoded
 
 from .answer_table import AnswerTableCallback
 from .data_collator import DataCollatorForMaskedDiffusion
-from .image_feature_cache import ImageFeatureCache
-from .masked_diffusion_loss import (
-    IGNORE_INDEX,
-    AnswerNoise,
-    NoisedBatch,
-    add_noise,
-    complement,
-    loss_weights,
-    run_masked_loss,
-)
-from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
+from .masked_diffusion_loss import IGNORE_INDEX, AnswerNoise, LossArguments, masked_diffusion_loss
+from .masked_diffusion_sft_config import TRAINABLE, MaskedDiffusionSFTConfig
 from .rows import pack_rows, prepare_rows
 
 
@@ -52,11 +44,10 @@ _PARTS = {
     "vision": ("model.vision_tower.",),
     "language_model": ("model.language_model.", "lm_head."),
 }
-_TRAINED_PARTS = {
-    "projector": ("projector",),
-    "projector+language_model": ("projector", "language_model"),
-    "all": ("projector", "language_model", "vision"),
-}
+_COLLATOR_OPTIONS = (
+    "eos_padding", "eos_padding_to_multiple_of", "eos_padding_token", "train_on_template_tokens", "turn_mask",
+    "pad_to_multiple_of", "max_length",
+)  # fmt: skip
 _NO_LOGITS = "no logits are kept; `log_answers` shows answers, `lladamedv eval` scores them"
 logger = logging.getLogger(__name__)
 
@@ -64,12 +55,8 @@ logger = logging.getLogger(__name__)
 class MaskedDiffusionSFTTrainer(SFTTrainer):
     """Trainer for the masked-diffusion SFT of LLaDA (arXiv 2502.09992, algorithm 2), LLaDA-V and LLaDA-MedV.
 
-    Per answer: t ~ U(0, 1), p = (1 - ε) t + ε, each answer token masked with probability p; the cross-entropy of the
-    masked tokens is weighted by 1 / p, divided by the answer's number of tokens, and averaged over answers.
-    [`MaskedDiffusionSFTConfig`] has the variants.
-
-    The last layer and the output layer run on masked answer tokens alone (on GPUs in TRL's fused form), images that
-    several rows show are encoded once, and a frozen vision tower keeps no activations.
+    The loss is [`masked_diffusion_loss`]; [`MaskedDiffusionSFTConfig`] has the variants. Images that several rows show
+    are encoded once, and a frozen vision tower keeps no activations.
 
     Args:
         model ([`LLaDAMedVForConditionalGeneration`], `PeftModel`, `str` or `os.PathLike`):
@@ -119,12 +106,13 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         peft_config=None,
         formatting_func=None,
     ):
-        for name, value, instead in (
-            ("compute_loss_func", compute_loss_func, "`loss_weighting` and `loss_normalization` shape the loss"),
-            ("compute_metrics", compute_metrics, _NO_LOGITS),
-            ("preprocess_logits_for_metrics", preprocess_logits_for_metrics, _NO_LOGITS),
-            ("formatting_func", formatting_func, "rows hold `messages`; `map` the data set to them beforehand"),
-        ):
+        refused = {
+            "compute_loss_func": (compute_loss_func, "`loss_weighting` and `loss_normalization` shape the loss"),
+            "compute_metrics": (compute_metrics, _NO_LOGITS),
+            "preprocess_logits_for_metrics": (preprocess_logits_for_metrics, _NO_LOGITS),
+            "formatting_func": (formatting_func, "rows hold `messages`; `map` the data set to them beforehand"),
+        }
+        for name, (value, instead) in refused.items():
             if value is not None:
                 raise ValueError(f"`{name}` does not apply to masked diffusion: {instead}.")
         if isinstance(model, PathLike):
@@ -160,9 +148,8 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         self.args, self.data_collator, self.row_reports = args, data_collator, {}
         train_dataset = self._prepare_rows(train_dataset, "train_dataset")
         if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: self._prepare_rows(each, f"eval_dataset[{name!r}]") for name, each in eval_dataset.items()
-            }
+            eval_dataset = {name: self._prepare_rows(rows, f"eval_dataset[{name!r}]")
+                            for name, rows in eval_dataset.items()}  # fmt: skip
         elif eval_dataset is not None:
             eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
         self.noise = AnswerNoise(args.seed if args.noise_seed is None else args.noise_seed, args.time_sampling)
@@ -175,12 +162,10 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         parallel = self.accelerator.parallelism_config
         if parallel is not None and max(parallel.tp_size, parallel.cp_size, parallel.sp_size) > 1:
             raise ValueError(f"`parallelism_config` is {parallel}; rows and layers cannot be split, dp_* may be > 1.")
-        self.trained_parts = [
-            part for part in _PARTS
-            if any(each.requires_grad and part_of(name) == part for name, each in self.model.named_parameters())
-        ]  # fmt: skip
+        trained = {part_of(name) for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self.trained_parts = [part for part in _PARTS if part in trained]
         for part in _PARTS:
-            if (rate := getattr(args, f"{part}_learning_rate")) is not None and part not in self.trained_parts:
+            if (rate := getattr(args, f"{part}_learning_rate")) is not None and part not in trained:
                 raise ValueError(
                     f"`{part}_learning_rate` is {rate}, but nothing of that part is trained, only "
                     f"{' and '.join(self.trained_parts)}; leave it out, or see `trainable`."
@@ -193,18 +178,10 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
                     "leave it to `args`."
                 )
         if args.log_answers:
-            self.add_callback(AnswerTableCallback(self, self._first_rows(eval_dataset, args.log_answers)))
-        self.feature_cache = None
-        if args.cache_image_features is not None:
-            self.feature_cache = ImageFeatureCache(args.cache_image_features, self._base_model, processing_class)
-
-    @staticmethod
-    def _first_rows(dataset, count):
-        if isinstance(dataset, dict):
-            dataset = next(iter(dataset.values()))
-        if dataset is None:
-            raise ValueError(f"`log_answers` is {count}, but there is no `eval_dataset` whose rows could be answered.")
-        return list(dataset.take(count))
+            rows = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
+            if rows is None:
+                raise ValueError(f"`log_answers` is {args.log_answers}, but there is no `eval_dataset`.")
+            self.add_callback(AnswerTableCallback(self, list(rows.take(args.log_answers))))
 
     @property
     def _base_model(self) -> LLaDAMedVForConditionalGeneration:
@@ -326,21 +303,16 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:  # the end of a stream
             return batches, num_items_in_batch
-        counts = torch.tensor(
-            [
-                [len(batch["labels"]), int(batch["answer_ids"].max()) + 1, int((batch["labels"] != IGNORE_INDEX).sum())]
-                for batch in batches
-            ],
-            device=device,
-        ).view(-1, 3)
-        everyone = self.accelerator.gather(counts[None])  # (processes, batches, 3)
+        counts = [
+            (len(each["labels"]), int(each["answer_ids"].max()) + 1, int((each["labels"] != IGNORE_INDEX).sum()))
+            for each in batches
+        ]
+        everyone = self.accelerator.gather(torch.tensor([counts], device=device))  # (processes, batches, 3)
         num_rows, num_answers, num_tokens = everyone.sum(dim=(0, 1)).tolist()
         rows = everyone[..., 0].T.flatten()  # batch after batch, process after process
         first = (rows.cumsum(0) - rows).view(len(batches), -1)[:, self.accelerator.process_index].tolist()
         for batch, first_row in zip(batches, first):
-            batch["whole"] = {
-                "first_row": first_row, "num_rows": num_rows, "num_answers": num_answers, "num_tokens": num_tokens,
-            }  # fmt: skip
+            batch["whole"] = (first_row, num_rows, num_answers, num_tokens)
         # A stream may end within a step, which Transformers takes only with the last of its batches.
         nothing = batches[-1] | {"labels": torch.full_like(batches[-1]["labels"], IGNORE_INDEX)}
         return batches + [nothing] * (num_batches - len(batches)), num_items_in_batch
@@ -348,66 +320,33 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise ValueError("`return_outputs` is True, but the full logits are never computed; only False is allowed.")
-        inputs = dict(inputs)
-        labels, answer_ids, row_ids = inputs.pop("labels"), inputs.pop("answer_ids"), inputs.pop("row_ids", None)
-        whole = inputs.pop("whole", None)
-        inputs["use_cache"] = False
-        if self.feature_cache is not None and "pixel_values" in inputs:
-            names = ("image_sizes", "batch_num_images", "image_index")
-            inputs["vision_features"] = self.feature_cache.vision_features(
-                self._base_model, inputs.pop("pixel_values"), **{name: inputs[name] for name in names}
-            )
-        if whole is None:  # an evaluation
-            losses = []
-            for number in range(self.args.eval_time_steps):
-                noised = self._fixed_noise(inputs, labels, answer_ids, number)
-                losses.append(self._masked_loss(model, inputs, labels, answer_ids, noised))
-            loss = torch.stack(losses).mean()
-        else:
-            place = (whole["first_row"], whole["num_rows"])
-            t, uniform = self.noise(labels, answer_ids, self.state.global_step, *place)
-            noised = add_noise(inputs["input_ids"], labels, t, self._base_model.config.mask_token_id, uniform=uniform)
-            totals = {name: whole[name] for name in ("num_answers", "num_tokens")}
-            if self.args.complementary_masking:
-                inputs, labels, answer_ids, noised = self._with_complement(inputs, labels, answer_ids, noised)
-                totals = {name: 2 * value for name, value in totals.items()}
-            # Processes average their gradients; the sum is wanted.
-            loss = self._masked_loss(model, inputs, labels, answer_ids, noised, **totals)
-            loss = loss * self.accelerator.num_processes
+        args, batch = self.args, {name: value for name, value in inputs.items() if name not in ("row_ids", "whole")}
+        loss_of = partial(masked_diffusion_loss, model, batch, mask_token_id=self._base_model.config.mask_token_id)
+        if "whole" in inputs:
+            first_row, num_rows, num_answers, num_tokens = inputs["whole"]
+            noise = partial(self.noise, step=self.state.global_step, first_row=first_row, num_rows=num_rows)
+            results = [loss_of(noise, args, num_answers=num_answers, num_tokens=num_tokens)]
+            scale = self.accelerator.num_processes  # processes average their gradients; the sum is wanted
             # In the state, so that a resumed run goes on counting.
-            self.state.num_input_tokens_seen += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
+            seen = self.accelerator.gather(batch["attention_mask"].sum()).sum() * (1 + args.complementary_masking)
+            self.state.num_input_tokens_seen += int(seen)
             self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
-        self._stop_if_not_finite(loss, row_ids, inputs)
+        else:  # an evaluation, of each answer with the same times and masks whenever it comes
+            plain = LossArguments(args.loss_weighting, args.max_loss_weight, args.loss_normalization)
+            noises = [partial(self.noise.fixed, number=each, of=args.eval_time_steps)
+                      for each in range(args.eval_time_steps)]  # fmt: skip
+            results, scale = [loss_of(noise, plain) for noise in noises], 1 / len(noises)
+        for _, found in results:
+            right, asked = (int(self.accelerator.gather(each).sum())
+                            for each in (found.sum(), torch.ones_like(found).sum()))  # fmt: skip
+            if asked:
+                self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(right / asked)
+        loss = scale * sum(loss for loss, _ in results)
+        self._stop_if_not_finite(loss, inputs)
         return loss
 
     def _track_num_input_tokens(self, inputs):
         """`compute_loss` counts them."""
-
-    def _fixed_noise(self, inputs, labels, answer_ids, number) -> NoisedBatch:
-        t, uniform = self.noise.fixed(labels, answer_ids, number, self.args.eval_time_steps)
-        return add_noise(inputs["input_ids"], labels, t, self._base_model.config.mask_token_id, uniform=uniform)
-
-    def _with_complement(self, inputs, labels, answer_ids, noised):
-        """Every row twice, images once."""
-        other = complement(noised, inputs["input_ids"], labels, self._base_model.config.mask_token_id)
-        doubled = {name: torch.cat([getattr(noised, name), getattr(other, name)]) for name in vars(noised)}
-        shared = ("pixel_values", "vision_features", "image_sizes", "use_cache")
-        inputs = {name: value if name in shared else torch.cat([value, value]) for name, value in inputs.items()}
-        answers = torch.cat([answer_ids, answer_ids + int(answer_ids.max()) + 1])
-        return inputs, torch.cat([labels, labels]), answers, NoisedBatch(**doubled)
-
-    def _masked_loss(self, model, inputs, labels, answer_ids, noised: NoisedBatch, **totals) -> torch.FloatTensor:
-        """The weighted cross-entropy of the masked tokens, and how many of them the model finds."""
-        args = self.args
-        weights = loss_weights(
-            labels, noised, answer_ids, args.loss_weighting, args.max_loss_weight, args.loss_normalization, **totals
-        )
-        loss, found = run_masked_loss(model, inputs, labels, noised, weights)
-        mode = "train" if self.model.training else "eval"
-        right, asked = (self.accelerator.gather(each.sum()).sum() for each in (found, noised.masked))
-        if asked > 0:
-            self._metrics[mode]["mean_token_accuracy"].append((right / asked).item())
-        return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """`eval_loss` and nothing else: an answer's quality shows in answers, not in logits (see the answer table)."""
@@ -415,15 +354,15 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
-    def _stop_if_not_finite(self, loss, row_ids, inputs):
+    def _stop_if_not_finite(self, loss, inputs):
         if bool(torch.isfinite(loss)):
             return
         file = Path(self.args.output_dir) / f"not_finite{self.accelerator.process_index or ''}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         texts = self.processing_class.tokenizer.batch_decode(inputs["input_ids"])
-        image = self.processing_class.image_token
-        texts = [text.replace(image, "") for text in texts]
-        record = {"step": self.state.global_step, "loss": str(loss.item()), "row_ids": row_ids, "texts": texts}
+        texts = [text.replace(self.processing_class.image_token, "") for text in texts]
+        ids = inputs.get("row_ids")
+        record = {"step": self.state.global_step, "loss": str(loss.item()), "row_ids": ids, "texts": texts}
         file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         raise ValueError(
             f"The loss is {loss.item()} at step {self.state.global_step}; the batch's ids are in {file}. Try a lower "
@@ -462,25 +401,24 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         # What differs from the defaults of the dataclass. A second object of it would reset Accelerate's state.
         changed = {each.name for each in fields(args) if getattr(args, each.name) not in (each.default, None, [], {})}
-        report = folder / "data_report.json"
-        model, base = self.accelerator.unwrap_model(self.model), self._base_model
+        model, base, report = self.accelerator.unwrap_model(self.model), self._base_model, folder / "data_report.json"
         adapter = model.peft_config[model.active_adapters[0]].to_dict() if isinstance(model, PeftModel) else None
         device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine()
-        precision = self.accelerator.mixed_precision
-        named = [dataset_name] if isinstance(dataset_name, str) else dataset_name or ()
-        software = software_versions()
+        precision = f"{self.accelerator.mixed_precision}, mixed"
+        if self.accelerator.mixed_precision == "no":
+            precision = str(base.dtype).removeprefix("torch.")
+        software, name = software_versions(), base.config._name_or_path
         training = gather_training_facts(
             recipe={name: value for name, value in json.loads(args.to_json_string()).items() if name in changed},
             log_history=self.state.log_history,
-            hardware=f"{self.accelerator.num_processes} × {device}, "
-            + (str(base.dtype).removeprefix("torch.") if precision == "no" else f"{precision}, mixed"),
+            hardware=f"{self.accelerator.num_processes} × {device}, {precision}",
             trained_parts=self.trained_parts,
             data_reports=json.loads(report.read_text(encoding="utf-8")) if report.is_file() else (),
             adapter=adapter,
             software=software,
             picture=folder / "loss_curve.png",
         )
-        name = base.config._name_or_path
+        named = [dataset_name] if isinstance(dataset_name, str) else dataset_name or ()
         facts = ModelFacts(
             name=model_name or folder.name,
             kind="trained",
@@ -516,8 +454,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         """
         if not blocking:
             raise ValueError(f"`blocking` is {blocking!r}; allowed is True.")
-        args = self.args
-        base_model = kwargs.pop("base_model", None)
+        args, base_model = self.args, kwargs.pop("base_model", None)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
@@ -532,8 +469,8 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
     def end(self):
         """As `Trainer.end`: the last line of a script that several processes run.
 
-        PyTorch's wrapper of the model goes first. It holds the process group, and what frees that one last must not
-        hold the interpreter: gloo's threads may still want it, and both would wait for ever.
+        PyTorch's wrapper of the model is freed first, because it holds the process group. If the group were freed last,
+        by the interpreter's own end, gloo's threads could wait for the interpreter, and it for them.
         """
         self.model_wrapped = self.model
         self.accelerator.free_memory()
@@ -550,51 +487,43 @@ def part_of(name: str) -> str:
 
 
 def _freeze(model, trainable: str, peft_config) -> None:
-    """Freeze what is not trained, and see that something is.
+    """Freeze what is not trained.
 
     Raises:
         ValueError: for adapters that cannot be trained or would not be saved, and for a part that is frozen already.
     """
-    if not isinstance(model, PeftModel) and getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            "`model` holds adapters of its own; to train them, load them into the plain model by "
-            "`PeftModel.from_pretrained(model, folder, is_trainable=True)`."
-        )
+    load = "`PeftModel.from_pretrained(model, folder, is_trainable=True)`"
+    adapted = isinstance(model, PeftModel)
+    if not adapted and getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"`model` holds adapters of its own; to train them, load them into the plain model by {load}.")
     if getattr(peft_config, "is_prompt_learning", False):
         model.get_submodule("embeddings.word_embeddings")  # says why not; PEFT asks for it when all rows are checked
-    if peft_config is not None or isinstance(model, PeftModel):
-        if trainable != MaskedDiffusionSFTConfig.trainable:
+    if (adapted or peft_config is not None) and trainable != MaskedDiffusionSFTConfig.trainable:
+        raise ValueError(
+            f"`trainable` is {trainable!r}, but adapters are trained instead of the model's own weights; to train "
+            "parts in full beside them, name these in `modules_to_save` of the adapters' configuration."
+        )
+    if adapted:
+        _check_adapters(model, load)
+    elif peft_config is None:
+        parts = {name: part_of(name) for name, _ in model.named_parameters()}
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(weight.requires_grad and parts[name] in TRAINABLE[trainable])
+        trained = {parts[name] for name, weight in model.named_parameters() if weight.requires_grad}
+        if frozen := {*parts.values()} & {*TRAINABLE[trainable]} - trained:
             raise ValueError(
-                f"`trainable` is {trainable!r}, but adapters are trained instead of the model's own weights; to train "
-                "parts in full beside them, name these in `modules_to_save` of the adapters' configuration."
-            )
-        if isinstance(model, PeftModel):
-            _check_adapters(model)
-        return
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and part_of(name) in _TRAINED_PARTS[trainable])
-    for part in _TRAINED_PARTS[trainable]:
-        weights = [each for name, each in model.named_parameters() if part_of(name) == part]
-        if weights and not any(each.requires_grad for each in weights):
-            raise ValueError(
-                f"`trainable` is {trainable!r}, but `model` comes with a {part} that is frozen; call "
+                f"`trainable` is {trainable!r}, but `model` comes with a {max(frozen)} that is frozen; call "
                 "`model.requires_grad_(True)` first, or choose another `trainable`."
             )
 
 
-def _check_adapters(model: PeftModel) -> None:
-    weights = {name: each for name, each in model.named_parameters() if each.requires_grad}
+def _check_adapters(model: PeftModel, load: str) -> None:
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if not weights:
-        raise ValueError(
-            "`model` has adapters, all of them frozen; load them by `PeftModel.from_pretrained(model, folder, "
-            "is_trainable=True)`."
-        )
+        raise ValueError(f"`model` has adapters, all of them frozen; load them by {load}.")
     names = set(model.peft_config)
-    saved = {
-        weight.data_ptr()
-        for name in names
-        for weight in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).values()
-    }
+    saved = {weight.data_ptr() for name in names for weight in get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=False).values()}  # fmt: skip
     for name, weight in weights.items():
         if names.isdisjoint(name.split(".")) and weight.data_ptr() not in saved:
             raise ValueError(
@@ -606,28 +535,20 @@ def _check_adapters(model: PeftModel) -> None:
 def _collator(collator, processor, args: MaskedDiffusionSFTConfig, config) -> DataCollatorForMaskedDiffusion:
     """The collator that the arguments describe, or the given one if it does not contradict them."""
     context = config.get_text_config().max_position_embeddings
-    if args.max_length is not None and args.max_length > context:
-        raise ValueError(f"`max_length` is {args.max_length}; the model's context allows {context}.")
-    names = (
-        "eos_padding", "eos_padding_to_multiple_of", "eos_padding_token", "train_on_template_tokens", "turn_mask",
-        "pad_to_multiple_of",
-    )  # fmt: skip
-    options = {name: getattr(args, name) for name in names} | {"packed": args.pack_questions is not None}
+    options = {name: getattr(args, name) for name in _COLLATOR_OPTIONS} | {"packed": args.pack_questions is not None}
     if collator is None:
-        return DataCollatorForMaskedDiffusion(processor=processor, max_length=args.max_length or context, **options)
-    if not isinstance(collator, DataCollatorForMaskedDiffusion):
+        collator = DataCollatorForMaskedDiffusion(processor, **options | {"max_length": args.max_length or context})
+    elif not isinstance(collator, DataCollatorForMaskedDiffusion):
         raise TypeError(
             f"`data_collator` is a {type(collator).__name__}; needed is a {DataCollatorForMaskedDiffusion.__name__}."
         )
-    if args.max_length is not None:
-        options["max_length"] = args.max_length
     for name, value in options.items():
         if value != getattr(collator, name) and (value or name == "packed"):
             raise ValueError(
                 f"`args` ask for {name}={value!r}, but `data_collator` has {getattr(collator, name)!r}; set it there."
             )
     if collator.max_length is None or collator.max_length > context:
-        raise ValueError(f"`data_collator.max_length` is {collator.max_length}; the model's context allows {context}.")
+        raise ValueError(f"`max_length` is {collator.max_length}; the model's context allows {context}.")
     return collator
 
 

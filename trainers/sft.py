@@ -1,7 +1,7 @@
 """Fine-tuning from the command line: `accelerate launch -m lladamedv.trainers.sft --config RECIPE --flag value`.
 
 `lladamedv train RECIPE --flag value` is the same, with the recipes of this package by name. A recipe is a YAML file of
-the arguments below; flags have the last word.
+the arguments below; flags have the last word, and messages name both alike.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from lladamedv.hub_cards import is_hub_id
-from lladamedv.hub_cards.checks import check_model
+from lladamedv.hub_cards.checks import PROJECTOR, check_model
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
 from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS, choose_preset
 from lladamedv.processing import LLaDAMedVProcessor
@@ -45,60 +45,42 @@ from .rows import split_by_image
 
 logger = logging.getLogger(__name__)
 DEMO = "demo"  # as a model: the tiny one that comes with the package
-# The language model's matrices and nobody else's: the tower has layers of the same names.
+# The language model's matrices alone: the tower has layers of the same names.
 LORA_TARGET_MODULES = r"model\.language_model\.layers\.\d+\.\w+\.(q|k|v|o|gate|up|down)_proj"
 # In full, because Transformers matches a name from its beginning. What is not here is the language model's layers.
 QUANTIZATION_SKIP_MODULES = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
-ADAPTER_FLAGS = {each.name for each in fields(ModelConfig) if "lora" in each.name or "dora" in each.name}
-PROJECTOR_FILE = "mm_projector.safetensors"
+_ADAPTER_FLAGS = {each.name for each in fields(ModelConfig) if "lora" in each.name or "dora" in each.name}
 _FULL = 2**20  # bytes that are free on a full disk, at most
 
 
 @dataclass
 class SFTScriptArguments:
-    """
-    What the script needs besides [`MaskedDiffusionSFTConfig`] and [`trl.ModelConfig`].
-
-    Parameters:
-        train_data (`list[DataSource]`):
-            What to train on; on the command line the `path`s of [`DataSource`], in a recipe also all its fields.
-        eval_data (`list[DataSource]`, *optional*):
-            What `eval_loss` is computed on, if `eval_strategy` asks for it. What a recipe names belongs to its own
-            `train_data`: with other training data on the command line it is not used.
-        eval_split (`float`, *optional*):
-            Instead of `eval_data`: about which part of the rows of `train_data` to hold out for evaluation, as in
-            `0.1`. Drawn by image with `seed`: rows about the same picture are on the same side.
-        image_folder (`str`, *optional*):
-            The `image_folder` of sources that do not have one of their own.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Whether to read the training data while training; needs `max_steps`.
-        shuffle_buffer (`int`, *optional*, defaults to `1000`):
-            How many streamed rows wait in memory, undecoded, to be drawn from at random.
-        stopping_strategy (`str`, *optional*, defaults to `"first_exhausted"`):
-            Where a weighted mixture ends; see [`load_dataset_mixture`].
-        processor (`str`, *optional*):
-            Folder or Hub id of the processor, if it is not beside the model.
-        chat_template (`str`, *optional*):
-            Name of the prompt to train with, one of [`CHAT_TEMPLATES`]; by default the processor's own.
-        from_scratch (`bool`, *optional*, defaults to `False`):
-            Whether to take only the model's configuration and generation options and start from random weights.
-        quantization_skip_modules (`list[str]`, *optional*):
-            Full names of modules that `load_in_4bit` and `load_in_8bit` leave as they are; by default the vision tower,
-            the projector and the output layer.
-    """
+    """What the script needs besides [`MaskedDiffusionSFTConfig`] and [`trl.ModelConfig`]; each field has its `help`."""
 
     train_data: list[DataSource] = field(
-        default_factory=list, metadata={"help": "Hub ids, folders, files, vqa:BENCHMARK, phantoms:SEED:COUNT."}
-    )
-    eval_data: list[DataSource] = field(default_factory=list, metadata={"help": "The same, for `eval_loss`."})
+        default_factory=list,
+        metadata={"help": "Hub ids, folders, files, vqa:BENCHMARK, phantoms:SEED:COUNT; in a recipe also all fields of "
+                  "a DataSource."},
+    )  # fmt: skip
+    eval_data: list[DataSource] = field(
+        default_factory=list,
+        metadata={"help": "The same, for `eval_loss`, if `eval_strategy` asks for it. What a recipe names belongs to "
+                  "its own `train_data`: with other training data on the command line it is not used."},
+    )  # fmt: skip
     eval_split: float | None = field(
-        default=None, metadata={"help": "Part of the training rows to evaluate on instead, drawn by image."}
-    )
+        default=None,
+        metadata={"help": "Instead of `eval_data`: about which part of the rows of `train_data` to hold out, as in "
+                  "0.1. Drawn by image with `seed`: rows about the same picture are on the same side."},
+    )  # fmt: skip
     image_folder: str | None = field(
-        default=None, metadata={"help": "Folder that names of image files are relative to."}
+        default=None, metadata={"help": "The `image_folder` of sources that do not have one of their own."}
     )
-    streaming: bool = field(default=False, metadata={"help": "Whether to read the data while training."})
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Streamed rows to draw from at random."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Whether to read the training data while training; needs `max_steps`."}
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Streamed rows to draw from at random; they wait in memory, undecoded."}
+    )
     stopping_strategy: str = field(
         default="first_exhausted",
         metadata={"help": "Where a weighted mixture ends.", "choices": list(STOPPING_STRATEGIES)},
@@ -107,12 +89,18 @@ class SFTScriptArguments:
         default=None, metadata={"help": "Folder or Hub id of the processor, if it is not beside the model."}
     )
     chat_template: str | None = field(
-        default=None, metadata={"help": "Name of the prompt to train with.", "choices": list(CHAT_TEMPLATES)}
+        default=None,
+        metadata={"help": "The prompt to train with; by default the processor's own.", "choices": list(CHAT_TEMPLATES)},
     )
-    from_scratch: bool = field(default=False, metadata={"help": "Whether to start from random weights."})
+    from_scratch: bool = field(
+        default=False,
+        metadata={"help": "Whether to take only the model's configuration and generation options, and random weights."},
+    )
     quantization_skip_modules: list[str] | None = field(
-        default=None, metadata={"help": "Full names of modules that are not quantised."}
-    )
+        default=None,
+        metadata={"help": "Full names of modules that `load_in_4bit` and `load_in_8bit` leave as they are; by default "
+                  "the vision tower, the projector and the output layer."},
+    )  # fmt: skip
 
     def __post_init__(self):
         for name in ("train_data", "eval_data"):  # a recipe may name a single source
@@ -129,7 +117,7 @@ class SFTScriptArguments:
 
 
 class _Parser(TrlParser):
-    """Ends wrong flags in one line and exit code 2: their usage alone would fill some screens."""
+    """Ends on wrong flags with one line and exit code 2: their usage alone would fill some screens."""
 
     def error(self, message: str):
         self.exit(2, f"lladamedv: {message}\n")
@@ -145,7 +133,7 @@ class _Parser(TrlParser):
         script, training, model = super().parse_args_and_config(args, *others, **options)
         flags = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in args if word.startswith("--")}
         _settle_evaluation(script, training, flags)
-        adapters = sorted(flags & ADAPTER_FLAGS)
+        adapters = sorted(flags & _ADAPTER_FLAGS)
         if adapters and not model.use_peft:
             raise ValueError(
                 f"`{adapters[0]}` is given, but `use_peft` is False, so that the weights themselves would be trained; "
@@ -206,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str] | None) -> None:
     try:
         script_args, training_args, model_args = make_parser().parse_args_and_config(arguments)
-        check_loggers(training_args.report_to)
+        _check_loggers(training_args.report_to)
         checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
         trainer, reports = build_trainer(script_args, training_args, model_args)
     except (OSError, ValueError) as error:
@@ -220,7 +208,7 @@ def _run(arguments: Sequence[str] | None) -> None:
             _tell_reports(trainer, script_args, reports)
         trainer.create_model_card(Path(training_args.output_dir).name)
         if training_args.should_save and training_args.trainable == "projector" and not model_args.use_peft:
-            write_projector(training_args.output_dir)
+            _write_projector(training_args.output_dir)
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         # PyTorch raises RuntimeError for a full disk, and for much else that needs its traceback.
         if isinstance(error, RuntimeError) and free_space(training_args.output_dir) > _FULL:
@@ -240,14 +228,9 @@ def _run(arguments: Sequence[str] | None) -> None:
     trainer.end()
 
 
-def check_loggers(names: Sequence[str]) -> None:
-    """
-    Raises:
-        ValueError: if a package that the trainer shall report to is not installed.
-    """
+def _check_loggers(names: Sequence[str]) -> None:
     missing = set(names) & set(INTEGRATION_TO_CALLBACK) - set(get_available_reporting_integrations())
-    if missing:
-        name = sorted(missing)[0]
+    for name in sorted(missing):
         raise ValueError(
             f"`report_to` holds {name!r}, whose package is not installed; install it (pip install {name}), or report "
             "to 'none'."
@@ -258,20 +241,6 @@ def free_space(folder: str | Path) -> int:
     """Bytes that can be written to a folder, also one that is not there yet."""
     existing = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
-
-
-def _check_space(trainer: MaskedDiffusionSFTTrainer, adapters: bool) -> None:
-    """
-    Raises:
-        ValueError: if what is trained cannot even be saved once.
-    """
-    folder, weights = trainer.args.output_dir, trainer.model.parameters()
-    needed = sum(weight.nbytes for weight in weights if weight.requires_grad or not adapters)
-    if (free := free_space(folder)) < needed:
-        raise ValueError(
-            f"`output_dir` is {folder!r}, where {free / 1e6:.1f} MB are free; the weights to save have "
-            f"{needed / 1e6:.1f} MB."
-        )
 
 
 def build_trainer(
@@ -305,9 +274,8 @@ def build_trainer(
         eval_data, held_out = None, None
         if script_args.eval_split is not None:
             share, seed = script_args.eval_split, training_args.seed
-            open_image = processor.image_processor.fetch_images
             train_data, eval_data, images = split_by_image(
-                train_data, share, seed, open_image, training_args.disable_tqdm
+                train_data, share, seed, processor.image_processor.fetch_images, training_args.disable_tqdm
             )
             held_out = {"share": share, "seed": seed, "images": images[1], "images_to_train_on": images[0]}
         elif training_args.eval_strategy != IntervalStrategy.NO:
@@ -321,7 +289,13 @@ def build_trainer(
     )  # fmt: skip
     if held_out is not None:
         trainer.row_reports["eval_dataset"].held_out = held_out
-    _check_space(trainer, peft_config is not None)
+    folder, weights = training_args.output_dir, trainer.model.parameters()
+    needed = sum(weight.nbytes for weight in weights if weight.requires_grad or peft_config is None)
+    if (free := free_space(folder)) < needed:
+        raise ValueError(
+            f"`output_dir` is {folder!r}, where {free / 1e6:.1f} MB are free; the weights to save have "
+            f"{needed / 1e6:.1f} MB."
+        )
     return trainer, reports
 
 
@@ -363,38 +337,36 @@ def load_model(
         checkpoint, options = check_model(name, model_args.model_revision, with_weights=not script_args.from_scratch)
     except ValueError as error:
         raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be loaded: {error}") from error
-    config = options["config"]
+    config, revision = options["config"], model_args.model_revision
     quantization = quantization_config(script_args, model_args)
+    if script_args.from_scratch and (quantization is not None or checkpoint.is_released):
+        raise ValueError("`from_scratch` needs a folder of this package's own format, without quantisation.")
     try:
         if script_args.from_scratch:
-            if quantization is not None or checkpoint.is_released:
-                raise ValueError("`from_scratch` needs a folder of this package's own format, without quantisation.")
             model = LLaDAMedVForConditionalGeneration._from_config(
                 config, attn_implementation=model_args.attn_implementation
             )
-            # SigLIP's own random position embeddings drown what small patches show; these are a ViT's.
             if not config.text_only:
+                # SigLIP's own random position embeddings drown what small patches show; these are a ViT's.
                 nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.02)
-            model.generation_config = LLaDAMedVGenerationConfig.from_pretrained(
-                name, revision=model_args.model_revision
-            )
+            model.generation_config = LLaDAMedVGenerationConfig.from_pretrained(name, revision=revision)
             if model_args.dtype not in (None, "auto"):
                 model.to(getattr(torch, model_args.dtype))
         else:
             model = LLaDAMedVForConditionalGeneration.from_pretrained(
-                name, revision=model_args.model_revision, dtype=model_args.dtype,
-                attn_implementation=model_args.attn_implementation, quantization_config=quantization, **options,
+                name, revision=revision, dtype=model_args.dtype, quantization_config=quantization,
+                attn_implementation=model_args.attn_implementation, **options,
             )  # fmt: skip
     except OSError as error:
         raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be loaded: {error}") from error
     try:
-        if script_args.processor is None and checkpoint.is_released:
+        if script_args.processor is not None:
+            processor = LLaDAMedVProcessor.from_pretrained(os.path.expanduser(script_args.processor))
+        elif checkpoint.is_released:
             template = PRESETS[choose_preset(name, config.text_only)].chat_template
             processor = released_processor(checkpoint.folder, config, template, SPECIAL_TOKENS)
-        elif script_args.processor is None:
-            processor = LLaDAMedVProcessor.from_pretrained(name, revision=model_args.model_revision)
         else:
-            processor = LLaDAMedVProcessor.from_pretrained(os.path.expanduser(script_args.processor))
+            processor = LLaDAMedVProcessor.from_pretrained(name, revision=revision)
     except Exception as error:  # the tokenizers library has no kind of its own
         raise ValueError(f"`processor` is {script_args.processor!r}; none can be loaded: {error}") from error
     if script_args.chat_template is not None:
@@ -408,7 +380,7 @@ def quantization_config(script_args: SFTScriptArguments, model_args: ModelConfig
     """How to quantise the base of adapters, or `None`.
 
     Raises:
-        ValueError: if there shall be no adapters: quantised weights cannot be trained.
+        ValueError: without adapters: quantised weights cannot be trained.
     """
     config = get_quantization_config(model_args)
     if config is None:
@@ -432,15 +404,14 @@ def lora_config(model: LLaDAMedVForConditionalGeneration, model_args: ModelConfi
     if model_args.lora_target_modules is None and model_args.lora_target_parameters is None:
         model_args.lora_target_modules = LORA_TARGET_MODULES
     names = [name for name, _ in model.named_modules() if name]
-    for argument in ("lora_target_modules", "lora_modules_to_save"):
+    for argument in ("lora_target_modules", "lora_modules_to_save"):  # PEFT takes names of which some match
         value = getattr(model_args, argument)
-        if value is None or value == "all-linear":  # PEFT's word for all matrices
+        if value in (None, "all-linear"):
             continue
-        if isinstance(value, str):
-            if any(re.fullmatch(value, name) for name in names):
-                continue
-            value = [value]  # ModelConfig takes the only name of a list for a regular expression
-            setattr(model_args, argument, value)
+        if isinstance(value, str) and any(re.fullmatch(value, name) for name in names):
+            continue
+        value = [value] if isinstance(value, str) else value  # ModelConfig makes the only name of a list a text
+        setattr(model_args, argument, value)
         absent = [each for each in value if not any(f".{name}".endswith(f".{each}") for name in names)]
         if absent:
             last = sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()})
@@ -452,30 +423,27 @@ def lora_config(model: LLaDAMedVForConditionalGeneration, model_args: ModelConfi
 
 
 def find_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
-    """The checkpoint to go on from.
+    """The folder of the checkpoint to go on from, or `None` for the start.
 
     Args:
         value: `resume_from_checkpoint`: `"true"` for the last complete checkpoint in `output_dir`; `"last"` for the
             same, or the start if there is none; a folder; or nothing.
         output_dir: where checkpoints are.
 
-    Returns:
-        Its folder, or `None` for the start.
-
     Raises:
         ValueError: if there is no such checkpoint.
     """
-    word = str(value).lower()
+    last_file, word = "trainer_state.json", str(value).lower()  # written after weights and optimizer
     if value is None or word == "false":
         return None
     if word not in ("true", "last"):
-        if not _is_complete(Path(value)):
+        if not Path(value, last_file).is_file():
             raise ValueError(
                 f"`resume_from_checkpoint` is {value!r}, which is no checkpoint; allowed are its folder, "
                 "true, last and false."
             )
         return value
-    found = [folder for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_complete(folder)]
+    found = [file.parent for file in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{last_file}")]
     if not found and word == "true":
         raise ValueError(
             f"`resume_from_checkpoint` is {value!r}, but `output_dir` {output_dir!r} holds no complete checkpoint; "
@@ -484,17 +452,13 @@ def find_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
     return str(max(found, key=lambda folder: int(folder.name.rpartition("-")[2]))) if found else None
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    return (checkpoint / "trainer_state.json").is_file()  # written last, after weights and optimizer
-
-
-def write_projector(folder: str | Path) -> None:
+def _write_projector(folder: str | Path) -> None:
     """Put the projector of a saved model into a file of its own, for `lladamedv init --projector`."""
     weights = {}
     for file in sorted(Path(folder).glob("model*.safetensors")):
         with safe_open(file, framework="pt") as stored:
             weights |= {name: stored.get_tensor(name) for name in stored.keys() if "multi_modal_projector" in name}
-    save_file(weights, Path(folder) / PROJECTOR_FILE, metadata={"format": "pt"})
+    save_file(weights, Path(folder) / PROJECTOR, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ TASKS = Path(__file__).parent / "tasks"
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval is told about the model."""
+    """What lmms-eval needs to know about the model."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="llada_medv", chat_class_path=f"{__name__}.model.LLaDAMedV")

@@ -81,7 +81,14 @@ class LLaDAMedV(lmms):
             ValueError: for an option of the diffusion among generation arguments, before any answer is given, and for a
                 question with anything but texts and images.
         """
-        self._warn_about_ignored([request.args[2] for request in requests])
+        in_force = {**vars(self.model.generation_config), **self.options, "num_beams": 1}
+        in_force["do_sample"] = in_force["temperature"] > 0
+        shown = [{}]
+        for request in requests:
+            ignored = ignored_arguments(request.args[2], in_force)
+            if ignored not in shown:
+                shown.append(ignored)
+                logger.warning(f"Generation arguments that give way to the model arguments {self.options}: {ignored}")
         results, seconds, forwards = [], 0.0, 0
         with tqdm(total=len(requests), unit="question", disable=self.rank != 0) as progress:
             for start in range(0, len(requests), self.batch_size):
@@ -106,33 +113,15 @@ class LLaDAMedV(lmms):
             raise ValueError(f"`{task}` asks about {sorted(kinds)}; allowed are text and image.")
         return messages
 
-    def _warn_about_ignored(self, all_arguments: list[dict]) -> None:
-        in_force = {**vars(self.model.generation_config), **self.options, "num_beams": 1}
-        in_force["do_sample"] = in_force["temperature"] > 0
-        told = []
-        for arguments in all_arguments:
-            ignored = ignored_arguments(arguments, in_force)
-            if ignored and ignored not in told:
-                told.append(ignored)
-                logger.warning(f"Generation arguments that give way to the model arguments {self.options}: {ignored}")
-
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not there.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Raises NotImplementedError: `score` gives likelihoods, but greedy decoding token by token has no meaning."""
         raise NotImplementedError(
             "lmms-eval asks chat models for no likelihoods, and wants to know of each answer whether greedy decoding, "
             "token after token, would give it, which has no meaning here. The model's `score` gives the likelihood."
         )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Not there.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Raises NotImplementedError."""
         raise NotImplementedError(
-            "The tasks of several rounds are about videos and web search; this model sees pictures."
+            "The tasks of several rounds are about videos and web search; this model reads pictures."
         )

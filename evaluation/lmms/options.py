@@ -7,26 +7,19 @@ other steps would be given the answers of the first.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from transformers import GenerationConfig
 
 from lladamedv.modeling_lladamedv import LLaDAMedVGenerationConfig
+from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
 
 
 DEFAULT_LENGTH = 64  # LLaDA-MedV's L = B = Z for VQA (arXiv 2508.01617)
-# These change what else is returned, not the answer, or cannot be written as text.
-_NOT_HERE = {
-    "return_dict_in_generate", "output_history", "output_cache_drift", "abstention_threshold", "confidence_temperature",
-    "compile_config", "transformers_version",
-}  # fmt: skip
+# All that change the answer and can be written as text.
 GENERATION_OPTIONS = tuple(
-    name for name in vars(LLaDAMedVGenerationConfig()) if not name.startswith("_") and name not in _NOT_HERE
+    name for name, each in OPTIONS.items() if each.role != "report" and each.types and name != "transformers_version"
 )
-_DIFFUSION_OPTIONS = set(GENERATION_OPTIONS) - set(vars(GenerationConfig()))
-_TEXT_OPTIONS = {"stop_strings", "generation_suffix"}
-_PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
 def parse_generation_options(arguments: Mapping[str, object], others: tuple[str, ...] = ()) -> dict:
@@ -44,19 +37,18 @@ def parse_generation_options(arguments: Mapping[str, object], others: tuple[str,
     Raises:
         ValueError: for a name that is not in `GENERATION_OPTIONS`, or a value that is not allowed.
     """
+    options = {"max_new_tokens": DEFAULT_LENGTH}
     for name, value in arguments.items():
         if name not in GENERATION_OPTIONS:
             raise ValueError(
                 f"`{name}` is {value!r}, but there is no such model argument; allowed are "
                 f"{sorted({*others, *GENERATION_OPTIONS})}."
             )
-    options = {"max_new_tokens": DEFAULT_LENGTH} | {name: _parse(value) for name, value in arguments.items()}
+        if isinstance(value, str):
+            value = OPTIONS[name].parse(value)
+        # lmms-eval has made a float of every number that is not digits alone, such as 1e2.
+        options[name] = int(value) if isinstance(value, float) and value.is_integer() else value
     options = {"block_length": options["max_new_tokens"], "steps": options["max_new_tokens"]} | options
-    for name in _TEXT_OPTIONS & set(options):
-        if isinstance(options[name], (bool, int, float)):
-            raise ValueError(
-                f"`{name}` is {options[name]!r}; allowed is text, which needs quotes if it looks like that."
-            )
     LLaDAMedVGenerationConfig(**options)
     return options
 
@@ -67,11 +59,11 @@ def ignored_arguments(arguments: Mapping[str, object], in_force: Mapping[str, ob
     Raises:
         ValueError: for an option that only masked-diffusion models have: nothing but a misunderstanding puts it there.
     """
-    for name, value in arguments.items():
-        if name in _DIFFUSION_OPTIONS:
+    for name in arguments:
+        if name in OPTIONS and name not in vars(GenerationConfig()):
             raise ValueError(
-                f"`{name}` is {value!r} among the generation arguments of a task; allowed is it among --model_args, "
-                "because the response cache does not tell generation arguments of this name apart."
+                f"`{name}` is {arguments[name]!r} among the generation arguments of a task; allowed is it among "
+                "--model_args, because the response cache does not tell generation arguments of this name apart."
             )
     return {
         name: value
@@ -85,16 +77,6 @@ def cut_at(text: str, until: str | list[str] | None) -> str:
     for end in [until] if isinstance(until, str) else until or []:
         text = text.split(end, 1)[0] if end else text
     return text
-
-
-def _parse(value: object) -> object:
-    if isinstance(value, str):
-        try:
-            value = json.loads(_PYTHON.get(value, value))
-        except json.JSONDecodeError:
-            return value
-    # lmms-eval has made a float of every number that is not digits alone, such as 1e2.
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 __all__ = ["DEFAULT_LENGTH", "GENERATION_OPTIONS", "cut_at", "ignored_arguments", "parse_generation_options"]

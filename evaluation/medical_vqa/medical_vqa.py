@@ -147,16 +147,6 @@ def contains_words(prediction: Sequence[str], answer: Sequence[str]) -> bool:
     return bool(answer) and any(prediction[start : start + len(answer)] == answer for start in starts)
 
 
-def contains_text(prediction: str, answer: str) -> bool:
-    """Whether the answer is a substring of the prediction, as in LLaVA-Med; an empty prediction contains nothing."""
-    return bool(prediction) and answer in prediction
-
-
-def polarity(words: Sequence[str]) -> str | None:
-    """The first "yes" or "no" among the words; `None` without one."""
-    return next((word for word in words if word in POLARITY), None)
-
-
 def closed_polarity(prediction: str, answer: str) -> tuple[str | None, str | None]:
     """What the prediction and the true answer to a closed question say, "yes", "no", or `None` for neither.
 
@@ -166,21 +156,7 @@ def closed_polarity(prediction: str, answer: str) -> tuple[str | None, str | Non
     predicted, true = normalize_answer(prediction).split(), normalize_answer(answer).split()
     if len(true) == 1 and true[0] in _TRUTH_VALUES:
         predicted, true = ([_TRUTH_VALUES.get(word, word) for word in words] for words in (predicted, true))
-    return polarity(predicted), polarity(true)
-
-
-def best_candidate(prediction: Sequence[str], candidates: Sequence[str]) -> str:
-    """The candidate that shares the largest part of its distinct words with the prediction.
-
-    The first of equals wins, so it is the first of all if none shares a word: that is how LLaVA-Med classifies.
-    """
-    predicted = set(prediction)
-
-    def shared(candidate: str) -> float:
-        words = set(candidate.split())
-        return len(predicted & words) / len(words) if words else 0.0
-
-    return max(candidates, key=shared)
+    return tuple(next((word for word in words if word in POLARITY), None) for words in (predicted, true))
 
 
 def score_closed(prediction: str, answer: str) -> dict[str, float]:
@@ -191,7 +167,7 @@ def score_closed(prediction: str, answer: str) -> dict[str, float]:
     else:
         correct = predicted == true
     legacy_prediction, legacy_answer = normalize_answer(prediction, "vqa_v2"), normalize_answer(answer, "vqa_v2")
-    contained = contains_text(legacy_prediction, legacy_answer)
+    contained = bool(legacy_prediction) and legacy_answer in legacy_prediction
     return {
         "closed_accuracy": float(correct),
         "closed_accuracy_llava_med": float(contained),
@@ -214,9 +190,15 @@ def score_open(prediction: str, answer: str, candidates: Sequence[str] | None = 
     scores |= dict(zip(names, overlap_llava_med(legacy_predicted, legacy_true)))
     distinct_common = len(set(legacy_predicted) & set(legacy_true))
     scores["open_exact_match_llava_med"] = distinct_common / len(legacy_predicted) if legacy_predicted else 0.0
-    scores["open_accuracy_llava_med"] = float(contains_text(legacy_prediction, legacy_answer))
+    scores["open_accuracy_llava_med"] = float(bool(legacy_prediction) and legacy_answer in legacy_prediction)
     if candidates is not None:
-        chosen = best_candidate(legacy_predicted, candidates)
+
+        def shared(candidate: str) -> float:
+            words = set(candidate.split())
+            return len(words.intersection(legacy_predicted)) / max(1, len(words))
+
+        # The first of equals is chosen, so the first of all if none shares a word: that is how LLaVA-Med classifies.
+        chosen = max(candidates, key=shared)
         scores["open_candidate_accuracy_llava_med"] = float(bool(legacy_predicted) and chosen == legacy_answer)
     return scores
 
@@ -273,19 +255,6 @@ def complete_reference(prediction: object, reference: object, name: str) -> dict
     return {**texts, "answer": answer, "answer_type": kind}
 
 
-def check_ids(ids: Sequence[str]) -> None:
-    """Raises a ValueError naming the first item whose id is missing beside others that have one, or is not unique."""
-    if not any(ids):
-        return
-    seen = set()
-    for index, item in enumerate(ids):
-        if not item:
-            raise ValueError(f"item number {index} has no id, but others have one")
-        if item in seen:
-            raise ValueError(f"id {item!r} occurs more than once")
-        seen.add(item)
-
-
 class MedicalVQA(evaluate.Metric):
     """The metric; its arguments and results are in `inputs_description`, which `compute` also shows."""
 
@@ -321,49 +290,41 @@ class MedicalVQA(evaluate.Metric):
     def _compute(self, predictions, references, candidates=None, bootstrap_samples=0, seed=0, return_items=False):
         if not predictions:
             raise ValueError("there is no item to score")
-        check_ids([reference["id"] for reference in references])
-        if bootstrap_samples:
-            for index, reference in enumerate(references):
-                if not reference["image_id"]:
-                    name = f"item {reference['id']!r}" if reference["id"] else f"item number {index}"
-                    raise ValueError(f"the bootstrap draws images, but {name} has no image_id")
+        ids = [reference["id"] for reference in references]
+        if any(ids) and not all(ids):
+            raise ValueError(f"item number {ids.index('')} has no id, but others have one")
+        item, count = Counter(ids).most_common(1)[0]
+        if item and count > 1:
+            raise ValueError(f"id {item!r} occurs more than once")
+        for index, reference in enumerate(references if bootstrap_samples else ()):
+            if not reference["image_id"]:
+                name = f"item {reference['id']!r}" if reference["id"] else f"item number {index}"
+                raise ValueError(f"the bootstrap draws images, but {name} has no image_id")
         if candidates is not None:
             candidates = [normalize_answer(candidate, "vqa_v2") for candidate in candidates]
             if not candidates:
                 raise ValueError("candidates must not be empty; leave them out to skip the score that needs them")
-
-        items = []
-        for prediction, reference in zip(predictions, references):
-            if reference["answer_type"] == "open":
-                scores = score_open(prediction, reference["answer"], candidates)
-            else:
-                scores = score_closed(prediction, reference["answer"])
-            items.append({**reference, "prediction": prediction, **scores})
-
+        score = {"open": lambda *texts: score_open(*texts, candidates), "closed": score_closed}
+        items = [
+            {**reference, "prediction": text, **score[reference["answer_type"]](text, reference["answer"])}
+            for text, reference in zip(predictions, references)
+        ]
         results = {}
         for answer_type in ANSWER_TYPES:
             chosen = [item for item in items if item["answer_type"] == answer_type]
-            # Scoring an empty text names the scores of a type even where it has no items.
-            names = score_open("", "", candidates) if answer_type == "open" else score_closed("", "")
-            results |= self._aggregate(chosen, list(names), bootstrap_samples, seed)
+            names = list(score[answer_type]("", ""))  # also where a type has no items
+            scores = np.array([[item[name] for name in names] for item in chosen])  # (items, scores)
+            means = 100 * scores.mean(axis=0) if chosen else [None] * len(names)
+            results |= {name: None if mean is None else float(mean) for name, mean in zip(names, means)}
+            if bootstrap_samples:
+                image_ids = [item["image_id"] for item in chosen]
+                found = bootstrap_intervals(scores, image_ids, bootstrap_samples, seed) if chosen else None
+                intervals = [None] * len(names) if found is None else (100 * found).tolist()
+                results |= {f"{name}_ci95": interval for name, interval in zip(names, intervals)}
             results[f"num_{answer_type}"] = len(chosen)
+        closed = [item for item in items if item["answer_type"] == "closed"]
+        polarities = [closed_polarity(item["prediction"], item["answer"]) for item in closed]
         results["num_empty_predictions"] = sum(not prediction.strip() for prediction in predictions)
-        polarities = [
-            closed_polarity(item["prediction"], item["answer"]) for item in items if item["answer_type"] == "closed"
-        ]
         results["num_unparsable"] = sum(predicted is None and true is not None for predicted, true in polarities)
         results["num_wordless_answers"] = sum(not normalize_answer(item["answer"]) for item in items)
-        if return_items:
-            results["items"] = items
-        return results
-
-    def _aggregate(self, items: list[dict], names: list[str], bootstrap_samples: int, seed: int) -> dict:
-        """Means of the named scores over items of one type, in percent, with intervals if asked for."""
-        scores = np.array([[item[name] for name in names] for item in items])  # (items, scores)
-        results = {name: 100 * float(scores[:, place].mean()) if items else None for place, name in enumerate(names)}
-        if bootstrap_samples:
-            image_ids = [item["image_id"] for item in items]
-            intervals = bootstrap_intervals(scores, image_ids, bootstrap_samples, seed) if items else None
-            for place, name in enumerate(names):
-                results[f"{name}_ci95"] = None if intervals is None else [100 * float(x) for x in intervals[place]]
-        return results
+        return results | ({"items": items} if return_items else {})

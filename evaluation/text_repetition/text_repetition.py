@@ -63,18 +63,7 @@ Examples:
 """
 
 
-def distinct(words: Sequence[str], size: int) -> float | None:
-    """Distinct n-grams / n-grams, in (0, 1]; `None` for fewer than `size` words."""
-    ngrams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
-    return len(set(ngrams)) / len(ngrams) if ngrams else None
-
-
-def longest_run(words: Sequence[str]) -> int:
-    """Length of the longest run of one word; 0 without words."""
-    return max((sum(1 for _ in run) for _, run in groupby(words)), default=0)
-
-
-def mean(values: Sequence[float]) -> float | None:
+def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
@@ -104,27 +93,25 @@ class TextRepetition(evaluate.Metric):
     def _compute(self, predictions, ngram_sizes=(1, 2, 3, 4), return_items=False):
         if not predictions:
             raise ValueError("there is no text to measure")
-        for size in ngram_sizes:
-            if size < 1:
-                raise ValueError(f"an n-gram has at least one word, not {size}")
-
+        if min(ngram_sizes, default=1) < 1:
+            raise ValueError(f"an n-gram has at least one word, not {min(ngram_sizes)}")
         items = []
         for text in predictions:
-            words = text.lower().split()
-            numbers = {f"distinct_{size}": distinct(words, size) for size in ngram_sizes}
-            items.append({**numbers, "longest_run": longest_run(words), "words": len(words)})
-
+            words, item = text.lower().split(), {}
+            for size in ngram_sizes:
+                ngrams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+                item[f"distinct_{size}"] = len(set(ngrams)) / len(ngrams) if ngrams else None
+            longest_run = max((sum(1 for _ in run) for _, run in groupby(words)), default=0)
+            items.append({**item, "longest_run": longest_run, "words": len(words)})
         results = {}
         for size in ngram_sizes:
             values = [item[f"distinct_{size}"] for item in items if item[f"distinct_{size}"] is not None]
-            results[f"distinct_{size}"] = mean(values)
-            results[f"rep_{size}"] = 1 - mean(values) if values else None
+            results[f"distinct_{size}"] = _mean(values)
+            results[f"rep_{size}"] = 1 - _mean(values) if values else None
             results[f"num_scored_{size}"] = len(values)
         results["longest_run"] = max(item["longest_run"] for item in items)
-        results["mean_longest_run"] = mean([item["longest_run"] for item in items])
-        results["words_per_answer"] = mean([item["words"] for item in items])
+        results["mean_longest_run"] = _mean([item["longest_run"] for item in items])
+        results["words_per_answer"] = _mean([item["words"] for item in items])
         results["num_texts"] = len(items)
         results["num_empty"] = sum(item["words"] == 0 for item in items)
-        if return_items:
-            results["items"] = items
-        return results
+        return results | ({"items": items} if return_items else {})

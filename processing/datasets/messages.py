@@ -19,6 +19,9 @@ from .readers import ImageFiles
 
 IMAGE_PLACEHOLDER = "<image>"
 _REMOTE = ("http:", "https:", "ftp:")
+# The columns of a record of each form. A question's may have other names, too (`COLUMNS`).
+FORMS = (("messages",), *((name,) for name in CONVERSATIONS), ("prompt", "completion"))
+QUESTION = ("question", "answer", "image")
 _SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}
 _CONTENT = List({"type": Value("string"), "text": Value("string")})
 ROW_FEATURES = Features(

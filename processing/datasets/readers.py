@@ -24,6 +24,7 @@ from typing import TextIO
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
+from datasets.fingerprint import Hasher
 
 from .columns import Fields, InvalidRecordError, unwrapped
 
@@ -138,7 +139,7 @@ class ImageFiles:
         self._intact: dict[tuple[str, str], bool] = {}
 
     def __reduce__(self):
-        return type(self), tuple(self.places)  # a copy in another process, or a later run, looks anew
+        return type(self), tuple(self.places)  # a copy in another process, or a later run, looks again
 
     def find(self, name: str) -> str:
         """Where an image is: its full path, or `zip://MEMBER::ARCHIVE`; a URL is returned as it is.
@@ -527,7 +528,11 @@ def load_rows(
             "fn_kwargs": {"features": records.features or {}, "columns": features},
         }  # fmt: skip
         if isinstance(records, Dataset):
-            return records.map(maker.batch, features=features, load_from_cache_file=False, **options)
+            # Not beside the table, which may be the user's, and read-only.
+            file = Path(datasets.config.HF_DATASETS_CACHE, "lladamedv", f"{Hasher.hash(maker)}.arrow")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            options |= {"load_from_cache_file": False, "cache_file_name": str(file)}
+            return records.map(maker.batch, features=features, **options)
         return records.map(maker.batch, **options).cast(features)  # `features` of `map` would leave images undecoded
     rows = partial(maker.generate, records)
     if streaming:

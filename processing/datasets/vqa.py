@@ -20,9 +20,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-import datasets
-import fsspec
-from datasets import Dataset, Features, Image, IterableDataset, Value
+from datasets import Dataset, Features, Image, IterableDataset, Value, get_dataset_split_names
 from huggingface_hub import HfApi, hf_hub_download
 
 from lladamedv.processing.phantoms import PhantomVQA, parse_phantoms
@@ -304,7 +302,7 @@ def load_own_vqa(
     streaming: bool = False,
     invalid_records: str = "error",
 ) -> tuple[Dataset | IterableDataset, VQAReport]:
-    """Load questions of one's own, that are no benchmark: nothing is said about them that is not in them.
+    """Load questions of your own, which are no benchmark: the report says nothing about them that is not in them.
 
     Columns are recognised by their names, without case, blanks and marks (`COLUMNS` in `columns.py`): `question`,
     `answer` and `image`, and if they are there `id`, `image_id`, `answer_type` and `split`. The report says which were
@@ -366,13 +364,11 @@ def _own_file(path: Path, split: str | None) -> Path | None:
 
 def _own_split(folder: Path) -> str:
     """The only split of a folder, or the one called test."""
+    saved = folder / "dataset_dict.json"
+    if (folder / "state.json").is_file():
+        return _ALL
     try:
-        if (folder / "state.json").is_file():
-            return _ALL
-        if (folder / "dataset_dict.json").is_file():
-            splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        else:
-            splits = datasets.get_dataset_split_names(str(folder))
+        splits = json.loads(saved.read_text())["splits"] if saved.is_file() else get_dataset_split_names(str(folder))
     except Exception as error:  # `datasets` raises many kinds
         raise ValueError(f"The folder {str(folder)!r} cannot be loaded: {error}") from error
     if len(splits) == 1 or TEST in splits:
@@ -448,9 +444,15 @@ class _Questions:
             fields = Fields({**meta, **fields.record})
         if report.benchmark == OWN_DATA:
             report.add_columns(fields)
-        if self.split is not None and not self._is_of_the_split(fields):
-            report.other_splits += report.is_new
-            return []
+        if self.split is not None:
+            if (there := fields.get("split")) is None:
+                raise ValueError(
+                    f"The split {self.split!r} is asked for, but {report.source!r} has no column of that name: "
+                    f"{list(fields.record)}."
+                )
+            if squash(there) != squash(self.split):
+                report.other_splits += report.is_new
+                return []
         language = str(fields.get("language", "en")).strip()
         if report.benchmark != OWN_DATA and squash(language)[:2] != "en":
             report.other_languages += report.is_new
@@ -465,14 +467,6 @@ class _Questions:
             if report.is_new:
                 report.add(row, derived, was_truth_value)
         return [row for row, *_ in rows]
-
-    def _is_of_the_split(self, fields: Fields) -> bool:
-        if (there := fields.get("split")) is None:
-            raise ValueError(
-                f"The split {self.split!r} is asked for, but {self.report.source!r} has no column of that name: "
-                f"{list(fields.record)}."
-            )
-        return squash(there) == squash(self.split)
 
     def _row(self, fields: Fields, name: str, question, answer, language: str) -> tuple[dict, bool, bool]:
         """A question of a record as a row; whether its answer type was derived, and its answer a truth value."""
@@ -577,8 +571,6 @@ def _digests(dataset: Dataset | IterableDataset) -> dict[str, str]:
     for row in undecoded(dataset.select_columns(["image_id", "image"])):
         if row["image_id"] not in digests:
             content = image_source(row["image"])
-            if isinstance(content, str):
-                with fsspec.open(content) as file:
-                    content = file.read()
+            content = Path(content).read_bytes() if isinstance(content, str) else content
             digests[row["image_id"]] = hashlib.sha256(content).hexdigest()
     return digests

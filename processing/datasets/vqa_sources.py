@@ -2,7 +2,7 @@
 
 Counts are of images, questions, and open and closed ones. Those of LLaVA-Med's files are its authors' own
 (run_eval_metrics.ipynb of microsoft/LLaVA-Med, tag v1.0.0); those of the mirrors are their dataset cards', and what
-follows from both. A number that nobody published is not here.
+follows from both. Only published numbers are here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class VQASource:
     """One publication of a benchmark.
 
     Args:
-        hub_id: data set on the Hub; `None` where there are only files of one's own.
+        hub_id: data set on the Hub; `None` where there are only local files.
         licence: of the questions, and of the pictures where that is another.
         published: for each split, the published numbers of `COUNTED`, `None` where there is none.
         revision: commit of `hub_id`; `None` is the newest one, which is not pinned.

@@ -14,7 +14,8 @@ from datasets import Image, List
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lladamedv.evaluation.judging import _read_finished, parse_scores
+from lladamedv.evaluation.chat import read_judgments
+from lladamedv.evaluation.judge import parse_scores
 from lladamedv.processing.datasets import (
     load_chat_benchmark,
     load_vqa,
@@ -158,7 +159,7 @@ def judgments(rng: random.Random) -> bytes:
 
 
 def finished(content: bytes) -> None:
-    for outcome in _read_finished(written(content)).values():
+    for outcome in read_judgments(written(content)).values():
         assert len(outcome["scores"]) == 2 and "reason" in outcome
 
 

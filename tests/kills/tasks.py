@@ -9,21 +9,17 @@ import torch
 
 from lladamedv.conversion import convert_checkpoint
 from lladamedv.demo import load_model
+from lladamedv.evaluation.chat import judge_answers
 from lladamedv.evaluation.judge import OpenAIJudge
-from lladamedv.evaluation.judging import judge_answers
 from lladamedv.evaluation.vqa import evaluate_vqa
 from lladamedv.hub_cards.push import push_folder
 from lladamedv.processing.datasets import load_vqa
 from lladamedv.processing.datasets.chat_benchmark import load_chat_benchmark
-from lladamedv.trainers.image_feature_cache import ImageFeatureCache
 from lladamedv.trainers.sft import find_checkpoint
 from tests.hub_stub import take_for_the_hub
-from tests.test_image_feature_cache import batch, frozen
 from tests.test_masked_diffusion_sft_trainer import make_trainer
-from tests.tiny import tiny_processor
 
 
-IMAGES = 40
 OPTIONS = {"max_new_tokens": 8, "block_length": 8, "steps": 8}
 
 
@@ -52,14 +48,6 @@ def judge(url: str, questions: Path, folder: Path) -> None:
     records, _ = load_chat_benchmark(questions)
     answers = {record["id"]: f"I see {record['id']}." for record in records}
     judge_answers(records, answers, OpenAIJudge("a-judge", url), folder, max_concurrent=2, report=str)
-
-
-def fill_cache(folder: Path) -> None:
-    torch.manual_seed(0)  # some weights of the tower come from the global generator
-    model, processor = frozen(), tiny_processor()
-    cache = ImageFeatureCache(folder, model, processor)
-    for number in range(IMAGES):
-        cache.vision_features(model, **batch(processor, number))
 
 
 def push(url: str, home: Path, folder: Path) -> None:

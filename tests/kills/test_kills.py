@@ -8,7 +8,6 @@ import json
 import shutil
 
 import pytest
-from safetensors.torch import load_file
 
 from lladamedv import LLaDAMedVForConditionalGeneration
 from tests import released
@@ -84,20 +83,6 @@ def test_judge(killed, tmp_path):
         line = kill(tasks.judge, stub.url, questions, folder, result=result)
         ends = int(line.split(" came")[0].split()[-1]) + 1  # and the first, which was not killed
         assert 60 * ends <= len(stub.requests) <= 60 * ends + 2 * harness.KILLS + 60 * ends // 2, line
-
-
-def test_fill_cache(killed):
-    folder, kill = killed
-
-    def check(expected):
-        for file in folder.glob("*/*.safetensors"):
-            assert load_file(file)["features"].shape == (1, 16, 16)
-
-    def result():
-        return {name: data for name, data in contents(folder).items() if name.endswith(".safetensors")}
-
-    kill(tasks.fill_cache, folder, check=check, result=result)
-    assert len(result()) == tasks.IMAGES
 
 
 def test_push(killed, tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
 from lladamedv.conversion import convert_checkpoint
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
-from lladamedv.trainers.masked_diffusion_loss import add_noise, masked_diffusion_loss
+from lladamedv.trainers.masked_diffusion_loss import LossArguments, add_noise, loss_weights
 from tests.parity.fixtures import COPY, FIXTURES, NAMES, SHARED, image_processor, numbers, tensors, write_checkpoint
 from tests.stranger import run_as_stranger
 from tests.tiny import tiny_processor, tiny_tokenizer
@@ -274,7 +274,7 @@ def test_loss(models, name, case):
     mask = torch.tensor([[int(i < row.shape[1]) for i in range(length)] for row in rows])
     inputs = {key: torch.cat([row[key] for row in pixels]) for key in pixels[0]}
     labels = data[f"{case}.labels_expanded"]
-    noised = add_noise(ids, labels, data[f"{case}.t"], model.config.mask_token_id, uniform=data[f"{case}.u"])
+    noised = add_noise(ids, labels, data[f"{case}.t"][:, None], data[f"{case}.u"], model.config.mask_token_id)
     masked = noised.masked.nonzero().tolist()
     turn_ids = recorded.get("conversation_ids")
     model.zero_grad()
@@ -288,7 +288,8 @@ def test_loss(models, name, case):
     assert len(masked) == len(data[f"{case}.ce_labels"])
     cross_entropy = torch.nn.functional.cross_entropy(logits, labels[noised.masked], reduction="none")
     torch.testing.assert_close(cross_entropy, data[f"{case}.ce_at_masked"], atol=1e-4, rtol=1e-5)
-    loss = masked_diffusion_loss(logits, labels, noised)
+    answer_ids = torch.arange(len(labels))[:, None].expand_as(labels)
+    loss = (cross_entropy * loss_weights(labels, noised, answer_ids, LossArguments())[noised.masked]).sum()
     torch.testing.assert_close(loss[None], data[f"{case}.loss"], rtol=1e-5, atol=0)
     loss.backward()
     gradients = {key: value for key, value in data.items() if key.startswith(f"{case}.grad.")}

@@ -19,11 +19,11 @@ from lladamedv.trainers.masked_diffusion_loss import (
     LOSS_WEIGHTINGS,
     TIME_SAMPLINGS,
     AnswerNoise,
+    LossArguments,
     add_noise,
     complement,
     loss_weights,
-    run_masked_loss,
-    sample_timesteps,
+    masked_diffusion_loss,
 )
 from tests.properties.cases import (
     MASK,
@@ -39,7 +39,10 @@ from tests.test_masked_diffusion_sft_trainer import make_trainer, rows
 
 
 seeds = st.integers(0, 2**32 - 1)
-weightings, normalizations = st.sampled_from(LOSS_WEIGHTINGS), st.sampled_from(LOSS_NORMALIZATIONS)
+variants = st.builds(
+    lambda weighting, normalization: LossArguments(weighting, 4.0 if weighting == "clipped" else 10.0, normalization),
+    st.sampled_from(LOSS_WEIGHTINGS), st.sampled_from(LOSS_NORMALIZATIONS),
+)  # fmt: skip
 samplings = st.sampled_from(TIME_SAMPLINGS)
 
 
@@ -62,7 +65,7 @@ class TableModel:
         self.place_values = (size + 1) ** torch.arange(length)
         self.surprise = -self.logits.double().log_softmax(dim=-1)
 
-    def __call__(self, input_ids, logits_to_keep):
+    def __call__(self, input_ids, logits_to_keep, **kwargs):
         return SimpleNamespace(logits=self.logits[(input_ids * self.place_values).sum(dim=1)][logits_to_keep])
 
     def negative_log_likelihood(self, sequence, masked, place):
@@ -88,20 +91,29 @@ class TableModel:
 tables = st.builds(TableModel, st.integers(2, 3), st.integers(1, 3), st.integers(0, 10**6))
 
 
+BOUND = LossArguments(loss_normalization="batch")
+
+
+def answer_of_each_row(ids):
+    return torch.arange(len(ids))[:, None].expand_as(ids)
+
+
 def expected_loss(model, sequence, complementary):
     """Every pattern of masks at enough times for an exact integral over the masking probability, from 1e-3 to 1."""
     nodes, shares = np.polynomial.legendre.leggauss(model.length)
     patterns = torch.tensor(list(itertools.product([0.0, 1.0], repeat=model.length)))  # uniform draws; 0 is masked
     total = 0.0
     for node, share in zip(nodes, shares):
-        t = torch.full((len(patterns),), (node + 1) / 2)
         ids = torch.tensor(sequence).expand(len(patterns), -1)
-        noised = add_noise(ids, ids, t, model.mask, uniform=patterns)
-        chance = torch.where(noised.masked, noised.probability[:, None], 1 - noised.probability[:, None]).prod(dim=1)
+        noised = add_noise(ids, ids, torch.full(ids.shape, (node + 1) / 2), patterns, model.mask)
+        chance = torch.where(noised.masked, noised.probability, 1 - noised.probability).prod(dim=1, keepdim=True)
         if complementary:
             noised = complement(noised, ids, ids, model.mask)
-        weights = loss_weights(ids, noised, normalization="batch", num_answers=1) * chance[:, None]
-        total += share / 2 * float(run_masked_loss(model, {}, ids, noised, weights, fused=False)[0])
+        weights = chance * loss_weights(ids, noised, answer_of_each_row(ids), BOUND, num_answers=1)
+        surprise = torch.nn.functional.cross_entropy(
+            model(noised.input_ids, noised.masked).logits, ids[noised.masked], reduction="none"
+        )
+        total += share / 2 * float((weights[noised.masked] * surprise).sum())
     return total
 
 
@@ -123,11 +135,13 @@ def test_random_noise_estimates_the_bound_without_bias(model, sequence_seed, see
     draws, generator = 2**18, torch.Generator().manual_seed(seed)
     sequence = torch.randint(model.size, (model.length,), generator=torch.Generator().manual_seed(sequence_seed))
     ids = sequence.expand(draws, -1)
-    noised = add_noise(ids, ids, sample_timesteps(draws, generator, stratified), model.mask, generator)
-    if complementary:
-        noised = complement(noised, ids, ids, model.mask)
-    weights = loss_weights(ids, noised, normalization="batch")
-    estimate = float(run_masked_loss(model, {}, ids, noised, weights.double(), fused=False)[0])
+    t = torch.rand(draws, 1, generator=generator)
+    if stratified:
+        t = (torch.arange(draws)[:, None] + t) / draws
+    uniform = torch.rand(ids.shape, generator=generator)
+    batch = {"input_ids": ids, "labels": ids, "answer_ids": answer_of_each_row(ids)}
+    args = LossArguments(loss_normalization="batch", complementary_masking=complementary)
+    estimate = float(masked_diffusion_loss(model, batch, lambda *_: (t, uniform), args, model.mask).loss)
     costs = model.hidden(sequence.tolist())
     variance = sum(cost**2 * second_moment(len(own), model.length) for own, cost in costs.items())
     width, largest = math.log(2e9) / draws, max(costs.values()) / EPSILON
@@ -165,10 +179,9 @@ def draw_noise(seed, sampling, labels, answer_ids):
     return AnswerNoise(seed, sampling)(labels, answer_ids, 0, 0, len(labels))
 
 
-def our_loss(model, inputs, labels, answer_ids, t, uniform, weighting, normalization, fused=False):
-    noised = add_noise(inputs["input_ids"], labels, t, MASK, uniform=uniform)
-    weights = loss_weights(labels, noised, answer_ids, weighting, 4.0, normalization)
-    loss, _ = run_masked_loss(model, inputs, labels, noised, weights, fused)
+def our_loss(model, inputs, labels, answer_ids, noise, args, fused=False):
+    batch = {**inputs, "labels": labels, "answer_ids": answer_ids}
+    loss, _ = masked_diffusion_loss(model, batch, lambda *_: noise, args, MASK, fused=fused)
     return loss.detach(), gradients(model, loss)
 
 
@@ -177,7 +190,7 @@ def plain_noise(labels, t, uniform):
     return (labels != -100) & (uniform < probability), probability
 
 
-def plain_loss(model, inputs, labels, answer_ids, masked, probability, weighting, normalization):
+def plain_loss(model, inputs, labels, answer_ids, masked, probability, args):
     """Written down token by token, on logits at all places."""
     noised = torch.where(masked, MASK, inputs["input_ids"])
     surprise = -model(**inputs | {"input_ids": noised}).logits.log_softmax(dim=-1)
@@ -189,9 +202,10 @@ def plain_loss(model, inputs, labels, answer_ids, masked, probability, weighting
     for row, place in masked.nonzero().tolist():
         assume(surprise[row, place, labels[row, place]] > 0.01)  # less is a small difference of large numbers
         p = float(probability[row, place])
-        weight = {"inverse_probability": 1 / p, "clipped": min(1 / p, 4.0), "uniform": 1.0}[weighting]
+        weight = {"inverse_probability": 1 / p, "clipped": min(1 / p, 4.0), "uniform": 1.0}[args.loss_weighting]
         own = lengths[int(answer_ids[row, place])]
-        divisor = {"answer_length": own * answers, "tokens": sum(lengths.values()), "batch": answers}[normalization]
+        divisors = {"answer_length": own * answers, "tokens": sum(lengths.values()), "batch": answers}
+        divisor = divisors[args.loss_normalization]
         loss = loss + surprise[row, place, labels[row, place]] * weight / divisor
     return loss.detach(), gradients(model, loss)
 
@@ -203,24 +217,20 @@ def with_fused_head(spec):
     return model
 
 
-@given(
-    case=training_cases(), seed=seeds, sampling=samplings, weighting=weightings, normalization=normalizations,
-    fused=st.booleans(),
-)  # fmt: skip
-def test_loss_and_gradients_are_those_of_the_plain_loss(case, seed, sampling, weighting, normalization, fused):
+@given(case=training_cases(), seed=seeds, sampling=samplings, args=variants, fused=st.booleans())
+def test_loss_and_gradients_are_those_of_the_plain_loss(case, seed, sampling, args, fused):
     spec, batch = case
     model = build_model(spec)
     inputs, labels, answer_ids = training_batch(model, batch)
     noise = draw_noise(seed, sampling, labels, answer_ids)
     hidden = plain_noise(labels, *noise)
-    expected = plain_loss(model, inputs, labels, answer_ids, *hidden, weighting, normalization)
+    expected = plain_loss(model, inputs, labels, answer_ids, *hidden, args)
     ours = with_fused_head(spec) if fused else model
-    assert_equal(our_loss(ours, inputs, labels, answer_ids, *noise, weighting, normalization, fused), expected)
+    assert_equal(our_loss(ours, inputs, labels, answer_ids, noise, args, fused), expected)
 
 
-@given(case=training_cases(), padding=paddings, seed=seeds, sampling=samplings, weighting=weightings,
-       normalization=normalizations)  # fmt: skip
-def test_padding_does_not_matter(case, padding, seed, sampling, weighting, normalization):
+@given(case=training_cases(), padding=paddings, seed=seeds, sampling=samplings, args=variants)
+def test_padding_does_not_matter(case, padding, seed, sampling, args):
     """Neither for the noise that answers get, nor for loss and gradients."""
     spec, batch = case
     model = build_model(spec)
@@ -230,23 +240,23 @@ def test_padding_does_not_matter(case, padding, seed, sampling, weighting, norma
         noise = draw_noise(seed, sampling, labels, answer_ids)
         fixed = AnswerNoise(seed).fixed(labels, answer_ids, 2, 8)
         draws.append([values[labels != -100] for values in (*noise, *fixed)])
-        results.append(our_loss(model, inputs, labels, answer_ids, *noise, weighting, normalization))
+        results.append(our_loss(model, inputs, labels, answer_ids, noise, args))
     for left, right in zip(*draws):
         assert torch.equal(left, right)
     assert_equal(*results)
 
 
-@given(case=training_cases(), data=st.data(), seed=seeds, weighting=weightings, normalization=normalizations)
-def test_the_order_of_the_rows_does_not_matter(case, data, seed, weighting, normalization):
+@given(case=training_cases(), data=st.data(), seed=seeds, args=variants)
+def test_the_order_of_the_rows_does_not_matter(case, data, seed, args):
     """Each keeping its noise."""
     spec, batch = case
     model = build_model(spec)
     inputs, labels, answer_ids = training_batch(model, batch)
     t, uniform = draw_noise(seed, "uniform", labels, answer_ids)
-    before = our_loss(model, inputs, labels, answer_ids, t, uniform, weighting, normalization)
+    before = our_loss(model, inputs, labels, answer_ids, (t, uniform), args)
     order = data.draw(st.permutations(range(len(batch))))
     inputs, labels, answer_ids = training_batch(model, [batch[row] for row in order])
-    after = our_loss(model, inputs, labels, answer_ids, t[order], uniform[order], weighting, normalization)
+    after = our_loss(model, inputs, labels, answer_ids, (t[order], uniform[order]), args)
     assert_equal(after, before)
 
 
@@ -263,16 +273,13 @@ TRAINED = ModelSpec("anyres_max_2", 3)
 
 
 @given(batch=st.lists(training_rows(TRAINED.kind), min_size=2, max_size=6), data=st.data(), seed=seeds,
-       sampling=samplings, weighting=weightings, normalization=normalizations, complementary=st.booleans(),
-       padding=paddings)  # fmt: skip
-def test_accumulated_parts_are_the_whole_batch(
-    trainer, batch, data, seed, sampling, weighting, normalization, complementary, padding
-):
+       sampling=samplings, args=variants, complementary=st.booleans(), padding=paddings)  # fmt: skip
+def test_accumulated_parts_are_the_whole_batch(trainer, batch, data, seed, sampling, args, complementary, padding):
     """The trainer's losses and gradients of the parts of a batch sum up to those of the batch, however it is split; and
     they are the plain ones, with complementary masks the mean of two."""
-    trainer.noise, trainer.args.max_loss_weight = AnswerNoise(seed, sampling), 4.0
-    trainer.args.loss_weighting, trainer.args.loss_normalization = weighting, normalization
-    trainer.args.complementary_masking = complementary
+    trainer.noise = AnswerNoise(seed, sampling)
+    for name, value in (vars(args) | {"complementary_masking": complementary}).items():
+        setattr(trainer.args, name, value)
     cuts = sorted(data.draw(st.sets(st.integers(1, len(batch) - 1))))
     results = []
     for edges in ([0, len(batch)], [0, *cuts, len(batch)]):
@@ -290,27 +297,27 @@ def test_accumulated_parts_are_the_whole_batch(
     noises = [(masked, probability)]
     if complementary:
         noises.append(((labels != -100) & ~masked, (1 - probability).clamp(min=0.001)))
-    plain = [plain_loss(trainer.model, inputs, labels, answer_ids, *each, weighting, normalization) for each in noises]
+    plain = [plain_loss(trainer.model, inputs, labels, answer_ids, *each, args) for each in noises]
     assert_equal(results[0], [sum(values) / len(plain) for values in zip(*plain)])
 
 
 # Noise
 
 
-@given(case=training_cases(), seed=seeds, sampling=samplings, weighting=weightings, normalization=normalizations)
-def test_complementary_masks_cover_every_answer_token_once(case, seed, sampling, weighting, normalization):
+@given(case=training_cases(), seed=seeds, sampling=samplings, args=variants)
+def test_complementary_masks_cover_every_answer_token_once(case, seed, sampling, args):
     """And what they count is what it says: with plain masks every labelled token counts once in the two together."""
     spec, batch = case
     inputs, labels, answer_ids = training_batch(build_model(spec), batch)
     t, uniform = draw_noise(seed, sampling, labels, answer_ids)
-    noised = add_noise(inputs["input_ids"], labels, t, MASK, uniform=uniform)
+    noised = add_noise(inputs["input_ids"], labels, t, uniform, MASK)
     both = [noised, complement(noised, inputs["input_ids"], labels, MASK)]
     assert torch.equal(sum(each.masked.long() for each in both), (labels != -100).long())
     total = 0
     for each in both:
         assert torch.equal(each.input_ids, torch.where(each.masked, MASK, inputs["input_ids"]))
-        total = total + loss_weights(labels, each, answer_ids, "uniform", normalization="batch")
-        weights = loss_weights(labels, each, answer_ids, weighting, 4.0, normalization)
+        total = total + loss_weights(labels, each, answer_ids, LossArguments("uniform", loss_normalization="batch"))
+        weights = loss_weights(labels, each, answer_ids, args)
         assert torch.equal(weights > 0, each.masked)
     assert torch.equal(total > 0, labels != -100)
     torch.testing.assert_close(total.sum(), (labels != -100).sum() / (answer_ids.max() + 1))

@@ -36,9 +36,7 @@ def recipe_file(name: str | None) -> Path:
         ValueError: if there is none.
     """
     if name is None:
-        raise ValueError(
-            f"No recipe is given. {_USAGE} Recipes are {', '.join(describe_recipes())}, or a YAML file."
-        )
+        raise ValueError(f"No recipe is given. {_USAGE} Recipes are {', '.join(describe_recipes())}, or a YAML file.")
     return _resolve("recipe", name, RECIPES)
 
 

@@ -1,7 +1,7 @@
-"""Numbers for a card, read from the summary.json of an evaluation, so that nobody has to type them.
+"""Numbers for a card, read from the summary.json of an evaluation, so that nothing is typed by hand.
 
-What is not a result of the whole benchmark, because answers are missing or only a part was asked, stands in the card
-as such and never in the metadata that leaderboards read.
+Results of a part of a benchmark, or with answers missing, stand in the card as such and never in the metadata that
+leaderboards read.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ HEADLINES = (
 _MAIN = ("open_recall", "closed_accuracy", "relative_score")
 _METRIC_TYPES = ("accuracy", "recall", "precision", "f1", "exact_match", "bleu", "relative_score")
 _TITLES = {
-    "vqa-rad": "VQA-RAD",
-    "slake": "SLAKE",
-    "path-vqa": "PathVQA",
-    "phantoms": "Phantoms",
-    "own-data": "Own data",
-}
+    "vqa-rad": "VQA-RAD", "slake": "SLAKE", "path-vqa": "PathVQA", "phantoms": "Phantoms", "own-data": "Own data",
+}  # fmt: skip
 _CHAT, _CHAT_TITLE = "llava_med_eval_qa50", "LLaVA-Med's biomedical chat"
 _CHAT_QUESTIONS = 193  # of the benchmark: arXiv 2306.00890, section 5.1
-_CHAT_CONFIGS = ("all", "conversation", "detailed_description")
-_DEFAULT, _UNKNOWN = "the model's default", "not recorded"
+_GROUPS = ("open", "closed", "all", "conversation", "detailed_description")  # whose headlines the metadata state
+_UNKNOWN = "not recorded"
+_DECODING = {
+    "length of the canvas, L": "max_new_tokens", "length of a block, B": "block_length",
+    "denoising steps, Z": "steps", "remasking": "remasking",
+}  # fmt: skip
 _VQA_METRICS = (
     "in percent, means over questions; words are counted as often as the true answer has them, and yes or no is read "
     "as a word. Names in `_llava_med` follow LLaVA-Med's evaluation (arXiv 2306.00890), which counts repeated words "
@@ -58,13 +58,8 @@ class Score:
     group: str
     name: str
     value: float
-    interval: tuple[float, float] | None
+    interval: Sequence[float] | None
     count: int
-
-    @property
-    def metric_type(self) -> str:
-        """The Hub's name for this kind of metric."""
-        return next(each for each in _METRIC_TYPES if each in self.name)
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ class EvaluationResults:
         dataset_revision: commit of `dataset_id`, if it was pinned.
         complete: whether every question that was asked has a score.
         num_scored, num_asked, num_questions: questions with a score, of those asked, of all that the benchmark has.
-        is_benchmark: whether these are the published questions of a benchmark, and not somebody's own.
+        is_benchmark: whether these are the published questions of a benchmark, and not the user's own.
         scores: all that there are.
         protocol: how it was measured, as lines of a table.
         arguments: the same for programs.
@@ -115,20 +110,15 @@ class EvaluationResults:
             raise ValueError(f"`path` is {str(path)!r}, which cannot be read as JSON: {error}") from error
         run_file = path.with_name(RUN_FILE)
         run = json.loads(run_file.read_text(encoding="utf-8")) if run_file.is_file() else {}
-        hashes = {"sha256 of summary.json": f"`{hashlib.sha256(content).hexdigest()}`"}
-        if isinstance(summary, dict) and {"benchmark", "scores", "data"} <= set(summary):
-            return cls(**_read_vqa(summary, run, hashes))
-        if isinstance(summary, dict) and {"groups", "judge"} <= set(summary):
-            return cls(**_read_chat(summary, run, hashes))
+        for fields, read in ({"benchmark", "scores", "data"}, _read_vqa), ({"groups", "judge"}, _read_chat):
+            if isinstance(summary, dict) and fields <= set(summary):
+                results = read(summary, run)
+                results.protocol["sha256 of summary.json"] = f"`{hashlib.sha256(content).hexdigest()}`"
+                return results
         raise ValueError(
             f"`path` is {str(path)!r}, which is no summary of an evaluation; allowed are the summary.json files of "
             "`lladamedv eval vqa` and `lladamedv eval chat`."
         )
-
-    @property
-    def is_of_the_whole_benchmark(self) -> bool:
-        """Whether these numbers can stand beside others."""
-        return self.is_benchmark and self.complete and self.num_asked == self.num_questions
 
     @property
     def warning(self) -> str:
@@ -138,45 +128,43 @@ class EvaluationResults:
             return f"INCOMPLETE: {lost} of {self.num_asked} questions have no score; the numbers are of the others."
         if self.num_asked < self.num_questions:
             return f"A part only: {self.num_asked} of {self.num_questions} questions were asked."
-        if not self.is_benchmark:
+        if not self.is_benchmark or self.num_asked > self.num_questions:
             return "Own data: these are not the published questions of a benchmark; compare with no other numbers."
         return ""
 
+    @property
+    def headlines(self) -> list[Score]:
+        """The scores that metadata may state; none if this is not a result of the whole benchmark."""
+        if self.warning:
+            return []
+        return [score for score in self.scores if score.name in HEADLINES and score.group in _GROUPS]
+
     def to_eval_results(self) -> list[EvalResult]:
-        """The headline scores for the card's `model-index`; none if this is not a result of the whole benchmark.
+        """The headlines for the card's `model-index`.
 
         Open and closed questions are configurations of their own: the Hub merges results that differ in nothing else.
         """
-        if not self.is_of_the_whole_benchmark:
-            return []
         return [
             EvalResult(
                 task_type="visual-question-answering", dataset_type=self.dataset_id or self.benchmark,
                 dataset_name=self.title, dataset_config=score.group, dataset_split=self.split,
-                dataset_revision=self.dataset_revision, metric_type=score.metric_type, metric_name=score.name,
-                metric_value=score.value, metric_args=self.arguments,
+                dataset_revision=self.dataset_revision, metric_name=score.name, metric_value=score.value,
+                metric_type=next(each for each in _METRIC_TYPES if each in score.name), metric_args=self.arguments,
             )
-            for score in self._headlines()
+            for score in self.headlines
         ]  # fmt: skip
 
     def to_entries(self) -> list[EvalResultEntry]:
-        """The main score of each group for the Hub's `.eval_results`; none without a data set on the Hub, or if
-        this is not a result of the whole benchmark."""
-        if not self.is_of_the_whole_benchmark or self.dataset_id is None:
-            return []
+        """The main score of each group for the Hub's `.eval_results`; none without a data set on the Hub."""
         notes = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
         return [
             EvalResultEntry(
                 dataset_id=self.dataset_id, task_id=score.group, value=score.value,
                 dataset_revision=self.dataset_revision, notes=f"{score.name}, {self.split}; {notes}",
             )
-            for score in self._headlines()
-            if score.name in _MAIN
+            for score in self.headlines
+            if score.name in _MAIN and self.dataset_id is not None
         ]  # fmt: skip
-
-    def _headlines(self) -> list[Score]:
-        groups = _CHAT_CONFIGS if self.benchmark == _CHAT else ("open", "closed")
-        return [score for score in self.scores if score.name in HEADLINES and score.group in groups]
 
 
 def eval_result_files(results: Sequence[EvaluationResults]) -> dict[str, str]:
@@ -187,85 +175,79 @@ def eval_result_files(results: Sequence[EvaluationResults]) -> dict[str, str]:
         is not known here; the Hub ignores files about others.
     """
     files: dict[str, list[EvalResultEntry]] = {}
-    for result in results:
-        for entry in result.to_entries():
-            files.setdefault(f".eval_results/{entry.dataset_id.replace('/', '--')}.yaml", []).append(entry)
+    for entry in (entry for result in results for entry in result.to_entries()):
+        files.setdefault(f".eval_results/{entry.dataset_id.replace('/', '--')}.yaml", []).append(entry)
     return {name: yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False) for name, entries in files.items()}
 
 
-def _read_vqa(summary: dict, run: dict, hashes: dict) -> dict:
+def _read_vqa(summary: dict, run: dict) -> EvaluationResults:
     data, scores, environment = summary["data"], summary["scores"] or {}, summary["environment"]
-    title = f"{_TITLES.get(summary['benchmark'], summary['benchmark'])} ({summary['split']})"
-    if not data["is_published"] and summary["benchmark"] != "own-data":
+    benchmark, left_out = summary["benchmark"], len(summary["left_out"])
+    title = f"{_TITLES.get(benchmark, benchmark)} ({summary['split']})"
+    if not data["is_published"] and benchmark != "own-data":
         title = f"Own data, read as {title}"
     on_hub = is_on_hub(data) and not data["local"]
     if on_hub:
         source = f"`{data['reference']}`, revision {data['revision'] or 'not pinned'}"
     else:
-        source = f"`{data['source']}`" if summary["benchmark"] == "phantoms" else "local data"
-    total = data["questions"] + len(summary["left_out"])
-    counts = [f"{scores.get(f'num_{group}', 0)} {group}" for group in ("open", "closed")]
+        source = f"`{data['source']}`" if benchmark == "phantoms" else "local data"
+    total = data["questions"] + left_out
+    counts = ", ".join(f"{scores.get(f'num_{group}', 0)} {group}" for group in ("open", "closed"))
     decoding = _without_ids(summary["decoding"])
     protocol = {
         **_decoding_lines(decoding),
         "answers by": summary["scoring"],
         "prompt": _prompt_name(run.get("chat_template")),
         "metrics": _VQA_METRICS,
-        "questions": f"{', '.join(counts)}; {summary['num_questions']} asked of {total}",
+        "questions": f"{counts}; {summary['num_questions']} asked of {total}",
         "data": source,
         "test images in train": data["leakage"],
         "judge": "none",
         "computed in": f"{environment['dtype']} on {environment['device']}, batches of {environment['batch_size']}",
         "fingerprint of the weights": f"`{summary['model_sha256']}`",
-        **hashes,
     }
-    found = []
-    for name, value in scores.items():
-        if value is not None and not name.startswith("num_") and not name.endswith("_ci95"):
-            group, interval = name.partition("_")[0], scores.get(f"{name}_ci95")
-            found.append(Score(group, name, value, interval and tuple(interval), scores[f"num_{group}"]))
-    return {
-        "benchmark": summary["benchmark"], "title": title, "split": summary["split"],
-        "dataset_id": data["reference"] if on_hub else None,
-        "dataset_revision": data["revision"] if on_hub else None,
-        # Questions without a true answer cannot be scored by anybody.
-        "complete": summary["complete"], "num_scored": summary["num_questions"] - len(summary["failed"]),
-        "num_asked": summary["num_questions"] + len(summary["left_out"]),
-        "num_questions": data["questions"] + len(summary["left_out"]), "is_benchmark": data["is_published"],
-        "scores": tuple(found), "protocol": protocol, "arguments": {**decoding, "scoring": summary["scoring"]},
-    }  # fmt: skip
+    found = tuple(
+        Score(name.partition("_")[0], name, value, scores.get(f"{name}_ci95"), scores[f"num_{name.partition('_')[0]}"])
+        for name, value in scores.items()
+        if value is not None and not name.startswith("num_") and not name.endswith("_ci95")
+    )
+    return EvaluationResults(
+        benchmark, title, summary["split"], data["reference"] if on_hub else None,
+        data["revision"] if on_hub else None,
+        # Questions without a true answer cannot be scored.
+        complete=summary["complete"], num_scored=summary["num_questions"] - len(summary["failed"]),
+        num_asked=summary["num_questions"] + left_out, num_questions=total, is_benchmark=data["is_published"],
+        scores=found, protocol=protocol, arguments={**decoding, "scoring": summary["scoring"]},
+    )  # fmt: skip
 
 
-def _read_chat(summary: dict, run: dict, hashes: dict) -> dict:
+def _read_chat(summary: dict, run: dict) -> EvaluationResults:
     judge, decoding = summary["judge"], run.get("decoding")
     decoding = decoding and _without_ids(decoding)
     judge_model = scrub(judge["model"])  # a local server may call it by its path
     sampling = "".join(f", {name} {value}" for name, value in judge.items() if name not in ("model", "host"))
     prompt = f"{summary['prompt_version']} (sha256 `{summary['prompt_sha256']}`)"
+    order = "both orders of the answers" if summary["swap_positions"] else "the reference answer first"
     protocol = {
         **_decoding_lines(decoding),
         "prompt": _prompt_name(run.get("chat_template")),
         "metrics": _CHAT_METRICS,
         "questions": f"{summary['n_judged']} judged of {summary['data_size']}; the benchmark has {_CHAT_QUESTIONS}",
         "questions of several domains": "count for each" if summary["multi_label_domains"] else "count for the first",
-        "judge": f"{judge_model}{sampling}; prompt {prompt}; "
-        + ("both orders of the answers" if summary["swap_positions"] else "the reference answer first"),
+        "judge": f"{judge_model}{sampling}; prompt {prompt}; {order}",
         "fingerprint of the weights": f"`{run['model_sha256']}`" if "model_sha256" in run else _UNKNOWN,
-        **hashes,
     }
-    found = []
-    for group, values in summary["groups"].items():
-        if values["relative_score"] is not None:
-            interval = values["relative_score_ci95"]
-            name, value = "relative_score", values["relative_score"]
-            found.append(Score(group, name, value, interval and tuple(interval), values["n_judged"]))
-    arguments = {"judge": judge_model, "prompt": summary["prompt_version"], **(decoding or {})}
-    return {
-        "benchmark": _CHAT, "title": _CHAT_TITLE, "split": "test", "dataset_id": None, "dataset_revision": None,
-        "complete": summary["complete"], "num_scored": summary["n_judged"], "num_asked": summary["data_size"],
-        "num_questions": _CHAT_QUESTIONS, "is_benchmark": True, "scores": tuple(found), "protocol": protocol,
-        "arguments": arguments,
-    }  # fmt: skip
+    found = tuple(
+        Score(group, "relative_score", each["relative_score"], each["relative_score_ci95"], each["n_judged"])
+        for group, each in summary["groups"].items()
+        if each["relative_score"] is not None
+    )
+    return EvaluationResults(
+        _CHAT, _CHAT_TITLE, "test", None, None, complete=summary["complete"], num_scored=summary["n_judged"],
+        num_asked=summary["data_size"], num_questions=_CHAT_QUESTIONS, is_benchmark=True, scores=found,
+        protocol=protocol,
+        arguments={"judge": judge_model, "prompt": summary["prompt_version"], **(decoding or {})},
+    )  # fmt: skip
 
 
 def _without_ids(decoding: dict) -> dict:
@@ -274,16 +256,11 @@ def _without_ids(decoding: dict) -> dict:
 
 
 def _decoding_lines(decoding: dict | None) -> dict[str, str]:
-    """How answers were made; `None` if nobody wrote it down."""
-    names = {
-        "length of the canvas, L": "max_new_tokens", "length of a block, B": "block_length",
-        "denoising steps, Z": "steps", "remasking": "remasking",
-    }  # fmt: skip
-    absent = _UNKNOWN if decoding is None else _DEFAULT
-    decoding = decoding or {}
-    lines = {title: str(decoding.get(name, absent)) for title, name in names.items()}
-    others = {name: value for name, value in decoding.items() if name not in names.values()}
-    return lines | ({"other options": ", ".join(f"{name}={value}" for name, value in others.items())} if others else {})
+    """How answers were made; `None` if that was not recorded."""
+    absent = _UNKNOWN if decoding is None else "the model's default"
+    lines = {title: str((decoding or {}).get(name, absent)) for title, name in _DECODING.items()}
+    others = [f"{name}={value}" for name, value in (decoding or {}).items() if name not in _DECODING.values()]
+    return lines | ({"other options": ", ".join(others)} if others else {})
 
 
 def _prompt_name(template: str | dict | None) -> str:

@@ -1,18 +1,20 @@
-"""The model card: what a reader must know about weights before using them, for all ways in which they come about."""
+"""Model and data set cards: what a reader must know before using weights or data, for all ways they come about."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils.sha import sha_fileobj
+from huggingface_hub import CardData, DatasetCard, DatasetCardData, ModelCard, ModelCardData, RepoCard
 
-from .evaluation_results import EvaluationResults, eval_result_files
-from .licences import Component, strictest_licence
-from .privacy import is_hub_id, scrub
+from lladamedv.processing.datasets import VQAReport
+
+from .licences import Component, find_component, may_redistribute, strictest_licence
+from .privacy import is_hub_id, is_on_hub, scrub
+from .results import EvaluationResults, eval_result_files
 from .training_facts import TrainingFacts
 
 
@@ -26,7 +28,18 @@ PAPERS = {
     "2502.09992": "Large Language Diffusion Models",
 }
 CARD_FILE = "README.md"
-_TEMPLATE = files(__package__) / "templates" / "model_card.md"
+_SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
+
+
+def _render(kind: type[RepoCard], template: str, data: CardData, **facts) -> RepoCard:
+    """A card from a template of ours, without paths and tokens that the facts may hold."""
+    text = (files(__package__) / "templates" / template).read_text(encoding="utf-8")
+    card = kind.from_template(data, template_str=text, **facts)
+    card.text = scrub(card.text).rstrip() + "\n"
+    return card
+
+
+# Models
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ class ModelFacts:
     def all_components(self) -> list[Component]:
         """Those of the model and those of its training data, each once."""
         data = []
-        if self.training is not None:  # of a run that did not say what it read nobody knows the licence
+        if self.training is not None:  # the licence of data that a run did not name is unknown
             data = [source.component for source in self.training.data] or [Component("the training data", None)]
         return list(dict.fromkeys((*self.components, *data)))
 
@@ -144,12 +157,10 @@ def build_model_card(facts: ModelFacts) -> ModelCard:
     )
     if data.eval_results is None:
         data.pop("model_name")  # it is the name in `model-index` and nothing else
-    card = ModelCard.from_template(
-        data, template_str=_TEMPLATE.read_text(encoding="utf-8"), facts=facts, name=name, components=components,
-        unknown=unknown, licence=licence,
+    return _render(
+        ModelCard, "model_card.md", data, facts=facts, name=name, components=components, unknown=unknown,
+        licence=licence,
     )  # fmt: skip
-    card.text = scrub(card.text).rstrip() + "\n"
-    return card
 
 
 def save_model_card(facts: ModelFacts, folder: str | Path, eval_results: bool = False) -> ModelCard:
@@ -174,8 +185,67 @@ def hash_files(folder: str | Path, pattern: str = "*.safetensors") -> dict[str, 
     hashes = {}
     for path in sorted(Path(folder).glob(pattern)):
         with open(path, "rb") as file:
-            hashes[path.name] = sha_fileobj(file).hex()
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
 
-__all__ = ["KINDS", "PAPERS", "RELATIONS", "ModelFacts", "build_model_card", "hash_files", "save_model_card"]
+# Data sets
+
+
+def build_dataset_card(report: Mapping | VQAReport, name: str, version: str, has_images: bool = False) -> DatasetCard:
+    """The card of a VQA benchmark, with the front matter that the Hub reads and the program that loads it.
+
+    Args:
+        report: what was loaded, also as a dictionary. A report of several splits names them as "train, test".
+        name: of the data set, as its title.
+        version: of the package that built it.
+        has_images: whether pictures are published with the card.
+
+    Raises:
+        ValueError: if `has_images` and their licence does not allow it.
+    """
+    facts = dict(report) if isinstance(report, Mapping) else report.as_dict()
+    known = facts["benchmark"]
+    part, (allowed, reason) = find_component(known), may_redistribute(known)
+    if has_images and not allowed:
+        raise ValueError(f"`has_images` is True; allowed is False: {reason}.")
+    on_hub, drawn = is_on_hub(facts), facts["source"].startswith("phantoms:")
+    origin = f"extended|{facts['source'].partition('@')[0]}" if on_hub else "extended"
+    counts = {"questions": facts["rows"]} | {count: facts[count] for count in ("images", "open", "closed")}
+    data = DatasetCardData(
+        language="en",
+        pretty_name=scrub(name),
+        **({} if part.licence is None else part.licence.metadata),
+        size_categories=next((size for limit, size in _SIZES.items() if facts["rows"] < limit), "1M<n<10M"),
+        source_datasets=None if drawn else [origin],
+        task_categories=["visual-question-answering"],
+        tags=["medical", "research-only", "lladamedv"],
+    )
+    return _render(
+        DatasetCard, "dataset_card.md", data, report=facts, name=scrub(name), version=version, component=part,
+        counts=counts, has_images=has_images, allowed=allowed, reason=reason, on_hub=on_hub, drawn=drawn,
+        source=facts["source"] if on_hub or drawn else "local data", recipe=_load_call(facts, on_hub, drawn),
+    )  # fmt: skip
+
+
+def _load_call(report: Mapping, on_hub: bool, drawn: bool) -> str:
+    """The program around [`load_vqa`] that made a report."""
+    splits = report["split"].split(", ")
+    arguments = [repr(report["benchmark"]), repr(report["split"]) if len(splits) == 1 else "split"]
+    if drawn:
+        arguments.append(f"path={report['source'].partition(':')[2]!r}")
+    else:
+        arguments.append(f"source={report['reference']!r}")
+        if not on_hub:
+            arguments.append('path="…"')
+        elif report["revision"] is not None:
+            arguments.append(f"revision={report['revision']!r}")
+    call = f"dataset, report = load_vqa({', '.join(arguments)})"
+    loop = f"for split in {splits}:\n    " if len(splits) > 1 else ""
+    return f"from lladamedv.processing.datasets import load_vqa\n\n{loop}{call}"
+
+
+__all__ = [
+    "KINDS", "PAPERS", "RELATIONS", "ModelFacts", "build_dataset_card", "build_model_card", "hash_files",
+    "save_model_card",
+]  # fmt: skip
