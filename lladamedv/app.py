@@ -485,7 +485,7 @@ class _Page:
             begun, _show_message(begun.refusal) if begun.refusal else "",
             nothing="The image was read anew, so the conversation begins anew.",
         )  # fmt: skip
-        # Controls that are right stay untouched: somebody may be moving one.
+        # Controls that are right stay untouched: one of them may be moving.
         return changed if begun.chosen == wanted else changed | self._show_choices(begun)
 
     def ask(self, message, conversation, canvas_length, block_length, steps, threshold):

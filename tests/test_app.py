@@ -657,20 +657,16 @@ def test_command_line(monkeypatch, arguments, launched, warnings):
 
 @pytest.mark.usefixtures("unloaded")
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("host", "message"),
     [
-        (("--model", "{empty}"), 2, "'{empty}' is a folder with neither"),
-        (("--dtype", "int8"), 2, "'int8'"),
-        (("--device", "abacus"), 2, "'abacus'; allowed are auto, cpu"),
-        (("--host", "::1"), 1, "--host is '::1'; allowed are names and IPv4 addresses"),
-        (("--host", "203.0.113.1"), 1, "--port is 7860, which cannot be listened on at 203.0.113.1: "),
+        ("::1", "--host is '::1'; allowed are names and IPv4 addresses"),
+        ("203.0.113.1", "--port is 7860, which cannot be listened on at 203.0.113.1: "),
     ],
 )
-def test_command_line_errors_come_before_the_model(tmp_path, arguments, code, message):
+def test_addresses_are_tried_before_the_model(host, message):
     pytest.importorskip("gradio")
-    result = command(*(part.format(empty=tmp_path) for part in arguments))
-    assert result.exit_code == code and message.format(empty=tmp_path) in result.stderr
-    assert result.stderr.count("\n") == 1
+    result = command("--host", host)
+    assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.usefixtures("unloaded")

@@ -46,11 +46,6 @@ def test_help_has_examples_of_the_command_itself(path):
     assert f"lladamedv {' '.join(path)}" in result.output.partition("Example")[2]
 
 
-def test_wrong_usage_is_exit_code_2():
-    for words in (["nonsense"], ["ask"], ["demo", "--questions", "many"]):
-        assert call(*words).exit_code == 2
-
-
 def test_version():
     assert call("--version").stdout == f"lladamedv {lladamedv.__version__}\n"
 
