@@ -119,12 +119,12 @@ def _load(name: str, dtype: str, revision: str | None):
     from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_json
     from lladamedv.processing import LLaDAMedVProcessor
 
-    folder = check_folder(resolve_source(name, revision))
+    folder = resolve_source(name, revision)
     if not (folder / _ADAPTERS).is_file():
         return _load_whole(name, dtype, revision)
     from peft import PeftModel  # takes a second
 
-    adapters = read_json(folder / _ADAPTERS)
+    adapters = read_json(check_folder(folder) / _ADAPTERS)
     base = adapters.get("base_model_name_or_path") or ""
     if not (folder / "adapter_model.safetensors").is_file():
         raise ValueError("it holds adapters without adapter_model.safetensors; pickled weights are not loaded.")

@@ -145,7 +145,7 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
         )
         report = KeyReport(cls.config_class.model_type, missing=list(info["missing_keys"]))
         if not ignore_mismatched_sizes:
-            report.add_misshaped(info["mismatched_keys"])
+            report.misshaped = {key: shapes for key, *shapes in info["mismatched_keys"]}
         report.check(name)
         return (model, info) if output_loading_info else model
 

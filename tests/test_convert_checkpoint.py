@@ -20,8 +20,9 @@ def plan_conversion(folder, tower=None):
     return convert_checkpoint.plan_conversion(read_checkpoint(folder, tower), tower)
 
 
-def plan_initialization(language_model, *parts, **options):
-    return convert_checkpoint.plan_initialization(read_checkpoint(language_model), *parts, **options)
+def plan_initialization(language_model, tower, projector=None, aspect_ratio="anyres_max_4", seed=0):
+    checkpoint = read_checkpoint(language_model)
+    return convert_checkpoint.plan_conversion(checkpoint, tower, aspect_ratio, projector, seed)
 
 
 @pytest.fixture
