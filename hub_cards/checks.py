@@ -82,9 +82,8 @@ def check_model(source: str | Path, revision: str | None = None, with_weights: b
         ValueError: for the reasons of [`check_folder`] and [`read_checkpoint`]; if weights of the model are missing or
             have other shapes, or the folder holds others, or its configuration names other files.
     """
-    checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)))
-    config = checkpoint.build_config()
-    expected = LLaDAMedVForConditionalGeneration.parameter_shapes(config)
+    checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)), source=source)
+    expected = LLaDAMedVForConditionalGeneration.parameter_shapes(checkpoint.config)
     if "transformers_weights" in checkpoint.original:
         raise ValueError("`transformers_weights` in config.json names other files; allowed is model.safetensors.")
     files = list(checkpoint.folder.glob("*.safetensors"))
@@ -98,8 +97,8 @@ def check_model(source: str | Path, revision: str | None = None, with_weights: b
         if 4 * stored < needed:  # two bits a weight
             raise ValueError(f"The checkpoint {str(source)!r} has {stored} bytes, too few for its {needed} weights.")
     elif with_weights:
-        checkpoint.compare(expected, config)[1].check(source)
-    return checkpoint, checkpoint.loading_options(source, config)
+        checkpoint.compare(expected)[1].check(source)
+    return checkpoint, checkpoint.loading_options()
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -245,8 +244,8 @@ def _errors(check: Callable, *arguments) -> Iterator[str]:
         yield str(error)
 
 
-def _check_texts(files: dict[str, Path | bytes], needed: Sequence[str], contents: dict[str, object]) -> Iterator[str]:
-    """Files that are missing and texts that cannot be read; what JSON files hold is put into `contents`."""
+def _check_texts(files: dict[str, Path | bytes], needed: Sequence[str], contents: dict[str, dict]) -> Iterator[str]:
+    """Files that are missing and texts that cannot be read; JSON objects are put into `contents`."""
     yield from (f"{name} is missing" for name in needed if name not in files)
     for name, file in files.items():
         if not name.endswith(_TEXTS):
@@ -254,8 +253,10 @@ def _check_texts(files: dict[str, Path | bytes], needed: Sequence[str], contents
         try:
             text = _text(file)
             if name.endswith(".json"):
-                contents[name] = json.loads(text)
-                if not isinstance(contents[name], dict) and name in needed:
+                content = json.loads(text)
+                if isinstance(content, dict):
+                    contents[name] = content
+                elif name in needed:
                     yield f"{name} is no JSON object"
             elif name == CARD and not ModelCard(text, ignore_metadata_errors=False).data.to_dict():
                 yield f"{CARD} is no card: it has no front matter"
@@ -267,7 +268,7 @@ def _check_texts(files: dict[str, Path | bytes], needed: Sequence[str], contents
             yield f"{name} is no card: {' '.join(str(error).split())}"
 
 
-def _check_weights(files: dict[str, Path | bytes], contents: dict[str, object]) -> Iterator[str]:
+def _check_weights(files: dict[str, Path | bytes], contents: dict[str, dict]) -> Iterator[str]:
     """Shards that are damaged, missing, or others than the index says."""
     weights = [file for name, file in files.items() if isinstance(file, Path) and "/" not in name]
     problems = [*_errors(read_weights, weights)]

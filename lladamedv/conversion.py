@@ -29,7 +29,6 @@ from lladamedv.modeling_lladamedv.convert_checkpoint import plan_conversion, wri
 from lladamedv.modeling_lladamedv.released_lladamedv import (
     PRESETS,
     SPECIAL_TOKENS,
-    choose_preset,
     read_checkpoint,
     resolve_source,
 )  # fmt: skip
@@ -86,10 +85,10 @@ def convert_checkpoint(
     if push is not None:  # before hours of conversion
         check_target(push, private=not public, argument="push")
     tower = None if vision_tower is None else check_folder(resolve_source(vision_tower))
-    checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)), tower)
+    checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)), tower, source)
     plan = plan_conversion(checkpoint, tower)
     text_only = plan.config.text_only
-    preset = preset or choose_preset(source, text_only)
+    preset = preset or checkpoint.preset
     if (PRESETS[preset].chat_template == "llada") != text_only:
         kind = "text-only" if text_only else "vision-language"
         raise ValueError(

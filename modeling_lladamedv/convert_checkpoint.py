@@ -34,15 +34,10 @@ _PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch
 
 @dataclass
 class ConversionPlan:
-    """Everything about a converted model but its bytes.
-
-    Args:
-        config: ours.
-        weights: for each of our names, in the model's order, where its weight is, or the weight itself if it is new.
-        report: what became of each source key.
-    """
+    """Everything about a converted model but its bytes."""
 
     config: LLaDAMedVConfig
+    # For each of our names, in the model's order, where its weight is, or the weight itself if it is new.
     weights: dict[str, StoredWeight | torch.Tensor]
     report: KeyReport
 
@@ -100,7 +95,7 @@ def plan_conversion(
             f"`vision_tower` is {str(vision_tower)!r}, but {source} is a text-only checkpoint (layout {layout}); put a "
             "new model together from the two with `lladamedv init`."
         )
-    config = checkpoint.build_config()
+    config = checkpoint.config
     if is_new:
         vision = convert_vision_config(read_json(vision_tower / "config.json"))
         parts = {"vision_config": vision, "text_only": False, "vision_aspect_ratio": aspect_ratio}

@@ -209,62 +209,43 @@ def _reason_to_ignore(key: str, ours: str, layout: str, config: LLaDAMedVConfig)
         return "computed from the configuration"
     if layout == "siglip" and key.startswith(("text_model.", "logit_scale", "logit_bias")):
         return "SigLIP's text half: only its vision tower is used"
-    if not config.text_only:
-        for prefix, part in _BEHIND_FEATURES.items():
-            if ours.startswith(_TOWER + prefix.format(layers=config.vision_config.num_hidden_layers)):
-                return f"SigLIP's {part}: the features are the output of the second-to-last layer"
-        if ours == "model.image_newline" and config.max_anyres_tiles is None:
-            return "newline embedding: images of one tile have no rows to end"
+    for prefix, part in _BEHIND_FEATURES.items() if not config.text_only else ():
+        if ours.startswith(_TOWER + prefix.format(layers=config.vision_config.num_hidden_layers)):
+            return f"SigLIP's {part}: the features are the output of the second-to-last layer"
+    if ours == "model.image_newline" and not config.text_only and config.max_anyres_tiles is None:
+        return "newline embedding: images of one tile have no rows to end"
     return None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A local folder of a model: its `config.json` as it is, and that of its vision tower, if there is one."""
+    """A local folder of a model: the layout of its weights, its `config.json` as it is, and what that means to us."""
 
     folder: Path
     layout: str  # "llada", "llada_hf", "llava_llada" as released, or "lladamedv"
     original: dict
-    tower: dict | None = None
+    config: LLaDAMedVConfig
+    preset: str  # one of `PRESETS`, for a released checkpoint
 
     @property
     def is_released(self) -> bool:
         return self.layout != LLaDAMedVConfig.model_type
 
-    def build_config(self) -> LLaDAMedVConfig:
-        """Our configuration; see [`convert_config`].
+    def compare(self, expected: dict[str, tuple[int, ...]], config: LLaDAMedVConfig | None = None):
+        """As [`compare`], with the headers of this folder's weights. Raises ValueError as [`read_weights`] does."""
+        return compare(self.layout, read_weights([*self.folder.iterdir()]), expected, config or self.config)
 
-        Raises:
-            ValueError: if it describes no network of this kind.
-        """
-        try:
-            return convert_config(self.original, self.layout, self.tower)
-        except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"The config.json of {str(self.folder)!r} describes no model: {reason}") from error
-
-    def compare(self, expected: dict[str, tuple[int, ...]], config: LLaDAMedVConfig):
-        """As [`compare`], with the headers of the weights; for the reasons of [`read_weights`], ValueError."""
-        return compare(self.layout, read_weights([*self.folder.iterdir()]), expected, config)
-
-    def loading_options(self, source: str | Path, config: LLaDAMedVConfig) -> dict:
-        """Arguments with which Transformers' `from_pretrained` loads this checkpoint.
-
-        Args:
-            source: folder or Hub id, by whose name the preset is chosen.
-            config: from [`~Checkpoint.build_config`].
-        """
-        options = {"config": config}
-        if self.is_released:
-            # The generation_config.json beside released weights is one for autoregressive models.
-            preset = PRESETS[choose_preset(source, config.text_only)]
-            generation = LLaDAMedVGenerationConfig(**preset.generation_options())
-            options |= {"key_mapping": KEY_MAPPINGS[self.layout], "generation_config": generation}
-        return options
+    def loading_options(self) -> dict:
+        """Arguments with which Transformers' `from_pretrained` loads this checkpoint."""
+        if not self.is_released:
+            return {"config": self.config}
+        # The generation_config.json beside released weights is one for autoregressive models.
+        generation = LLaDAMedVGenerationConfig(**PRESETS[self.preset].generation_options())
+        return {"config": self.config, "key_mapping": KEY_MAPPINGS[self.layout], "generation_config": generation}
 
 
 def read_checkpoint(
-    folder: str | Path, vision_tower: str | Path | None = None, original: dict | None = None
+    folder: Path, vision_tower: str | Path | None = None, source: str | Path | None = None, original: dict | None = None
 ) -> Checkpoint:
     """Read the configuration of a local folder with a model, released or of this package's own format.
 
@@ -272,14 +253,14 @@ def read_checkpoint(
         folder: `config.json` and safetensors weights, with an index if there is more than one file.
         vision_tower: folder with the `config.json` of the stand-alone SigLIP model. By default the subfolder that
             `mm_vision_tower` names, and where there is none, SigLIP2 so400m/14-384 is meant.
+        source: by what name the folder was found, which decides on the preset.
         original: what `config.json` holds, if it is read already.
 
     Raises:
-        ValueError: if there is no such configuration.
+        ValueError: if there is no such configuration, or it describes no network of this kind.
     """
-    folder = Path(folder)
     original = original or read_json(folder / "config.json")
-    layout = original.get("model_type")
+    layout, tower, named = original.get("model_type"), None, str(original.get("mm_vision_tower") or "")
     if layout not in (LLaDAMedVConfig.model_type, *RELEASED_MODEL_TYPES):
         raise ValueError(
             f"The config.json of {str(folder)!r} is of a model of type {layout!r}; allowed are "
@@ -287,17 +268,19 @@ def read_checkpoint(
         )
     if layout == "llada" and "d_model" not in original:  # d_model is OLMo's
         layout = "llada_hf"
-    if layout != "llava_llada":
-        return Checkpoint(folder, layout, original)
-    tower, named = vision_tower, str(original.get("mm_vision_tower") or "")
-    if tower is None and named and (folder / named / "config.json").is_file():
-        tower = folder / named
-        if not tower.resolve().is_relative_to(folder.resolve()):
+    elif layout == "llava_llada" and (vision_tower or (named and (folder / named / "config.json").is_file())):
+        if not vision_tower and not (folder / named).resolve().is_relative_to(folder.resolve()):
             raise ValueError(
                 f"`mm_vision_tower` is {named!r}, which is outside of {str(folder)!r}; allowed are its subfolders. "
                 "Name the folder with `vision_tower`, if it can be trusted."
             )
-    return Checkpoint(folder, layout, original, tower and read_json(Path(tower, "config.json")))
+        tower = read_json(Path(vision_tower or folder / named, "config.json"))
+    try:
+        config = convert_config(original, layout, tower)
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The config.json of {str(folder)!r} describes no model: {reason}") from error
+    return Checkpoint(folder, layout, original, config, choose_preset(source or folder, config.text_only))
 
 
 def find_released(source: str | Path, vision_tower: str | Path | None = None, **hub_options) -> Checkpoint | None:
@@ -326,7 +309,7 @@ def find_released(source: str | Path, vision_tower: str | Path | None = None, **
     if original.get("model_type") not in RELEASED_MODEL_TYPES:
         return None
     subfolder = hub_options.pop("subfolder", None) or ""
-    return read_checkpoint(resolve_source(source, **hub_options) / subfolder, vision_tower, original)
+    return read_checkpoint(resolve_source(source, **hub_options) / subfolder, vision_tower, source, original)
 
 
 def convert_config(original: dict, layout: str, vision_tower: dict | None = None) -> LLaDAMedVConfig:

@@ -31,23 +31,14 @@ class StoredWeight:
 
 @dataclass
 class KeyReport:
-    """What became of every key.
+    """What became of every key."""
 
-    Args:
-        layout: one of `KEY_MAPPINGS`, or several joined by " + " where a model was put together from parts.
-        mapped: source key -> our name.
-        ignored: source key -> why it is not needed.
-        missing: our names that nothing in the source stands for.
-        unexpected: source keys that mean nothing here.
-        misshaped: source key -> the shape that it has and the one that it should have.
-    """
-
-    layout: str
-    mapped: dict[str, str] = field(default_factory=dict)
-    ignored: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    misshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    layout: str  # one of `KEY_MAPPINGS`, or several joined by " + " where a model was put together from parts
+    mapped: dict[str, str] = field(default_factory=dict)  # source key -> our name
+    ignored: dict[str, str] = field(default_factory=dict)  # source key -> why it is not needed
+    missing: list[str] = field(default_factory=list)  # our names that nothing in the source stands for
+    unexpected: list[str] = field(default_factory=list)  # source keys that mean nothing here
+    misshaped: dict[str, tuple] = field(default_factory=dict)  # source key -> the shape that it has, and the right one
 
     def add(self, part: KeyReport) -> None:
         """Account for another source that the same model is put together from."""
@@ -130,7 +121,7 @@ def read_weights(files: list[Path]) -> dict[str, StoredWeight]:
         holders = " and ".join(sorted(file for each, file in found if each == key)) or "no file"
         raise ValueError(
             f"{len(dict(wrong))} weights are not where the index of {where!r} says, as {key}: it names "
-            f"{places.get(key)}, but {holders} has it."
+            f"{places.get(key, 'no file')}, and the weight is in {holders}."
         )
     return {weight.key: weight for weight in weights}
 
