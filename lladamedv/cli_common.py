@@ -301,9 +301,8 @@ def generation_options(without: Sequence[str] = (), **defaults: int) -> Group:
         if name not in without and option.role != "model" and _is_shown(name):
             is_switch = option.types == (bool,)
             more = {} if is_switch else {"metavar": f"<{option.type_names.partition(' ')[0]}>"}
-            if name in defaults:
-                more["show_default"] = str(defaults[name])
             help = f"{option.meaning.partition('. ')[0].removesuffix('.')}."
+            help += f" By default {defaults[name]}." if name in defaults else ""
             parameters[name] = (flag((bool if is_switch else str) | None, help, rich_help_panel=_PANEL, **more), None)
     parameters["option"] = (flag(list[str] | None, "NAME=VALUE", "--option", check=_read_options, hidden=True), None)
 
@@ -316,8 +315,10 @@ def generation_options(without: Sequence[str] = (), **defaults: int) -> Group:
                     raise usage("--option", f"{name} is given twice.")
                 try:
                     options[name] = value if isinstance(value, bool) else _read_option(name, value)
+                    OPTIONS[name].check(options[name])
                 except ValueError as error:
-                    raise usage(f"--{name.replace('_', '-')}", str(error).removeprefix(f"{name} is ")) from error
+                    text = str(error).replace("`", "").removeprefix(f"{name} is ")
+                    raise usage(f"'--{name.replace('_', '-')}'", text) from error
         options = defaults | options | words
         check_generation(given.get("model"), options, partial=bool(without))
         return options
