@@ -1,7 +1,7 @@
-"""What a request to the server asks: JSON in the form of OpenAI's API, checked field by field, becomes a [`Question`].
+"""What a request to the server asks: its JSON is checked field by field, and an error names the field that is wrong.
 
-Nothing is fetched for a request, and what would change an answer and cannot is refused. Pictures are read later, by
-[`read_images`], within bounds of memory and of the processor's time.
+Fields of OpenAI's API that this model has no use for pass if they ask for nothing; all others are refused. Images come
+as data URLs alone, because nothing is fetched, and reading them takes a bounded time and memory.
 """
 
 from __future__ import annotations
@@ -11,42 +11,81 @@ import re
 import reprlib
 import time
 import unicodedata
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from threading import Event
 
-from fastapi.responses import JSONResponse
 from PIL import Image, ImageFile
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
 from lladamedv.modeling_lladamedv.generation_config_lladamedv import FOREIGN_OPTIONS
-from lladamedv.processing import LLaDAMedVImageProcessor
+from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
 from lladamedv.processing.medical_images import READING_OPTIONS, MedicalImageError, read_data_url, read_medical_image
 
 
-# What a request may have, so that reading its pictures takes less than 300 MB and two seconds.
-MAX_IMAGES = 4
-MAX_PIXELS = 2**23  # of one picture, while it is read
-MAX_PIXELS_TOGETHER = 2**24
-MAX_JPEG_2000_PIXELS = 2**22  # slow, and can be decoded reduced
-MAX_SIDE = 2**12  # of pictures that are padded to squares
-LAST_FRAME = 49  # of animations, whose frames are decoded one after the other
-READING_SECONDS = 2  # of the processor's time
-MAX_CHARACTERS = 100_000  # of the texts
-MAX_VALUES = 300_000  # of the JSON, roughly: each takes far more memory than its text
-MAX_STOPS = 4  # as OpenAI has it
-MAX_MESSAGE = 1_000  # characters of an error, which may quote what was given
+@dataclass(frozen=True)
+class Limits:
+    """What requests may take. Reading the pictures of one takes less than 300 MB and two seconds."""
 
-_SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can hold them alone, and no text can
+    images: int = 4
+    pixels: int = 2**23  # of one picture, while it is read
+    pixels_together: int = 2**24
+    jpeg_2000_pixels: int = 2**22  # slow to decode, and can be decoded reduced
+    last_frame: int = 49  # of animations, whose frames are decoded one after the other
+    side: int = 2**12  # pixels, of pictures that are padded to squares
+    reading_seconds: float = 2  # of the processor's time
+    characters: int = 100_000  # of a request's texts
+    values: int = 300_000  # of a request's JSON, roughly; each takes far more memory than its text
+    stops: int = 4  # as OpenAI has it
+    header_seconds: float = 10
+    upload_seconds: float = 60
+    first_seconds: float = 5  # of an upload, in which it may be slower than …
+    upload_speed: int = 20_000  # bytes a second
+    stopping_seconds: int = 300  # for the answer under way to end when the server stops
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """How a request of one of OpenAI's endpoints is spelled.
+
+    Args:
+        path: of the endpoint.
+        messages: the field that holds the conversation.
+        options: fields that are options of `generate`, and their names there.
+        others: further fields.
+        stream_options: what `stream_options` may hold.
+    """
+
+    path: str
+    messages: str
+    options: Mapping[str, str]
+    others: tuple[str, ...] = ()
+    stream_options: tuple[str, ...] = ()
+
+
+CHAT = Endpoint(
+    "/v1/chat/completions", "messages", stream_options=("include_usage",),
+    options={
+        "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "temperature": "temperature",
+        "repetition_penalty": "repetition_penalty", "stop": "stop_strings",
+    },
+)  # fmt: skip
+RESPONSES = Endpoint(
+    "/v1/responses", "input", {"max_output_tokens": "max_new_tokens", "temperature": "temperature"}, ("instructions",)
+)
+_COMMON = ("model", "stream", "stream_options", "seed", "generation_config")
+_OFFERED = {name: option for name, option in OPTIONS.items() if option.role == "answer"}
+_READING_FIELDS = {option.name: option for option in READING_OPTIONS}
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # and their own names
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image_url", "input_image")
-_JPEG_2000 = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
-_READING = {option.name: option for option in READING_OPTIONS}
-_ERROR_TYPES = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_PLAIN, _MEDIUM = {"format": {"type": "text"}}, {"verbosity": "medium"}
 # Known fields that this model has no use for, with the values that ask for nothing: `...` is any value, because the
 # field changes no answer, and null, [] and {} are such values of every field. All other values are refused.
-_PLAIN, _MEDIUM = {"format": {"type": "text"}}, {"verbosity": "medium"}
 _NEUTRAL = {
     "background": (False,), "best_of": (1,), "chat_template_kwargs": (), "continue_final_message": (False,),
     "echo": (False,), "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": (),
@@ -67,71 +106,33 @@ _MESSAGE_NEUTRAL = {
 _TEXT_NEUTRAL = {"annotations": ..., "cache_control": ..., "logprobs": ...}
 # A picture is always seen at the model's own resolution.
 _IMAGE_NEUTRAL = {"cache_control": ..., "detail": ("auto", "low", "high", "original"), "file_id": (), "format": ...}
-# Options of `generate` that are the server's affair, or whose results have no place in a reply.
-_NOT_OPTIONS = {
-    "abstention_threshold", "bos_token_id", "compile_config", "confidence_temperature", "eos_token_id",
-    "generation_suffix", "output_cache_drift", "output_history", "pad_token_id", "return_dict_in_generate",
-    "suppress_tokens", "transformers_version",
-}  # fmt: skip
-OPTIONS = sorted(
-    name for name in vars(LLaDAMedVGenerationConfig()) if name not in _NOT_OPTIONS and not name.startswith("_")
-)
+_TYPES = {int: "whole numbers", str: "texts", bool: "true and false"}
+_ERROR_TYPES = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_JPEG_2000 = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+_MAX_MESSAGE = 1_000  # characters of an error, which may quote what was given
+_SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can hold them alone, and no text can
 
 
 class RequestError(Exception):
-    """A request that gets an error in OpenAI's form for an answer.
+    """A request that gets an error for an answer, in OpenAI's form.
 
     Args:
-        message: what is wrong.
-        param: the field or header that is wrong.
+        message: what is wrong; what is allowed.
+        param: the field that is wrong.
         status: of HTTP.
+        code: OpenAI's, of some errors.
+        headers: of the reply.
     """
 
     def __init__(
-        self, message: str, param: str | None = None, status: int = 400, headers: Mapping[str, str] | None = None,
-        code: str | None = None,
+        self, message: str, param: str | None = None, status: int = 400, code: str | None = None,
+        headers: dict[str, str] | None = None,
     ):  # fmt: skip
-        message, param = (text and _SURROGATES.sub("\ufffd", text[:MAX_MESSAGE]) for text in (message, param))
+        message, param = (text and _SURROGATES.sub("\ufffd", text[:_MAX_MESSAGE]) for text in (message, param))
         super().__init__(message)
         self.status, self.headers = status, headers
         kind = _ERROR_TYPES.get(status, "invalid_request_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-    def reply(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, self.headers)
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """How a route calls things.
-
-    Args:
-        chat: the field that holds the conversation.
-        renamed: fields that are options of `generate`, and their names there.
-        fields: all other fields, beside those that both routes have.
-        stream_options: that are known.
-    """
-
-    chat: str
-    renamed: Mapping[str, str]
-    fields: tuple[str, ...]
-    stream_options: tuple[str, ...] = ()
-
-
-CHAT_COMPLETIONS = Endpoint(
-    chat="messages",
-    renamed={
-        "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "temperature": "temperature",
-        "repetition_penalty": "repetition_penalty", "stop": "stop_strings",
-    },
-    fields=("messages",),
-    stream_options=("include_usage",),
-)  # fmt: skip
-RESPONSES = Endpoint(
-    chat="input",
-    renamed={"max_output_tokens": "max_new_tokens", "temperature": "temperature"},
-    fields=("input", "instructions"),
-)
 
 
 @dataclass(frozen=True)
@@ -139,46 +140,26 @@ class Question:
     """What a request asks.
 
     Attributes:
-        chat: messages for the chat template; in place of an image stands the image part that [`read_images`] reads.
-        field: where the messages are in the request.
+        chat: messages; each image is still a data URL, with the options to read it by, and their places in the request.
+        length_field: the field that holds the answer's length, or else the messages.
         options: complete options of `generate`.
-        names: of those of them that the request has, the fields that they are in.
         stop: texts that end the answer wherever they occur in it.
         seed: of the noise, if the answer is to be drawn the same way again.
-        stream: whether the answer comes in pieces.
-        include_usage: whether a stream ends with an event that counts tokens.
+        stream: whether the answer is sent as it is made.
+        include_usage: whether a stream ends with an event for the numbers of tokens.
     """
 
     chat: list[dict]
-    field: str
+    length_field: str
     options: LLaDAMedVGenerationConfig
-    names: dict[str, str]
     stop: list[str]
     seed: int | None
     stream: bool
     include_usage: bool
 
 
-def refusal(error: Exception, names: Mapping[str, str]) -> RequestError | None:
-    """The error that a client gets for wrong input, or `None` where it is not to know the reason.
-
-    Args:
-        names: of the options of `generate` that the request has, the fields that they are in.
-    """
-    if isinstance(error, RequestError):
-        return error
-    if not isinstance(error, (ValueError, TypeError, ImportError)):
-        return None
-    message, fields = str(error), []
-    for name, field in names.items():
-        if f"`{name}`" in message:
-            fields.append((message.index(f"`{name}`"), field))
-            message = message.replace(f"`{name}`", f"`{field}`")
-    return RequestError(message, min(fields)[1] if fields else None)
-
-
-def parse_body(body: bytes) -> dict:
-    """The JSON object that a request holds, which says everything once."""
+def parse_body(body: bytes, limits: Limits) -> dict:
+    """The JSON object that a request holds, in which nothing stands twice."""
 
     def unite(pairs):
         fields = dict(pairs)
@@ -191,8 +172,8 @@ def parse_body(body: bytes) -> dict:
     def refuse(number):
         raise ValueError(f"{number} is no number of JSON")
 
-    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise RequestError(f"The body holds more than {MAX_VALUES} values; no more are allowed.", status=413)
+    if sum(map(body.count, (b",", b"[", b"{"))) > limits.values:
+        raise RequestError(f"The body holds more than {limits.values} values; no more are allowed.", status=413)
     try:
         fields = json.loads(body, object_pairs_hook=unite, parse_constant=refuse)
     except (ValueError, RecursionError) as error:  # which quote nothing that is longer than a number
@@ -203,97 +184,160 @@ def parse_body(body: bytes) -> dict:
 
 
 def read_question(
-    body: dict, endpoint: Endpoint, model: LLaDAMedVForConditionalGeneration, check_name: Callable[[object], None]
+    body: dict, endpoint: Endpoint, name: str, model: LLaDAMedVForConditionalGeneration, limits: Limits
 ) -> Question:
-    """Check a request.
+    """What a request asks the model of that name.
 
     Raises:
-        RequestError: for whatever keeps it from an answer, with the field that is wrong.
+        RequestError: for a field that is not known, or a value that is not allowed.
     """
-    known = ("model", "stream", "stream_options", "seed", "generation_config", *endpoint.renamed, *endpoint.fields)
-    body = _fields_of(body, known, _NEUTRAL)
-    if "model" in body:
-        check_name(body["model"])
-    stream, seed, given = body.get("stream", False), body.get("seed"), body.get("stream_options", {})
-    _check(isinstance(stream, bool), "stream", stream, "true and false")
-    _check(seed is None or (type(seed) is int and 0 <= seed < 2**63), "seed", seed, "whole numbers from 0 to 2^63 - 1")
-    _check(isinstance(given, dict), "stream_options", given, "objects")
-    given = _fields_of(given, endpoint.stream_options, {"include_obfuscation": ...}, "stream_options")
-    for name, value in given.items():
-        _check(isinstance(value, bool), f"stream_options.{name}", value, "true and false")
-    options, names, stop = _read_options(body, endpoint, model)
-    chat = _read_messages(body) if endpoint is CHAT_COMPLETIONS else _read_input(body)
+    body = _check_fields(body, (*_COMMON, *endpoint.options, *endpoint.others, endpoint.messages), _NEUTRAL)
+    check_name(body.get("model", name), name)
+    seed, stream = body.get("seed"), body.get("stream", False)
+    if type(stream) is not bool:
+        raise _wrong("stream", stream, _TYPES[bool])
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+        raise _wrong("seed", seed, "whole numbers from 0 to 2^63 - 1")
+    given = body.get("stream_options", {})
+    if not isinstance(given, dict):
+        raise _wrong("stream_options", given, "objects")
+    given = _check_fields(given, endpoint.stream_options, {"include_obfuscation": ...}, "stream_options")
+    for field, value in given.items():
+        if type(value) is not bool:
+            raise _wrong(f"stream_options.{field}", value, _TYPES[bool])
+    options, stop, length_field = _read_options(body, endpoint, model, limits)
+    chat = _read_chat(body, endpoint)
     parts = [part for message in chat for part in message["content"]]
     for unit, count, most in (
-        ("images", sum(part["type"] == "image" for part in parts), MAX_IMAGES),
-        ("characters", sum(len(part.get("text", "")) for part in parts), MAX_CHARACTERS),
+        ("images", sum(part["type"] == "image" for part in parts), limits.images),
+        ("characters", sum(len(part.get("text", "")) for part in parts), limits.characters),
     ):
         if count > most:
-            message = f"`{endpoint.chat}` holds {count} {unit}; allowed are at most {most}."
-            raise RequestError(message, endpoint.chat)
-    return Question(chat, endpoint.chat, options, names, stop, seed, stream, given.get("include_usage", False))
+            message = f"`{endpoint.messages}` holds {count} {unit}; allowed are at most {most}."
+            raise RequestError(message, endpoint.messages)
+    return Question(chat, length_field, options, stop, seed, stream, given.get("include_usage", False))
 
 
-def _read_options(body: dict, endpoint: Endpoint, model) -> tuple[LLaDAMedVGenerationConfig, dict, list[str]]:
-    """The model's own options and the request's over them, complete; where the request has its own; its stops."""
+def check_name(given: object, name: str) -> None:
+    """Refuse another model than the one that is served."""
+    if given != name:
+        message = f"`model` is {reprlib.repr(given)}; what is served here is {name!r}."
+        raise RequestError(message, "model", 404, "model_not_found")
+
+
+# Fields
+
+
+def _wrong(place: str, value: object, allowed: str) -> RequestError:
+    shown = json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
+    if isinstance(value, str) and _SURROGATES.search(value):
+        shown += ", with half a character (a lone surrogate)"
+    return RequestError(f"`{place}` is {shown}; allowed are {allowed}.", place)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not _SURROGATES.search(value)
+
+
+def _check_fields(given: dict, known: Collection[str], neutral: Mapping[str, object], place: str = "") -> dict:
+    """The known fields of an object that are not null, if all others ask for nothing."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    for name in fields:
+        where = f"{place}.{name}" if place else name
+        if name in known:
+            continue
+        if name not in neutral:
+            raise RequestError(f"`{where}` is no field that is known here; allowed are {sorted(known)}.", where)
+        values, plain = neutral[name], _without_nulls(fields[name])
+        if values is not ... and not any(
+            plain == each and isinstance(plain, bool) == isinstance(each, bool) for each in ([], {}, *values)
+        ):  # where true is no number
+            raise _wrong(where, fields[name], " and ".join(map(json.dumps, (None, *values))))
+    return {name: value for name, value in fields.items() if name in known}
+
+
+def _without_nulls(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return value
+
+
+def _read_options(
+    body: dict, endpoint: Endpoint, model: LLaDAMedVForConditionalGeneration, limits: Limits
+) -> tuple[LLaDAMedVGenerationConfig, list[str], str]:
+    """The model's own options and the request's over them, complete; its stops; the field of the answer's length."""
     given = body.get("generation_config", {})
     if isinstance(given, str):
         try:
             given = json.loads(given)
         except (ValueError, RecursionError):
             pass
-    _check(isinstance(given, dict), "generation_config", given, "JSON objects, also as a text")
+    if not isinstance(given, dict):
+        raise _wrong("generation_config", given, "JSON objects, also as a text")
     names = {name: f"generation_config.{name}" for name in given}  # in the request
-    for name in given:
-        if name not in OPTIONS and (name in _NOT_OPTIONS or name not in FOREIGN_OPTIONS):
-            raise RequestError(f"`{names[name]}` is not known; allowed are {OPTIONS}.", names[name])
-    for field, name in endpoint.renamed.items():
+    for name, field in names.items():
+        if name not in _OFFERED and name not in FOREIGN_OPTIONS:
+            raise RequestError(f"`{field}` is not known; allowed are {sorted(_OFFERED)}.", field)
+    for field, name in endpoint.options.items():
         if field in body:
             if names.get(name) in body and body[field] != given[name]:
                 raise RequestError(f"`{field}` and `{names[name]}` are both given, and differ.", field)
             given, names = given | {name: body[field]}, names | {name: field}
     context = model.config.get_text_config().max_position_embeddings
     for name, value in given.items():
-        too_long = isinstance(value, int) and value > context
-        _check(not too_long, names[name], value, f"at most {context}, the length of the model's context")
+        if isinstance(value, int) and value > context:
+            raise _wrong(names[name], value, f"at most {context}, the length of the model's context")
+        if isinstance(value, str) and not (_is_text(value) and len(value) <= limits.characters):
+            raise _wrong(names[name], value, f"texts of at most {limits.characters} characters")
     stop = given.get("stop_strings")
     stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    fits = isinstance(stop, list) and len(stop) <= MAX_STOPS and all(map(_is_text, stop)) and "" not in stop
-    _check(fits, names.get("stop_strings"), stop, f"up to {MAX_STOPS} texts that are not empty")
-    try:
-        options = model.resolve_generation_config(**given, return_dict_in_generate=True)
-    except (ValueError, TypeError) as error:
-        raise refusal(error, names) from error
-    return options, names, stop
+    if not isinstance(stop, list) or len(stop) > limits.stops or not all(map(_is_text, stop)) or "" in stop:
+        raise _wrong(names["stop_strings"], stop, f"up to {limits.stops} texts that are not empty")
+
+    def resolve(options):
+        try:
+            return model.resolve_generation_config(**options, return_dict_in_generate=True), None
+        except (ValueError, TypeError) as error:
+            return None, error
+
+    options, error = resolve(given)
+    if error is not None:  # the option is wrong without which all would be right
+        wrong = (name for name in given if resolve({key: given[key] for key in given if key != name})[0] is not None)
+        field = names.get(next(wrong, next(iter(given), None)), "generation_config")
+        raise RequestError(f"`{field}` is not allowed: {error}", field)
+    return options, stop, names.get("max_new_tokens", endpoint.messages)
 
 
-def _read_messages(body: dict) -> list[dict]:
-    messages = body.get("messages")
-    _check(isinstance(messages, list) and messages, "messages", messages, "lists of messages")
-    return [_read_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+# Messages
 
 
-def _read_input(body: dict) -> list[dict]:
-    given, instructions, chat = body.get("input"), body.get("instructions", ""), []
-    _check(_is_text(instructions), "instructions", instructions, "texts")
-    if instructions:
-        chat.append({"role": "system", "content": _read_content(instructions, "instructions")})
-    if isinstance(given, list) and any(isinstance(item, dict) and "role" in item for item in given):
-        return chat + [_read_message(item, f"input[{index}]") for index, item in enumerate(given)]
-    return [*chat, {"role": "user", "content": _read_content(given, "input")}]  # a text, or parts of one message
+def _read_chat(body: dict, endpoint: Endpoint) -> list[dict]:
+    """The conversation, for the chat template."""
+    given, chat = body.get(endpoint.messages), []
+    if endpoint is RESPONSES:
+        instructions = body.get("instructions", "")
+        if not _is_text(instructions):
+            raise _wrong("instructions", instructions, _TYPES[str])
+        if instructions:
+            chat.append({"role": "system", "content": _read_content(instructions, "instructions")})
+        if not (isinstance(given, list) and any(isinstance(item, dict) and "role" in item for item in given)):
+            return [*chat, {"role": "user", "content": _read_content(given, "input")}]  # a text, or parts
+    elif not isinstance(given, list) or not given:
+        raise _wrong("messages", given, "lists of messages")
+    return chat + [_read_message(message, f"{endpoint.messages}[{index}]") for index, message in enumerate(given)]
 
 
 def _read_message(message: object, place: str) -> dict:
-    """A message of either endpoint for the chat template."""
-    _check(isinstance(message, dict), place, message, "messages, objects with a `role` and a `content`")
-    role = message.get("role")
-    known_role = isinstance(role, str) and role in _ROLES
-    if role is None and message.get("type", "message") != "message":
-        raise _wrong(f"{place}.type", message["type"], "'message'")
-    _check(known_role, f"{place}.role", role, ", ".join(map(repr, _ROLES)))
-    fields = _fields_of(message, ("role", "content"), _MESSAGE_NEUTRAL, place)
-    answered = role == "assistant"  # what this model said itself may be empty
-    content = _read_content(fields.get("content", "" if answered else None), f"{place}.content", answered)
+    if not isinstance(message, dict):
+        raise _wrong(place, message, "messages, objects with a `role` and a `content`")
+    role, roles = message.get("role"), ", ".join(map(repr, _ROLES))
+    if role is not None and (not isinstance(role, str) or role not in _ROLES):
+        raise _wrong(f"{place}.role", role, roles)
+    fields = _check_fields(message, ("role", "content"), _MESSAGE_NEUTRAL, place)
+    if role is None:
+        raise _wrong(f"{place}.role", role, roles)
+    may_be_empty = role == "assistant"  # what this model said itself
+    content = _read_content(fields.get("content", "" if may_be_empty else None), f"{place}.content", may_be_empty)
     for part in content:
         if part["type"] == "image" and role != "user":
             where = part["place"]
@@ -302,66 +346,86 @@ def _read_message(message: object, place: str) -> dict:
 
 
 def _read_content(content: object, place: str, may_be_empty: bool = False) -> list[dict]:
-    _check(_is_text(content) or isinstance(content, list), place, content, "texts and lists of parts")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    parts = [_read_part(part, f"{place}[{number}]") for number, part in enumerate(parts)]
+    if not _is_text(content) and not isinstance(content, list):
+        raise _wrong(place, content, "texts and lists of parts")
+    if isinstance(content, str):
+        parts = [{"type": "text", "text": content}]
+    else:
+        parts = [_read_part(part, f"{place}[{number}]") for number, part in enumerate(content)]
     if not may_be_empty and all(part["type"] == "text" and _says_nothing(part["text"]) for part in parts):
         raise RequestError(f"`{place}` is empty; it must hold a text or an image.", place)
     return parts
+
+
+def _says_nothing(text: str) -> bool:
+    return all(unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp", "Zs") for letter in text)
 
 
 def _read_part(part: object, place: str) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in _IMAGE_PARTS:
         return _read_image_part(part, place)
-    _check(kind in _TEXT_PARTS, f"{place}.type", kind, ", ".join(map(repr, _TEXT_PARTS + _IMAGE_PARTS)))
-    text = _fields_of(part, ("type", "text"), _TEXT_NEUTRAL, place).get("text")
-    _check(_is_text(text), f"{place}.text", text, "texts")
+    if kind not in _TEXT_PARTS:
+        raise _wrong(f"{place}.type", kind, ", ".join(map(repr, _TEXT_PARTS + _IMAGE_PARTS)))
+    text = _check_fields(part, ("type", "text"), _TEXT_NEUTRAL, place).get("text")
+    if not _is_text(text):
+        raise _wrong(f"{place}.text", text, _TYPES[str])
     return {"type": "text", "text": text}
 
 
 def _read_image_part(part: dict, place: str) -> dict:
     """The options by which to read an image stand beside its URL, wherever that is."""
-    fields = _fields_of(part, ("type", "image_url", *_READING), _IMAGE_NEUTRAL, place)
+    fields = _check_fields(part, ("type", "image_url", *_READING_FIELDS), _IMAGE_NEUTRAL, place)
     url, where = fields.get("image_url"), f"{place}.image_url"
     found = [(place, fields)]
     if isinstance(url, dict):
-        inner = _fields_of(url, ("url", *_READING), _IMAGE_NEUTRAL, where)
-        found.append((where, inner))
-        url, where = inner.get("url"), f"{where}.url"
-    is_data = isinstance(url, str) and url.lstrip()[:5].lower() == "data:"
-    _check(is_data, where, url, "data URLs as data:image/png;base64,…: nothing is fetched")
+        found.append((where, _check_fields(url, ("url", *_READING_FIELDS), _IMAGE_NEUTRAL, where)))
+        url, where = found[-1][1].get("url"), f"{where}.url"
+    if not isinstance(url, str) or url.lstrip()[:5].lower() != "data:":
+        raise _wrong(where, url, "data URLs as data:image/png;base64,…: nothing is fetched")
     options, places = {}, {"source": where}
-    types = {int: "whole numbers", str: "texts", bool: "true and false"}
-    for name, option in _READING.items():
-        places[option.argument] = f"{found[-1][0]}.{name}"
+    for name, option in _READING_FIELDS.items():
         for outer, holder in found:
-            if (value := holder.get(name)) is None:
+            field, value = f"{outer}.{name}", holder.get(name)
+            places[option.argument] = field
+            if value is None:
                 continue
-            field = f"{outer}.{name}"
             if option.argument in options:
                 raise RequestError(f"`{field}` is there twice, also in `{place}`.", field)
-            _check(type(value) is option.type, field, value, types[option.type])
-            options[option.argument], places[option.argument] = value, field
+            if type(value) is not option.type:
+                raise _wrong(field, value, _TYPES[option.type])
+            options[option.argument] = value
     return {"type": "image", "url": url, "place": where, "options": options, "places": places}
 
 
-def read_images(question: Question, image_processor: LLaDAMedVImageProcessor, gone: Callable[[], bool]) -> None:
-    """Put the pictures of a question into its messages, unless the client leaves before.
+# Pictures
+
+
+def read_pictures(question: Question, pad: bool, limits: Limits, gone: Event) -> None:
+    """Read the data URLs of a question into `image` of their parts.
+
+    Args:
+        question: whose chat is changed.
+        pad: whether one picture alone is padded to a square, too.
+        limits: what reading may take.
+        gone: ends it.
 
     Raises:
-        RequestError: for a picture that cannot be read, or if they take too much.
+        RequestError: for a picture that cannot be read, or if reading them takes too much.
     """
-    contents = [message["content"] for message in question.chat]
-    several = sum(part["type"] == "image" for content in contents for part in content) > 1
-    padded = several or image_processor.vision_aspect_ratio == "pad"
-    until, left = time.thread_time() + READING_SECONDS, MAX_PIXELS_TOGETHER
-    for content in contents:
-        for number, part in enumerate(content):
-            if part["type"] == "image" and not gone():
-                image = _read_image(part, max(1, min(left, MAX_PIXELS)), until)
-                left -= image.width * image.height
-                content[number] = {"type": "image", "image": _reduce(image) if padded else image}
+    parts = [part for message in question.chat for part in message["content"] if part["type"] == "image"]
+    until, left = time.thread_time() + limits.reading_seconds, limits.pixels_together
+    for part in parts:
+        if gone.is_set():
+            return
+        image = _read_picture(part, max(1, min(left, limits.pixels)), until, limits)
+        left -= image.width * image.height
+        scale = limits.side / max(image.size)
+        if scale < 1 and (pad or len(parts) > 1):  # it would become a square of its longer side
+            size = [max(1, int(side * scale)) for side in image.size]
+            image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
+        part["image"] = image
+        del part["url"]
 
 
 class _Timed(BytesIO):
@@ -379,92 +443,36 @@ class _Timed(BytesIO):
         return super().read(size)
 
 
-def _read_image(part: dict, max_pixels: int, until: float) -> Image.Image:
+def _read_picture(part: dict, max_pixels: int, until: float, limits: Limits) -> Image.Image:
     named = []
 
     def name_of(argument):
         named.append(part["places"][argument])
         return f"`{named[-1]}`"
 
-    reason: object
     try:
         content = read_data_url(part["url"])
         page = part["options"].get("page", 0)
-        if page > LAST_FRAME and not content.startswith((b"II", b"MM")):
-            place = part["places"]["page"]
-            raise RequestError(f"`{place}` is {page}; allowed are 0 to {LAST_FRAME}, but for TIFF files.", place)
+        if page > limits.last_frame and not content.startswith((b"II", b"MM")):
+            raise _wrong(part["places"]["page"], page, f"0 to {limits.last_frame}, but for TIFF files")
         if content.startswith(_JPEG_2000):
-            max_pixels = min(max_pixels, MAX_JPEG_2000_PIXELS)
+            max_pixels = min(max_pixels, limits.jpeg_2000_pixels)
         return read_medical_image(_Timed(content, until), max_pixels=max_pixels, **part["options"]).image
     except RequestError:
         raise
-    except MedicalImageError as error:
-        reason = error
     except Exception as error:  # libraries raise many kinds for broken files
-        reason = error if isinstance(error, (ValueError, ImportError)) else type(error).__name__
-    if time.thread_time() > until:
-        reason = f"reading the images of this request takes more than {READING_SECONDS} seconds"
-    elif isinstance(reason, MedicalImageError):
-        message = reason.told(name_of)  # an option in it is what can be changed
-        raise RequestError(message, next((place for place in named if place != part["place"]), part["place"]))
-    raise RequestError(f"`{part['place']}` cannot be read: {reason}", part["place"])
-
-
-def _reduce(image: Image.Image) -> Image.Image:
-    """The image, or a smaller one of the same proportions if it is too long to become a square."""
-    width, height = image.size
-    scale = MAX_SIDE / max(width, height)
-    if scale >= 1:
-        return image
-    size = max(1, int(width * scale)), max(1, int(height * scale))
-    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
-
-
-def _fields_of(given: dict, known: Collection[str], neutral: Mapping[str, object], place: str = "") -> dict:
-    """The fields of an object that are not null, if those that are not `known` ask for nothing."""
-    fields = {name: value for name, value in given.items() if value is not None}
-    for name, value in fields.items():
-        where = f"{place}.{name}" if place else name
-        if name not in known and name not in neutral:
-            raise RequestError(f"`{where}` is no field that is known here; allowed are {sorted(known)}.", where)
-        values = neutral.get(name, ...) if name not in known else ...
-        if values is not ... and not any(_is_same(_without_nulls(value), each) for each in ([], {}, *values)):
-            raise _wrong(where, value, " and ".join(map(json.dumps, (None, *values))))
-    return fields
-
-
-def _check(fits: object, place: str | None, value: object, allowed: str) -> None:
-    if not fits:
-        raise _wrong(place, value, allowed)
-
-
-def _wrong(place: str | None, value: object, allowed: str) -> RequestError:
-    shown = json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
-    if isinstance(value, str) and _SURROGATES.search(value):
-        shown += ", with half a character (a lone surrogate)"
-    return RequestError(f"`{place}` is {shown}; allowed are {allowed}.", place)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and not _SURROGATES.search(value)
-
-
-def _says_nothing(text: str) -> bool:
-    return all(unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp", "Zs") for letter in text)
-
-
-def _is_same(value: object, other: object) -> bool:
-    """Whether two values of JSON are equal; there true is no number."""
-    return value == other and isinstance(value, bool) == isinstance(other, bool)
-
-
-def _without_nulls(value: object) -> object:
-    if isinstance(value, dict):
-        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
-    return value
+        if time.thread_time() > until:
+            reason = f"reading the images of this request takes more than {limits.reading_seconds} seconds"
+        elif isinstance(error, MedicalImageError):
+            message = error.told(name_of)  # an option in it is what can be changed
+            field = next((place for place in named if place != part["place"]), part["place"])
+            raise RequestError(message, field) from None
+        else:
+            reason = error if isinstance(error, (ValueError, ImportError)) else type(error).__name__
+        raise RequestError(f"`{part['place']}` cannot be read: {reason}", part["place"]) from None
 
 
 __all__ = [
-    "CHAT_COMPLETIONS", "OPTIONS", "RESPONSES", "Endpoint", "Question", "RequestError", "parse_body", "read_images",
-    "read_question", "refusal",
+    "CHAT", "LIMITS", "RESPONSES", "Endpoint", "Limits", "Question", "RequestError", "check_name", "parse_body",
+    "read_pictures", "read_question",
 ]  # fmt: skip

@@ -1,8 +1,8 @@
-"""A server around one model for clients of OpenAI's API: chat completions and responses, whole or streamed.
+"""An OpenAI-compatible server around one model, which answers one request at a time.
 
-What is ours: the model's own options of decoding, one answer at a time and a short queue before it, an end to answers
-whose client has left, and narrow doors. Images may be of patients, so nothing of a request is logged or kept. Replies
-are the types of the package `openai`; what a request may hold is in `openai_requests.py`.
+Four routes, a short queue before the model, and narrow doors: slow and large uploads, web pages and foreign names are
+refused, and an answer whose client has left ends. Images may be of patients, so nothing of a request is logged, kept or
+fetched. What requests may hold stands in `openai_requests`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import math
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import ExitStack, asynccontextmanager
 from threading import Event
 
 import torch
@@ -29,9 +28,14 @@ try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response, StreamingResponse
-    from openai.types import CompletionUsage, Model, chat, responses
+    from openai.types import CompletionUsage, Model
+    from openai.types.chat import ChatCompletion, ChatCompletionChunk
+    from openai.types.responses import Response as OpenAIResponse
+    from openai.types.responses import ResponseStreamEvent
+    from pydantic import BaseModel, TypeAdapter
     from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise ImportError('The server needs libraries of its own: pip install "lladamedv[serve]".') from error
@@ -39,121 +43,130 @@ except ImportError as error:
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 
-from . import openai_requests
 from .doors import LOOPBACK_HOSTS, check_host
-from .openai_requests import Endpoint, Question, RequestError
+from .openai_requests import (
+    CHAT,
+    LIMITS,
+    RESPONSES,
+    Limits,
+    Question,
+    RequestError,
+    check_name,
+    parse_body,
+    read_pictures,
+    read_question,
+)
 
 
 logger = logging.getLogger(__name__)
-_ROUTES = {"/v1/chat/completions": openai_requests.CHAT_COMPLETIONS, "/v1/responses": openai_requests.RESPONSES}
-HEADER_SECONDS = 10
-UPLOAD_SECONDS = 60
-SLOWEST_UPLOAD = 20_000  # bytes a second, after the first seconds
-FIRST_SECONDS = 5
-STOPPING_SECONDS = 300  # that the answer under way has to come to an end when the server stops
-# Set when the reply to the request that is being handled is complete, or its client has left.
-_GONE: ContextVar[Event] = ContextVar("gone")
+_EVENT = TypeAdapter(ResponseStreamEvent)
+_CLOSE = {"Connection": "close"}
+_REQUEST_ID = "X-Request-ID"
 
 
 class _EnoughError(Exception):
     """Ends `generate`: the answer is complete, or its client has left."""
 
 
-def _refusal(error: Exception, names: dict[str, str]) -> RequestError:
+def _refusal(error: Exception) -> RequestError:
     """What the client gets to know of an error. A message of a library may quote what it was given."""
-    known = openai_requests.refusal(error, names)
-    if known is not None:
-        return known
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, (ValueError, ImportError)):
+        return RequestError(str(error))
     logger.error("a request could not be answered: %s", type(error).__name__)
     return RequestError(f"The request could not be answered ({type(error).__name__}).", status=500)
 
 
 def _stopping() -> RequestError:
-    return RequestError("The server is stopping.", status=503, headers={"Connection": "close"})
+    return RequestError("The server is stopping.", status=503, headers=_CLOSE)
+
+
+def _reply(error: RequestError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+# One answer
 
 
 class _Answer:
-    """One answer in the making, and the streamer of its `generate`.
+    """One answer in the making, the streamer of `generate`.
 
-    `run` and the streamer's methods are called in the model's thread. What is certain of the text goes to `pieces`, a
-    queue of the server's thread: texts, then `None`, or an error.
+    `read` is called in the reader's thread and `run` in the model's; everything else but the streamer's methods in the
+    server's.
+
+    Attributes:
+        place: of the request among those that are inside; left as soon as the answer is complete.
+        gone: set then, or when the client has left.
+        num_prompt: tokens of the prompt, known once the answer has begun.
+        tokens: of the answer so far.
     """
 
-    def __init__(self, model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, question: Question):
-        self.pieces: asyncio.Queue = asyncio.Queue()
-        self.prompt_tokens, self.is_full = 0, False
-        self._loop, self._gone = asyncio.get_running_loop(), _GONE.get()
-        self._model, self._processor, self.question = model, processor, question
-        self._tokens: list[int] | None = None
-        self._sent = 0  # characters
-        self._suffix = 0  # tokens of the fixed text behind the answer
+    def __init__(self, model, processor, question: Question, place: ExitStack, limits: Limits):
+        self._model, self._processor, self.question, self._limits = model, processor, question, limits
+        self.place, self.gone = place, Event()
+        place.callback(self.gone.set)
+        self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
+        self.num_prompt, self.tokens = 0, []
+        self._begun, self._sent = False, 0  # characters
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self._tokens or ())
-
-    async def next(self) -> str | None:
-        """The next piece of the text, or `None` at its end."""
-        piece = await self.pieces.get()
-        if isinstance(piece, Exception):
-            raise piece
-        return piece
-
-    def prepare(self) -> None:
-        """Read the pictures, in the reader's thread."""
-        openai_requests.read_images(self.question, self._processor.image_processor, self._gone.is_set)
+    def read(self) -> None:
+        """Read the images."""
+        pad = self._processor.image_processor.vision_aspect_ratio == "pad"
+        read_pictures(self.question, pad, self._limits, self.gone)
 
     def run(self) -> None:
         """Denoise the answer."""
-        last: Exception | None = None
         try:
-            self._generate()
+            if not self.gone.is_set():
+                self._generate()
         except _EnoughError:
             pass
         except Exception as error:
-            last = error
-        self._send(last)
+            self._send(error)
+        self._send(None)
 
     def _generate(self):
-        if self._gone.is_set():
-            raise _EnoughError
-        question, tokenizer = self.question, self._processor.tokenizer
-        inputs = self._processor.apply_chat_template(
-            [question.chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        processor, question, tokenizer = self._processor, self.question, self._processor.tokenizer
+        kept = ("type", "text", "image")
+        chat = [
+            {**message, "content": [{key: part[key] for key in kept if key in part} for part in message["content"]]}
+            for message in question.chat
+        ]
+        inputs = processor.apply_chat_template(
+            [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self._model.device)
         question.chat.clear()  # images may be large
-        self.prompt_tokens = inputs["input_ids"].shape[1]
-        self._suffix = len(tokenizer(question.options.generation_suffix or "", add_special_tokens=False).input_ids)
-        self._check_length()
+        suffix = question.options.generation_suffix
+        self.longest = question.options.max_new_tokens
+        self.longest += len(tokenizer(suffix, add_special_tokens=False).input_ids) if suffix else 0
+        self.num_prompt = inputs["input_ids"].shape[1]
+        context = self._model.config.get_text_config().max_position_embeddings
+        if self.num_prompt + self.longest > context:
+            field = question.length_field
+            raise RequestError(
+                f"`{field}` is too long: the prompt takes {self.num_prompt} tokens and the answer {self.longest}, and "
+                f"the model's context has {context}.",
+                field,
+            )
         if question.seed is None:
             torch.seed()  # or the noise would go on where an earlier request's seed had led it
         else:
             torch.manual_seed(question.seed)
         self._model.generate(**inputs, generation_config=question.options, tokenizer=tokenizer, streamer=self)
 
-    def _check_length(self):
-        answer, context = self.question.options.max_new_tokens, self._model.config.get_text_config()
-        context = context.max_position_embeddings
-        if self.prompt_tokens + answer + self._suffix > context:
-            field = self.question.names.get("max_new_tokens", self.question.field)
-            raise RequestError(
-                f"`{field}` is too long: the prompt takes {self.prompt_tokens} tokens and the answer "
-                f"{answer + self._suffix}, and the model's context has {context}.",
-                field,
-            )
-
     def put(self, tokens: torch.Tensor) -> None:
         """The prompt, whereupon all arguments are known to be right; then finished blocks, 1-D."""
-        if self._tokens is None:
-            self._tokens = []
-            self._send("")
-        else:
-            self._tokens += tokens.tolist()
+        if self._begun:
+            self.tokens += tokens.tolist()
             self._send_text()
+        else:
+            self._begun = True
+            self._send("")
 
     def put_draft(self, tokens: torch.Tensor) -> None:
-        """After every forward pass: the moment to stop, if the client has left."""
-        if self._gone.is_set():
+        """After every forward pass: the moment to stop if the client has left."""
+        if self.gone.is_set():
             raise _EnoughError
 
     def end(self) -> None:
@@ -161,19 +174,17 @@ class _Answer:
 
     def _send_text(self, last: bool = False):
         """Send what is certain of the text: no half character, and nothing that a stop might begin with."""
-        text, stops = self._decode(self._tokens), self.question.stop
+        text, stops = self._decode(self.tokens), self.question.stop
         found = [place for place in map(text.find, stops) if place >= 0]
         if found:
             text = text[: min(found)]
-            whole = range(len(self._tokens), -1, -1)
-            self._tokens = next(self._tokens[:n] for n in whole if len(self._decode(self._tokens[:n])) <= len(text))
+            whole = range(len(self.tokens), -1, -1)
+            self.tokens = next(self.tokens[:n] for n in whole if len(self._decode(self.tokens[:n])) <= len(text))
         elif not last:
             text = text[: max(0, len(text) + 1 - max(map(len, stops), default=1))].rstrip("\ufffd")
         if len(text) > self._sent:
             self._send(text[self._sent :])
             self._sent = len(text)
-        # What is as long as the canvas had no end.
-        self.is_full = len(self._tokens) >= self.question.options.max_new_tokens + self._suffix
         if found:
             raise _EnoughError
 
@@ -181,206 +192,285 @@ class _Answer:
         return self._processor.decode(tokens, skip_special_tokens=True)
 
     def _send(self, piece: str | Exception | None) -> None:
-        self._loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The text, piece by piece; the first one is empty and says that the answer has begun."""
+        while (piece := await self._pieces.get()) is not None:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+        self.place.close()  # before the client knows, which may ask again at once
+
+    @property
+    def finish_reason(self) -> str:
+        return "length" if len(self.tokens) >= self.longest else "stop"
+
+    @property
+    def usage(self) -> CompletionUsage:
+        count = len(self.tokens)
+        return CompletionUsage(
+            prompt_tokens=self.num_prompt, completion_tokens=count, total_tokens=self.num_prompt + count
+        )
+
+
+class _ChatReply:
+    """An answer in the form of `/v1/chat/completions`."""
+
+    endpoint = CHAT
+    end = "data: [DONE]\n\n"
+
+    def __init__(self, answer: _Answer, name: str, request_id: str):
+        self._answer = answer
+        self._head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": name}
+
+    def whole(self, text: str) -> ChatCompletion:
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": self._answer.finish_reason}
+        return self._build(ChatCompletion, [choice], usage=self._answer.usage)
+
+    async def events(self, pieces: AsyncIterator[str]) -> AsyncIterator[ChatCompletionChunk]:
+        yield self._chunk({"role": "assistant"})
+        async for piece in pieces:
+            yield self._chunk({"content": piece})
+        answer, apart = self._answer, self._answer.question.include_usage
+        yield self._chunk({}, answer.finish_reason, usage=None if apart else answer.usage)
+        if apart:  # asked for, it is an event of its own in OpenAI's API
+            yield self._build(ChatCompletionChunk, [], usage=answer.usage)
+
+    def _chunk(self, delta: dict, finish_reason: str | None = None, **fields) -> ChatCompletionChunk:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return self._build(ChatCompletionChunk, [choice], **fields)
+
+    def _build(self, kind: type[BaseModel], choices: list, **fields) -> BaseModel:
+        name = "chat.completion" if kind is ChatCompletion else "chat.completion.chunk"
+        return kind(**self._head, object=name, choices=choices, **fields)
+
+
+class _ResponseReply:
+    """An answer in the form of `/v1/responses`."""
+
+    endpoint = RESPONSES
+    end = ""
+
+    def __init__(self, answer: _Answer, name: str, request_id: str):
+        self._answer, self._message_id = answer, f"msg_{request_id}"
+        self._head = {
+            "id": f"resp_{request_id}", "created_at": time.time(), "model": name, "object": "response", "tools": [],
+            "parallel_tool_calls": False, "tool_choice": "auto",
+        }  # fmt: skip
+
+    def whole(self, text: str) -> OpenAIResponse:
+        usage = self._answer.usage
+        counts = {
+            "input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens,
+            "total_tokens": usage.total_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        }  # fmt: skip
+        is_cut = self._answer.finish_reason == "length"
+        status = "incomplete" if is_cut else "completed"
+        return OpenAIResponse(
+            **self._head, status=status, output=[self._message(status, text)], usage=counts,
+            incomplete_details={"reason": "max_output_tokens"} if is_cut else None,
+        )  # fmt: skip
+
+    def _message(self, status: str, *texts: str) -> dict:
+        content = [{"type": "output_text", "text": text, "annotations": []} for text in texts]
+        return {"id": self._message_id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+    async def events(self, pieces: AsyncIterator[str]) -> AsyncIterator[BaseModel]:
+        number, texts = -1, []
+        item = {"output_index": 0}
+        part = item | {"item_id": self._message_id, "content_index": 0}
+
+        def event(kind, **fields):
+            nonlocal number
+            number += 1
+            return _EVENT.validate_python({"type": f"response.{kind}", "sequence_number": number, **fields})
+
+        for kind, status in (("created", "queued"), ("in_progress", "in_progress")):
+            yield event(kind, response={**self._head, "status": status, "output": []})
+        yield event("output_item.added", **item, item=self._message("in_progress"))
+        yield event("content_part.added", **part, part={"type": "output_text", "text": "", "annotations": []})
+        async for piece in pieces:
+            texts.append(piece)
+            yield event("output_text.delta", **part, delta=piece, logprobs=[])
+        response = self.whole("".join(texts))
+        message = response.output[0]
+        yield event("output_text.done", **part, text=message.content[0].text, logprobs=[])
+        yield event("content_part.done", **part, part=message.content[0])
+        yield event("output_item.done", **item, item=message)
+        yield event(response.status, response=response)
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; the request's place is left when they end, however that is."""
+
+    def __init__(self, reply: _ChatReply | _ResponseReply, pieces: AsyncIterator[str], place: ExitStack, **options):
+        super().__init__(self._lines(reply, pieces), media_type="text/event-stream", **options)
+        self.headers["Cache-Control"] = "no-cache"
+        self._place = place
+
+    async def _lines(self, reply, pieces) -> AsyncIterator[str]:
+        try:
+            async for event in reply.events(pieces):
+                name = f"event: {event.type}\n" if hasattr(event, "type") else ""
+                yield f"{name}data: {event.model_dump_json(exclude_none=True)}\n\n"
+            yield reply.end
+        except Exception as error:  # it is too late for another status
+            yield f"data: {json.dumps(_refusal(error).body)}\n\n"
+
+    async def __call__(self, scope, receive, send) -> None:
+        with self._place:
+            await super().__call__(scope, receive, send)
+
+
+# The queue
 
 
 class _Desk:
-    """One model that answers one question at a time."""
+    """One model and the requests for it.
 
-    def __init__(self, name: str, model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor):
-        self.name, self.model, self.processor = name, model, processor
-        self.seconds = 0.0  # that the last answer took
-        self.description = Model(id=name, object="model", created=int(time.time()), owned_by="lladamedv")
+    Those that wait or are answered are inside: at most one more than `max_queue`. They are read before they get in, so
+    that a slow sender takes no place.
+    """
+
+    def __init__(self, name, model, processor, max_queue: int, max_upload_size: int, limits: Limits):
+        self._name, self._model, self._processor, self._limits = name, model, processor, limits
+        self._max_queue, self._max_upload_size = max_queue, max_upload_size
+        self._since, self._seconds = int(time.time()), 0.0  # that the last answer took
+        self._inside: set[ExitStack] = set()
+        self._uploads: dict[anyio.CancelScope, int] = {}  # bytes that have arrived of each, the oldest first
         self._preparing, self._turn = asyncio.Lock(), asyncio.Lock()
         # Always the same ones: compiled models need that, and one that reads pictures bounds the memory for that.
         self._thread, self._reader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._waiting: set[anyio.CancelScope] = set()
-        self.stopping = False
+        self.stopping = asyncio.Event()
 
-    async def start(self, answer: _Answer) -> None:
-        """Wait for the model and have it begin. Cancelled waiters are dropped."""
+    def describe(self, name: str | None = None) -> dict:
+        """The model that is served, if that is its name."""
+        check_name(self._name if name is None else name, self._name)
+        return Model(id=self._name, object="model", created=self._since, owned_by="lladamedv").model_dump()
+
+    def shutdown(self) -> None:
+        for pool in (self._thread, self._reader):
+            pool.shutdown(wait=False)
+
+    async def answer(self, request: Request, kind: type[_ChatReply | _ResponseReply]) -> Response:
+        """Read a request, wait for the model, and reply.
+
+        Raises:
+            RequestError: for whatever keeps it from an answer.
+            ClientDisconnect: if the client leaves before.
+        """
+        self._check_room()  # before all of it is sent
+        self._check_type(request.headers)
+        body = parse_body(await self._first(self._read(request), stops=True), self._limits)
+        self._check_room()
+        request_id = request.headers.get(_REQUEST_ID) or str(uuid.uuid4())
+        headers = {_REQUEST_ID: request_id}
+        with ExitStack() as place:
+            self._inside.add(place)
+            place.callback(self._inside.discard, place)
+            try:
+                question = read_question(body, kind.endpoint, self._name, self._model, self._limits)
+                answer = _Answer(self._model, self._processor, question, place, self._limits)
+                await self._first(self._begin(answer), request, stops=True)
+                reply, pieces = kind(answer, self._name, request_id), answer.pieces()
+                await self._first(anext(pieces), request)
+                if not question.stream:
+                    text = await self._first(_join(pieces), request)
+                    return JSONResponse(reply.whole(text).model_dump(exclude_none=True), headers=headers)
+            except ClientDisconnect:
+                raise
+            except Exception as error:
+                raise _refusal(error) from error
+            answer.place = place.pop_all()
+            return _Stream(reply, pieces, answer.place, headers=headers)
+
+    async def _begin(self, answer: _Answer) -> None:
+        """Wait for the model and have it begin."""
         loop = asyncio.get_running_loop()
-        with self.waiting():
-            async with self._preparing:  # so one that waits for the model holds pictures, and the others do not
-                await loop.run_in_executor(self._reader, answer.prepare)
-                await self._turn.acquire()
+        async with self._preparing:  # so one that waits for the model holds pictures, and the others do not
+            await loop.run_in_executor(self._reader, answer.read)
+            await self._turn.acquire()
         started = time.monotonic()
 
         def leave(_):
-            self.seconds = time.monotonic() - started
+            self._seconds = time.monotonic() - started
             self._turn.release()
 
         loop.run_in_executor(self._thread, answer.run).add_done_callback(leave)
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """For what waits, and ends with status 503 when the server stops."""
-        with anyio.CancelScope() as scope:
-            self._waiting.add(scope)
-            try:
-                if self.stopping:
-                    raise _stopping()
-                yield
-            finally:
-                self._waiting.discard(scope)
-        if scope.cancelled_caught:
+    async def _first(self, work: Coroutine, request: Request | None = None, stops: bool = False):
+        """The result of `work`, unless the client of `request` leaves first or, if it `stops` then, the server ends."""
+        ends = {asyncio.ensure_future(work): None}
+        if request is not None:  # there is nothing more to come but the client's leaving
+            ends[asyncio.ensure_future(request.receive())] = ClientDisconnect()
+        if stops:
+            ends[asyncio.ensure_future(self.stopping.wait())] = _stopping()
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            first = next(task for task in ends if task.done())
+            if ends[first] is not None:
+                raise ends[first]
+            return first.result()
+        finally:
+            for task in ends:
+                task.cancel()
+
+    def _check_room(self):
+        if self.stopping.is_set():
             raise _stopping()
+        if len(self._inside) > self._max_queue:
+            message = f"{len(self._inside)} requests are being answered or wait; no more are allowed at a time."
+            seconds = max(1, math.ceil(self._seconds))  # until a place is free
+            raise RequestError(message, status=429, headers={"Retry-After": str(seconds)})
 
-    def stop(self) -> None:
-        """Dismiss what waits; what runs may end."""
-        self.stopping = True
-        for scope in self._waiting:
-            scope.cancel()
+    def _check_type(self, headers: Headers):
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not re.fullmatch(r"application/([\w.-]+\+)?json", kind):
+            raise RequestError("`Content-Type` must be application/json.", "Content-Type", 415)
+        if headers.get("content-encoding", "identity") != "identity":
+            message = "`Content-Encoding` must be identity: compressed bodies are not read."
+            raise RequestError(message, "Content-Encoding", 415)
 
-    def check_name(self, name: object) -> None:
-        if name != self.name:
-            message = f"`model` is {repr(name)[:100]}; what is served here is {self.name!r}."
-            raise RequestError(message, "model", 404, code="model_not_found")
-
-
-async def _reply(body: dict, endpoint: Endpoint, desk: _Desk) -> Response:
-    """Check a request, wait for the model, and reply."""
-    names: dict[str, str] = {}
-    try:
-        question = openai_requests.read_question(body, endpoint, desk.model, desk.check_name)
-        names = question.names
-        answer = _Answer(desk.model, desk.processor, question)
-        await desk.start(answer)
-        await answer.next()  # what `generate` refuses has a status, also for a stream
-        events = _chat_events if endpoint is openai_requests.CHAT_COMPLETIONS else _response_events
-        if question.stream:
-            stream = _with_errors(events(answer, desk.name), names)
-            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        whole = _whole_chat if endpoint is openai_requests.CHAT_COMPLETIONS else _whole_response
-        pieces = []
-        while (piece := await answer.next()) is not None:
-            pieces.append(piece)
-        return Response(_to_json(whole("".join(pieces), answer, desk.name)), media_type="application/json")
-    except Exception as error:
-        raise _refusal(error, names) from error
-
-
-async def _with_errors(events: AsyncIterator[str], names: dict[str, str]) -> AsyncIterator[str]:
-    """The events of a stream; an error is the last one, because it is too late for another status."""
-    try:
-        async for event in events:
-            yield event
-    except Exception as error:
-        yield f"data: {json.dumps(_refusal(error, names).body)}\n\n"
+    async def _read(self, request: Request) -> bytes:
+        """The body, which must not arrive too slowly. If the bodies together take too much memory, the oldest is
+        given up."""
+        limits, chunks, started = self._limits, [], anyio.current_time()
+        with anyio.CancelScope(deadline=started + limits.first_seconds) as upload:
+            self._uploads[upload] = 0
+            try:
+                async for chunk in request.stream():
+                    chunks.append(chunk)
+                    size = self._uploads[upload] = self._uploads[upload] + len(chunk)
+                    if size > self._max_upload_size:
+                        message = f"The request is too large; allowed are at most {self._max_upload_size} bytes."
+                        raise RequestError(message, status=413, headers=_CLOSE)
+                    seconds = min(limits.upload_seconds, limits.first_seconds + size / limits.upload_speed)
+                    upload.deadline = started + seconds
+                    if sum(self._uploads.values()) > (self._max_queue + 1) * self._max_upload_size:
+                        next(iter(self._uploads)).cancel()
+            finally:
+                del self._uploads[upload]
+        if upload.cancelled_caught:
+            message = f"The request did not arrive in time, or at {limits.upload_speed} bytes a second."
+            raise RequestError(message, status=408, headers=_CLOSE)
+        return b"".join(chunks)
 
 
-def _to_json(reply) -> str:
-    return reply.model_dump_json(exclude_none=True)
+async def _join(pieces: AsyncIterator[str]) -> str:
+    return "".join([piece async for piece in pieces])
 
 
-def _finish_reason(answer: _Answer) -> str:
-    return "length" if answer.is_full else "stop"
+# The server
 
 
-def _usage(answer: _Answer) -> CompletionUsage:
-    prompt, count = answer.prompt_tokens, answer.num_tokens
-    return CompletionUsage(prompt_tokens=prompt, completion_tokens=count, total_tokens=prompt + count)
+class _Door:
+    """ASGI middleware that refuses requests of web pages, which their `Origin` tells, and by foreign names."""
 
-
-def _whole_chat(text: str, answer: _Answer, name: str) -> chat.ChatCompletion:
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "finish_reason": _finish_reason(answer)}
-    return chat.ChatCompletion(
-        id=f"chatcmpl-{uuid.uuid4().hex}", object="chat.completion", created=int(time.time()), model=name,
-        choices=[choice], usage=_usage(answer),
-    )  # fmt: skip
-
-
-async def _chat_events(answer: _Answer, name: str) -> AsyncIterator[str]:
-    """Chunks: the role, pieces of the text, the reason of the end with the count of tokens, or that for itself."""
-    fixed = {
-        "id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk", "created": int(time.time()),
-        "model": name,
-    }  # fmt: skip
-
-    def chunk(delta: dict, finish: str | None = None, **fields) -> str:
-        choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
-        return f"data: {_to_json(chat.ChatCompletionChunk(**fixed | {'choices': choices} | fields))}\n\n"
-
-    yield chunk({"role": "assistant", "content": ""})
-    while (piece := await answer.next()) is not None:
-        yield chunk({"content": piece})
-    if answer.question.include_usage:
-        yield chunk({}, _finish_reason(answer))
-        yield chunk({}, choices=[], usage=_usage(answer))
-    else:
-        yield chunk({}, _finish_reason(answer), usage=_usage(answer))
-    yield "data: [DONE]\n\n"
-
-
-def _whole_response(text: str, answer: _Answer, name: str, **fields) -> responses.Response:
-    """A response with its one message, or with the `fields` of one that is under way."""
-    status = "incomplete" if answer.is_full else "completed"
-    usage = {
-        "input_tokens": answer.prompt_tokens, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-        "output_tokens": answer.num_tokens, "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": answer.prompt_tokens + answer.num_tokens,
-    }  # fmt: skip
-    ends = {
-        "status": status, "incomplete_details": {"reason": "max_output_tokens"} if answer.is_full else None,
-        "output": [_message(text, status)], "usage": usage,
-    }  # fmt: skip
-    return responses.Response(
-        **{"id": f"resp_{uuid.uuid4().hex}", "created_at": time.time(), "object": "response", "model": name,
-           "parallel_tool_calls": False, "tool_choice": "auto", "tools": []} | ends | fields
-    )  # fmt: skip
-
-
-def _message(text: str, status: str) -> dict:
-    content = [{"type": "output_text", "text": text, "annotations": []}] if status != "in_progress" else []
-    return {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "status": status,
-            "content": content}  # fmt: skip
-
-
-async def _response_events(answer: _Answer, name: str) -> AsyncIterator[str]:
-    """Events of OpenAI's Responses API for one message of one text part."""
-    count = 0
-
-    def event(kind: Callable, name: str, **fields) -> str:
-        nonlocal count
-        count += 1
-        made = kind(type=f"response.{name}", sequence_number=count - 1, **fields)
-        return f"event: {made.type}\ndata: {_to_json(made)}\n\n"
-
-    begun = _whole_response("", answer, name, status="in_progress", output=[], usage=None, incomplete_details=None)
-    yield event(responses.ResponseCreatedEvent, "created", response=begun)
-    yield event(responses.ResponseInProgressEvent, "in_progress", response=begun)
-    message, part = _message("", "in_progress"), {"type": "output_text", "text": "", "annotations": []}
-    yield event(responses.ResponseOutputItemAddedEvent, "output_item.added", output_index=0, item=message)
-    place = {"item_id": message["id"], "output_index": 0, "content_index": 0}
-    yield event(responses.ResponseContentPartAddedEvent, "content_part.added", part=part, **place)
-    pieces = []
-    while (piece := await answer.next()) is not None:
-        pieces.append(piece)
-        yield event(responses.ResponseTextDeltaEvent, "output_text.delta", delta=piece, logprobs=[], **place)
-    text = "".join(pieces)
-    yield event(responses.ResponseTextDoneEvent, "output_text.done", text=text, logprobs=[], **place)
-    yield event(responses.ResponseContentPartDoneEvent, "content_part.done", part=part | {"text": text}, **place)
-    whole = _whole_response(text, answer, name, id=begun.id, created_at=begun.created_at)
-    whole.output[0].id = message["id"]
-    yield event(responses.ResponseOutputItemDoneEvent, "output_item.done", output_index=0, item=whole.output[0])
-    ended = responses.ResponseIncompleteEvent if answer.is_full else responses.ResponseCompletedEvent
-    yield event(ended, whole.status, response=whole)
-
-
-class _Gate:
-    """ASGI middleware that admits what fits, reads it, and notices when the client has left.
-
-    Requests that wait or are answered are inside: at most one more than `max_queue`. They are read before they get in,
-    so that a slow sender takes no place. A request that comes from a web page, which its `Origin` tells, or calls the
-    server by a foreign name never gets in.
-    """
-
-    def __init__(self, app, desk: _Desk, max_queue: int, max_upload_size: int, hosts: Sequence[str] | None):
+    def __init__(self, app, desk: _Desk, hosts: Sequence[str] | None):
         self._app, self._desk, self._hosts = app, desk, hosts
-        self._max_queue, self._max_upload_size = max_queue, max_upload_size
-        self._inside: set[object] = set()
-        self._uploads: dict[anyio.CancelScope, int] = {}  # bytes that have arrived of each, the oldest first
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":  # the server starts or ends
@@ -393,90 +483,18 @@ class _Gate:
             started = True
             await send(message)
 
-        scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
-        if scope["method"] == "HEAD":
-            scope["method"] = "GET"  # the server leaves out the body
+        app, headers = self._app, Headers(scope=scope)
+        if wrong := check_host(headers, self._hosts):
+            app = _reply(RequestError(wrong, "Host"))
+        elif "origin" in headers:
+            message = "Web pages may not use this server: the request has an `Origin`."
+            app = _reply(RequestError(message, "Origin", 403))
         try:
-            headers = Headers(scope=scope)
-            if wrong := check_host(headers, self._hosts):
-                raise RequestError(wrong, "Host")
-            if "origin" in headers:
-                raise RequestError("Web pages may not use this server: the request has an `Origin`.", "Origin", 403)
-            if scope["method"] == "POST" and scope["path"] in _ROUTES:
-                await self._admit(headers, scope, receive, note_and_send)
-            else:
-                await self._app(scope, receive, send)
-        except RequestError as error:
-            await error.reply()(scope, receive, send)
+            await app({**scope, "path": scope["path"].rstrip("/") or "/"}, receive, note_and_send)
         except asyncio.CancelledError:
-            if started or not self._desk.stopping:
+            if started or not self._desk.stopping.is_set():
                 raise
-            await _stopping().reply()(scope, receive, send)
-
-    async def _admit(self, headers, scope, receive, send):
-        self._check_room()  # before all of it is sent
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if not re.fullmatch(r"application/([\w.-]+\+)?json", kind):
-            raise RequestError("`Content-Type` must be application/json.", "Content-Type", 415)
-        if headers.get("content-encoding", "identity") != "identity":
-            message = "`Content-Encoding` must be identity: compressed bodies are not read."
-            raise RequestError(message, "Content-Encoding", 415)
-        body = openai_requests.parse_body(await self._read(receive))
-        self._check_room()
-        place, gone = object(), Event()
-        self._inside.add(place)
-        _GONE.set(gone)
-
-        async def send_and_leave(message):
-            if message["type"] == "http.response.body" and not message.get("more_body"):
-                self._inside.discard(place)  # before the client knows, which may ask again at once
-            await send(message)
-
-        async def watch():
-            await receive()  # there is nothing more to come but the client's leaving
-            tasks.cancel_scope.cancel()
-
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(watch)
-                try:  # disconnection is noticed here
-                    await self._app({**scope, "body": body}, anyio.sleep_forever, send_and_leave)
-                finally:
-                    gone.set()
-                tasks.cancel_scope.cancel()
-        finally:
-            self._inside.discard(place)
-
-    def _check_room(self):
-        if len(self._inside) > self._max_queue:
-            message = f"{len(self._inside)} requests are being answered or wait; no more are allowed at a time."
-            seconds = max(1, math.ceil(self._desk.seconds))  # until a place is free
-            raise RequestError(message, status=429, headers={"Retry-After": str(seconds)})
-
-    async def _read(self, receive) -> bytes:
-        """The body, which must not arrive too slowly. If what arrives takes too much memory, the oldest is given up."""
-        chunks, more, started, leave = [], True, anyio.current_time(), {"Connection": "close"}
-        with self._desk.waiting(), anyio.CancelScope() as upload:
-            self._uploads[upload] = 0
-            try:
-                while more:
-                    seconds = min(UPLOAD_SECONDS, FIRST_SECONDS + self._uploads[upload] / SLOWEST_UPLOAD)
-                    upload.deadline = started + seconds
-                    message = await receive()
-                    more = message.get("more_body", False)
-                    chunks.append(message.get("body", b""))
-                    self._uploads[upload] += len(chunks[-1])
-                    if self._uploads[upload] > self._max_upload_size:
-                        message = f"The request has more bytes than are allowed, at most {self._max_upload_size} bytes."
-                        raise RequestError(message, status=413, headers=leave)
-                    if sum(self._uploads.values()) > (self._max_queue + 1) * self._max_upload_size:
-                        next(iter(self._uploads)).cancel()
-            finally:
-                del self._uploads[upload]
-        if upload.cancelled_caught:
-            message = f"The request did not arrive fast enough, at {SLOWEST_UPLOAD} bytes a second, or soon enough."
-            raise RequestError(message, status=408, headers=leave)
-        return b"".join(chunks)
+            await _reply(_stopping())(scope, receive, send)
 
 
 def build_api(
@@ -487,6 +505,7 @@ def build_api(
     max_queue: int = 16,
     max_upload_size: int = 20_000_000,
     hosts: Sequence[str] | None = LOOPBACK_HOSTS,
+    limits: Limits = LIMITS,
 ) -> FastAPI:
     """Build the API of a model: [`make_server`] serves it.
 
@@ -502,6 +521,7 @@ def build_api(
         max_upload_size: largest request, in bytes.
         hosts: names in the `Host` header that the server answers to, so that no foreign name can be made to lead to it;
             `None` for any.
+        limits: what one request may take.
 
     Raises:
         ValueError: if an argument is not allowed.
@@ -509,38 +529,49 @@ def build_api(
     for argument, value, least in (("max_queue", max_queue, 0), ("max_upload_size", max_upload_size, 1)):
         if type(value) is not int or value < least:
             raise ValueError(f"`{argument}` is {value!r}; allowed are whole numbers of at least {least}.")
-    desk = _Desk(name, model, processor)
-    api = FastAPI(title=name, docs_url=None, redoc_url=None, openapi_url=None)
-    api.state.desk = desk
+    desk = _Desk(name, model, processor, max_queue, max_upload_size, limits)
 
-    async def answer(request: Request) -> Response:
-        return await _reply(request.scope["body"], _ROUTES[request.url.path], desk)
+    @asynccontextmanager
+    async def lifespan(api):
+        yield
+        desk.shutdown()
 
-    for path in _ROUTES:
-        api.add_route(path, answer, methods=["POST"])
+    api = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    api.state.desk, api.state.limits = desk, limits
 
-    @api.get("/health")
-    async def health() -> dict:
+    @api.post(CHAT.path)
+    async def complete_chat(request: Request) -> Response:
+        return await desk.answer(request, _ChatReply)
+
+    @api.post(RESPONSES.path)
+    async def create_response(request: Request) -> Response:
+        return await desk.answer(request, _ResponseReply)
+
+    @api.api_route("/health", methods=["GET", "HEAD"])
+    async def health():
         return {"status": "ok"}
 
-    @api.get("/v1/models")
-    async def list_models() -> dict:
-        return {"object": "list", "data": [desk.description.model_dump()]}
+    @api.api_route("/v1/models", methods=["GET", "HEAD"])
+    async def list_models():
+        return {"object": "list", "data": [desk.describe()]}
 
-    @api.get("/v1/models/{name:path}")
-    async def describe(name: str) -> dict:
-        desk.check_name(name)
-        return desk.description.model_dump()
+    @api.api_route("/v1/models/{model:path}", methods=["GET", "HEAD"])
+    async def describe(model: str):
+        return desk.describe(model)
 
     @api.exception_handler(RequestError)
-    async def refuse(request: Request, error: RequestError) -> JSONResponse:
-        return error.reply()
+    async def refuse(request, error):
+        return _reply(error)
 
     @api.exception_handler(HTTPException)
-    async def refuse_path(request: Request, error: HTTPException) -> JSONResponse:
-        return RequestError(str(error.detail), status=error.status_code, headers=error.headers).reply()
+    async def refuse_path(request, error):
+        return _reply(RequestError(str(error.detail), status=error.status_code, headers=error.headers))
 
-    api.add_middleware(_Gate, desk=desk, max_queue=max_queue, max_upload_size=max_upload_size, hosts=hosts)
+    @api.exception_handler(ClientDisconnect)
+    async def drop(request, error):
+        return Response(status_code=499)  # which does not arrive
+
+    api.add_middleware(_Door, desk=desk, hosts=hosts)
     return api
 
 
@@ -566,7 +597,7 @@ class _Protocol(H11Protocol):
             self._expect_headers()
 
     def _expect_headers(self):
-        self._late = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+        self._late = self.loop.call_later(self.config.app.state.limits.header_seconds, self.transport.close)
 
     def send_400_response(self, message: str) -> None:
         body = json.dumps(RequestError(message).body).encode()
@@ -578,14 +609,14 @@ class _Protocol(H11Protocol):
 
 class _Server(uvicorn.Server):
     async def shutdown(self, sockets=None) -> None:
-        self.config.app.state.desk.stop()
+        self.config.app.state.desk.stopping.set()
         await super().shutdown(sockets)
         if self.server_state.tasks and not self.force_exit:  # which were cancelled, and reply
             await asyncio.wait(self.server_state.tasks, timeout=1)
 
 
 def make_server(api: FastAPI) -> uvicorn.Server:
-    """A server that logs no requests and believes no header about the client's address.
+    """A server that logs no requests and trusts no header about where a request comes from.
 
     Told to end (`should_exit`, SIGTERM, SIGINT), it answers those that wait with status 503 and finishes the answer
     under way, if that takes less than five minutes. `run(sockets=[…])` of it runs it on sockets that listen already.
@@ -593,7 +624,7 @@ def make_server(api: FastAPI) -> uvicorn.Server:
     return _Server(
         uvicorn.Config(
             api, http=_Protocol, ws="none", log_level="warning", access_log=False, proxy_headers=False,
-            server_header=False, timeout_graceful_shutdown=STOPPING_SECONDS,
+            server_header=False, timeout_graceful_shutdown=api.state.limits.stopping_seconds,
         )
     )  # fmt: skip
 

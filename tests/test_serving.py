@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from lladamedv.cli import serve
 from lladamedv.cli_common import CommandLine
 from lladamedv.evaluation.answering import answer_batch, question_about
+from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
 from lladamedv.processing.medical_images import read_medical_image
 from lladamedv.processing.phantoms import PhantomVQA
 
@@ -33,7 +34,8 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
-from lladamedv import openai_requests, serving  # noqa: E402 - needs the above
+from lladamedv import serving  # noqa: E402 - needs the above
+from lladamedv.openai_requests import Limits  # noqa: E402
 
 
 http = httpx.Client(timeout=30)
@@ -496,7 +498,7 @@ def test_wrong_responses(url, body, param):
     ids=["text", "list", "object", "numbers", "true", "negative", "zero", "half", "huge", "2^31", "1e308", "surrogate"],
 )  # fmt: skip
 def test_any_value_of_any_option_is_answered_or_refused(url, value):
-    for option in openai_requests.OPTIONS:
+    for option in (name for name, each in OPTIONS.items() if each.role == "answer"):
         body = TEXT | {"generation_config": json.dumps({"max_new_tokens": 8, "steps": 2} | {option: value})}
         reply = http.post(f"{url}{CHAT}", json=body)
         assert reply.status_code in (200, 400), (option, reply.text)
@@ -631,10 +633,9 @@ def received(connection):
     return b"".join(iter(lambda: connection.recv(1000), b""))
 
 
-def test_slow_senders_hold_no_places(shipped, monkeypatch):
-    monkeypatch.setattr(serving, "FIRST_SECONDS", 0.5)
-    monkeypatch.setattr(serving, "HEADER_SECONDS", 0.5)
-    with served(shipped, max_queue=0) as url, ExitStack() as stack:
+def test_slow_senders_hold_no_places(shipped):
+    limits = Limits(first_seconds=0.5, header_seconds=0.5)
+    with served(shipped, max_queue=0, limits=limits) as url, ExitStack() as stack:
         bodies = [stack.enter_context(connect(url, HEAD + b"Content-Length: 99\r\n\r\n{")) for _ in range(20)]
         heads = [stack.enter_context(connect(url, *part)) for part in ([], [b"GET"], [b"GET /health HTTP/1.1\r\nHo"])]
         assert http.post(f"{url}{CHAT}", json=TEXT).status_code == 200
@@ -869,21 +870,25 @@ def test_without_the_extra(monkeypatch):
 def test_command_line(monkeypatch, arguments, address, warnings):
     seen = {}
 
+    def build(*parts, **options):
+        seen.update({"max_queue": 16, "max_upload_size": 20_000_000, "hosts": ()} | options)
+        return build_api(*parts, **options)
+
     def run(self, sockets):
-        middleware = {each.cls.__name__: each.kwargs for each in self.config.app.user_middleware}
-        seen.update(middleware, address=sockets[0].getsockname(), config=self.config)
+        seen["address"] = sockets[0].getsockname()
         sockets[0].close()
 
+    build_api = serving.build_api
+    monkeypatch.setattr(serving, "build_api", build)
     monkeypatch.setattr(uvicorn.Server, "run", run)
     result = command("--port", 0, *arguments)
     assert result.exit_code == 0, result.output
     assert seen["address"][0] == address and f":{seen['address'][1]}/v1" in result.stdout
     assert "lladamedv-demo" in result.stdout
     assert len(result.stderr.splitlines()) == len(warnings) and all(each in result.stderr for each in warnings)
-    assert (seen["_Gate"]["hosts"] is None) == bool(warnings)
+    assert (seen["hosts"] is None) == bool(warnings)
     limits = (3, 1_000_000) if warnings else (16, 20_000_000)
-    assert (seen["_Gate"]["max_queue"], seen["_Gate"]["max_upload_size"]) == limits
-    assert seen["config"].access_log is False
+    assert (seen["max_queue"], seen["max_upload_size"]) == limits
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
-from tests.test_serving import (  # noqa: E402 - needs the above
+from lladamedv import openai_requests, serving  # noqa: E402 - needs the above
+from lladamedv.openai_requests import Limits  # noqa: E402
+from tests.test_serving import (  # noqa: E402
     CHAT,
     IMAGE,
     QUESTION,
@@ -313,38 +315,33 @@ def test_long_pictures_are_no_large_squares(url, shipped):
     assert reply.status_code == 200, reply.text
 
 
-def test_reading_that_takes_too_long(url, shipped, image, monkeypatch):
+def test_reading_that_takes_too_long(shipped):
     import gzip
 
     import nibabel
 
-    from lladamedv import openai_requests
-
-    monkeypatch.setattr(openai_requests, "READING_SECONDS", 0.03)
     volume = nibabel.Nifti1Image(np.zeros((256, 256, 800), np.uint8), np.eye(4)).to_bytes()
     address = data_url(gzip.compress(volume, 1))
     picture = {"type": "image_url", "image_url": {"url": address, "slice": 799}}
-    assert "takes more than 0.03 seconds" in refused(url, json=content(picture))["message"]
+    with served(shipped, limits=Limits(reading_seconds=0.03)) as url:
+        assert "takes more than 0.03 seconds" in refused(url, json=content(picture))["message"]
 
 
-def test_a_jpeg_of_a_thousand_scans_is_not_read_to_its_end(url, monkeypatch):
-    from lladamedv import openai_requests
-
-    monkeypatch.setattr(openai_requests, "READING_SECONDS", 0.3)
+def test_a_jpeg_of_a_thousand_scans_is_not_read_to_its_end(shipped):
     file = io.BytesIO()
     Image.new("L", (1_600, 1_600), 7).save(file, "JPEG", progressive=True)
     whole = file.getvalue()
     scan = whole[whole.rindex(b"\xff\xda") : -2]
     part = {"type": "image_url", "image_url": {"url": data_url(whole[:-2] + scan * 1_000 + whole[-2:])}}
-    started = time.process_time()
-    assert "takes more than 0.3 seconds" in refused(url, json=content(part))["message"]
-    assert time.process_time() - started < 1.5, "all scans take more than 2 seconds"
+    with served(shipped, limits=Limits(reading_seconds=0.3)) as url:
+        started = time.process_time()
+        assert "takes more than 0.3 seconds" in refused(url, json=content(part))["message"]
+        taken = time.process_time() - started
+    assert taken < 1.5, "all scans take more than 2 seconds"
 
 
 def test_the_model_is_not_held_by_reading(shipped, image, monkeypatch):
     """While one answer is denoised, the images of the next are read."""
-    from lladamedv import openai_requests
-
     read = []
     with served(shipped) as url, ThreadPoolExecutor(2) as pool:
         gate = Gate(monkeypatch, shipped[0])
@@ -366,14 +363,12 @@ def test_who_waits_is_told_that_the_server_ends_and_what_runs_is_finished(
     import socket
     from threading import Thread
 
-    from lladamedv import serving
     from tests.test_serving import HEAD, connect, received
 
-    if not finishes:
-        monkeypatch.setattr(serving, "STOPPING_SECONDS", 2)
     listening = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server = serving.make_server(serving.build_api(*shipped))
+    limits = Limits() if finishes else Limits(stopping_seconds=2)
+    server = serving.make_server(serving.build_api(*shipped, limits=limits))
     thread = Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     gate = Gate(monkeypatch, shipped[0])
