@@ -427,6 +427,8 @@ class CommandLine(TyperGroup):
         """A message in the names of the command line: Python's messages name arguments in backticks."""
         for parameter in getattr(self.called, "params", ()):
             is_option = parameter.param_type_name == "option"
+            if is_option and not parameter.opts:  # a flag that says the opposite, --public for `private`
+                continue
             name = max(parameter.opts, key=len) if is_option else parameter.metavar or parameter.name.upper()
             for each in (parameter.name, name.lstrip("-").replace("-", "_")):
                 text = text.replace(f"`{each}`", name)
