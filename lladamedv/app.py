@@ -337,7 +337,7 @@ class _Page:
         notice = " ".join(filter(None, (NOTICE, _UPLOADS, demo_notice(model))))
         heading = '<h1>{{ title }}</h1><p role="note" class="ldm-note"><b>{{ notice }}</b></p>'
         self.state = gradio.State(_Conversation(), time_to_live=_SESSION_SECONDS)
-        gradio.HTML(_STYLE + render(heading, title=title, notice=notice), label="Notice")
+        gradio.HTML(_STYLE + str(render(heading, title=title, notice=notice)), label="Notice")
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
                 self.picture = gradio.HTML(_show_picture(None), label="Image")
@@ -485,7 +485,7 @@ class _Page:
             begun, _show_message(begun.refusal) if begun.refusal else "",
             nothing="The image was read anew, so the conversation begins anew.",
         )  # fmt: skip
-        # Controls that are right stay untouched: somebody may be moving one.
+        # Controls that are right stay untouched: one of them may be moving.
         return changed if begun.chosen == wanted else changed | self._show_choices(begun)
 
     def ask(self, message, conversation, canvas_length, block_length, steps, threshold):

@@ -71,7 +71,7 @@ class Chat:
 
         Raises:
             ValueError: for options of `generate` that are not allowed.
-            KeyboardInterrupt: for Ctrl-C, except while an answer is given to somebody who types.
+            KeyboardInterrupt: for Ctrl-C, except while an answer is given and lines are typed, not piped.
         """
         self._model.resolve_generation_config(**self._options, return_dict_in_generate=True)
         for stream in (sys.stdin, sys.stdout):

@@ -519,7 +519,7 @@ def eval_chat(
     image_folder: flag(Path | None, "Where the images are; needed with --model.", check=check_exists) = None,
     limit: flag(int | None, "Only the first so many questions.", min=1) = None,
     batch_size: BatchSize = 1,
-    judge_model: flag(str | None, "What the server calls the judge; without it, no one judges.") = None,
+    judge_model: flag(str | None, "What the server calls the judge; without it, answers are not judged.") = None,
     judge_url: flag(str | None, "Address of an OpenAI-compatible server, as http://localhost:8000/v1.") = None,
     judge_key_env: flag(str | None, "Name of the environment variable that holds the server's key.") = None,
     reasoning_judge: flag(

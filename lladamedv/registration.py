@@ -1,8 +1,9 @@
 """Registers our classes with Transformers' Auto classes as soon as these are imported, and not before.
 
 The Auto classes take seconds to import, with PyTorch, and Transformers has no lazy registration for classes of others.
-So they, and the modules that lead to ours, are watched while they are imported, and the classes are registered when the
-outermost one is done. The rest of Transformers needs no PyTorch: the command line checks options with it.
+So its modules, and those that lead to ours, are watched while they are imported, and the classes are registered when
+the outermost one that imported the Auto classes is done. Other parts of Transformers need no PyTorch: the command line
+checks options with them.
 """
 
 import sys
@@ -10,7 +11,7 @@ from importlib.abc import MetaPathFinder
 
 
 _AUTO = "transformers.models.auto"
-_WATCHED = ("lladamedv.modeling_lladamedv.", "lladamedv.processing.")
+_WATCHED = ("transformers.", "lladamedv.modeling_lladamedv.", "lladamedv.processing.")
 
 
 def register() -> None:
@@ -44,7 +45,7 @@ class _Watch(MetaPathFinder):
         self.executing = 0
 
     def find_spec(self, name, path=None, target=None):
-        if name != _AUTO and not name.startswith(_WATCHED):
+        if not name.startswith(_WATCHED):
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, others), None)

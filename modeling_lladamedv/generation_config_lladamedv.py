@@ -203,8 +203,8 @@ def _check_combinations(options) -> None:
         )
     if options.abstention_threshold is not None and not options.return_dict_in_generate:
         raise ValueError(
-            f"`abstention_threshold` is {options.abstention_threshold}; it needs return_dict_in_generate=True, or "
-            "nobody would see which answers are below it."
+            f"`abstention_threshold` is {options.abstention_threshold}; it needs return_dict_in_generate=True: "
+            "only that output says which answers are below it."
         )
     if options.no_repeat_ngram_size is not None:
         several = [name for name in ADAPTIVE_RULES if getattr(options, name) is not None]

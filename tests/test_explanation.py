@@ -6,7 +6,6 @@ import json
 import math
 import re
 import resource
-from html.parser import HTMLParser
 from itertools import groupby
 
 import numpy as np
@@ -19,6 +18,7 @@ from lladamedv.conversation import DEMO_NOTICE, LEVELS, MASK, Token
 from lladamedv.evaluation.answering import question_about
 from lladamedv.explanation import Explanation, draw_explanation, explain_answer, to_html
 from lladamedv.processing.phantoms import PhantomVQA
+from tests.html_pages import Page, contrast
 
 
 ATTACK = "<img src=x onerror=alert(1)></span><script>alert(2)</script> \"'&amp; \x1b[2J \u202e"
@@ -37,36 +37,6 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def example():
     return PhantomVQA(9000, 60, ("description",))[15]
-
-
-class Page(HTMLParser):
-    """Elements as (tag, attributes, text); those that stay open are an error."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self._open = [], []
-        self.feed(text)
-        self.close()
-        assert not self._open
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes), []))
-        if tag not in ("img", "meta"):
-            self._open.append(self.elements[-1])
-
-    def handle_endtag(self, tag):
-        assert self._open.pop()[0] == tag
-
-    def handle_data(self, data):
-        for _, _, text in self._open:
-            text.append(data)
-
-    def texts(self, tag, css_class=None):
-        return [
-            "".join(text)
-            for name, attributes, text in self.elements
-            if name == tag and css_class in (None, *attributes.get("class", "").split())
-        ]
 
 
 def squeeze(text):
@@ -177,7 +147,7 @@ def test_html_needs_and_tells_nothing_else(shipped, example):
     text = to_html(explain_answer(*shipped, image, example.question, image_steps=["window 40/400 & more"]))
     page = Page(text)
     assert text.startswith("<!DOCTYPE html>") and dict(page.elements[0][1]) == {"lang": "en"}
-    assert not {"script", "link", "a", "iframe", "object"} & {tag for tag, _, _ in page.elements}
+    assert not {"script", "link", "a", "iframe", "object"} & page.tags
     assert not re.search(r"https?:|url\(|@import|SECRET", text) and 'charset="utf-8"' in text
     (image_attributes,) = [attributes for tag, attributes, _ in page.elements if tag == "img"]
     assert image_attributes["alt"] == "The image asked about, 900 by 700 pixels"
@@ -228,13 +198,8 @@ def test_pictures_of_long_answers_stay_small(hostile):
 
 
 def test_colours_have_contrast_and_are_not_alone():
-    def luminance(color):  # WCAG 2.2, relative luminance
-        channels = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
-        linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
-        return np.dot(linear, (0.2126, 0.7152, 0.0722))
-
     for level in LEVELS:
-        assert (luminance(level.color) + 0.05) / (luminance("#333333") + 0.05) >= 7
+        assert contrast(level.color, "#333333") >= 7
     assert len({level.underline for level in LEVELS}) == len(LEVELS)
 
 
