@@ -277,6 +277,7 @@ def test_responses(client, shipped, image):
         model="demo", input=parts, instructions="Be brief.", max_output_tokens=8,
         extra_body={"generation_config": {"steps": 2}},
     )  # fmt: skip
+    assert (short.status, short.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     system = [{"role": "system", "content": "Be brief."}, *question_about(image, QUESTION)]
     assert short.output_text == answer_batch(*shipped, [system], max_new_tokens=8, steps=2)[0].text
 
