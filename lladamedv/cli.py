@@ -803,7 +803,7 @@ def push_dataset(
     path: flag(str | None, "Local data instead of the Hub's; for phantoms SEED:COUNT.") = None,
     image_folder: flag(Path | None, "Where image files named in --path are.") = None,
     data_revision: flag(str | None, "Revision of the source on the Hub.", "--revision") = None,
-    recipe_only: flag(bool, "Push no records, but a program that builds them.", "--recipe-only") = False,
+    recipe_only: flag(bool, "Push no records, but a card that says how to load them.", "--recipe-only") = False,
     private: Private = True,
     replace: Replace = False,
     revision: Branch = None,

@@ -301,9 +301,8 @@ def generation_options(without: Sequence[str] = (), **defaults: int) -> Group:
         if name not in without and option.role != "model" and _is_shown(name):
             is_switch = option.types == (bool,)
             more = {} if is_switch else {"metavar": f"<{option.type_names.partition(' ')[0]}>"}
-            if name in defaults:
-                more["show_default"] = str(defaults[name])
             help = f"{option.meaning.partition('. ')[0].removesuffix('.')}."
+            help += f" By default {defaults[name]}." if name in defaults else ""
             parameters[name] = (flag((bool if is_switch else str) | None, help, rich_help_panel=_PANEL, **more), None)
     parameters["option"] = (flag(list[str] | None, "NAME=VALUE", "--option", check=_read_options, hidden=True), None)
 
@@ -316,8 +315,10 @@ def generation_options(without: Sequence[str] = (), **defaults: int) -> Group:
                     raise usage("--option", f"{name} is given twice.")
                 try:
                     options[name] = value if isinstance(value, bool) else _read_option(name, value)
+                    OPTIONS[name].check(options[name])
                 except ValueError as error:
-                    raise usage(f"--{name.replace('_', '-')}", str(error).removeprefix(f"{name} is ")) from error
+                    text = str(error).replace("`", "").removeprefix(f"{name} is ")
+                    raise usage(f"'--{name.replace('_', '-')}'", text) from error
         options = defaults | options | words
         check_generation(given.get("model"), options, partial=bool(without))
         return options
@@ -426,6 +427,8 @@ class CommandLine(TyperGroup):
         """A message in the names of the command line: Python's messages name arguments in backticks."""
         for parameter in getattr(self.called, "params", ()):
             is_option = parameter.param_type_name == "option"
+            if is_option and not parameter.opts:  # a flag that says the opposite, --public for `private`
+                continue
             name = max(parameter.opts, key=len) if is_option else parameter.metavar or parameter.name.upper()
             for each in (parameter.name, name.lstrip("-").replace("-", "_")):
                 text = text.replace(f"`{each}`", name)

@@ -228,11 +228,11 @@ def check_name(given: object, name: str) -> None:
 # Fields
 
 
-def _wrong(place: str, value: object, allowed: str) -> RequestError:
+def _wrong(place: str, value: object, allowed: str, verb: str = "are ") -> RequestError:
     shown = json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
     if isinstance(value, str) and _SURROGATES.search(value):
         shown += ", with half a character (a lone surrogate)"
-    return RequestError(f"`{place}` is {shown}; allowed are {allowed}.", place)
+    return RequestError(f"`{place}` is {shown}; allowed {verb}{allowed}.", place)
 
 
 def _is_text(value: object) -> bool:
@@ -302,8 +302,11 @@ def _read_options(
 
     options, error = resolve(given)
     if error is not None:  # the option is wrong without which all would be right
-        wrong = (name for name in given if resolve({key: given[key] for key in given if key != name})[0] is not None)
-        field = names.get(next(wrong, next(iter(given), None)), "generation_config")
+        alone = (name for name in given if resolve({key: given[key] for key in given if key != name})[0] is not None)
+        name = next(alone, next(iter(given), None))
+        field, option = names.get(name, "generation_config"), _OFFERED.get(name)
+        if option is not None and not option.accepts(given[name]):
+            raise _wrong(field, given[name], option.allowed, verb="")  # the table has it: "are whole numbers"
         raise RequestError(f"`{field}` is not allowed: {error}", field)
     return options, stop, names.get("max_new_tokens", endpoint.messages)
 
@@ -402,7 +405,7 @@ def _read_image_part(part: dict, place: str) -> dict:
 
 
 def read_pictures(question: Question, pad: bool, limits: Limits, gone: Event) -> None:
-    """Read the data URLs of a question into `image` of their parts.
+    """Put pictures in place of the data URLs of a question, whose chat then is one for the chat template.
 
     Args:
         question: whose chat is changed.
@@ -425,7 +428,8 @@ def read_pictures(question: Question, pad: bool, limits: Limits, gone: Event) ->
             size = [max(1, int(side * scale)) for side in image.size]
             image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
         part["image"] = image
-        del part["url"]
+        for used in ("url", "place", "options", "places"):
+            del part[used]
 
 
 class _Timed(BytesIO):

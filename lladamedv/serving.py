@@ -128,13 +128,8 @@ class _Answer:
 
     def _generate(self):
         processor, question, tokenizer = self._processor, self.question, self._processor.tokenizer
-        kept = ("type", "text", "image")
-        chat = [
-            {**message, "content": [{key: part[key] for key in kept if key in part} for part in message["content"]]}
-            for message in question.chat
-        ]
         inputs = processor.apply_chat_template(
-            [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            [question.chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self._model.device)
         question.chat.clear()  # images may be large
         suffix = question.options.generation_suffix

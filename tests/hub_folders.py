@@ -1,4 +1,4 @@
-"""Folders to push: the demo model and adapters for it, complete, and how to see that nobody has touched them."""
+"""Folders to push: the demo model and adapters for it, complete, and how to see that they are untouched."""
 
 import hashlib
 from pathlib import Path

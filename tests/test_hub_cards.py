@@ -234,35 +234,11 @@ def test_golden(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_section_and_valid_metadata(tmp_path, kind):
-    """The front matter as the Hub's library reads it back."""
-    facts = facts_of(kind, tmp_path)
-    card = build_model_card(facts)
+def test_the_front_matter_is_read_back_by_the_hub(tmp_path, kind):
+    card = build_model_card(facts_of(kind, tmp_path))
     assert sections(card) == MODEL_SECTIONS
-    assert not re.search(r"\bNone\b(?! yet)", card.text)
-    for paper in ("2508.01617", "2306.00890", "2505.16933", "2502.09992"):
-        assert f"https://arxiv.org/abs/{paper}" in card.text
     header = str(card).split("---\n")[1]
     assert yaml.safe_load(header) == ModelCard(str(card)).data.to_dict() == card.data.to_dict()
-    data = card.data
-    assert data.language == "en" and data.pipeline_tag == "image-text-to-text"
-    assert {"medical", "masked-diffusion", "research-only", "not-a-medical-device"} <= set(data.tags)
-    assert data.library_name == ("peft" if kind == "adapter" else "transformers")
-    relations = {"conversion": "finetune", "adapter": "adapter"}
-    assert data.get("base_model_relation") == relations.get(kind)
-    assert data.base_model == (list(facts.base_models) or None)
-    assert ("Not evaluated" in card.text) == (not facts.results)
-
-
-def test_licences_of_cards(tmp_path):
-    cards = {kind: build_model_card(facts_of(kind, tmp_path)).data.to_dict() for kind in KINDS}
-    assert {kind: (card["license"], card.get("license_name")) for kind, card in cards.items()} == {
-        "conversion": ("other", "asu-non-commercial"), "initialized": ("apache-2.0", None),
-        "demo_model": ("apache-2.0", None), "demo_run": ("apache-2.0", None),
-        "adapter": ("other", "asu-non-commercial"),
-    }  # fmt: skip
-    assert cards["adapter"]["datasets"] == ["flaviagiammarino/vqa-rad"]
-    assert cards["conversion"]["license_link"].startswith("https://")
 
 
 # Licences
@@ -333,9 +309,7 @@ def test_the_base_model_of_a_run(tmp_path):
     ("source", "allowed", "why"),
     [
         ("OctoMed/VQA-RAD", True, "CC0"), ("slake", True, "CC BY 4.0"), ("phantoms:1:2", True, "drawn"),
-        ("path-vqa", False, "publishers"), ("llava-med-instruct", False, "CC BY-NC"),
-        ("llava-med-alignment", False, "forbids"), ("llava-med-qa50", False, "research"),
-        ("mine", False, "nothing is known"),
+        ("path-vqa", False, "publishers"), ("llava-med-instruct", False, "forbids"), ("mine", False, "nothing"),
     ],
 )  # fmt: skip
 def test_redistribution(source, allowed, why):
@@ -499,13 +473,6 @@ def test_training_facts(tmp_path, monkeypatch):
     assert training([], log_history=[], picture=tmp_path / "none.png").picture is None
 
 
-def test_lora_in_the_card(tmp_path):
-    text = build_model_card(facts_of("adapter", tmp_path)).text
-    for line in ("| trained rank | `16` |", "| trained alpha | `32` |", "| trained targets | `q_proj`, `v_proj` |"):
-        assert line in text
-    assert "DoRA" not in text and "PeftModel.from_pretrained(model, folder)" in text
-
-
 def test_a_recipe_that_is_none():
     for recipe in ("a: [", "- 1"):
         with pytest.raises(ValueError, match="`recipe`"):
@@ -662,16 +629,11 @@ def test_hashes(tmp_path):
 
 
 def test_dataset_card():
+    """The whole one is among the golden cards."""
     report = slake_report()
     card = build_dataset_card(report, "SLAKE", "0.1.0", has_images=True)
-    assert sections(card) == DATASET_SECTIONS
-    data = DatasetCard(str(card)).data.to_dict()
-    assert data["license"] == "cc-by-4.0" and data["size_categories"] == "1K<n<10K"
-    assert data["source_datasets"] == ["extended|BoKelvin/SLAKE"] and data["language"] == "en"
-    rows = {row[0]: row[1:] for row in table_rows(card.text, 4)}
-    assert rows["questions"] == ["1060", "1061", "-1"] and rows["closed"] == ["416", "416", "+0"]
-    for text in ("missing or damaged | 1 |", "| not in English | 1033 |", "revision='a9083ce'", "Pictures: included"):
-        assert text in card.text
+    assert sections(card) == DATASET_SECTIONS and "Pictures: included" in card.text
+    assert DatasetCard(str(card)).data.to_dict() == card.data.to_dict()
     assert str(build_dataset_card(report.as_dict(), "SLAKE", "0.1.0", has_images=True)) == str(card)
 
 

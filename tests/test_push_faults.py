@@ -85,23 +85,17 @@ def fails(folder, **options):
     ("fault", "reason"),
     [
         (Fault(WHO, 401), "but the Hub does not let us in: HTTP 401, the token is missing or not valid"),
-        (Fault(CREATE, 401), "could not be pushed to: HTTP 401, the token is missing or not valid"),
         (Fault(CREATE, 403), "HTTP 403, the token may not write there"),
-        (Fault(CREATE, 404), "HTTP 404, there is no such repository"),
         (Fault(CREATE, 500, times=1), "HTTP 500, the Hub has a problem"),
         (Fault(LOOK, 500), "could not be looked up: HTTP 500, the Hub has a problem"),
-        (Fault(BATCH, 403), "HTTP 403, the token may not write there"),
-        (Fault(UPLOAD, 403), "HTTP 403, the token may not write there"),
         (Fault(UPLOAD, 500), "HTTP 500, the Hub has a problem"),
         (Fault(UPLOAD, 429, {"Retry-After": "7"}), "HTTP 429, too many requests, try again in 7 s"),
         (Fault(UPLOAD, 0, read=1000), "Error"),
-        (Fault(COMMIT, 401), "HTTP 401, the token is missing or not valid"),
         (Fault(COMMIT, 403, body="read only: {authorization}"), "may not write there (read only: Bearer (token))"),
         (Fault(COMMIT, 404, {"X-Error-Code": "RepoNotFound"}), "HTTP 404, there is no such repository"),
         (Fault(COMMIT, 412), "HTTP 412, the repository has changed meanwhile"),
         (Fault(COMMIT, 429, {"Retry-After": "9"}), "HTTP 429, too many requests, try again in 9 s"),
         (Fault(COMMIT, 500, times=1, body="line one\nline two"), "the Hub has a problem (line one line two)"),
-        (Fault(COMMIT, 502), "HTTP 502, the Hub has a problem"),
         (Fault(COMMIT, 0, read=1000), "Error"),
         (Fault(COMMIT, 0), "Error"),
     ],
@@ -128,7 +122,6 @@ def test_a_fault_leaves_nothing_half_pushed(hub, folder, watched, waits, fault, 
     ("fault", "waited"),
     [
         (Fault(UPLOAD, 500, times=1), 1),
-        (Fault(UPLOAD, 503, times=1), 1),
         (Fault(UPLOAD, 429, {"Retry_After": "7"}, times=1), 8),
         (Fault(UPLOAD, 0, times=1, read=1000), 1),
         (Fault(UPLOAD, 0, times=1, after=True), 1),
@@ -167,7 +160,7 @@ def test_an_old_version_stays_whole(hub, folder, tmp_path, watched, waits):
     assert hub.repos["me/model"] == contents(folder)
 
 
-def test_somebody_commits_in_between(hub, folder, watched):
+def test_another_commit_in_between(hub, folder, watched):
     """What was looked at is no longer what is there, so the commit is not made."""
     hub.repos["me/model"], hub.private["me/model"] = {"README.md": b"---\nlicense: mit\n---\n"}, True
     put = hub.fault
@@ -191,7 +184,7 @@ def test_the_answer_to_a_commit_is_lost(hub, folder, watched):
     assert hub.commits == ["me/model"]
 
 
-def test_nobody_is_there(hub, folder, watched, monkeypatch):
+def test_no_hub_answers(hub, folder, watched, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert "but the Hub does not let us in: ConnectionRefusedError" in fails(folder)
 

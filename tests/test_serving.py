@@ -277,6 +277,7 @@ def test_responses(client, shipped, image):
         model="demo", input=parts, instructions="Be brief.", max_output_tokens=8,
         extra_body={"generation_config": {"steps": 2}},
     )  # fmt: skip
+    assert (short.status, short.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     system = [{"role": "system", "content": "Be brief."}, *question_about(image, QUESTION)]
     assert short.output_text == answer_batch(*shipped, [system], max_new_tokens=8, steps=2)[0].text
 
@@ -316,29 +317,19 @@ def test_models_and_health(client, url):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("POST", "/load_model", 404), ("POST", "/reset", 404), ("POST", "/v1/audio/transcriptions", 404),
-        ("POST", "/v1/completions", 404), ("POST", "/v1/systemone", 404), ("GET", "/docs", 404),
-        ("GET", "/openapi.json", 404), ("GET", "/redoc", 404), ("GET", "/", 404), ("GET", CHAT, 405),
+        ("POST", "/v1/completions", 404), ("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("GET", CHAT, 405),
         ("DELETE", "/v1/models", 405),
     ],
 )  # fmt: skip
 def test_nothing_else_is_there(url, method, path, status):
-    reply = http.request(method, f"{url}{path}", json={"model": "org/other"} if method == "POST" else None)
+    reply = http.request(method, f"{url}{path}", json=TEXT if method == "POST" else None)
     assert reply.status_code == status and reply.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("name", ["org/other", "demo@main", "", "model.gguf", "/etc", "demo:x.gguf", 5, ["demo"]])
-@pytest.mark.parametrize("path", [CHAT, RESPONSES])
-def test_no_other_model_is_loaded(url, path, name, monkeypatch):
-    def never(*arguments, **options):
-        raise AssertionError("nothing may be loaded")
-
-    for loaded in ("AutoConfig", "AutoProcessor", "AutoModelForMultimodalLM"):
-        monkeypatch.setattr(getattr(__import__("transformers"), loaded), "from_pretrained", never)
-    body = {"model": name, "messages": [{"role": "user", "content": "?"}], "input": "?"}
-    body.pop("input" if path == CHAT else "messages")
-    reply = http.post(f"{url}{path}", json=body)
-    assert reply.status_code == 404 and reply.json()["error"]["param"] == "model"
+@pytest.mark.parametrize("name", ["org/other", "", 5])
+@pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), (RESPONSES, "input")])
+def test_no_other_model_is_served(url, path, field, name):
+    assert refused(url, 404, path, json={"model": name, field: TEXT["messages"]})["param"] == "model"
 
 
 # What is refused
@@ -366,86 +357,55 @@ IMAGE = "messages[0].content[0].image_url"
     [
         ({}, "messages"),
         ({"messages": []}, "messages"),
-        ({"messages": "Hello?"}, "messages"),
         ({"messages": ["Hello?"]}, "messages[0]"),
         ({"messages": [{"role": "tool", "content": "5"}]}, "messages[0].role"),
-        ({"messages": [{"role": ["user"], "content": "5"}]}, "messages[0].role"),
         ({"messages": [{"content": "5"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user", "content": "5", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "user", "content": "5", "weight": 0}]}, "messages[0].weight"),
-        ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": " \n\u00a0\u200b"}]}, "messages[0].content"),
         (content({"type": "text", "text": ""}, {"type": "input_text", "text": "\t"}), "messages[0].content"),
-        ({"messages": [{"role": "system", "content": ""}, *TEXT["messages"]]}, "messages[0].content"),
         (content({"type": "text", "text": "a", "annotation": 1}), "messages[0].content[0].annotation"),
         (content({"type": "image_url", "image_url": {"url": "data:,", "detail": "best"}}), f"{IMAGE}.detail"),
-        (content({"type": "image_url", "image_url": {"url": "data:,", "quality": 5}}), f"{IMAGE}.quality"),
         (content({"type": "input_image", "file_id": "file-1"}), "messages[0].content[0].file_id"),
         (content({"type": "image_url", "image_url": {"url": "data:,", "slice": "3"}}), f"{IMAGE}.slice"),
-        (content({"type": "image_url", "image_url": {"url": "data:,", "slice": True}}), f"{IMAGE}.slice"),
-        (content({"type": "image_url", "image_url": {"url": "data:,", "window": 40}}), f"{IMAGE}.window"),
-        (content({"type": "image_url", "image_url": {"url": "data:,", "full_range": 1}}), f"{IMAGE}.full_range"),
         (content({"type": "image_url", "page": 1, "image_url": {"url": "data:,", "page": 1}}), f"{IMAGE}.page"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         (content("Hello?"), "messages[0].content[0].type"),
         (content({"type": "video_url", "video_url": {"url": "x"}}), "messages[0].content[0].type"),
-        (content({"type": "input_audio", "input_audio": {}}), "messages[0].content[0].type"),
         (content({"type": ["text"]}), "messages[0].content[0].type"),
-        (content({"type": "text"}), "messages[0].content[0].text"),
         (content({"type": "text", "text": "\ud800 🫁"}), "messages[0].content[0].text"),
         (content({"type": "image_url"}), IMAGE),
-        (content({"type": "image_url", "image_url": {}}), f"{IMAGE}.url"),
         (content({"type": "image_url", "image_url": {"url": 5}}), f"{IMAGE}.url"),
         ({"messages": [{"role": "user", "content": "x" * 100_001}]}, "messages"),
         ({"messages": [{"role": "user", "content": "word " * 5_000}]}, "messages"),  # longer than the context
         (TEXT | {"stream": "yes"}, "stream"),
-        (TEXT | {"seed": -1}, "seed"),
         (TEXT | {"seed": 2**63}, "seed"),
         (TEXT | {"seed": True}, "seed"),
         (TEXT | {"temperature": -1}, "temperature"),
-        (TEXT | {"temperature": "hot"}, "temperature"),
         (TEXT | {"max_tokens": 0}, "max_tokens"),
         (TEXT | {"max_tokens": 10**9}, "max_tokens"),
-        (TEXT | {"max_tokens": "24"}, "max_tokens"),
-        (TEXT | {"max_completion_tokens": 1.5}, "max_completion_tokens"),
         (TEXT | {"max_tokens": 2_040}, "max_tokens"),  # with the prompt longer than the context
-        (TEXT | {"max_completion_tokens": 2_040}, "max_completion_tokens"),
         (TEXT | {"generation_config": {"max_new_tokens": 2_040}}, "generation_config.max_new_tokens"),
         (TEXT | {"max_tokens": 8, "max_completion_tokens": 9}, "max_completion_tokens"),
         (TEXT | {"stop": ""}, "stop"),
-        (TEXT | {"stop": 5}, "stop"),
-        (TEXT | {"stop": ["a", 5]}, "stop"),
         (TEXT | {"stop": ["\udc00"]}, "stop"),
         (TEXT | {"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         (TEXT | {"n": 2}, "n"),
         (TEXT | {"top_p": 0.5}, "top_p"),
-        (TEXT | {"logprobs": True}, "logprobs"),
-        (TEXT | {"frequency_penalty": 0.5}, "frequency_penalty"),
         (TEXT | {"tools": [{"type": "function"}]}, "tools"),
         (TEXT | {"response_format": {"type": "json_object"}}, "response_format"),
-        (TEXT | {"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
-        (TEXT | {"functions": [{"name": "f"}]}, "functions"),
         (TEXT | {"tool_choice": "required"}, "tool_choice"),
-        (TEXT | {"best_of": 2}, "best_of"),
-        (TEXT | {"top_k": 40}, "top_k"),
         (TEXT | {"reasoning": {"effort": "high"}}, "reasoning"),
         (TEXT | {"stream_options": True}, "stream_options"),
         (TEXT | {"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-        (TEXT | {"stream_options": {"other": True}}, "stream_options.other"),
         (TEXT | {"repetition_penalty": -1}, "repetition_penalty"),
         (TEXT | {"gen_length": 5}, "gen_length"),
         (TEXT | {"\ud800": 5}, "\ufffd"),
-        (TEXT | {"generation_config": "{"}, "generation_config"),
         (TEXT | {"generation_config": "[" * 50_000}, "generation_config"),
         (TEXT | {"generation_config": "[]"}, "generation_config"),
-        (TEXT | {"generation_config": 5}, "generation_config"),
         (TEXT | {"generation_config": {"gen_length": 5}}, "generation_config.gen_length"),
         (TEXT | {"generation_config": {"do_sample": True}}, "generation_config.do_sample"),
-        (TEXT | {"generation_config": {"compile_config": {}}}, "generation_config.compile_config"),
         (TEXT | {"generation_config": {"eos_token_id": 5}}, "generation_config.eos_token_id"),
-        (TEXT | {"generation_config": {"_from_model_config": 5}}, "generation_config._from_model_config"),
         (TEXT | {"generation_config": {"block_length": 7}}, "generation_config.block_length"),
         (TEXT | {"generation_config": {"steps": 25}}, "generation_config.steps"),
         (TEXT | {"generation_config": {"cache_implementation": "dual"}}, "generation_config.cache_implementation"),
@@ -468,10 +428,7 @@ def test_wrong_requests(url, body, param):
     [
         ({}, "input"),
         ({"input": []}, "input"),
-        ({"input": ""}, "input"),
         ({"input": [{"type": "input_text", "text": " "}]}, "input"),
-        ({"input": [5]}, "input[0].type"),
-        ({"input": {"role": "user"}}, "input"),
         ({"input": [{"type": "function_call", "call_id": "1"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": "?"}, {"type": "function_call"}]}, "input[1].type"),
         ({"input": [{"type": "reasoning", "content": 5}, {"role": "user", "content": "?"}]}, "input[0].type"),
@@ -481,11 +438,8 @@ def test_wrong_requests(url, body, param):
         ({"input": "word " * 5_000}, "input"),
         ({"input": "?", "text": {"format": {"type": "json_object"}}}, "text"),
         ({"input": "?", "include": ["message.output_text.logprobs"]}, "include"),
-        ({"input": "?", "conversation": "c"}, "conversation"),
         ({"input": "?", "instructions": 5}, "instructions"),
         ({"input": "?", "previous_response_id": "r"}, "previous_response_id"),
-        ({"input": "?", "max_output_tokens": 0}, "max_output_tokens"),
-        ({"input": "?", "background": True}, "background"),
         ({"input": "?", "stop": "a"}, "stop"),
     ],
 )
@@ -538,9 +492,8 @@ def test_nothing_is_fetched(url, path, tmp_path):
         listening.settimeout(0.2)
         port = listening.getsockname()[1]
         for address in (
-            f"http://127.0.0.1:{port}/x.png", f"HTTP://localhost:{port}/x.png", f"https://127.0.0.1:{port}/x.png",
-            f"//127.0.0.1:{port}/x.png", f"ftp://127.0.0.1:{port}/x.png", str(file), f"file://{file}",
-            base64.b64encode(file.read_bytes()).decode(), "", "s3://bucket/x.png",
+            f"HTTP://localhost:{port}/x.png", f"//127.0.0.1:{port}/x.png", str(file), f"file://{file}",
+            base64.b64encode(file.read_bytes()).decode(), "",
         ):  # fmt: skip
             part = {"type": "input_image", "image_url": address}
             body = content(part) if path == CHAT else {"input": [part]}
@@ -571,14 +524,12 @@ def animation():
     ("picture", "message"),
     [
         (b"no picture", "is of no known format"),
-        (b"\x89PNG\r\n\x1a\n broken", "is of no known format"),
         (b"\x1f\x8b broken", "cannot be read"),
         (bomb(6_000, 6_000), "6000 by 6000 pixels; allowed are 1 to 8388608"),
-        (bomb(100_000, 100_000), "pixels"),
         (bytes(128) + b"DICM", "TransferSyntaxUID is missing"),
         (b"", "is of no known format"),
     ],
-    ids=["text", "broken", "broken gzip", "large", "bomb", "DICOM", "empty"],
+    ids=["text", "broken gzip", "large", "DICOM", "empty"],
 )
 def test_pictures_that_are_refused(url, picture, message):
     part = {"type": "image_url", "image_url": {"url": data_url(picture)}}
@@ -725,7 +676,7 @@ def until(condition):
         time.sleep(0.01)
 
 
-def test_the_queue_is_bounded_and_who_leaves_it_was_never_there(shipped, image, monkeypatch):
+def test_the_queue_is_bounded_and_who_leaves_it_takes_no_place(shipped, image, monkeypatch):
     truths = [expected(shipped, image, question).text for question in (QUESTION, "Is there a lesion?")]
     with served(shipped, max_queue=1) as url, ThreadPoolExecutor(4) as pool:
         gate = Gate(monkeypatch, shipped[0])
@@ -831,17 +782,10 @@ def test_streams_are_server_sent_events(url):
 # The command
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_queue": -1}, "`max_queue` is -1; allowed are whole numbers of at least 0"),
-        ({"max_queue": True}, "`max_queue` is True"),
-        ({"max_upload_size": "1mb"}, "`max_upload_size` is '1mb'"),
-    ],
-)
-def test_arguments(shipped, options, message):
-    with pytest.raises(ValueError, match=message):
-        serving.build_api(*shipped, **options)
+@pytest.mark.parametrize(("argument", "value"), [("max_queue", -1), ("max_queue", True), ("max_upload_size", "1mb")])
+def test_arguments(shipped, argument, value):
+    with pytest.raises(ValueError, match=f"`{argument}` is {value!r}; allowed are whole numbers of at least"):
+        serving.build_api(*shipped, **{argument: value})
 
 
 def command(*arguments):

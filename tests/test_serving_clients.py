@@ -124,15 +124,14 @@ def test_requests_of_real_clients(url, shipped, image, name):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"include": []}, {"tools": []}, {"tool_choice": "auto"}, {"functions": []}, {"reasoning": {}},
-        {"reasoning": {"effort": None, "summary": None}}, {"best_of": 1}, {"repetition_penalty": 1.0}, {"top_k": -1},
-        {"top_p": 1.0}, {"min_p": 0}, {"n": 1}, {"logprobs": False}, {"frequency_penalty": 0.0}, {"logit_bias": {}},
-        {"function_call": "auto"}, {"response_format": {"type": "text"}}, {"store": False}, {"user": "u"},
-        {"metadata": {"a": "b"}}, {"stream_options": {"include_obfuscation": False}}, {"chat_template_kwargs": {}},
-        {"text": {"format": {"type": "text"}, "verbosity": "medium"}}, {"truncation": "disabled"},
+        {"include": [], "tools": [], "tool_choice": "auto", "reasoning": {"effort": None, "summary": None}},
+        {"best_of": 1, "repetition_penalty": 1.0, "top_k": -1, "top_p": 1.0, "min_p": 0, "n": 1},
+        {"logprobs": False, "logit_bias": {}, "functions": [], "function_call": "auto", "store": False, "user": "u"},
+        {"response_format": {"type": "text"}, "metadata": {"a": "b"}, "stream_options": {"include_obfuscation": False}},
+        {"text": {"format": {"type": "text"}, "verbosity": "medium"}, "truncation": "disabled", "modalities": ["text"]},
         dict.fromkeys(("seed", "stop", "temperature", "logprobs", "response_format", "tools", "n", "audio")),
-        {"temperature": 0}, {"stop": []}, {"modalities": ["text"]}, {"reasoning_effort": "none"},
-        {"reasoning": {"effort": "none"}}, {"generation_config": FAST | {"do_sample": False, "num_beams": 1}},
+        {"temperature": 0, "stop": [], "reasoning_effort": "none", "reasoning": {"effort": "none"}},
+        {"generation_config": FAST | {"do_sample": False, "num_beams": 1}},
     ],
     ids=str,
 )  # fmt: skip
@@ -357,9 +356,7 @@ def test_the_model_is_not_held_by_reading(shipped, image, monkeypatch):
 
 
 @pytest.mark.parametrize("finishes", [True, False])
-def test_who_waits_is_told_that_the_server_ends_and_what_runs_is_finished(
-    shipped, image, truth, monkeypatch, finishes
-):  # fmt: skip
+def test_waiting_requests_get_503_at_the_end_and_what_runs_is_finished(shipped, image, truth, monkeypatch, finishes):
     import socket
     from threading import Thread
 
