@@ -317,13 +317,17 @@ def test_rows_of_a_stream_are_counted_once_or_not_at_all(tmp_path, workers):
         assert "| local data | 7 read | 1 |" in card
 
 
-def test_answers_are_printed_in_full(tmp_path, capsys):
-    """Also with a progress bar, whose line shows no long texts."""
-    options = {"eval_data": "phantoms:2:2", "eval_strategy": "steps", "eval_steps": 1, "log_answers": 2, "max_steps": 1}
-    train(tmp_path, disable_tqdm=False, **options)
+PACKED = {"train_data": "phantoms:1:8:closed,open:2", "pack_questions": 2, "eval_data": "phantoms:2:4:closed,open:2"}
+
+
+@pytest.mark.parametrize("more", [{"eval_data": "phantoms:2:2"}, PACKED], ids=["alone", "packed"])
+def test_answers_are_printed_in_full(tmp_path, capsys, more):
+    """Also with a progress bar, whose line shows no long texts, and of packed rows, which show their image once."""
+    train(tmp_path, disable_tqdm=False, eval_strategy="steps", eval_steps=1, log_answers=2, max_steps=1, **more)
     printed = capsys.readouterr()
     assert "| step | id | question | reference | answer | confidence |" in printed.out.splitlines()
     assert "String too long" not in printed.out + printed.err and "'answers'" not in printed.out
+    assert printed.out.count(" + phantoms/2/") == 2 * (more is PACKED)
 
 
 def test_a_logger_that_is_not_installed(tmp_path, monkeypatch):

@@ -38,10 +38,9 @@ class RowReport:
     dataloader workers read the stream: that happens in other processes.
 
     Attributes:
-        kept: number of rows to train on; `None` if nothing is counted.
-        left_out: for each reason, how many rows it cost.
-        rows: for each reason, the names of these rows: their numbers, from 0, and their ids.
-        without_images: how many of the rows to train on have no image.
+        kept, without_images: number of rows to train on, and of those of them without an image; `kept` is `None` if
+            nothing is counted.
+        left_out, rows: for each reason, how many rows it cost, and their names: their numbers, from 0, and their ids.
         packed_into: number of rows after packing, if questions were packed.
         held_out: how these rows were held out of the training data, if they were.
     """
@@ -142,8 +141,7 @@ def prepare_rows(
         length_of: function from a row with undecoded images to its number of tokens; it refuses rows that cannot be
             trained on, as `messages.check_row` does.
         open_image: see [`pixels_of`].
-        max_length: longest row.
-        invalid_rows, long_rows: see [`MaskedDiffusionSFTConfig`].
+        max_length, invalid_rows, long_rows: see [`MaskedDiffusionSFTConfig`].
         name: of the data set, for messages.
         counted: whether the rows of a stream are read in this process, and so can be counted.
         disable_tqdm: whether to show no progress bar; otherwise there is one in terminals.
@@ -238,16 +236,13 @@ def split_by_image(
         ValueError: for a streamed data set, or one whose rows all belong together.
     """
     _refuse_streams(dataset, "eval_split")
-    plain, seen, texts = undecoded(dataset), {}, set()
+    plain, seen = undecoded(dataset), {}
 
     def content_of(row) -> list[str]:
         try:
-            pixels = [digest for digest, _ in pixels_of(row, open_image, seen)]
+            return [digest for digest, _ in pixels_of(row, open_image, seen)] or [f"text {row['messages']!r}"]
         except Exception:  # such rows are left to the check of all rows
             return []
-        if not pixels:
-            texts.add(repr(row["messages"]))
-        return pixels or [repr(row["messages"])]
 
     groups: dict[str, set[str]] = {}  # of each picture: all that some row shows together with it, directly or not
     contents = [content for _, _, content in _in_parallel(content_of, plain, "Comparing images", disable_tqdm)]
@@ -270,7 +265,8 @@ def split_by_image(
             held_out += group
     held_out = set(held_out or min(candidates, key=len))
     sides = [[number for number in range(len(plain)) if (number in held_out) == side] for side in (False, True)]
-    pictures = [len({each for number in side for each in contents[number]} - texts) for side in sides]
+    shown = ({each for number in side for each in contents[number]} for side in sides)
+    pictures = [sum(not each.startswith("text ") for each in contents) for contents in shown]
     return *(dataset.select(side) for side in sides), pictures
 
 

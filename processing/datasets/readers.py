@@ -232,75 +232,70 @@ def read_records(path: str | Path, keep_invalid: bool = False) -> Iterator[tuple
         ValueError: if the file cannot be read, or is none of these, with the line where that shows; also for texts that
             are no Unicode (lone surrogates).
     """
-    suffix = Path(path).suffix.lower()
-    form = "CSV" if suffix in (".csv", ".tsv") else "JSON"
+    is_table = Path(path).suffix.lower() in (".csv", ".tsv")
+    form = "CSV" if is_table else "JSON"
     if not os.path.isfile(path):  # reading a pipe or a device may never end
         raise ValueError(f"{str(path)!r} cannot be read as {form}: there is no such file, or it is no regular one.")
     try:
         with open(path, "rb") as file:
             encoding = json.detect_encoding(file.read(4)).replace("utf-8", "utf-8-sig").replace("-sig-sig", "-sig")
-        with open(path, encoding=encoding, newline="" if form == "CSV" else None) as file:
-            if form == "CSV":
-                # Excel writes semicolons where the comma is the decimal mark, and tabs into "Unicode text".
-                separator = max("\t,;" if suffix == ".tsv" else ",;\t", key=file.readline().count)
-                file.seek(0)
-                yield from _read_table(csv.reader(file, delimiter=separator, strict=True), path, keep_invalid)
-                return
-            first = next((each for each in iter(lambda: file.read(1), "") if not each.isspace()), "")
-            file.seek(0)
-            records = _read_list(file.read(), path) if first == "[" else _read_lines(file, path, keep_invalid)
-            for line, record in records:
-                if not isinstance(record, (dict, InvalidRecordError)):
-                    raise ValueError(
-                        f"{str(path)!r} has a {type(record).__name__} at line {line}; allowed are a list of objects, "
-                        "or one object a line."
-                    )
+        with open(path, encoding=encoding, newline="" if is_table else None) as file:
+            for line, record in _read_table(file, path) if is_table else _read_json(file):
+                if isinstance(record, InvalidRecordError) and not keep_invalid:
+                    raise record
                 yield line, record
+    except InvalidRecordError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not in UTF-8 ({error}); save it in that encoding.") from error
     except (OSError, csv.Error) as error:
         raise ValueError(f"{str(path)!r} cannot be read as {form}: {error}") from error
 
 
-def _read_table(reader, path, keep_invalid: bool) -> Iterator[tuple[int, dict]]:
+def _read_table(file: TextIO, path: str | Path) -> Iterator[tuple[int, dict | InvalidRecordError]]:
+    # Excel writes semicolons where the comma is the decimal mark, and tabs into "Unicode text".
+    separator = max("\t,;" if str(path).lower().endswith(".tsv") else ",;\t", key=file.readline().count)
+    file.seek(0)
+    reader = csv.reader(file, delimiter=separator, strict=True)
     names = next(reader, [])
     if len(set(names)) < len(names):
-        raise ValueError(f"{str(path)!r} has the columns {names}, of which two have one name.")
+        raise InvalidRecordError(f"it has the columns {names}, of which two have one name")
     for values in filter(None, reader):  # without empty lines
         record = {name: value or None for name, value in zip(names, values)}
         if len(values) != len(names):
-            problem = (
-                f"has {len(values)} cells at line {reader.line_num}, and {len(names)} columns: {names}. Texts that "
-                "hold the separator need quotation marks."
+            record = InvalidRecordError(
+                f"it has {len(values)} cells at line {reader.line_num}, and {len(names)} columns: {names}; texts that "
+                "hold the separator need quotation marks"
             )
-            if not keep_invalid:
-                raise ValueError(f"{str(path)!r} {problem}")
-            record = InvalidRecordError(f"it {problem}")
         yield reader.line_num, record
 
 
-def _read_lines(file: TextIO, path, keep_invalid: bool) -> Iterator[tuple[int, dict]]:
+def _read_json(file: TextIO) -> Iterator[tuple[int, dict | InvalidRecordError]]:
+    first = next((each for each in iter(lambda: file.read(1), "") if not each.isspace()), "")
+    file.seek(0)
+    for line, record in _read_list(file.read()) if first == "[" else _read_lines(file):
+        if not isinstance(record, (dict, InvalidRecordError)):
+            raise InvalidRecordError(f"it has a {type(record).__name__} at line {line}; {_ALLOWED}")
+        yield line, record
+
+
+def _read_lines(file: TextIO) -> Iterator[tuple[int, object]]:
     for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
         try:
-            if not line.strip():
-                continue
-            try:
-                record = _single(line)
-            except ValueError as error:
-                if number > 1:
-                    raise
+            record = _single(line)
+        except json.JSONDecodeError as error:
+            record = _no_json(error, number)
+            if number == 1:
                 try:  # one object over several lines
                     record = _single(line + file.read())
-                except ValueError:
-                    raise error from None
-        except ValueError as error:
-            if number == 1 or not keep_invalid:
-                raise _no_json(path, number, error, "; allowed are a list of objects, or one object a line") from None
-            record = InvalidRecordError(f"it is no JSON, {getattr(error, 'msg', error)}")
+                except json.JSONDecodeError:
+                    raise record from None
         yield number, record
 
 
-def _read_list(text: str, path) -> Iterator[tuple[int, dict]]:
+def _read_list(text: str) -> Iterator[tuple[int, object]]:
     """The objects of a list, each made when it is its turn: the text alone has up to 358 MB."""
     line, last, place = 1, 0, _SPACE.match(text, text.index("[") + 1).end()
     separator = "]" if text.startswith("]", place) else ","
@@ -316,40 +311,38 @@ def _read_list(text: str, path) -> Iterator[tuple[int, dict]]:
             place = _SPACE.match(text, place + 1).end()
         if text[place:].strip():
             raise json.JSONDecodeError("more follows after the list", text, place)
-    except ValueError as error:
-        raise _no_json(path, line, error) from None
+    except json.JSONDecodeError as error:
+        raise _no_json(error) from None
 
 
 _SPACE, _DECODER = re.compile(r"\s*"), json.JSONDecoder()
+_ALLOWED = "allowed are a list of objects, or one object a line"
 
 
 def _decoded(text: str, place: int) -> tuple[object, int]:
-    """The JSON value at a place of a text, and where what follows it begins.
-
-    Raises:
-        ValueError: also for lone surrogates, which JSON can spell and no file can hold.
-    """
+    """The JSON value at a place of a text, and where what follows it begins."""
     try:
         value, end = _DECODER.raw_decode(text, place)
         if "\\ud" in text[place:end].lower():  # half of the escapes for a character, or for a lone surrogate
             json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except UnicodeEncodeError:
-        raise ValueError("a lone surrogate, which is no character") from None
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:  # ValueError: also of a number of too many digits
+        reason = "a lone surrogate, which is no character" if isinstance(error, UnicodeError) else str(error)
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else reason
+        raise json.JSONDecodeError(reason, text, place) from None
     return value, _SPACE.match(text, end).end()
 
 
 def _single(text: str):
     value, end = _decoded(text, _SPACE.match(text).end())
     if end < len(text):
-        raise ValueError("more follows after the object")
+        raise json.JSONDecodeError("more follows after the object", text, end)
     return value
 
 
-def _no_json(path, line: int, error: ValueError, form: str = "") -> ValueError:
-    line = max(line, getattr(error, "lineno", 1))
-    return ValueError(f"{str(path)!r} is no JSON at line {line}: {getattr(error, 'msg', error)}{form}.")
+def _no_json(error: json.JSONDecodeError, first: int = 1) -> InvalidRecordError:
+    return InvalidRecordError(f"it is no JSON at line {first + error.lineno - 1}: {error.msg}; {_ALLOWED}")
 
 
 def _records_in(path: Path, keep_invalid: bool, with_splits: bool) -> Iterator[tuple[str, dict]]:
