@@ -14,14 +14,10 @@ from lladamedv.trainers.data import DataSource, load_dataset_mixture
 from tests.tiny import random_image
 
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 NAMES = [f"{number}.png" for number in range(6)]
 HEAD = "image,question,answer\n"
 WHOLE_AND_STREAMED = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -320,8 +316,8 @@ def test_sources_that_are_none(sources, message, streaming):
         ("a.json", "[]", "which has no records"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "?"}]}\n{"mess', "is no JSON at line 2"),
         ("a.json", [{"caption": "x", "image": "y"}], r"columns \['caption', 'image'\]; allowed are messages, or"),
-        ("a.json", [qa(0, 5)], "invalid record, a/0 at line 1: `image` is of type int; allowed are names of files and"),
-        ("a.json", [qa(0, "0.png") | {"images": ["1.png"]}], "at line 1: it has both `image` and `images`"),
+        ("a.json", [qa(0, 5)], "invalid record, a/0 at record 1: `image` is of type int; allowed are names of files"),
+        ("a.json", [qa(0, "0.png") | {"images": ["1.png"]}], "at record 1: it has both `image` and `images`"),
         ("a.json", [chat(0) | {"messages": "hello"}], "its messages cannot be read: `messages` is 'hello'"),
         ("a.parquet", "x", "cannot be loaded"),
         ("a.parquet", {"text": ["x"]}, r"columns \['text'\]; allowed are messages, or conversations, or"),

@@ -43,6 +43,7 @@ from .readers import (
     ImageFiles,
     LoadReport,
     RowMaker,
+    first_few,
     load_rows,
     open_records,
     undecoded,
@@ -169,8 +170,7 @@ class VQAReport(LoadReport):
         ):
             lines += [text.format(count)] * bool(count)
         if empty := len(self.empty_answers):
-            shown = ", ".join(self.empty_answers[:5]) + ", …" * (empty > 5)
-            lines.append(f"{empty} questions with an empty answer: {shown}")
+            lines.append(f"{empty} questions with an empty answer: {first_few(self.empty_answers)}")
         if self.is_published:
             lines.append(f"images shared with train: {self.leakage}")
             if not self.local:
