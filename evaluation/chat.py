@@ -86,24 +86,24 @@ def read_answers(path: str | Path) -> dict[str, str]:
             with `question_id` and either `text` or `answer`.
 
     Raises:
-        ValueError: naming the line, for a file that cannot be read or has no answer, a record with other fields, or an
+        ValueError: naming the place, for a file that cannot be read or has no answer, a record with other fields, or an
             id that occurred before.
     """
-    answers, lines = {}, {}
-    for line, record in read_records(path):
+    answers, places = {}, {}
+    for place, record in read_records(path):
         item = record.get("id", record.get("question_id"))
         fields = [name for name in ("prediction", "text", "answer") if name in record]
         if "prediction" in fields:
             fields = ["prediction"]
         if item is None or len(fields) != 1 or not isinstance(record[fields[0]], str):
             raise ValueError(
-                f"{str(path)!r} has no answer at line {line}, but {sorted(record)}; allowed are `id` and `prediction`, "
+                f"{str(path)!r} has no answer at {place}, but {sorted(record)}; allowed are `id` and `prediction`, "
                 "or `question_id` and one of `text` and `answer`, all of them texts."
             )
         item = str(item)
         if item in answers:
-            raise ValueError(f"{str(path)!r} answers question {item} at line {lines[item]} and again at line {line}.")
-        answers[item], lines[item] = record[fields[0]], line
+            raise ValueError(f"{str(path)!r} answers question {item} at {places[item]} and again at {place}.")
+        answers[item], places[item] = record[fields[0]], place
     if not answers:
         raise ValueError(f"{str(path)!r} has no answer.")
     return answers

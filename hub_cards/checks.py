@@ -39,11 +39,6 @@ _MODEL_FILES = (
     CARD, "config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
     "chat_template.jinja",
 )  # fmt: skip
-_ADAPTER_FILES = (CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-_ALLOWED = (
-    CARD, "LICENSE*", "NOTICE*", "*.json", "*.py", "*.jinja", "*.txt", "*.png", "*.jpg", "*.svg", ".gitattributes",
-    ".eval_results/*.yaml", "model.safetensors", "model-*-of-*.safetensors", PROJECTOR, ADAPTER_WEIGHTS,
-)  # fmt: skip
 # What a training leaves in its folder for itself, by names of files and folders: pickles, states of the optimiser, and
 # reports that quote the data. Left out.
 OF_TRAINING = (
@@ -51,14 +46,19 @@ OF_TRAINING = (
     "zero_to_fp32.py", "trainer_state.json", "training_args.bin", "data_report.json", "answers.jsonl",
     "not_finite*.json", "runs", "wandb", "mlruns", "events.out.tfevents.*", "progress",
 )  # fmt: skip
-# What is refused and why; the first pattern counts that the file's path, or a folder's above it, has.
-_REFUSED = {
+# What is wrong with a file of another name; the first line counts that fits. A reason goes by the names of the file and
+# of the folders above it, a permission (`None`) by the whole path.
+_RULES = {
     ("*.new", "*.tmp", "*.partial", "*.incomplete", "*.lock"): "is left over from an interrupted write",
     ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt"): (
         "is a pickle, which can run code when it is loaded; only safetensors are allowed"
     ),
+    (".gitattributes", ".eval_results/*.yaml"): None,
     (".*",): "is hidden",
-}
+    (CARD, "LICENSE*", "NOTICE*", "*.json", "*.py", "*.jinja", "*.txt", "*.png", "*.jpg", "*.svg", "model.safetensors",
+     "model-*-of-*.safetensors", PROJECTOR, ADAPTER_WEIGHTS): None,
+    ("*",): "is no part of a model",
+}  # fmt: skip
 _TEXTS = (".json", ".md", ".py", ".jinja", ".txt", ".yaml")
 _PATH = re.compile(r"(?<![\w./<~])/([\w.+-]+)(?:/[\w.+-]+)+|\bfile://|\b[A-Za-z]:(?:\\{1,2}[\w.+-]+){2,}")
 _ROOTS = {"home", "Users", "root", "tmp", "mnt", "media", "scratch", "Volumes", "workspace", "data", "private", "var"}
@@ -82,9 +82,8 @@ def check_model(source: str | Path, revision: str | None = None, with_weights: b
         ValueError: for the reasons of [`check_folder`] and [`read_checkpoint`]; if weights of the model are missing or
             have other shapes, or the folder holds others, or its configuration names other files.
     """
-    checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)))
-    config = checkpoint.build_config()
-    expected = LLaDAMedVForConditionalGeneration.parameter_shapes(config)
+    checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)), source=source)
+    expected = LLaDAMedVForConditionalGeneration.parameter_shapes(checkpoint.config)
     if "transformers_weights" in checkpoint.original:
         raise ValueError("`transformers_weights` in config.json names other files; allowed is model.safetensors.")
     files = list(checkpoint.folder.glob("*.safetensors"))
@@ -98,8 +97,8 @@ def check_model(source: str | Path, revision: str | None = None, with_weights: b
         if 4 * stored < needed:  # two bits a weight
             raise ValueError(f"The checkpoint {str(source)!r} has {stored} bytes, too few for its {needed} weights.")
     elif with_weights:
-        checkpoint.compare(expected, config)[1].check(source)
-    return checkpoint, checkpoint.loading_options(source, config)
+        checkpoint.compare(expected)[1].check(source)
+    return checkpoint, checkpoint.loading_options()
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -175,12 +174,12 @@ def checked_files(
         folders.sort()
         links = [name for name in folders if Path(place, name).is_symlink()]
         for path in (Path(place, name) for name in sorted([*names, *links])):
-            name = path.relative_to(folder).as_posix()
-            parts = name.split("/")
-            lineage = [*parts, *("/".join(parts[:depth]) for depth in range(2, len(parts) + 1))]
-            if any(fnmatchcase(part, pattern) for part in lineage for pattern in (*leave_out, *OF_TRAINING)):
+            relative = path.relative_to(folder)
+            name = relative.as_posix()
+            lineage = [*relative.parts, name, *(parent.as_posix() for parent in relative.parents[:-1])]
+            if any(fnmatchcase(each, pattern) for each in lineage for pattern in (*leave_out, *OF_TRAINING)):
                 left_out.append(name)
-            elif problem := _irregular(path, folder) or _why_not(name, path):
+            elif problem := _irregular(path, folder) or ("is no file" if path.is_dir() else _why_not(relative)):
                 problems.append(f"{name} {problem}")
             else:
                 files[name] = path
@@ -194,23 +193,18 @@ def checked_files(
     return files, tuple(left_out)
 
 
-def _why_not(name: str, path: Path) -> str | None:
+def _why_not(path: Path) -> str | None:
     """Why a file does not belong in a repository."""
-    if not path.is_file():
-        return "is no file"
-    allowed = any(fnmatchcase(name, pattern) for pattern in _ALLOWED)
-    for patterns, reason in _REFUSED.items():
-        if any(fnmatchcase(part, pattern) for part in name.split("/") for pattern in patterns):
-            if reason != "is hidden" or not allowed:
-                return reason
-    return None if allowed else "is no part of a model"
+    for patterns, reason in _RULES.items():
+        names = path.parts if reason else [path.as_posix()]
+        if any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
+            return reason
 
 
 def check_model_files(files: dict[str, Path | bytes]) -> Iterator[str]:
     """What is wrong with a model's files."""
-    yield from (f"{name} is missing" for name in _MODEL_FILES if name not in files)
     contents = {}
-    yield from _check_texts(files, contents)
+    yield from _check_texts(files, _MODEL_FILES, contents)
     yield from _check_weights(files, contents)
     if "config.json" not in contents:
         return
@@ -237,8 +231,7 @@ def check_model_files(files: dict[str, Path | bytes]) -> Iterator[str]:
 
 def check_adapter_files(files: dict[str, Path | bytes]) -> Iterator[str]:
     """What is wrong with adapters' files."""
-    yield from (f"{name} is missing" for name in _ADAPTER_FILES if name not in files)
-    yield from _check_texts(files, {})
+    yield from _check_texts(files, (CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS), {})
     if ADAPTER_WEIGHTS in files:
         yield from _errors(read_header, files[ADAPTER_WEIGHTS])
 
@@ -251,16 +244,19 @@ def _errors(check: Callable, *arguments) -> Iterator[str]:
         yield str(error)
 
 
-def _check_texts(files: dict[str, Path | bytes], contents: dict[str, object]) -> Iterator[str]:
-    """Texts that cannot be read; what JSON files hold is put into `contents`."""
+def _check_texts(files: dict[str, Path | bytes], needed: Sequence[str], contents: dict[str, dict]) -> Iterator[str]:
+    """Files that are missing and texts that cannot be read; JSON objects are put into `contents`."""
+    yield from (f"{name} is missing" for name in needed if name not in files)
     for name, file in files.items():
         if not name.endswith(_TEXTS):
             continue
         try:
             text = _text(file)
             if name.endswith(".json"):
-                contents[name] = json.loads(text)
-                if not isinstance(contents[name], dict) and name in _MODEL_FILES:
+                content = json.loads(text)
+                if isinstance(content, dict):
+                    contents[name] = content
+                elif name in needed:
                     yield f"{name} is no JSON object"
             elif name == CARD and not ModelCard(text, ignore_metadata_errors=False).data.to_dict():
                 yield f"{CARD} is no card: it has no front matter"
@@ -272,7 +268,7 @@ def _check_texts(files: dict[str, Path | bytes], contents: dict[str, object]) ->
             yield f"{name} is no card: {' '.join(str(error).split())}"
 
 
-def _check_weights(files: dict[str, Path | bytes], contents: dict[str, object]) -> Iterator[str]:
+def _check_weights(files: dict[str, Path | bytes], contents: dict[str, dict]) -> Iterator[str]:
     """Shards that are damaged, missing, or others than the index says."""
     weights = [file for name, file in files.items() if isinstance(file, Path) and "/" not in name]
     problems = [*_errors(read_weights, weights)]
@@ -283,9 +279,9 @@ def _check_weights(files: dict[str, Path | bytes], contents: dict[str, object]) 
     if total is not None and not problems:
         shards = [file for file in weights if file.match("model-*.safetensors")]
         # The first 8 bytes of a file are the length of its header.
-        sizes = [file.stat().st_size - 8 - int.from_bytes(file.open("rb").read(8), "little") for file in shards]
-        if total != sum(sizes):
-            yield f"weights have {sum(sizes)} bytes, but {SAFE_WEIGHTS_INDEX_NAME} says {total}"
+        size = sum(file.stat().st_size - 8 - int.from_bytes(file.open("rb").read(8), "little") for file in shards)
+        if total != size:
+            yield f"weights have {size} bytes, but {SAFE_WEIGHTS_INDEX_NAME} says {total}"
 
 
 def _private_texts(files: dict[str, Path | bytes], secret: str | None) -> Iterator[str]:
@@ -302,13 +298,10 @@ def _private_texts(files: dict[str, Path | bytes], secret: str | None) -> Iterat
             yield f"{name} holds what looks like a token"
         if name == "tokenizer.json":  # a vocabulary may have anything
             continue
-        path = next((each for each in _PATH.finditer(text) if _is_local(each)), None)
-        if path is not None:
-            yield f"{name} holds the path {path[0]!r} of a machine"
-
-
-def _is_local(path: re.Match) -> bool:
-    return path[1] is None or path[1] in _ROOTS or Path("/", path[1]).exists()
+        for path in _PATH.finditer(text):
+            if path[1] is None or path[1] in _ROOTS or Path("/", path[1]).exists():
+                yield f"{name} holds the path {path[0]!r} of a machine"
+                break
 
 
 def _text(file: Path | bytes) -> str:
@@ -316,14 +309,6 @@ def _text(file: Path | bytes) -> str:
 
 
 __all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_WEIGHTS",
-    "AUTO_CLASSES",
-    "CARD",
-    "PROJECTOR",
-    "check_adapter_files",
-    "check_folder",
-    "check_model",
-    "check_model_files",
-    "checked_files",
-]
+    "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "AUTO_CLASSES", "CARD", "PROJECTOR", "check_adapter_files", "check_folder",
+    "check_model", "check_model_files", "checked_files",
+]  # fmt: skip

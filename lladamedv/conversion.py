@@ -25,19 +25,13 @@ from lladamedv.hub_cards import Component, ModelFacts, find_component, hash_file
 from lladamedv.hub_cards.checks import check_folder
 from lladamedv.hub_cards.push import check_target, push_folder
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
-from lladamedv.modeling_lladamedv.convert_checkpoint import (
-    ConversionPlan,
-    plan_conversion,
-    plan_initialization,
-    write_weights,
-)
+from lladamedv.modeling_lladamedv.convert_checkpoint import plan_conversion, write_weights
 from lladamedv.modeling_lladamedv.released_lladamedv import (
     PRESETS,
     SPECIAL_TOKENS,
-    choose_preset,
     read_checkpoint,
     resolve_source,
-)
+)  # fmt: skip
 from lladamedv.modeling_lladamedv.stored_weights_lladamedv import KeyReport
 from lladamedv.processing.released import released_processor
 
@@ -85,23 +79,30 @@ def convert_checkpoint(
         ValueError: before anything is written, if an argument or the source is not what it should be, or the disk has
             not enough room; and with nothing left behind, if writing fails.
     """
-    out = check_new_folder(out)
-    _check_choice("dtype", dtype, DTYPES[1:])
-    _check_choice("preset", preset, PRESETS)
-    check_shard_size(max_shard_size)
+    out = _check_options(out, dtype, max_shard_size)
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"`preset` is {preset!r}; allowed are {', '.join(PRESETS)}.")
     if push is not None:  # before hours of conversion
         check_target(push, private=not public, argument="push")
     tower = None if vision_tower is None else check_folder(resolve_source(vision_tower))
-    checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)), tower)
+    checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)), tower, source)
     plan = plan_conversion(checkpoint, tower)
-    preset = preset or choose_preset(source, plan.config.text_only)
-    if (PRESETS[preset].chat_template == "llada") != plan.config.text_only:
-        kind = "text-only" if plan.config.text_only else "vision-language"
+    text_only = plan.config.text_only
+    preset = preset or checkpoint.preset
+    if (PRESETS[preset].chat_template == "llada") != text_only:
+        kind = "text-only" if text_only else "vision-language"
         raise ValueError(
             f"`preset` is {preset!r}, but {str(source)!r} is a {kind} model; see `lladamedv convert --help`."
         )
+    medical = ["llada-medv", "llava-med-data"] if preset.startswith("llada-medv") else []
+    facts = {
+        "kind": "converted",
+        "description": PRESETS[preset].description,
+        "components": [*map(find_component, medical), *([Component("LLaDA-V weights", None)] * (preset == "llada-v"))],
+        "relation": None if text_only else "finetune",
+    }
     sources = {"checkpoint": source, "tokenizer": tokenizer, "vision tower": vision_tower}
-    _write_folder(plan, out, checkpoint.folder, preset, dtype, max_shard_size, sources, report)
+    _write_folder(plan, out, checkpoint.folder, preset, dtype, max_shard_size, sources, facts, report)
     if push is not None:
         try:
             push_folder(out, push, private=not public, report=report)
@@ -145,98 +146,86 @@ def initialize_checkpoint(
     Raises:
         ValueError: as [`convert_checkpoint`].
     """
-    out = check_new_folder(out)
-    _check_choice("dtype", dtype, DTYPES[1:])
-    check_shard_size(max_shard_size)
+    out = _check_options(out, dtype, max_shard_size)
     tower = check_folder(resolve_source(vision_tower))
     checkpoint = read_checkpoint(check_folder(resolve_source(language_model)))
-    projector = None if projector is None else Path(projector)
-    plan = plan_initialization(checkpoint, tower, projector, aspect_ratio, seed)
+    plan = plan_conversion(checkpoint, tower, aspect_ratio, None if projector is None else Path(projector), seed)
+    facts = {
+        "kind": "initialized",
+        "description": f"A new LLaDA-MedV, with {'an un' if projector is None else 'a '}trained projector",
+        # A projector of one's own has the licence of its training data.
+        "components": [] if projector is None else [Component("the projector", None)],
+    }
     sources = {
         "language model": language_model,
         "vision tower": vision_tower,
         "projector": projector or "untrained",
         "tokenizer": tokenizer,
     }
-    _write_folder(plan, out, checkpoint.folder, "llada-medv", dtype, max_shard_size, sources, report)
+    _write_folder(plan, out, checkpoint.folder, "llada-medv", dtype, max_shard_size, sources, facts, report)
     return plan.report
 
 
-def _check_choice(name: str, value: str | None, allowed) -> None:
-    if value is not None and value not in allowed:
-        raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(allowed)}.")
+def _check_options(out: str | Path, dtype: str | None, max_shard_size: int | str) -> Path:
+    if dtype is not None and dtype not in DTYPES[1:]:
+        raise ValueError(f"`dtype` is {dtype!r}; allowed are {', '.join(DTYPES[1:])}.")
+    check_shard_size(max_shard_size)
+    return check_new_folder(out)
 
 
 def _write_folder(
-    plan: ConversionPlan, out: Path, tokenizer: Path, preset: str, dtype, max_shard_size, sources, report
+    plan, out: Path, tokenizer: Path, preset: str, dtype: str | None, max_shard_size, sources: dict, facts: dict, report
 ) -> None:
     """Write everything beside `out` and move it there when it is complete; `config.json` comes last."""
-    settings, config = PRESETS[preset], plan.config
     dtype = None if dtype is None else getattr(torch, dtype)
+    settings, config, num_bytes = PRESETS[preset], plan.config, sum(plan.num_bytes(dtype).values())
     if sources["tokenizer"] is not None:
         tokenizer = check_folder(resolve_source(sources["tokenizer"]))
     processor = released_processor(tokenizer, config, settings.chat_template, SPECIAL_TOKENS)
-    initialized, trained = "projector" in sources, sources.get("projector") != "untrained"
     # A Hub id as it is; of a local folder only the last part, because cards are read by others.
     named = {part: name for part, name in sources.items() if name is not None}
     sources = {part: Path(name).name if Path(name).exists() else str(name) for part, name in named.items()}
-    generation = settings.generation_options()
     summary = plan.report.summary()
     for line in (*summary, f"preset {preset}: {settings.description}"):
         report(line)
-
-    num_bytes = sum(plan.num_bytes(dtype).values())
+    needed = num_bytes + _SPARE_BYTES
     free = shutil.disk_usage(next(parent for parent in out.parents if parent.exists())).free
-    if free < num_bytes + _SPARE_BYTES:
+    if free < needed:
         raise ValueError(
-            f"`out` is {str(out)!r}, which needs {(num_bytes + _SPARE_BYTES) / 1e9:.2f} GB; only {free / 1e9:.2f} GB "
-            "are free there."
+            f"`out` is {str(out)!r}, which needs {needed / 1e9:.2f} GB; only {free / 1e9:.2f} GB are free there."
         )
     with _whole_or_not_at_all(out) as folder:
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Converting weights") as bar:
             write_weights(plan, folder, dtype, max_shard_size, progress=bar.update)
         processor.save_pretrained(folder)
-        LLaDAMedVGenerationConfig(**generation).save_pretrained(folder)
+        LLaDAMedVGenerationConfig(**settings.generation_options()).save_pretrained(folder)
         account = {"source": sources, "version": lladamedv.__version__, "preset": preset, **asdict(plan.report)}
         text = json.dumps(account, indent=2) + "\n"
         (folder / "conversion_report.json").write_text(text, encoding="utf-8")
-        kind = "a trained" if trained else "an untrained"
-        facts = ModelFacts(
+        config.dtype = plan.output_dtype("lm_head.weight", dtype)
+        facts["components"] = [*map(find_component, settings.base_models), *facts["components"]]
+        card = ModelFacts(
             name=out.name,
-            kind="initialized" if initialized else "converted",
-            description=f"A new LLaDA-MedV, with {kind} projector" if initialized else settings.description,
-            components=_components(preset, initialized, trained),
             version=lladamedv.__version__,
             base_models=settings.base_models,
-            relation=None if initialized or config.text_only else "finetune",
             medical=preset.startswith("llada-medv"),
             text_only=config.text_only,
-            generation=generation,
+            generation=settings.generation_options(),
             chat_template=settings.chat_template,
             num_parameters=sum(torch.Size(weight.shape).numel() for weight in plan.weights.values()),
-            dtype=str(plan.output_dtype("lm_head.weight", dtype)).removeprefix("torch."),
+            dtype=str(config.dtype).removeprefix("torch."),
             source=sources,
             key_report=summary,
             hashes=hash_files(folder),
+            **facts,
         )
-        save_model_card(facts, folder)
+        save_model_card(card, folder)
         with torch.device("meta"):
             model = LLaDAMedVForConditionalGeneration(config)
         config.architectures = [type(model).__name__]
-        config.dtype = plan.output_dtype("lm_head.weight", dtype)
         custom_object_save(model, folder, config=config)  # the remote code
         config.save_pretrained(folder)
     report(f"wrote {out}")
-
-
-def _components(preset: str, initialized: bool, trained: bool) -> list[Component]:
-    """What a folder is made of, for its licence. A projector of one's own has that of its training data."""
-    components = [find_component(name) for name in PRESETS[preset].base_models]
-    if initialized:
-        return [*components, *([Component("the projector", None)] if trained else [])]
-    if preset == "llada-v":
-        return [*components, Component("LLaDA-V weights", None)]
-    return [*components, *map(find_component, ("llada-medv", "llava-med-data") if preset != "llada" else ())]
 
 
 @contextmanager

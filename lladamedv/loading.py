@@ -119,12 +119,12 @@ def _load(name: str, dtype: str, revision: str | None):
     from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_json
     from lladamedv.processing import LLaDAMedVProcessor
 
-    folder = check_folder(resolve_source(name, revision))
+    folder = resolve_source(name, revision)
     if not (folder / _ADAPTERS).is_file():
         return _load_whole(name, dtype, revision)
     from peft import PeftModel  # takes a second
 
-    adapters = read_json(folder / _ADAPTERS)
+    adapters = read_json(check_folder(folder) / _ADAPTERS)
     base = adapters.get("base_model_name_or_path") or ""
     if not (folder / "adapter_model.safetensors").is_file():
         raise ValueError("it holds adapters without adapter_model.safetensors; pickled weights are not loaded.")
@@ -142,15 +142,14 @@ def _load_whole(name: str, dtype: str, revision: str | None):
     """A model that is no adapters, and its processor."""
     from lladamedv.hub_cards.checks import check_model
     from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
-    from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS, choose_preset
+    from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS
     from lladamedv.processing import LLaDAMedVProcessor
     from lladamedv.processing.released import released_processor
 
     checkpoint, options = check_model(name, revision)
     if checkpoint.is_released:
-        config = options["config"]
-        template = PRESETS[choose_preset(name, config.text_only)].chat_template
-        processor = released_processor(checkpoint.folder, config, template, SPECIAL_TOKENS)
+        template = PRESETS[checkpoint.preset].chat_template
+        processor = released_processor(checkpoint.folder, checkpoint.config, template, SPECIAL_TOKENS)
     else:
         processor = LLaDAMedVProcessor.from_pretrained(checkpoint.folder)
     return LLaDAMedVForConditionalGeneration.from_pretrained(name, dtype=dtype, revision=revision, **options), processor

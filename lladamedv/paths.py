@@ -19,15 +19,14 @@ def check_new_file(file: Path, suffixes: Sequence[str]) -> None:
         ValueError: if `file` has another suffix, is a folder, or cannot be written in the folder that it is to be in.
     """
     folder = file.absolute().parent
-    if file.suffix.lower() not in suffixes:
-        reason = f"its name must end in {' or '.join(suffixes)}"
-    elif not folder.is_dir():
-        reason = f"there is no folder {str(folder)!r}"
-    elif file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
-        reason = "it is a folder" if file.is_dir() else "that is not permitted"
-    else:
-        return
-    raise ValueError(f"The file {str(file)!r} cannot be written: {reason}.")
+    problems = {
+        f"its name must end in {' or '.join(suffixes)}": file.suffix.lower() not in suffixes,
+        f"there is no folder {str(folder)!r}": not folder.is_dir(),
+        "it is a folder": file.is_dir(),
+        "that is not permitted": not os.access(file if file.exists() else folder, os.W_OK),
+    }
+    if reasons := [reason for reason, is_so in problems.items() if is_so]:
+        raise ValueError(f"The file {str(file)!r} cannot be written: {reasons[0]}.")
 
 
 @contextmanager
@@ -48,46 +47,22 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 
 def check_new_folder(folder: str | Path) -> Path:
-    """Find out whether a folder can be made.
-
-    Returns:
-        Its absolute path.
+    """Find out whether a folder can be made, and return its absolute path.
 
     Raises:
-        ValueError: if it exists and is not empty, or something on the way to it is no folder.
+        ValueError: if it exists and is not empty, or something on the way to it is no folder or may not be written.
     """
     folder = Path(folder).expanduser().absolute()
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{str(folder)!r} exists already; allowed is a new or an empty folder.")
-    check_folder_to_fill(folder)
-    return folder
-
-
-def check_folder_to_fill(folder: Path) -> None:
-    """Find out whether a folder exists or can be made.
-
-    Raises:
-        ValueError: if it, or something on the way to it, is no folder, or may not be written.
-    """
-    folder = folder.absolute()
     there = next(each for each in (folder, *folder.parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "may not be written" if there.is_dir() else "is no folder"
         raise ValueError(f"The folder {str(folder)!r} cannot be used: {str(there)!r} {what}.")
+    if there == folder and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} exists already; allowed is a new or an empty folder.")
+    return folder
 
 
 def check_shard_size(size: int | str) -> None:
-    """Find out whether a size of shards is one.
-
-    Raises:
-        ValueError: if it is neither bytes nor a text such as "2GB", or is none at all.
-    """
-    text = str(size).upper()
-    if not re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB|TB)|[1-9]\d*", text) or float(text.rstrip("KMGTB")) == 0:
+    """Find out whether a size of shards is one: bytes, or a text such as "2GB"; ValueError otherwise."""
+    if not re.fullmatch(r"(?=.*[1-9])(\d+|\d+(\.\d+)?[KMGT]B)", str(size).upper()):
         raise ValueError(f"`max_shard_size` is {size!r}; allowed are bytes, or a size such as 500MB or 2GB.")
-
-
-__all__ = [
-    "EXPLANATION_SUFFIXES", "check_folder_to_fill", "check_new_file", "check_new_folder", "check_shard_size",
-    "whole_file",
-]  # fmt: skip

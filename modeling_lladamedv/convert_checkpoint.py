@@ -1,7 +1,7 @@
 """Released weights -> ours, shard by shard; and a new model from a LLaDA, a SigLIP and a projector.
 
-A plan (`plan_conversion`, `plan_initialization`) is made from headers alone, with every key accounted for; then
-`write_weights` copies one shard at a time. What lies around the weights in a folder: `lladamedv/conversion.py`.
+`plan_conversion` reads headers alone and accounts for every key; then `write_weights` copies one shard at a time. What
+lies around the weights in a folder: `lladamedv/conversion.py`.
 """
 
 from __future__ import annotations
@@ -34,15 +34,10 @@ _PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch
 
 @dataclass
 class ConversionPlan:
-    """Everything about a converted model but its bytes.
-
-    Args:
-        config: ours.
-        weights: for each of our names, in the model's order, where its weight is, or the weight itself if it is new.
-        report: what became of each source key.
-    """
+    """Everything about a converted model but its bytes."""
 
     config: LLaDAMedVConfig
+    # For each of our names, in the model's order, where its weight is, or the weight itself if it is new.
     weights: dict[str, StoredWeight | torch.Tensor]
     report: KeyReport
 
@@ -65,89 +60,71 @@ class ConversionPlan:
         return {name: self.output_dtype(name, dtype).itemsize * size for name, size in sizes.items()}
 
 
-def plan_conversion(checkpoint: Checkpoint, vision_tower: Path | None = None) -> ConversionPlan:
-    """Plan the conversion of a checkpoint in a released layout.
-
-    Args:
-        checkpoint: from [`read_checkpoint`].
-        vision_tower: folder of the stand-alone SigLIP, for weights where the checkpoint holds none of a vision tower.
-
-    Raises:
-        ValueError: if a key is missing, unknown or of the wrong shape, or the configuration is none of these layouts.
-    """
-    if not checkpoint.is_released:
-        raise ValueError(f"{str(checkpoint.folder)!r} has this package's own names already: load it as it is.")
-    if vision_tower is not None and checkpoint.layout in TEXT_LAYOUTS:
-        raise ValueError(
-            f"`vision_tower` is {str(vision_tower)!r}, but {str(checkpoint.folder)!r} is a text-only checkpoint "
-            f"(layout {checkpoint.layout}); put a new model together from the two with `lladamedv init`."
-        )
-    config = checkpoint.build_config()
-    expected = LLaDAMedVForConditionalGeneration.parameter_shapes(config)
-    weights, report = checkpoint.compare(expected, config)
-    if vision_tower is not None and not any(name.startswith(_TOWER) for name in weights):
-        weights |= _add_tower(report, vision_tower, expected, config)
-    report.check(checkpoint.folder)
-    return ConversionPlan(config, {name: weights[name] for name in expected}, report)
-
-
-def plan_initialization(
-    language_model: Checkpoint,
-    vision_tower: Path,
+def plan_conversion(
+    checkpoint: Checkpoint,
+    vision_tower: Path | None = None,
+    aspect_ratio: str | None = None,
     projector: Path | None = None,
-    aspect_ratio: str = "anyres_max_4",
     seed: int = 0,
 ) -> ConversionPlan:
-    """Plan a new model: a LLaDA, a SigLIP, and between them a projector that is untrained or that stage 1 trained.
-
-    An untrained projector is initialised as `nn.Linear` is and the newline embedding with standard deviation
-    1/sqrt(hidden size), as in the authors' training code.
+    """Plan the conversion of a checkpoint in a released layout, or a new model around the LLaDA that it is.
 
     Args:
-        language_model: LLaDA-8B in one of its two layouts, from [`read_checkpoint`].
-        vision_tower: folder with SigLIP(2): the tower alone or the whole model.
-        projector: `mm_projector.safetensors`, or `.bin`, which is unpickled with `torch.load(weights_only=True)`.
-        aspect_ratio: the new model's `vision_aspect_ratio`.
-        seed: for the untrained weights.
+        checkpoint: from [`read_checkpoint`]; for a new model LLaDA-8B in one of its two layouts.
+        vision_tower: folder of the stand-alone SigLIP(2), for weights if the checkpoint holds none of a vision tower.
+        aspect_ratio: the new model's `vision_aspect_ratio`; `None` converts what is there.
+        projector: of the new model: `mm_projector.safetensors`, or `.bin`, which is unpickled with
+            `torch.load(weights_only=True)`. By default an untrained one, initialised as `nn.Linear` is, with a newline
+            embedding of standard deviation 1/sqrt(hidden size), as in the authors' training code.
+        seed: for untrained weights.
 
     Raises:
-        ValueError: if a part is not what it should be, or does not fit the others.
+        ValueError: if a part is not what it should be or does not fit the others: another layout or configuration, or
+            keys that are missing, unknown or of the wrong shape.
     """
-    if language_model.layout not in TEXT_LAYOUTS:
+    source, is_new, layout = repr(str(checkpoint.folder)), aspect_ratio is not None, checkpoint.layout
+    if is_new and layout not in TEXT_LAYOUTS:
         raise ValueError(
-            f"`language_model` is {str(language_model.folder)!r}, which is in layout {language_model.layout} and has a "
-            "vision tower already; allowed is a LLaDA without one. Use `lladamedv convert` for this one."
+            f"`language_model` is {source}, which is in layout {layout} and has a vision tower already; allowed is a "
+            "LLaDA without one. Use `lladamedv convert` for this one."
         )
-    config = LLaDAMedVConfig(
-        **language_model.build_config().to_dict()
-        | {
-            "vision_config": convert_vision_config(read_json(vision_tower / "config.json")),
-            "text_only": False,
-            "vision_aspect_ratio": aspect_ratio,
-        }
-    )
+    if not checkpoint.is_released:
+        raise ValueError(f"{source} has this package's own names already: load it as it is.")
+    if not is_new and vision_tower is not None and layout in TEXT_LAYOUTS:
+        raise ValueError(
+            f"`vision_tower` is {str(vision_tower)!r}, but {source} is a text-only checkpoint (layout {layout}); put a "
+            "new model together from the two with `lladamedv init`."
+        )
+    config = checkpoint.config
+    if is_new:
+        vision = convert_vision_config(read_json(vision_tower / "config.json"))
+        parts = {"vision_config": vision, "text_only": False, "vision_aspect_ratio": aspect_ratio}
+        config = LLaDAMedVConfig(**config.to_dict() | parts)
     expected = LLaDAMedVForConditionalGeneration.parameter_shapes(config)
-    vision = tuple(name for name in expected if name.startswith((_TOWER, _PROJECTOR, _NEWLINE)))
-    language = {name: shape for name, shape in expected.items() if name not in vision}
-    weights, report = language_model.compare(language, config)
-    report.check(language_model.folder)
-    weights |= _add_tower(report, vision_tower, expected, config)
-    new = _untrained_parts(expected, seed)
-    if projector is not None:
-        new |= _read_projector(projector, report, new, config)
-    dtype = _DTYPES.get(weights["lm_head.weight"].dtype)
-    weights |= {name: weight.to(dtype) for name, weight in new.items()}
+    vision = () if not is_new else (_TOWER, _PROJECTOR, _NEWLINE)
+    own = {name: shape for name, shape in expected.items() if not name.startswith(vision)}
+    weights, report = checkpoint.compare(own, config)
+    if vision_tower is not None and not any(name.startswith(_TOWER) for name in weights):
+        tower = {name: shape for name, shape in expected.items() if name.startswith(_TOWER)}
+        weights |= _add_part("siglip", vision_tower, read_weights([*vision_tower.iterdir()]), tower, config, report)
+    report.check(checkpoint.folder)
+    if is_new:
+        new = _untrained_parts(expected, seed)
+        if projector is not None:
+            shapes = {name: weight.shape for name, weight in new.items()}
+            new |= _add_part("projector", projector, _read_projector(projector), shapes, config, report)
+        dtype = _DTYPES.get(weights["lm_head.weight"].dtype)
+        weights |= {name: weight.to(dtype) for name, weight in new.items()}
     return ConversionPlan(config, {name: weights[name] for name in expected}, report)
 
 
-def _add_tower(report, folder, expected, config) -> dict[str, StoredWeight]:
-    """The weights of a stand-alone SigLIP, accounted for in `report`."""
-    stored = read_weights([*folder.iterdir()])
-    shapes = {name: shape for name, shape in expected.items() if name.startswith(_TOWER)}
-    part = compare("siglip", {key: weight.shape for key, weight in stored.items()}, shapes, config)
-    part.check(folder)
+def _add_part(layout: str, source: Path, stored: dict, expected: dict, config, report: KeyReport) -> dict:
+    """The weights of a part by our names, accounted for in `report`."""
+    weights, part = compare(layout, stored, expected, config)
+    part.missing = [name for name in part.missing if name != _NEWLINE]  # in stage 1 images are one tile
+    part.check(source)
     report.add(part)
-    return {ours: stored[key] for key, ours in part.mapped.items()}
+    return weights
 
 
 def _untrained_parts(expected, seed) -> dict[str, torch.Tensor]:
@@ -165,30 +142,23 @@ def _untrained_parts(expected, seed) -> dict[str, torch.Tensor]:
     return parts
 
 
-def _read_projector(file, report, untrained, config) -> dict[str, torch.Tensor]:
-    """The weights of a stage-1 projector file by our names, accounted for in `report`."""
+def _read_projector(file: Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
         raise ValueError(f"`projector` is {str(file)!r}, and there is no such file.")
     if file.suffix == ".safetensors":
         read_header(file)
-        stored = load_file(file)
-    else:
-        try:
-            _check_pickle(file)
-            stored = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # zipfile, pickletools and torch raise many kinds
-            raise ValueError(
-                f"`projector` is {str(file)!r}, which is refused: {' '.join(str(error).split())}. Nothing else than "
-                "tensors is unpickled; save it as safetensors."
-            ) from error
+        return load_file(file)
+    try:
+        _check_pickle(file)
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickletools and torch raise many kinds
+        raise ValueError(
+            f"`projector` is {str(file)!r}, which is refused: {' '.join(str(error).split())}. Only tensors are "
+            "unpickled; save it as safetensors."
+        ) from error
     if not isinstance(stored, dict) or not all(isinstance(value, torch.Tensor) for value in stored.values()):
         raise ValueError(f"`projector` is {str(file)!r}, which holds no tensors by name.")
-    shapes = {name: weight.shape for name, weight in untrained.items()}
-    part = compare("projector", {key: weight.shape for key, weight in stored.items()}, shapes, config)
-    part.missing = [name for name in part.missing if name != _NEWLINE]  # images are one tile in stage 1
-    part.check(file)
-    report.add(part)
-    return {ours: stored[key] for key, ours in part.mapped.items()}
+    return stored
 
 
 def _check_pickle(file: Path) -> None:
@@ -220,7 +190,7 @@ def write_weights(
     """Write the weights as safetensors shards with an index, holding one shard in memory at a time.
 
     Args:
-        plan: from [`plan_conversion`] or [`plan_initialization`].
+        plan: from [`plan_conversion`].
         folder: an existing folder.
         dtype: of the written weights; `None` keeps each weight's own.
         max_shard_size: bytes, or a text such as `"2GB"`; a weight that is larger gets a shard of its own.

@@ -132,10 +132,9 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
             hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
             released = find_released(name, vision_tower, **hub)
         if released is not None:
-            config = released.build_config()
-            shapes = LLaDAMedVForConditionalGeneration.parameter_shapes(config)
-            released.compare(shapes, config)[1].check(name)
-            kwargs = released.loading_options(name, config) | kwargs
+            shapes = LLaDAMedVForConditionalGeneration.parameter_shapes(released.config)
+            released.compare(shapes)[1].check(name)
+            kwargs = released.loading_options() | kwargs
         elif vision_tower is not None:
             raise ValueError(
                 f"`vision_tower` is {str(vision_tower)!r}; it is allowed for checkpoints in a released layout only."
@@ -145,7 +144,7 @@ class LLaDAMedVPreTrainedModel(PreTrainedModel):
         )
         report = KeyReport(cls.config_class.model_type, missing=list(info["missing_keys"]))
         if not ignore_mismatched_sizes:
-            report.add_misshaped(info["mismatched_keys"])
+            report.misshaped = {key: shapes for key, *shapes in info["mismatched_keys"]}
         report.check(name)
         return (model, info) if output_loading_info else model
 

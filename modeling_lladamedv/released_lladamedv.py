@@ -7,6 +7,7 @@ A layout is data: a mapping of names, a mapping of fields, and presets for what 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers.utils import find_adapter_config_file
 
 from .configuration_lladamedv import MAX_GRIDS, LLaDAMedVConfig
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig
-from .stored_weights_lladamedv import KeyReport, StoredWeight, read_json, read_weights
+from .stored_weights_lladamedv import KeyReport, read_json, read_weights
 
 
 _OLMO, _OURS = r"^model\.transformer\.", "model.language_model."
@@ -78,25 +79,18 @@ _LLADA, _TOWER_ID = "GSAI-ML/LLaDA-8B-Instruct", "google/siglip2-so400m-patch14-
 
 @dataclass(frozen=True)
 class Preset:
-    """What a released model expects and is run with.
-
-    Args:
-        description: for whom it is.
-        chat_template: name of the prompt's template (`processing_lladamedv.CHAT_TEMPLATES`).
-        max_new_tokens, block_length, steps: of the authors' evaluation or demo.
-        stop: special tokens that end an answer.
-        suppress: special tokens that are never proposed, besides the mask.
-        base_models: what the model was made from, as Hub ids.
-    """
+    """What a released model expects and is run with: prompt and options of the authors' evaluation or demo."""
 
     description: str
-    chat_template: str
+    chat_template: str  # name of the prompt's template (`processing_lladamedv.CHAT_TEMPLATES`)
     max_new_tokens: int
     block_length: int
     steps: int
+    names: tuple[str, ...] = ()  # under which such checkpoints were released
+    # Special tokens that end an answer; and those that are never proposed, besides the mask.
     stop: tuple[str, ...] = ("<|eot_id|>",)
     suppress: tuple[str, ...] = ("<|endoftext|>", "<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>")
-    base_models: tuple[str, ...] = (_LLADA, _TOWER_ID)
+    base_models: tuple[str, ...] = (_LLADA, _TOWER_ID)  # Hub ids of what the model was made from
 
     def generation_options(self) -> dict:
         """Arguments of `LLaDAMedVGenerationConfig`."""
@@ -112,32 +106,28 @@ class Preset:
 
 
 PRESETS = {
-    "llada-medv": Preset("LLaDA-MedV, open-ended answers (arXiv 2508.01617)", "llava_llada_med", 256, 64, 256),
-    "llada-medv-vqa": Preset(
-        "LLaDA-MedV fine-tuned on VQA-RAD, SLAKE or PathVQA (arXiv 2508.01617)", "llava_llada_med", 64, 64, 64
+    "llada-medv": Preset(
+        "LLaDA-MedV, open-ended answers (arXiv 2508.01617)", "llava_llada_med", 256, 64, 256,
+        names=("LLaDAMedV-2A4E", "LLaDA-MedV"),
     ),
-    "llada-v": Preset("LLaDA-V (arXiv 2505.16933), as the released demo runs it", "llava_llada", 128, 128, 128),
+    "llada-medv-vqa": Preset(
+        "LLaDA-MedV fine-tuned on VQA-RAD, SLAKE or PathVQA (arXiv 2508.01617)", "llava_llada_med", 64, 64, 64,
+        names=("VQA_RAD_2E", "SLAKE_10E", "PathVQA_7E"),
+    ),
+    "llada-v": Preset(
+        "LLaDA-V (arXiv 2505.16933), as the released demo runs it", "llava_llada", 128, 128, 128, names=("LLaDA-V",),
+    ),
     "llada": Preset(
         "LLaDA-8B-Instruct, text only (arXiv 2502.09992)", "llada", 128, 32, 128,
         stop=("<|eot_id|>", "<|endoftext|>"), suppress=(), base_models=(_LLADA,),
     ),
 }  # fmt: skip
-# The names under which the checkpoints were released, for which the right preset is known.
-_PRESET_OF_NAME = {
-    "LLaDAMedV-2A4E": "llada-medv",
-    "LLaDA-MedV": "llada-medv",
-    "VQA_RAD_2E": "llada-medv-vqa",
-    "SLAKE_10E": "llada-medv-vqa",
-    "PathVQA_7E": "llada-medv-vqa",
-    "LLaDA-V": "llada-v",
-    "LLaDA-8B-Instruct": "llada",
-}
 
 
 def choose_preset(source: str | Path, text_only: bool) -> str:
     """Name of the preset for a released checkpoint: by the name it was released under, or by whether it sees."""
-    preset = _PRESET_OF_NAME.get(Path(source).name, "llada-medv")
-    return "llada" if text_only else preset if preset != "llada" else "llada-medv"
+    named = (name for name, preset in PRESETS.items() if Path(source).name in preset.names)
+    return "llada" if text_only else next(named, "llada-medv")
 
 
 # What the released networks are; anything else would load and answer wrongly.
@@ -176,34 +166,33 @@ FILES = (
 )  # fmt: skip
 
 
-def compare(
-    layout: str, stored: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], config: LLaDAMedVConfig
-) -> KeyReport:
+def compare(layout: str, stored: Mapping, expected: dict[str, tuple[int, ...]], config: LLaDAMedVConfig):
     """Compare names and shapes of stored weights with those of the model.
 
     Args:
         layout: one of `KEY_MAPPINGS`.
-        stored: shapes by the source's keys.
+        stored: weights by the source's keys: tensors, or headers of them.
         expected: shapes by our names.
         config: ours, to know which parts of SigLIP are not built.
+
+    Returns:
+        The stored weights by our names, and the [`KeyReport`], which the caller checks.
     """
     report, sources = KeyReport(layout), {}
-    for key, shape in stored.items():
+    for key, weight in stored.items():
         ours = rename(key, layout)
-        if ours not in expected:
-            if reason := _reason_to_ignore(key, ours, layout, config):
-                report.ignored[key] = reason
-            else:
-                report.unexpected.append(key)
-            continue
-        report.mapped[key] = ours
-        if ours in sources:
+        if ours not in expected and (reason := _reason_to_ignore(key, ours, layout, config)):
+            report.ignored[key] = reason
+        elif ours not in expected:
+            report.unexpected.append(key)
+        elif ours in sources:
             report.unexpected.append(f"{key} (which means the same as {sources[ours]})")
-        elif tuple(shape) != tuple(expected[ours]):
-            report.add_misshaped([(key, shape, expected[ours])])
-        sources[ours] = key
+        else:
+            report.mapped[key], sources[ours] = ours, key
+            if tuple(weight.shape) != tuple(expected[ours]):
+                report.misshaped[key] = weight.shape, expected[ours]
     report.missing = [name for name in expected if name not in sources]
-    return report
+    return {ours: stored[key] for ours, key in sources.items()}, report
 
 
 def rename(key: str, layout: str) -> str:
@@ -220,73 +209,43 @@ def _reason_to_ignore(key: str, ours: str, layout: str, config: LLaDAMedVConfig)
         return "computed from the configuration"
     if layout == "siglip" and key.startswith(("text_model.", "logit_scale", "logit_bias")):
         return "SigLIP's text half: only its vision tower is used"
-    if not config.text_only:
-        for prefix, part in _BEHIND_FEATURES.items():
-            if ours.startswith(_TOWER + prefix.format(layers=config.vision_config.num_hidden_layers)):
-                return f"SigLIP's {part}: the features are the output of the second-to-last layer"
-        if ours == "model.image_newline" and config.max_anyres_tiles is None:
-            return "newline embedding: images of one tile have no rows to end"
+    for prefix, part in _BEHIND_FEATURES.items() if not config.text_only else ():
+        if ours.startswith(_TOWER + prefix.format(layers=config.vision_config.num_hidden_layers)):
+            return f"SigLIP's {part}: the features are the output of the second-to-last layer"
+    if ours == "model.image_newline" and not config.text_only and config.max_anyres_tiles is None:
+        return "newline embedding: images of one tile have no rows to end"
     return None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A local folder of a model: its `config.json` as it is, and that of its vision tower, if there is one."""
+    """A local folder of a model: the layout of its weights, its `config.json` as it is, and what that means to us."""
 
     folder: Path
     layout: str  # "llada", "llada_hf", "llava_llada" as released, or "lladamedv"
     original: dict
-    tower: dict | None = None
+    config: LLaDAMedVConfig
+    preset: str  # one of `PRESETS`, for a released checkpoint
 
     @property
     def is_released(self) -> bool:
         return self.layout != LLaDAMedVConfig.model_type
 
-    def build_config(self) -> LLaDAMedVConfig:
-        """Our configuration; see [`convert_config`].
+    def compare(self, expected: dict[str, tuple[int, ...]], config: LLaDAMedVConfig | None = None):
+        """As [`compare`], with the headers of this folder's weights. Raises ValueError as [`read_weights`] does."""
+        return compare(self.layout, read_weights([*self.folder.iterdir()]), expected, config or self.config)
 
-        Raises:
-            ValueError: if it describes no network of this kind.
-        """
-        try:
-            return convert_config(self.original, self.layout, self.tower)
-        except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"The config.json of {str(self.folder)!r} describes no model: {reason}") from error
-
-    def compare(
-        self, expected: dict[str, tuple[int, ...]], config: LLaDAMedVConfig
-    ) -> tuple[dict[str, StoredWeight], KeyReport]:
-        """Compare the headers of the weights with the model's names and shapes.
-
-        Returns:
-            The weight for each of our names, and the report, which the caller checks.
-
-        Raises:
-            ValueError: for the reasons of [`read_weights`].
-        """
-        stored = read_weights([*self.folder.iterdir()])
-        report = compare(self.layout, {key: weight.shape for key, weight in stored.items()}, expected, config)
-        return {ours: stored[key] for key, ours in report.mapped.items()}, report
-
-    def loading_options(self, source: str | Path, config: LLaDAMedVConfig) -> dict:
-        """Arguments with which Transformers' `from_pretrained` loads this checkpoint.
-
-        Args:
-            source: folder or Hub id, by whose name the preset is chosen.
-            config: from [`~Checkpoint.build_config`].
-        """
-        options = {"config": config}
-        if self.is_released:
-            # The generation_config.json beside released weights is one for autoregressive models.
-            preset = PRESETS[choose_preset(source, config.text_only)]
-            generation = LLaDAMedVGenerationConfig(**preset.generation_options())
-            options |= {"key_mapping": KEY_MAPPINGS[self.layout], "generation_config": generation}
-        return options
+    def loading_options(self) -> dict:
+        """Arguments with which Transformers' `from_pretrained` loads this checkpoint."""
+        if not self.is_released:
+            return {"config": self.config}
+        # The generation_config.json beside released weights is one for autoregressive models.
+        generation = LLaDAMedVGenerationConfig(**PRESETS[self.preset].generation_options())
+        return {"config": self.config, "key_mapping": KEY_MAPPINGS[self.layout], "generation_config": generation}
 
 
 def read_checkpoint(
-    folder: str | Path, vision_tower: str | Path | None = None, original: dict | None = None
+    folder: Path, vision_tower: str | Path | None = None, source: str | Path | None = None, original: dict | None = None
 ) -> Checkpoint:
     """Read the configuration of a local folder with a model, released or of this package's own format.
 
@@ -294,14 +253,14 @@ def read_checkpoint(
         folder: `config.json` and safetensors weights, with an index if there is more than one file.
         vision_tower: folder with the `config.json` of the stand-alone SigLIP model. By default the subfolder that
             `mm_vision_tower` names, and where there is none, SigLIP2 so400m/14-384 is meant.
+        source: by what name the folder was found, which decides on the preset.
         original: what `config.json` holds, if it is read already.
 
     Raises:
-        ValueError: if there is no such configuration.
+        ValueError: if there is no such configuration, or it describes no network of this kind.
     """
-    folder = Path(folder)
     original = original or read_json(folder / "config.json")
-    layout = original.get("model_type")
+    layout, tower, named = original.get("model_type"), None, str(original.get("mm_vision_tower") or "")
     if layout not in (LLaDAMedVConfig.model_type, *RELEASED_MODEL_TYPES):
         raise ValueError(
             f"The config.json of {str(folder)!r} is of a model of type {layout!r}; allowed are "
@@ -309,17 +268,19 @@ def read_checkpoint(
         )
     if layout == "llada" and "d_model" not in original:  # d_model is OLMo's
         layout = "llada_hf"
-    if layout != "llava_llada":
-        return Checkpoint(folder, layout, original)
-    tower, named = vision_tower, str(original.get("mm_vision_tower") or "")
-    if tower is None and named and (folder / named / "config.json").is_file():
-        tower = folder / named
-        if not tower.resolve().is_relative_to(folder.resolve()):
+    elif layout == "llava_llada" and (vision_tower or (named and (folder / named / "config.json").is_file())):
+        if not vision_tower and not (folder / named).resolve().is_relative_to(folder.resolve()):
             raise ValueError(
                 f"`mm_vision_tower` is {named!r}, which is outside of {str(folder)!r}; allowed are its subfolders. "
                 "Name the folder with `vision_tower`, if it can be trusted."
             )
-    return Checkpoint(folder, layout, original, tower and read_json(Path(tower, "config.json")))
+        tower = read_json(Path(vision_tower or folder / named, "config.json"))
+    try:
+        config = convert_config(original, layout, tower)
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The config.json of {str(folder)!r} describes no model: {reason}") from error
+    return Checkpoint(folder, layout, original, config, choose_preset(source or folder, config.text_only))
 
 
 def find_released(source: str | Path, vision_tower: str | Path | None = None, **hub_options) -> Checkpoint | None:
@@ -348,7 +309,7 @@ def find_released(source: str | Path, vision_tower: str | Path | None = None, **
     if original.get("model_type") not in RELEASED_MODEL_TYPES:
         return None
     subfolder = hub_options.pop("subfolder", None) or ""
-    return read_checkpoint(resolve_source(source, **hub_options) / subfolder, vision_tower, original)
+    return read_checkpoint(resolve_source(source, **hub_options) / subfolder, vision_tower, source, original)
 
 
 def convert_config(original: dict, layout: str, vision_tower: dict | None = None) -> LLaDAMedVConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,23 +31,14 @@ class StoredWeight:
 
 @dataclass
 class KeyReport:
-    """What became of every key.
+    """What became of every key."""
 
-    Args:
-        layout: one of `KEY_MAPPINGS`, or several joined by " + " where a model was put together from parts.
-        mapped: source key -> our name.
-        ignored: source key -> why it is not needed.
-        missing: our names that nothing in the source stands for.
-        unexpected: source keys that mean nothing here.
-        misshaped: source key -> the shape that it has and the one that it should have.
-    """
-
-    layout: str
-    mapped: dict[str, str] = field(default_factory=dict)
-    ignored: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    misshaped: dict[str, str] = field(default_factory=dict)
+    layout: str  # one of `KEY_MAPPINGS`, or several joined by " + " where a model was put together from parts
+    mapped: dict[str, str] = field(default_factory=dict)  # source key -> our name
+    ignored: dict[str, str] = field(default_factory=dict)  # source key -> why it is not needed
+    missing: list[str] = field(default_factory=list)  # our names that nothing in the source stands for
+    unexpected: list[str] = field(default_factory=list)  # source keys that mean nothing here
+    misshaped: dict[str, tuple] = field(default_factory=dict)  # source key -> the shape that it has, and the right one
 
     def add(self, part: KeyReport) -> None:
         """Account for another source that the same model is put together from."""
@@ -57,32 +47,26 @@ class KeyReport:
         self.ignored |= part.ignored
         self.missing = [name for name in self.missing if name not in part.mapped.values()]
 
-    def add_misshaped(self, weights: Iterable[tuple]) -> None:
-        """Account for weights, each as a key, the shape that it has and the one that it should have."""
-        self.misshaped |= {key: f"{tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in weights}
-
     def check(self, source: object) -> None:
         """Raise ValueError, naming keys, unless every weight is there, known and of the right shape."""
+        shapes = [f"{key} {tuple(found)} instead of {tuple(due)}" for key, (found, due) in self.misshaped.items()]
         problems = {
             "holds keys that are not part of this layout": self.unexpected,
-            "holds weights of the wrong shape": [f"{key} {shapes}" for key, shapes in self.misshaped.items()],
+            "holds weights of the wrong shape": shapes,
             "lacks weights of the model": self.missing,
         }
         for problem, keys in problems.items():
             if keys:
                 shown = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-                hint = ""
-                if self.mapped and all("mm_projector." in key for key in self.mapped):
-                    hint = " A projector is no model: `lladamedv init --projector` makes one with it."
+                is_projector = self.mapped and all("mm_projector." in key for key in self.mapped)
+                hint = " A projector is no model: `lladamedv init --projector` makes one with it." * bool(is_projector)
                 raise ValueError(f"The checkpoint {str(source)!r} (layout {self.layout}) {problem}: {shown}.{hint}")
 
     def summary(self) -> list[str]:
         """Lines for people: counts, and the reasons for what was ignored."""
-        lines = [
-            f"layout {self.layout}: {len(self.mapped)} keys mapped, {len(self.ignored)} ignored, "
-            f"{len(self.missing)} missing"
-        ]
-        return lines + [f"  ignored {count}: {reason}" for reason, count in Counter(self.ignored.values()).items()]
+        counts = f"{len(self.mapped)} keys mapped, {len(self.ignored)} ignored, {len(self.missing)} missing"
+        reasons = Counter(self.ignored.values()).items()
+        return [f"layout {self.layout}: {counts}", *(f"  ignored {count}: {reason}" for reason, count in reasons)]
 
 
 def read_json(file: Path) -> dict:
@@ -113,39 +97,33 @@ def read_weights(files: list[Path]) -> dict[str, StoredWeight]:
     """
     where = str(files[0].parent) if files else "."
     files = {file.name: file for file in sorted(files)}
-    shards = {name: file for name, file in files.items() if _SHARDS.fullmatch(name)}
-    index = files.get(SAFE_WEIGHTS_INDEX_NAME)
-    if not shards and index is None:
-        pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
-        hint = f" It holds {pickled[:3]}, but pickled weights are not loaded." if pickled else ""
-        raise ValueError(f"The folder {where!r} holds no weights: no {SAFE_WEIGHTS_NAME}, nor shards of it.{hint}")
-    if index is None and list(shards) != [SAFE_WEIGHTS_NAME]:
-        raise ValueError(
-            f"The folder {where!r} holds {', '.join(list(shards)[:3])} without {SAFE_WEIGHTS_INDEX_NAME}, which "
-            "says whether they are complete."
-        )
-    stored = {}
-    for name, file in shards.items():
-        for weight in read_header(file):
-            if weight.key in stored:
-                raise ValueError(f"{weight.key} is both in {stored[weight.key].file.name} and in {name}.")
-            stored[weight.key] = weight
+    shards = [name for name in files if _SHARDS.fullmatch(name)]
+    index, places = files.get(SAFE_WEIGHTS_INDEX_NAME), None
     if index is not None:
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict):
             raise ValueError(f"{str(index)!r} is not an index of weights: it has no object `weight_map`.")
-        named = list(places.values())
-        if absent := sorted({repr(name) for name in named if name not in list(shards)}):
+        if absent := sorted({repr(name) for name in places.values() if name not in shards}):
             raise ValueError(f"The folder {where!r} lacks files that its index names: {', '.join(absent[:5])}.")
-        if extra := [name for name in shards if name not in named]:
-            raise ValueError(f"The index of {where!r} does not name {', '.join(extra)}; which is right?")
-        found = {key: weight.file.name for key, weight in stored.items()}
-        if wrong := sorted(key for key in {*places, *found} if places.get(key) != found.get(key)):
-            raise ValueError(
-                f"{len(wrong)} weights are not where the index of {where!r} says, as {wrong[0]}: in "
-                f"{places.get(wrong[0])}, but found in {found.get(wrong[0])}."
-            )
-    return stored
+    elif not shards:
+        pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+        hint = f" It holds {pickled[:3]}, but pickled weights are not loaded." if pickled else ""
+        raise ValueError(f"The folder {where!r} holds no weights: no {SAFE_WEIGHTS_NAME}, nor shards of it.{hint}")
+    elif shards != [SAFE_WEIGHTS_NAME]:
+        raise ValueError(
+            f"The folder {where!r} holds {', '.join(shards[:3])} without {SAFE_WEIGHTS_INDEX_NAME}, which says whether "
+            "they are complete."
+        )
+    weights = [weight for name in shards for weight in read_header(files[name])]
+    found = {(weight.key, weight.file.name) for weight in weights}
+    if places is not None and (wrong := sorted(found ^ {*places.items()})):
+        key = wrong[0][0]
+        holders = " and ".join(sorted(file for each, file in found if each == key)) or "no file"
+        raise ValueError(
+            f"{len(dict(wrong))} weights are not where the index of {where!r} says, as {key}: it names "
+            f"{places.get(key, 'no file')}, and the weight is in {holders}."
+        )
+    return {weight.key: weight for weight in weights}
 
 
 def read_header(file: Path) -> list[StoredWeight]:

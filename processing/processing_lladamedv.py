@@ -135,8 +135,8 @@ class LLaDAMedVProcessor(ProcessorMixin):
         image_processor ([`LLaDAMedVImageProcessor`]): cuts images into tiles.
         tokenizer (`PreTrainedTokenizerFast`): LLaDA's tokenizer; `<image>` is added where it is missing.
         chat_template (`str` or `dict[str, str]`, *optional*): Jinja template, or several by name with one "default"; by
-            default LLaDA-MedV's own, which starts with the medical system text unless the first message is a system
-            message. [`CHAT_TEMPLATES`] holds those of all released checkpoints.
+            default LLaDA-MedV's own of [`CHAT_TEMPLATES`], which starts with the medical system text unless the first
+            message is a system message.
 
     Raises (when called):
         ValueError: if the number of images differs from the number of placeholders, in total or in a prompt; if a
@@ -300,7 +300,7 @@ class LLaDAMedVProcessor(ProcessorMixin):
         if text is not None:
             prompts = text if isinstance(text, (list, tuple)) else [text]
             for prompt in prompts or [""]:
-                if not isinstance(prompt, str) or not prompt.strip() or not _is_utf8(prompt):
+                if not _is_text(prompt) or not prompt.strip():
                     raise ValueError(
                         f"`text` is {prompt!r:.200}; allowed are non-empty texts (an empty prompt asks nothing) "
                         "without lone surrogates."
@@ -328,14 +328,13 @@ class LLaDAMedVProcessor(ProcessorMixin):
 
     def _warn_of_bare_texts(self, prompts) -> None:
         """Say that a bare question about an image is no question to a model that was trained on turns."""
-        template = self._template() or ""
-        turns = set(self._control_tokens().findall(template)) - {self.image_token, self.tokenizer.bos_token}
-        for prompt in prompts:
-            if turns and not any(token in prompt for token in turns):
-                logger.warning_once(
-                    f"`text` holds no turn of a conversation. This model was trained on conversations; its answer to "
-                    f"a bare text is mostly empty. {_CHAT_ADVICE}"
-                )
+        tokens = set(self._control_tokens().findall(self._template() or ""))
+        turns = tokens - {self.image_token, self.tokenizer.bos_token}
+        if turns and any(not any(token in prompt for token in turns) for prompt in prompts):
+            logger.warning_once(
+                f"`text` holds no turn of a conversation. This model was trained on conversations; its answer to a "
+                f"bare text is mostly empty. {_CHAT_ADVICE}"
+            )
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         """The checks of Transformers, of which the count of placeholders is not for marked texts: it takes what is left
@@ -387,7 +386,7 @@ def normalize_chat(chat, argument: str = "conversation") -> list[dict]:
         images, text, beside = [], "", True
         for part in map(_as_dict, _as_parts(content)):
             kind, words = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
-            is_text = kind == "text" and isinstance(words, str) and _is_utf8(words)
+            is_text = kind == "text" and _is_text(words)
             is_image = kind in ("image", "image_url") and sum(part.get(key) is not None for key in IMAGE_KEYS) <= 1
             if not is_text and not is_image:
                 raise ValueError(
@@ -429,12 +428,9 @@ def _as_parts(content) -> list:
     return list(content) if isinstance(content, (list, tuple)) else [content]
 
 
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _is_text(value) -> bool:
+    """Whether it is a text without lone surrogates, which no file and no tokenizer can hold."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 LLaDAMedVProcessor.register_for_auto_class("AutoProcessor")

@@ -34,23 +34,17 @@ def released_processor(folder: Path, config, template: str, special_tokens: dict
         raise ValueError(f"The tokenizer in {str(folder)!r} cannot be read: {error}") from error
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|startoftext|>", "<|endoftext|>", "<|endoftext|>"
     tokenizer.chat_template = None  # the processor carries the templates
-    images = LLaDAMedVImageProcessor()
+    options = {}
     if not config.text_only:
         side = config.vision_config.image_size
-        images = LLaDAMedVImageProcessor(
-            size={"height": side, "width": side},
-            patch_size=config.vision_config.patch_size,
-            vision_aspect_ratio=config.vision_aspect_ratio,
-            image_grid_pinpoints=config.image_grid_pinpoints,
-        )
-    known = tokenizer.get_vocab()
+        options = {name: getattr(config, name) for name in ("vision_aspect_ratio", "image_grid_pinpoints")}
+        options |= {"size": {"height": side, "width": side}, "patch_size": config.vision_config.patch_size}
     templates = {"default": CHAT_TEMPLATES[template], **CHAT_TEMPLATES}
-    processor = LLaDAMedVProcessor(images, tokenizer, chat_template=templates)
+    known = tokenizer.get_vocab()
+    processor = LLaDAMedVProcessor(LLaDAMedVImageProcessor(**options), tokenizer, chat_template=templates)
     ids = {token: known.get(token) for token in special_tokens} | {"<image>": processor.image_token_id}
-    wanted = special_tokens | {"<image>": config.image_token_id}
-    if wrong := [
-        f"{token} {found} instead of {wanted[token]}" for token, found in ids.items() if found != wanted[token]
-    ]:
+    due = special_tokens | {"<image>": config.image_token_id}
+    if wrong := [f"{token} {found} instead of {due[token]}" for token, found in ids.items() if found != due[token]]:
         raise ValueError(
             f"The tokenizer in {str(folder)!r} is not the one of these weights: it has {', '.join(wrong)}."
         )

@@ -10,6 +10,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Threads of tensors this small would mostly wait for each other. Processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import datasets
 import pytest
 import torch
 
@@ -31,6 +32,12 @@ def levels():
     yield
     for logger, level in zip(loggers, before):
         logger.setLevel(level)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """What `datasets` keeps of a test's files goes with them."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture

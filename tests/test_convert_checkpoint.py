@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -20,8 +19,9 @@ def plan_conversion(folder, tower=None):
     return convert_checkpoint.plan_conversion(read_checkpoint(folder, tower), tower)
 
 
-def plan_initialization(language_model, *parts, **options):
-    return convert_checkpoint.plan_initialization(read_checkpoint(language_model), *parts, **options)
+def plan_initialization(language_model, tower, projector=None, aspect_ratio="anyres_max_4", seed=0):
+    checkpoint = read_checkpoint(language_model)
+    return convert_checkpoint.plan_conversion(checkpoint, tower, aspect_ratio, projector, seed)
 
 
 @pytest.fixture
@@ -72,14 +72,11 @@ def test_dtypes(tmp_path, llada, dtype):
     assert sum(plan.num_bytes(dtype).values()) == sum(value.numel() * value.itemsize for value in weights.values())
 
 
-@pytest.mark.parametrize(
-    ("value", "dtype", "message"),
-    [
-        (math.nan, None, r"ln_f\.weight in model\.safetensors holds values that are not finite"),
-        (math.inf, torch.float32, "not finite"),
-        (1e6, torch.float16, r"ln_f\.weight .* does not fit into torch\.float16"),
-    ],
-)
+@pytest.mark.parametrize(("value", "dtype", "message"), [
+    (math.nan, None, r"ln_f\.weight in model\.safetensors holds values that are not finite"),
+    (math.inf, torch.float32, "not finite"),
+    (1e6, torch.float16, r"ln_f\.weight .* does not fit into torch\.float16"),
+])  # fmt: skip
 def test_damaged_values(tmp_path, value, dtype, message):
     weights = released.olmo_weights()
     weights["model.transformer.ln_f.weight"][3] = value
@@ -179,11 +176,6 @@ def test_projector_files(tmp_path, llada, siglip, prefix, suffix, newline):
         assert "no rows to end" in square.report.ignored[f"{prefix}image_newline"]
 
 
-class _Malicious:
-    def __reduce__(self):
-        return (sys.exit, ("a pickled function was called",))
-
-
 def test_projector_files_that_are_none(tmp_path, llada, siglip):
     def refused(message, **weights):
         torch.save(weights, tmp_path / "p.bin")
@@ -191,7 +183,6 @@ def test_projector_files_that_are_none(tmp_path, llada, siglip):
             plan_initialization(llada, siglip, tmp_path / "p.bin")
 
     good = released.projector_weights()
-    refused(r"is refused: it names 'sys exit' in its pickle", x=_Malicious())
     refused("holds no tensors by name", step=3)
     refused("not part of this layout: model.mm_projector.4", **good, **{"model.mm_projector.4.bias": torch.ones(1)})
     refused("wrong shape", **good | {"model.mm_projector.0.bias": torch.ones(3)})

@@ -96,8 +96,8 @@ def test_image_files(tmp_path):
 def test_the_records_of_a_list(tmp_path, indent):
     content = [{"number": number, "text": 'brackets ]}, "quotes" and ü\n' * number} for number in range(20)]
     (tmp_path / "a.json").write_text("\ufeff \n" + json.dumps(content, indent=indent), encoding="utf-8")
-    lines = [3 + 4 * number if indent else 2 for number in range(20)]
-    assert list(read_records(tmp_path / "a.json")) == list(zip(lines, content))
+    places = [f"record {number}" for number in range(1, 21)]
+    assert list(read_records(tmp_path / "a.json")) == list(zip(places, content))
     for text in ("\ufeff \n[]\n", ""):
         (tmp_path / "a.json").write_text(text, encoding="utf-8")
         assert list(read_records(tmp_path / "a.json")) == []
@@ -108,15 +108,17 @@ def test_the_records_of_a_list(tmp_path, indent):
     [
         ('{"a": 1}\n\n{"a": }\n', "is no JSON at line 3: Expecting value"),
         ('[\n{"a": 1},\n{"a": }\n]', "is no JSON at line 3: Expecting value"),
-        ('[\n{"a": 1}\n{"a": 2}\n]', "is no JSON at line 3: expected ',' or ']'"),
+        ('[\n{"a": 1}\n{"a": 2}\n]', "is no JSON at line 3: Expecting ',' delimiter"),
         ('[{"a": 1},\n{"a":\n\n 2', "is no JSON at line 4"),
-        ('[{"a": 1}', "is no JSON at line 1: expected ',' or ']'"),
-        ('[{"a": 1}]\n[{"a": 1}]', "is no JSON at line 2: more follows"),
-        ('[{"a": 1},]', "is no JSON at line 1: Expecting value"),
-        ('[\n{"a": "\\ud800"}]', "is no JSON at line 2: a lone surrogate"),
+        ('[{"a": 1}', "is no JSON at line 1: Expecting ',' delimiter"),
+        ('[{"a": 1}]\n[{"a": 1}]', "is no JSON at line 2: Extra data"),
+        ('[{"a": 1},]', "is no JSON at line 1: (Expecting value|Illegal trailing comma)"),
+        ('[\n{"a": "\\ud800"}]', "has a lone surrogate, which is no character, at record 1"),
         ("nothing\n", "is no JSON at line 1"),
+        ('[{"a": ' + "9" * 5000 + "}]", "is no JSON at line 1: Exceeds the limit"),
+        ("[" * 100_000, "is no JSON at line 1: it is nested too deeply"),
         ('{"a": 1}\n[1]\n', "has a list at line 2"),
-        ('["a"]', "has a str at line 1; allowed are a list of objects"),
+        ('["a"]', "has a str at record 1; allowed are a list of objects"),
         ('{"a": "\udcff"}', "is not in UTF-8"),
         (None, "cannot be read as JSON"),
     ],

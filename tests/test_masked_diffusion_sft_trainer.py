@@ -377,7 +377,8 @@ def test_killed_and_resumed(tmp_path):
     whole = make_trainer(tmp_path / "whole", **(options | {"save_strategy": "no"}))
     whole.train()
     process = start_workers([(str(tmp_path / "killed"), options)])
-    while not (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").exists():
+    state = tmp_path / "killed" / "checkpoint-4" / "trainer_state.json"
+    while not (state.exists() and state.read_text().endswith("}\n")):  # it is there before it is filled
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     process.kill()

@@ -17,22 +17,12 @@ from pydicom.data import get_testdata_file
 
 from lladamedv.evaluation import vqa
 from lladamedv.hub_cards.results import EvaluationResults
-from lladamedv.loading import load_model
 from lladamedv.processing.datasets import load_own_vqa, load_vqa
 
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 CASES = Path(__file__).parent / "cases" / "eval"
-SHORT = {"max_new_tokens": 8, "block_length": 8, "steps": 1}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return load_model()
+SHORT = {"model_name": "demo", "options": {"max_new_tokens": 8, "block_length": 8, "steps": 1}, "bootstrap_samples": 0}
 
 
 def picture(level=0):
@@ -59,10 +49,8 @@ def four(answers, types=TYPES):
 @pytest.mark.parametrize(
     ("file", "rows"),
     [
-        ("rad/bom.json", [("0", LESION, "Yes", "closed"), ("1", LESION, "no", "closed")]),
-        ("rad/utf16.json", [("0", LESION, "Yes", "closed"), ("1", LESION, "no", "closed")]),
-        ("rad/wrapped.json", [("0", LESION, "Yes", "closed"), ("1", LESION, "no", "closed")]),
-        ("rad/jsonl_as.json", [("0", LESION, "Yes", "closed"), ("1", LESION, "no", "closed")]),
+        *((f"rad/{name}.json", [("0", LESION, "Yes", "closed"), ("1", LESION, "no", "closed")])
+          for name in ("bom", "utf16", "wrapped", "jsonl_as")),
         ("rad/float.json", [("0", LESION, "Yes", "closed"), ("3", "How wide is the lesion in cm?", "5.6", "open")]),
         ("rad/null.json", [("0", LESION, "Yes", "closed"), ("6", "Describe the image.", "", "open")]),
         ("rad/nan.json", [("0", LESION, "Yes", "closed"), ("1", LESION, "", "closed")]),
@@ -75,11 +63,9 @@ def four(answers, types=TYPES):
         ("pq/qlang.json", [("0", "What?", "CT", "open")]),
         ("pq/uni.json", [("0", "\u8fd9\u662f\u4ec0\u4e48?", "CT", "open")]),
         ("pq/x.csv", [("own-data/all/0", PARQUET[0], "yes", "closed")]),
-        ("pq/bytes.parquet", four(["yes", "CT", "2", "no"])),
-        ("pq/capital.parquet", four(["yes", "CT", "2", "no"])),
+        *((f"pq/{name}.parquet", four(["yes", "CT", "2", "no"]))
+          for name in ("bytes", "capital", "paths", "images list")),
         ("pq/hf.parquet", four(["yes", "CT", "2", "No."])),
-        ("pq/paths.parquet", four(["yes", "CT", "2", "no"])),
-        ("pq/images list.parquet", four(["yes", "CT", "2", "no"])),
         ("pq/ints.parquet", four(["1", "2", "3", "4"], ["open"] * 4)),
         ("pq/floats.parquet", four(["1", "2.5", "3", ""], ["open"] * 4)),
     ],
@@ -89,18 +75,6 @@ def test_odd_files(file, rows, streaming):
     found, report = rows_of(CASES / file, streaming=streaming)
     assert found == rows
     assert report.empty_answers == [row[0] for row in rows if not row[2]]
-
-
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [
-        ("rad/dup.json", "two questions of the id '0'; ids must differ. 'qid' is read as the id"),
-        ("rad/latin.json", "latin.json' is not in UTF-8 .*; save it in that encoding"),
-    ],
-)
-def test_files_that_are_refused(file, message):
-    with pytest.raises(ValueError, match=message):
-        load_own_vqa(CASES / file)
 
 
 def test_missing_pictures_are_named_by_row():
@@ -174,17 +148,20 @@ def test_what_tables_mean_by_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("file", "message"),
     [
-        ({"frage": "Is it?", "answer": "yes", "image": "a"}, "none of its columns .*'frage'.* is its question; such"),
-        ({"question": "Is it?", "image": "a"}, "is its answer; such are called answer, answers, ground_truth"),
-        ({"question": "Is it?", "answer": "yes"}, "is its image; such are called image"),
+        (CASES / "rad" / "latin.json", "latin.json' is not in UTF-8 .*; save it in that encoding"),
+        ({"frage": "?", "answer": "a", "image": "a"}, "none of its columns .*'frage'.* is its question; such"),
+        ({"question": "?", "image": "a"}, "is its answer; such are called answer, answers, ground_truth"),
+        ({"question": "?", "answer": "yes"}, "is its image; such are called image"),
     ],
 )
-def test_columns_that_are_not_known_are_named(tmp_path, record, message):
-    (tmp_path / "own.json").write_text(json.dumps([record]))
+def test_files_that_are_refused(tmp_path, file, message):
+    if isinstance(file, dict):
+        (tmp_path / "own.json").write_text(json.dumps([file]))
+        file = tmp_path / "own.json"
     with pytest.raises(ValueError, match=message):
-        load_own_vqa(tmp_path / "own.json")
+        load_own_vqa(file)
 
 
 @pytest.mark.parametrize(
@@ -247,10 +224,10 @@ def test_splits(tmp_path):
             load_own_vqa(tmp_path / data, split)
 
 
-def test_local_files_are_no_benchmark_because_they_are_called_so(demo, tmp_path):
+def test_local_files_are_no_benchmark_because_they_are_called_so(shipped, tmp_path):
     """VQA-RAD's name, table and licence are not those of four questions of a user's."""
     dataset, report = load_vqa("vqa-rad", path=CASES / "pq" / "hf.parquet")
-    summary = vqa.evaluate_vqa(*demo, dataset, report, tmp_path, model_name="demo", options=SHORT, bootstrap_samples=0)
+    summary = vqa.evaluate_vqa(*shipped, dataset, report, tmp_path, **SHORT)
     text = (tmp_path / "summary.md").read_text()
     assert "these are not the published questions of vqa-rad" in text
     for claim in ("table 2 of", "CC0", "202 of the 203"):
@@ -261,9 +238,9 @@ def test_local_files_are_no_benchmark_because_they_are_called_so(demo, tmp_path)
     assert results.protocol["test images in train"] == "not known" and summary["complete"]
 
 
-def test_own_pictures_are_seen_as_everywhere(demo, tmp_path):
+def test_own_pictures_are_seen_as_everywhere(shipped, tmp_path):
     """A DICOM file, a 16-bit picture and one in an archive are answered as when the processor is asked directly."""
-    model, processor = demo
+    model, processor = shipped
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     shutil.copy(get_testdata_file("CT_small.dcm"), tmp_path / "ct.dcm")
@@ -273,9 +250,7 @@ def test_own_pictures_are_seen_as_everywhere(demo, tmp_path):
     )
     options = {"max_new_tokens": 24, "block_length": 8, "steps": 24}
     data = load_own_vqa(tmp_path / "own.json")
-    summary = vqa.evaluate_vqa(
-        *demo, *data, tmp_path / "run", model_name="demo", options=options, bootstrap_samples=0, batch_size=1
-    )
+    summary = vqa.evaluate_vqa(*shipped, *data, tmp_path / "run", **SHORT | {"options": options}, batch_size=1)
     assert summary["complete"] and summary["benchmark"] == "own-data"
     lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").open()]
     for name, line in zip(names, lines, strict=True):
@@ -289,10 +264,10 @@ def test_own_pictures_are_seen_as_everywhere(demo, tmp_path):
         assert line["prediction"] == answer.strip()
 
 
-def test_what_was_left_out_makes_a_report_incomplete(demo, tmp_path, caplog):
+def test_what_was_left_out_makes_a_report_incomplete(shipped, tmp_path, caplog):
     caplog.set_level(logging.ERROR)
     data = load_own_vqa(CASES / "pq" / "odd.json")
-    summary = vqa.evaluate_vqa(*demo, *data, tmp_path, model_name="demo", options=SHORT, bootstrap_samples=0)
+    summary = vqa.evaluate_vqa(*shipped, *data, tmp_path, **SHORT)
     assert not summary["complete"] and summary["left_out"] == ["4"]
     for asked in (4, 1):  # all that are left, or a part of them
         text = vqa.render_summary(summary | {"num_questions": asked})

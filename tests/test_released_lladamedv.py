@@ -27,8 +27,7 @@ def shapes(config):
 
 def report_of(folder, **options):
     checkpoint = read_checkpoint(folder, **options)
-    config = checkpoint.build_config()
-    return checkpoint.compare(shapes(config), config)[1]
+    return checkpoint.compare(shapes(checkpoint.config))[1]
 
 
 def change_config(folder, **change):
@@ -128,24 +127,17 @@ def test_subfolders_and_dtypes(tmp_path):
     assert model.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("drop", "add", "message"),
-    [
-        (("model.norm.weight",), {}, r"lacks weights of the model: model\.language_model\.norm\.weight"),
-        ((), {"model.layers.9.mlp.up_proj.weight": torch.ones(2)}, r"not part of this layout: model\.layers\.9"),
-        ((), {"model.norm.weight": torch.ones(3)}, r"wrong shape: model\.norm\.weight \(3,\) instead of \(8,\)"),
-        ((), {"model.mm_projector.4.weight": torch.ones(3)}, r"not part of this layout: model\.mm_projector\.4"),
-        (
-            (),
-            {"model.multi_modal_projector.linear_1.bias": torch.ones(8)},
-            "which means the same as model.mm_projector.0",
-        ),
-        (("model.image_newline",), {}, r"lacks weights of the model: model\.image_newline"),
-    ],
-)
+@pytest.mark.parametrize(("drop", "add", "message"), [
+    ("model.norm.weight", {}, r"lacks weights of the model: model\.language_model\.norm\.weight"),
+    ("model.image_newline", {}, r"lacks weights of the model: model\.image_newline"),
+    ("", {"model.layers.9.mlp.up_proj.weight": 2}, r"not part of this layout: model\.layers\.9"),
+    ("", {"model.mm_projector.4.weight": 3}, r"not part of this layout: model\.mm_projector\.4"),
+    ("", {"model.norm.weight": 3}, r"wrong shape: model\.norm\.weight \(3,\) instead of \(8,\)"),
+    ("", {"model.multi_modal_projector.linear_1.bias": 8}, "which means the same as model.mm_projector.0"),
+])  # fmt: skip
 def test_keys_that_are_not_right(tmp_path, drop, add, message):
     folder = released.write_llava(tmp_path / "x")
-    change_weights(folder, drop, **add)
+    change_weights(folder, [drop], **{name: torch.ones(size) for name, size in add.items()})
     with pytest.raises(ValueError, match=message):
         LLaDAMedVForConditionalGeneration.from_pretrained(folder)
 
@@ -167,24 +159,19 @@ def test_pinpoints_as_text_and_as_a_list():
     pinpoints = [[28, 56]]
     given = convert_config(released.LLAVA_CONFIG | {"image_grid_pinpoints": pinpoints}, "llava_llada")
     assert given.image_grid_pinpoints == pinpoints
-    with pytest.raises(ValueError, match=r"`image_grid_pinpoints` is 'all'"):
-        convert_config(released.LLAVA_CONFIG | {"image_grid_pinpoints": "all"}, "llava_llada")
 
 
-@pytest.mark.parametrize(
-    ("layout", "change", "message"),
-    [
-        ("llava_llada", {"mm_vision_select_layer": -1}, "`mm_vision_select_layer` is -1"),
-        ("llava_llada", {"mm_projector_type": "linear"}, "`mm_projector_type` is 'linear'"),
-        ("llava_llada", {"mm_patch_merge_type": "flat"}, "`mm_patch_merge_type` is 'flat'"),
-        ("llava_llada", {"rope_scaling": {"factor": 2}}, "`rope_scaling` is"),
-        ("llada_hf", {"tie_word_embeddings": True}, "`tie_word_embeddings` is True"),
-        ("llada_hf", {"hidden_size": None}, "`hidden_size` is missing"),
-        ("llada", {"block_type": "sequential"}, "`block_type` is 'sequential'"),
-        ("llada", {"alibi": True}, "`alibi` is True"),
-        ("llada", {"mlp_hidden_size": None}, "`mlp_hidden_size` is missing"),
-    ],
-)
+@pytest.mark.parametrize(("layout", "change", "message"), [
+    ("llava_llada", {"mm_vision_select_layer": -1}, "`mm_vision_select_layer` is -1"),
+    ("llava_llada", {"mm_patch_merge_type": "flat"}, "`mm_patch_merge_type` is 'flat'"),
+    ("llava_llada", {"image_grid_pinpoints": "all"}, "`image_grid_pinpoints` is 'all'"),
+    ("llava_llada", {"image_grid_pinpoints": "(1x1),...,(100000x100000)"}, "allowed are at most 4096 grids"),
+    ("llava_llada", {"rope_scaling": {"factor": 2}}, "`rope_scaling` is"),
+    ("llada_hf", {"tie_word_embeddings": True}, "`tie_word_embeddings` is True"),
+    ("llada_hf", {"hidden_size": None}, "`hidden_size` is missing"),
+    ("llada", {"alibi": True}, "`alibi` is True"),
+    ("llada", {"mlp_hidden_size": None}, "`mlp_hidden_size` is missing"),
+])  # fmt: skip
 def test_networks_that_were_never_released(layout, change, message):
     configs = {"llada": released.OLMO_CONFIG, "llada_hf": released.LLAMA_CONFIG, "llava_llada": released.LLAVA_CONFIG}
     with pytest.raises(ValueError, match=message):
@@ -230,18 +217,15 @@ def test_the_preset_is_used_without_converting(tmp_path):
 # Folders that are no checkpoints
 
 
-@pytest.mark.parametrize(
-    ("config", "weights", "message"),
-    [
-        ({"model_type": "llama"}, {}, "of a model of type 'llama'; allowed are 'lladamedv', and as released 'llada'"),
-        ({}, {}, "of a model of type None"),
-        (released.OLMO_CONFIG, {"model.layers.0.x": 8}, r"layout llada\) holds keys that are not part of this layout"),
-        (released.LLAMA_CONFIG, {"model.transformer.ln_f.weight": 8}, r"layout llada_hf\) holds keys that are not"),
-        (released.LLAMA_CONFIG, {"model.mm_projector.0.bias": 8}, "not part of this layout: model.mm_projector"),
-        (released.LLAVA_CONFIG, {"model.mm_projector.0.bias": 8}, "A projector is no model: `lladamedv init"),
-        (released.OLMO_CONFIG, {}, r"holds no weights: no model\.safetensors, nor shards of it\.$"),
-    ],
-)
+@pytest.mark.parametrize(("config", "weights", "message"), [
+    ({"model_type": "llama"}, {}, "of a model of type 'llama'; allowed are 'lladamedv', and as released 'llada'"),
+    ({}, {}, "of a model of type None"),
+    (released.OLMO_CONFIG, {"model.layers.0.x": 8}, r"layout llada\) holds keys that are not part of this layout"),
+    (released.LLAMA_CONFIG, {"model.transformer.ln_f.weight": 8}, r"layout llada_hf\) holds keys that are not"),
+    (released.LLAMA_CONFIG, {"model.mm_projector.0.bias": 8}, "not part of this layout: model.mm_projector"),
+    (released.LLAVA_CONFIG, {"model.mm_projector.0.bias": 8}, "A projector is no model: `lladamedv init"),
+    (released.OLMO_CONFIG, {}, r"holds no weights: no model\.safetensors, nor shards of it\.$"),
+])  # fmt: skip
 def test_folders_that_are_none(tmp_path, config, weights, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     if weights:
@@ -250,13 +234,9 @@ def test_folders_that_are_none(tmp_path, config, weights, message):
         report_of(tmp_path).check(tmp_path)
 
 
-def test_pickled_weights_and_no_config(tmp_path):
+def test_a_folder_without_a_config(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         read_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(released.OLMO_CONFIG))
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*pickled weights are not loaded"):
-        report_of(tmp_path)
 
 
 def test_broken_shards(tmp_path):
@@ -280,17 +260,16 @@ def test_broken_indexes(tmp_path):
     key, other = sorted(places)[:2]
     first, second = (folder / places[name] for name in (key, other))
     for change, message in (
-        ({}, "is not an index of weights"),
         ({"weight_map": places | {key: places[other]}}, f"1 weights are not where the index of .* says, as {key}"),
-        ({"weight_map": places | {"model.x": places[key]}}, r"as model\.x: in model-.*, but found in None"),
-        ({"weight_map": dict.fromkeys(places, second.name)}, "does not name model-00001"),
+        ({"weight_map": places | {"model.x": places[key]}}, r"as model\.x: it names model-.* weight is in no file"),
+        ({"weight_map": dict.fromkeys(places, second.name)}, "and the weight is in model-00001"),
     ):
         index.write_text(json.dumps(change))
         with pytest.raises(ValueError, match=message):
             report_of(folder)
     index.write_text(json.dumps({"weight_map": places}))
     save_file(load_file(first) | {other: load_file(second)[other]}, first)
-    with pytest.raises(ValueError, match=f"{other} is both in {first.name} and in {second.name}"):
+    with pytest.raises(ValueError, match=f"{other}: .* is in {first.name} and {second.name}"):
         report_of(folder)
     index.unlink()
     with pytest.raises(ValueError, match=r"without model\.safetensors\.index\.json"):

@@ -14,7 +14,6 @@ import pydantic
 import pytest
 import torch
 
-from lladamedv.demo import load_model
 from lladamedv.processing.datasets.messages import normalize_messages
 from lladamedv.trainers import MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer, sft
 from lladamedv.trainers.rows import split_by_image
@@ -25,18 +24,13 @@ from tests.tiny import random_image
 MESSAGES = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return load_model()
-
-
-def make_trainer(demo, folder, dataset, **options):
+def make_trainer(shipped, folder, dataset, **options):
     options = {"max_steps": 2, "per_device_train_batch_size": 2, "disable_tqdm": True, **options}
     args = MaskedDiffusionSFTConfig(
         str(folder), report_to=[], bf16=False, use_cpu=True, save_strategy="no", activation_checkpointing=False,
         **options,
     )  # fmt: skip
-    return MaskedDiffusionSFTTrainer(model=demo[0], args=args, train_dataset=dataset, processing_class=demo[1])
+    return MaskedDiffusionSFTTrainer(model=shipped[0], args=args, train_dataset=dataset, processing_class=shipped[1])
 
 
 def file(picture=None, form="PNG", part=1.0, **options):
@@ -75,19 +69,19 @@ BROKEN_IMAGES = {
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
-def test_broken_images_are_named_and_left_out(demo, tmp_path, streaming):
+def test_broken_images_are_named_and_left_out(shipped, tmp_path, streaming):
     content = [each for images in BROKEN_IMAGES.values() for each in (GOOD, row(images, id=f"scan {len(images)}"))]
     dataset = datasets.Dataset.from_list([{"id": None, **each} for each in content])
     for number in range(1, len(content), 2):
         alone = dataset.select([0, number])
         with pytest.raises(ValueError, match=r"row 1 \(scan \d\) has a problem: an image (cannot|is).*invalid_rows='s"):
             if streaming:
-                list(make_trainer(demo, tmp_path, alone.to_iterable_dataset()).train_dataset)
+                list(make_trainer(shipped, tmp_path, alone.to_iterable_dataset()).train_dataset)
             else:
-                make_trainer(demo, tmp_path, alone)
+                make_trainer(shipped, tmp_path, alone)
     if streaming:
         dataset = dataset.to_iterable_dataset()
-    trainer = make_trainer(demo, tmp_path, dataset, invalid_rows="skip", max_steps=len(content) // 4)
+    trainer = make_trainer(shipped, tmp_path, dataset, invalid_rows="skip", max_steps=len(content) // 4)
     trainer.train()
     report = trainer.row_reports["train_dataset"]
     assert report.kept == sum(report.left_out.values()) == len(BROKEN_IMAGES)
@@ -102,7 +96,7 @@ ODD_MESSAGES = [
     chat([{"type": "image", "image": "a.png"}, {"type": "text", "text": "x"}]), chat([{"type": "video"}]),
     chat(answer=[{"type": "image"}, {"type": "text", "text": "x"}]),
     [*chat()[:1], {"role": "assistant", "content": "x", "tool_calls": [{"name": "look"}]}],
-    [*chat()[:1], {"role": "assistant", "content": "x", "loss": False}],
+    [*chat()[:1], {"role": "assistant", "content": "x", "loss": False}], chat([{"type": "image", "window": "lung"}]),
 ]  # fmt: skip
 ODD_IMAGES = [
     "gone.png", 5, [5], [None], [""], [b""], [{}], [{"url": "x"}], object(), [float("nan")], ["\0"], [["a"]],
@@ -111,14 +105,14 @@ ODD_IMAGES = [
 ]  # fmt: skip
 
 
-def test_odd_rows_are_named_and_left_out(demo, tmp_path):
+def test_odd_rows_are_named_and_left_out(shipped, tmp_path):
     """A stream of anything at all: as many rows are left out as are odd, each by its number, and none stops the run."""
     odd = [row(messages=messages) | {"messages": messages} for messages in ODD_MESSAGES]
     odd += [row(images) for images in ODD_IMAGES] + [row(image=GOOD["images"][0]), row(tools=["look"])]
     odd.append(row(chat_template_kwargs={"thinking": True}))
     content = [each for pair in zip(odd, [GOOD] * len(odd)) for each in pair]
     stream = datasets.IterableDataset.from_generator(lambda: iter(content))
-    trainer = make_trainer(demo, tmp_path, stream, invalid_rows="skip")
+    trainer = make_trainer(shipped, tmp_path, stream, invalid_rows="skip")
     assert len(list(trainer.train_dataset)) == len(odd)
     report = trainer.row_reports["train_dataset"]
     names = [name for names in report.rows.values() for name in names]
@@ -126,10 +120,10 @@ def test_odd_rows_are_named_and_left_out(demo, tmp_path):
     assert report.kept == len(odd), "the trainer's look at the first row is no row of its own"
 
 
-def test_a_stream_without_a_good_row(demo, tmp_path):
+def test_a_stream_without_a_good_row(shipped, tmp_path):
     for content in ([], [row([5])] * 3):
         with pytest.raises(ValueError, match=r"`train_dataset` is (a stream of which no row|empty)"):
-            make_trainer(demo, tmp_path, datasets.IterableDataset.from_generator(lambda c=content: iter(c)),
+            make_trainer(shipped, tmp_path, datasets.IterableDataset.from_generator(lambda c=content: iter(c)),
                          invalid_rows="skip")  # fmt: skip
 
 
@@ -137,7 +131,7 @@ Message = pydantic.create_model("Message", role=str, content=str)
 PlainMessage = dataclasses.make_dataclass("PlainMessage", ["role", "content"])
 
 
-def test_rows_that_are_as_good(demo, tmp_path):
+def test_rows_that_are_as_good(shipped, tmp_path):
     """The same picture and words in every other form make the same batch."""
     picture, channels_first = np.asarray(random_image(64, 64)), np.asarray(random_image(64, 64)).transpose(2, 0, 1)
     random_image(64, 64).save(tmp_path / "a.png")
@@ -157,7 +151,7 @@ def test_rows_that_are_as_good(demo, tmp_path):
                                 for message in chat()]))  # fmt: skip
     content.append(row([path], chat("Is there a lesion?\n<image>")))
     stream = datasets.IterableDataset.from_generator(lambda: iter(content))
-    trainer = make_trainer(demo, tmp_path, stream)
+    trainer = make_trainer(shipped, tmp_path, stream)
     wanted = trainer.data_collator([row([random_image(64, 64)])])
     rows = list(trainer.train_dataset)
     assert len(rows) == len(content)
@@ -169,7 +163,7 @@ def test_rows_that_are_as_good(demo, tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("form", ["numpy", "torch", "array", "list of arrays"])
-def test_formats_and_arrays(demo, tmp_path, form, streaming):
+def test_formats_and_arrays(shipped, tmp_path, form, streaming):
     picture = np.asarray(random_image(64, 64))
     if form == "array":
         features = datasets.Features({"messages": MESSAGES, "image": datasets.Array3D((64, 64, 3), "uint8")})
@@ -181,37 +175,35 @@ def test_formats_and_arrays(demo, tmp_path, form, streaming):
     if streaming:
         dataset = dataset.to_iterable_dataset()
         dataset = dataset.with_format(form) if form in ("numpy", "torch") else dataset
-    trainer = make_trainer(demo, tmp_path, dataset)
+    trainer = make_trainer(shipped, tmp_path, dataset)
     batch = trainer.data_collator([next(iter(trainer.train_dataset))])
-    wanted = demo[1].image_processor(random_image(64, 64), return_tensors="pt")["pixel_values"]
+    wanted = shipped[1].image_processor(random_image(64, 64), return_tensors="pt")["pixel_values"]
     assert torch.equal(batch["pixel_values"], wanted)
 
 
-def test_placeholders_of_others_are_text(demo, tmp_path):
+def test_placeholders_of_others_are_text(shipped, tmp_path):
     """`<image>` in an answer or a system text shows no image."""
     messages = [{"role": "system", "content": "Say <image>."}, *chat(answer="It is <image> here")]
     dataset = datasets.Dataset.from_list([row(messages=messages)] * 2)
-    trainer = make_trainer(demo, tmp_path, dataset)
+    trainer = make_trainer(shipped, tmp_path, dataset)
     batch = trainer.data_collator([trainer.train_dataset[0]])
-    image_token = demo[1].image_token_id
+    image_token = shipped[1].image_token_id
     assert (batch["input_ids"] == image_token).sum() == 64 and not (batch["labels"] == image_token).any()
     learned = batch["labels"][batch["labels"] >= 0]
-    assert "<image>" in demo[1].tokenizer.decode(learned).replace(" ", "")
+    assert "<image>" in shipped[1].tokenizer.decode(learned).replace(" ", "")
 
 
 @pytest.mark.parametrize(
     ("content", "texts", "shown"),
     [
-        ("<image>\nWhat?", ["What?"], 1),
-        ("What?\n<image>", ["What?"], 1),
         ("Look at\n<image>\nWhat?", ["Look at\n\nWhat?"], 1),  # LLaVA: text.replace("<image>", "").strip()
         ("<image> or <image>?", ["or ?"], 2),
         ([{"type": "text", "text": "A"}, {"type": "image"}, {"type": "text", "text": "B"}], ["A\nB"], 1),
-        ("What?", ["What?"], 1),
     ],
 )
 def test_images_of_a_turn(content, texts, shown):
-    """Which come first, once the processor has put them there: tests/test_one_door.py."""
+    """Which come first, once the processor has put them there: tests/test_one_door.py. More forms of a question:
+    tests/test_llava_med_records.py."""
     question, answer = normalize_messages(chat(content), shown)
     parts = [{"type": "image", "text": None}] * shown + [{"type": "text", "text": text} for text in texts]
     assert sorted(question["content"], key=lambda part: part["type"]) == parts
@@ -221,7 +213,7 @@ def test_images_of_a_turn(content, texts, shown):
 # A part of the rows to evaluate on
 
 
-def test_no_picture_is_on_both_sides(demo, tmp_path):
+def test_no_picture_is_on_both_sides(shipped, tmp_path):
     """… under whatever name and in whatever file; and rows that show two pictures keep both on one side."""
     pictures = [random_image(32, 32, seed=number) for number in range(12)]
     content, shown = [], []
@@ -235,7 +227,7 @@ def test_no_picture_is_on_both_sides(demo, tmp_path):
     shown.append({0, 1})
     dataset = datasets.Dataset.from_list(content, datasets.Features({"messages": MESSAGES,
                                          "images": datasets.List(datasets.Image())}))  # fmt: skip
-    open_image = demo[1].image_processor.fetch_images
+    open_image = shipped[1].image_processor.fetch_images
     numbered = dataset.add_column("number", list(range(len(dataset))))
     sides = set()
     for seed in range(5):
@@ -317,13 +309,17 @@ def test_rows_of_a_stream_are_counted_once_or_not_at_all(tmp_path, workers):
         assert "| local data | 7 read | 1 |" in card
 
 
-def test_answers_are_printed_in_full(tmp_path, capsys):
-    """Also with a progress bar, whose line shows no long texts."""
-    options = {"eval_data": "phantoms:2:2", "eval_strategy": "steps", "eval_steps": 1, "log_answers": 2, "max_steps": 1}
-    train(tmp_path, disable_tqdm=False, **options)
+PACKED = {"train_data": "phantoms:1:8:closed,open:2", "pack_questions": 2, "eval_data": "phantoms:2:4:closed,open:2"}
+
+
+@pytest.mark.parametrize("more", [{"eval_data": "phantoms:2:2"}, PACKED], ids=["alone", "packed"])
+def test_answers_are_printed_in_full(tmp_path, capsys, more):
+    """Also with a progress bar, whose line shows no long texts, and of packed rows, which show their image once."""
+    train(tmp_path, disable_tqdm=False, eval_strategy="steps", eval_steps=1, log_answers=2, max_steps=1, **more)
     printed = capsys.readouterr()
     assert "| step | id | question | reference | answer | confidence |" in printed.out.splitlines()
     assert "String too long" not in printed.out + printed.err and "'answers'" not in printed.out
+    assert printed.out.count(" + phantoms/2/") == 2 * (more is PACKED)
 
 
 def test_a_logger_that_is_not_installed(tmp_path, monkeypatch):
@@ -348,12 +344,3 @@ def test_a_disk_that_fills_up_ends_a_run_in_one_line(tmp_path):
             train(tmp_path, max_steps=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_an_image_part_with_reading_options_is_refused():
-    image = {"type": "image", "window": "lung"}
-    with pytest.raises(
-        ValueError, match=r"its messages cannot be read: .* an image with window, which would"
-    ):
-        normalize_messages([{"role": "user", "content": [image]}], 1)
-    assert normalize_messages([{"role": "user", "content": [{**image, "window": None}]}], 1)

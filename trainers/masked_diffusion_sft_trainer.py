@@ -210,10 +210,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
                 eos_padding_to_multiple_of=args.eos_padding_to_multiple_of,
             )  # fmt: skip
             length_of = alone.row_length
-        dataset, report = prepare_rows(
-            dataset, length_of, data_collator.processor.image_processor.fetch_images, data_collator.max_length,
-            args.invalid_rows, args.long_rows, name, not args.dataloader_num_workers, args.disable_tqdm,
-        )  # fmt: skip
+        dataset, report = prepare_rows(dataset, name, length_of, data_collator, args)
         if args.pack_questions is not None:
             dataset = pack_rows(dataset, args.pack_questions)
             report.packed_into = len(dataset)

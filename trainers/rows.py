@@ -22,12 +22,11 @@ from torch.utils.data import get_worker_info
 
 from lladamedv.processing.datasets import InvalidRecordError
 from lladamedv.processing.datasets.messages import images_of, normalize_messages
-from lladamedv.processing.datasets.readers import undecoded
+from lladamedv.processing.datasets.readers import first_few, one_line, undecoded
 
 
 logger = logging.getLogger(__name__)
 _CHUNK = 256  # rows in memory at a time
-_SHOWN = 5
 
 
 @dataclass
@@ -38,10 +37,9 @@ class RowReport:
     dataloader workers read the stream: that happens in other processes.
 
     Attributes:
-        kept: number of rows to train on; `None` if nothing is counted.
-        left_out: for each reason, how many rows it cost.
-        rows: for each reason, the names of these rows: their numbers, from 0, and their ids.
-        without_images: how many of the rows to train on have no image.
+        kept, without_images: number of rows to train on, and of those of them without an image; `kept` is `None` if
+            nothing is counted.
+        left_out, rows: for each reason, how many rows it cost, and their names: their numbers, from 0, and their ids.
         packed_into: number of rows after packing, if questions were packed.
         held_out: how these rows were held out of the training data, if they were.
     """
@@ -60,8 +58,7 @@ class RowReport:
         if 0 < self.without_images < self.kept:
             lines.append(f"{self.without_images} of them without an image")
         for reason, count in self.left_out.items():
-            more = ", …" * (count > _SHOWN)
-            lines.append(f"{count} left out, {reason}: {', '.join(self.rows[reason][:_SHOWN])}{more}")
+            lines.append(f"{count} left out, {reason}: {first_few(self.rows[reason])}")
         if self.packed_into is not None:
             lines.append(f"packed into {self.packed_into} rows")
         if self.held_out is not None:
@@ -105,7 +102,7 @@ def pixels_of(row: dict, open_image: Callable, seen: dict[str, tuple | Exception
             except Exception as error:  # libraries raise many kinds for broken files
                 seen[key] = error
         if isinstance(seen[key], Exception):
-            raise InvalidRecordError("an image cannot be read", " ".join(str(seen[key]).split()).rstrip("."))
+            raise InvalidRecordError("an image cannot be read", one_line(seen[key]).rstrip("."))
         pixels.append(seen[key])
     return pixels
 
@@ -131,22 +128,16 @@ def _in_parallel(function, dataset: datasets.Dataset, title: str, disable_tqdm: 
 # Every row
 
 
-def prepare_rows(
-    dataset, length_of, open_image, max_length: int, invalid_rows: str, long_rows: str, name: str,
-    counted: bool = True, disable_tqdm: bool = False,
-):  # fmt: skip
+def prepare_rows(dataset, name: str, length_of: Callable, collator, args):
     """Look at every row, and decode every image once, before anything is trained.
 
     Args:
-        dataset: `datasets.Dataset`; of an `IterableDataset` the rows are looked at as they come.
-        length_of: function from a row with undecoded images to its number of tokens; it refuses rows that cannot be
-            trained on, as `messages.check_row` does.
-        open_image: see [`pixels_of`].
-        max_length: longest row.
-        invalid_rows, long_rows: see [`MaskedDiffusionSFTConfig`].
+        dataset: `datasets.Dataset`; of an `IterableDataset` the rows are looked at as they come, and counted if they
+            are read in this process.
         name: of the data set, for messages.
-        counted: whether the rows of a stream are read in this process, and so can be counted.
-        disable_tqdm: whether to show no progress bar; otherwise there is one in terminals.
+        length_of: function from a row to its number of tokens; it refuses rows that cannot be trained on, as
+            `messages.check_row` does.
+        collator, args: of the trainer.
 
     Returns:
         The data set without the rows that are left out, its images undecoded, and a [`RowReport`].
@@ -156,7 +147,8 @@ def prepare_rows(
     """
     dataset = undecoded(dataset)
     streamed = isinstance(dataset, datasets.IterableDataset)
-    report, read, seen = RowReport(None if streamed and not counted else 0), 0, {}
+    report, read, seen = RowReport(None if streamed and args.dataloader_num_workers else 0), 0, {}
+    open_image, max_length = collator.processor.image_processor.fetch_images, collator.max_length
 
     def look_at(row) -> list | Exception:
         try:
@@ -166,20 +158,20 @@ def prepare_rows(
 
     def good(row, number, pixels) -> bool:
         nonlocal read
-        option, value, allowed, problem = "invalid_rows", "skip", invalid_rows, None
+        option, value, problem = "invalid_rows", "skip", None
         try:
             if isinstance(pixels, Exception):
                 raise pixels
             length = length_of({**row, "image": None, "images": [_blank(size) for _, size in pixels]})
             if length > max_length:
-                option, value, allowed = "long_rows", "drop", long_rows
+                option, value = "long_rows", "drop"
                 problem = InvalidRecordError(f"more than {max_length} tokens", str(length))
         except InvalidRecordError as error:
             problem = error
         except Exception as error:  # whatever it is, training would end with it
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            problem = InvalidRecordError("it cannot be read", kind + " ".join(str(error).split()))
-        if problem is not None and allowed != value:
+            problem = InvalidRecordError("it cannot be read", kind + one_line(error))
+        if problem is not None and getattr(args, option) != value:
             raise ValueError(
                 f"`{name}` cannot be trained on: {_row_name(row, number)} has a problem: {problem}. Correct it, or "
                 f"leave such rows out with {option}={value!r}."
@@ -201,7 +193,7 @@ def prepare_rows(
         if next(iter(dataset), None) is None:
             raise ValueError(f"`{name}` is a stream of which no row can be trained on: {report.summary()}.")
         return dataset, report
-    looked_at = _in_parallel(look_at, dataset, f"Checking {name}", disable_tqdm)
+    looked_at = _in_parallel(look_at, dataset, f"Checking {name}", args.disable_tqdm)
     keep = [number for number, row, pixels in looked_at if good(row, number, pixels)]
     if not keep:
         raise ValueError(f"`{name}` has {len(dataset)} rows, of which none can be trained on: {report.summary()}.")
@@ -238,16 +230,13 @@ def split_by_image(
         ValueError: for a streamed data set, or one whose rows all belong together.
     """
     _refuse_streams(dataset, "eval_split")
-    plain, seen, texts = undecoded(dataset), {}, set()
+    plain, seen = undecoded(dataset), {}
 
     def content_of(row) -> list[str]:
         try:
-            pixels = [digest for digest, _ in pixels_of(row, open_image, seen)]
+            return [digest for digest, _ in pixels_of(row, open_image, seen)] or [f"text {row['messages']!r}"]
         except Exception:  # such rows are left to the check of all rows
             return []
-        if not pixels:
-            texts.add(repr(row["messages"]))
-        return pixels or [repr(row["messages"])]
 
     groups: dict[str, set[str]] = {}  # of each picture: all that some row shows together with it, directly or not
     contents = [content for _, _, content in _in_parallel(content_of, plain, "Comparing images", disable_tqdm)]
@@ -270,7 +259,8 @@ def split_by_image(
             held_out += group
     held_out = set(held_out or min(candidates, key=len))
     sides = [[number for number in range(len(plain)) if (number in held_out) == side] for side in (False, True)]
-    pictures = [len({each for number in side for each in contents[number]} - texts) for side in sides]
+    shown = ({each for number in side for each in contents[number]} for side in sides)
+    pictures = [sum(not each.startswith("text ") for each in contents) for contents in shown]
     return *(dataset.select(side) for side in sides), pictures
 
 

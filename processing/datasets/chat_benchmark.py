@@ -34,27 +34,27 @@ def load_chat_benchmark(path: str | Path, image_folder: str | Path | None = None
         missing: rows and missing images together are all the questions.
 
     Raises:
-        ValueError: naming the line, for a file that cannot be read, has no question, or has a malformed one or the
+        ValueError: naming the place, for a file that cannot be read, has no question, or has a malformed one or the
             same `question_id` twice.
 
     Source: LLaVA-Med (arXiv 2306.00890), section 5.1, and the published file.
     """
     images = None if image_folder is None else ImageFiles(image_folder)
-    report, records, lines = LoadReport(str(path)), [], {}
-    for line, row in read_records(path):
+    report, records, places = LoadReport(str(path)), [], {}
+    for place, row in read_records(path):
         try:
             record = _as_record(row)
-            if record["id"] in lines:
+            if record["id"] in places:
                 number = f"{row['question_id']!r:.200}"
-                raise InvalidRecordError(f"`question_id` is {number}, as at line {lines[record['id']]}")
+                raise InvalidRecordError(f"`question_id` is {number}, as at {places[record['id']]}")
         except InvalidRecordError as error:
-            raise ValueError(f"{str(path)!r} has an invalid question at line {line}: {error}.") from None
-        lines[record["id"]] = line
+            raise ValueError(f"{str(path)!r} has an invalid question at {place}: {error}.") from None
+        places[record["id"]] = place
         try:
             records.append(record if images is None else record | {"image": images.find(record["image"])})
         except MissingImageError as error:
             report.leave_out(record["id"], error)
-    if not lines:
+    if not places:
         raise ValueError(f"{str(path)!r} has no question.")
     report.rows = len(records)
     return records, report

@@ -24,13 +24,8 @@ FORMS = (("messages",), *((name,) for name in CONVERSATIONS), ("prompt", "comple
 QUESTION = ("question", "answer", "image")
 _SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}
 _CONTENT = List({"type": Value("string"), "text": Value("string")})
-ROW_FEATURES = Features(
-    {
-        "id": Value("string"),
-        "messages": List({"role": Value("string"), "content": _CONTENT}),
-        "images": List(Image()),
-    }
-)
+_MESSAGES = List({"role": Value("string"), "content": _CONTENT})
+ROW_FEATURES = Features({"id": Value("string"), "messages": _MESSAGES, "images": List(Image())})
 # What may stand in messages and rows, and would change what is learned if it were read.
 _NOT_READ_IN_MESSAGES = (
     "tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "weight", "loss", "train",
@@ -172,16 +167,11 @@ def _shown(messages: list[dict]) -> int:
 def show_images(messages: list[dict], images: list) -> list[dict]:
     """Normalised messages with each image in its place, as `apply_chat_template` takes them."""
     shown = iter(images)
-    return [
-        {
-            **message,
-            "content": [
-                {"type": "image", "image": next(shown)} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        for message in messages
-    ]
+
+    def filled(part: dict) -> dict:
+        return {"type": "image", "image": next(shown)} if part["type"] == "image" else part
+
+    return [{**message, "content": [*map(filled, message["content"])]} for message in messages]
 
 
 # Rows

@@ -9,7 +9,6 @@ import csv
 import json
 import logging
 import os
-import re
 import stat
 import zipfile
 import zlib
@@ -89,30 +88,35 @@ class LoadReport:
             ValueError: if the record is malformed and such records stop everything.
         """
         missing = isinstance(error, MissingImageError)
-        reason = _one_line(f"no such image file as {error}" if missing else str(error))
+        reason = one_line(f"no such image file as {error}" if missing else error)
         if not missing and self.invalid_records == "error":
             raise ValueError(
-                f"{self.source!r} has an invalid record, {_one_line(record_id)}{where}: {reason}. Correct it, or leave "
+                f"{self.source!r} has an invalid record, {one_line(record_id)}{where}: {reason}. Correct it, or leave "
                 "such records out with 'skip'."
             ) from None
         if not self.is_new:
             return
         (self.missing_images if missing else self.invalid).append((record_id, str(error)))
         if len(self.missing_images) + len(self.invalid) <= _SHOWN:
-            logger.warning("%s: record %s left out, %s", self.source, _one_line(record_id), reason)
+            logger.warning("%s: record %s left out, %s", self.source, one_line(record_id), reason)
 
     def summary(self) -> str:
         """One line: how many rows, how many left out, why, and the first few of those."""
         parts = [f"{self.source}: {self.rows} rows"]
         for name, left_out in (("missing images", self.missing_images), ("invalid records", self.invalid)):
             if left_out:
-                shown = ", ".join(f"{_one_line(record)} ({_one_line(reason)})" for record, reason in left_out[:_SHOWN])
-                parts.append(f"{len(left_out)} {name}: {shown}" + ", …" * (len(left_out) > _SHOWN))
+                texts = [f"{one_line(record)} ({one_line(reason)})" for record, reason in left_out]
+                parts.append(f"{len(left_out)} {name}: {first_few(texts)}")
         return "; ".join(parts)
 
 
-def _one_line(text: str) -> str:
-    return f"{' '.join(text.split()):.200}"
+def one_line(text: object) -> str:
+    """The beginning of a text, in one line."""
+    return f"{' '.join(str(text).split()):.200}"
+
+
+def first_few(texts: list[str]) -> str:
+    return ", ".join(texts[:_SHOWN]) + ", …" * (len(texts) > _SHOWN)
 
 
 # Image files
@@ -217,145 +221,115 @@ class ImageFiles:
 # Files of records
 
 
-def read_records(path: str | Path, keep_invalid: bool = False) -> Iterator[tuple[int, dict]]:
-    """The records of a JSON list, of JSON lines, or of a table of texts, one at a time.
+def read_records(path: str | Path, keep_invalid: bool = False) -> Iterator[tuple[str, dict]]:
+    """The records of JSON lines or of a table of texts, one at a time, or of a JSON list, which is read whole.
 
     Args:
         path: file of one list of objects, or of one object a line; .csv or .tsv: of one record a row, below a row of
             names. What it says there is text, also "5", "None" and "NA"; an empty cell is `None`.
-        keep_invalid: yield an [`InvalidRecordError`] instead of a line that alone cannot be read, and go on.
+        keep_invalid: yield an [`InvalidRecordError`] instead of a record that alone cannot be read, and go on.
 
     Yields:
-        The line on which a record begins (in a table: ends), from 1, and the record.
+        Where a record is, "line 3" (in a table the one where it ends) or of a list "record 3", and the record.
 
     Raises:
-        ValueError: if the file cannot be read, or is none of these, with the line where that shows; also for texts that
-            are no Unicode (lone surrogates).
+        ValueError: if the file cannot be read, or is none of these, with the place where that shows; also for texts
+            that are no Unicode (lone surrogates).
     """
-    suffix = Path(path).suffix.lower()
-    form = "CSV" if suffix in (".csv", ".tsv") else "JSON"
+    is_table = Path(path).suffix.lower() in (".csv", ".tsv")
+    form = "CSV" if is_table else "JSON"
     if not os.path.isfile(path):  # reading a pipe or a device may never end
         raise ValueError(f"{str(path)!r} cannot be read as {form}: there is no such file, or it is no regular one.")
     try:
         with open(path, "rb") as file:
             encoding = json.detect_encoding(file.read(4)).replace("utf-8", "utf-8-sig").replace("-sig-sig", "-sig")
-        with open(path, encoding=encoding, newline="" if form == "CSV" else None) as file:
-            if form == "CSV":
-                # Excel writes semicolons where the comma is the decimal mark, and tabs into "Unicode text".
-                separator = max("\t,;" if suffix == ".tsv" else ",;\t", key=file.readline().count)
-                file.seek(0)
-                yield from _read_table(csv.reader(file, delimiter=separator, strict=True), path, keep_invalid)
-                return
-            first = next((each for each in iter(lambda: file.read(1), "") if not each.isspace()), "")
-            file.seek(0)
-            records = _read_list(file.read(), path) if first == "[" else _read_lines(file, path, keep_invalid)
-            for line, record in records:
-                if not isinstance(record, (dict, InvalidRecordError)):
-                    raise ValueError(
-                        f"{str(path)!r} has a {type(record).__name__} at line {line}; allowed are a list of objects, "
-                        "or one object a line."
-                    )
-                yield line, record
+        with open(path, encoding=encoding, newline="" if is_table else None) as file:
+            for place, record in _read_table(file, path) if is_table else _read_json(file):
+                if isinstance(record, InvalidRecordError) and not keep_invalid:
+                    raise record
+                yield place, record
+    except InvalidRecordError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not in UTF-8 ({error}); save it in that encoding.") from error
     except (OSError, csv.Error) as error:
         raise ValueError(f"{str(path)!r} cannot be read as {form}: {error}") from error
 
 
-def _read_table(reader, path, keep_invalid: bool) -> Iterator[tuple[int, dict]]:
+def _read_table(file: TextIO, path: str | Path) -> Iterator[tuple[str, dict | InvalidRecordError]]:
+    # Excel writes semicolons where the comma is the decimal mark, and tabs into "Unicode text".
+    separator = max("\t,;" if str(path).lower().endswith(".tsv") else ",;\t", key=file.readline().count)
+    file.seek(0)
+    reader = csv.reader(file, delimiter=separator, strict=True)
     names = next(reader, [])
     if len(set(names)) < len(names):
-        raise ValueError(f"{str(path)!r} has the columns {names}, of which two have one name.")
+        raise InvalidRecordError(f"it has the columns {names}, of which two have one name")
     for values in filter(None, reader):  # without empty lines
         record = {name: value or None for name, value in zip(names, values)}
         if len(values) != len(names):
-            problem = (
-                f"has {len(values)} cells at line {reader.line_num}, and {len(names)} columns: {names}. Texts that "
-                "hold the separator need quotation marks."
+            record = InvalidRecordError(
+                f"it has {len(values)} cells at line {reader.line_num}, and {len(names)} columns: {names}; texts that "
+                "hold the separator need quotation marks"
             )
-            if not keep_invalid:
-                raise ValueError(f"{str(path)!r} {problem}")
-            record = InvalidRecordError(f"it {problem}")
-        yield reader.line_num, record
+        yield f"line {reader.line_num}", record
 
 
-def _read_lines(file: TextIO, path, keep_invalid: bool) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(file, 1):
+def _read_json(file: TextIO) -> Iterator[tuple[str, dict | InvalidRecordError]]:
+    first = next((each for each in iter(lambda: file.read(1), "") if not each.isspace()), "")
+    file.seek(0)
+    unit, records = ("record", enumerate(_loads(file.read()), 1)) if first == "[" else ("line", _read_lines(file))
+    for number, record in records:
+        place = f"{unit} {number}"
+        if not isinstance(record, (dict, InvalidRecordError)):
+            raise InvalidRecordError(f"it has a {type(record).__name__} at {place}; {_ALLOWED}")
         try:
-            if not line.strip():
-                continue
-            try:
-                record = _single(line)
-            except ValueError as error:
-                if number > 1:
-                    raise
+            if isinstance(record, dict):
+                json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # JSON can spell what no file can hold
+            record = InvalidRecordError(f"it has a lone surrogate, which is no character, at {place}")
+        yield place, record
+
+
+def _read_lines(file: TextIO) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            record = _loads(line, number)
+        except InvalidRecordError as error:
+            record = error
+            if number == 1:
                 try:  # one object over several lines
-                    record = _single(line + file.read())
-                except ValueError:
+                    record = _loads(line + file.read())
+                except InvalidRecordError:
                     raise error from None
-        except ValueError as error:
-            if number == 1 or not keep_invalid:
-                raise _no_json(path, number, error, "; allowed are a list of objects, or one object a line") from None
-            record = InvalidRecordError(f"it is no JSON, {getattr(error, 'msg', error)}")
         yield number, record
 
 
-def _read_list(text: str, path) -> Iterator[tuple[int, dict]]:
-    """The objects of a list, each made when it is its turn: the text alone has up to 358 MB."""
-    line, last, place = 1, 0, _SPACE.match(text, text.index("[") + 1).end()
-    separator = "]" if text.startswith("]", place) else ","
-    place += separator == "]"
-    try:
-        while separator != "]":
-            line, last = line + text.count("\n", last, place), place
-            record, place = _decoded(text, place)
-            yield line, record
-            separator = text[place : place + 1]
-            if separator not in (",", "]"):
-                raise json.JSONDecodeError("expected ',' or ']'", text, place)
-            place = _SPACE.match(text, place + 1).end()
-        if text[place:].strip():
-            raise json.JSONDecodeError("more follows after the list", text, place)
-    except ValueError as error:
-        raise _no_json(path, line, error) from None
+_ALLOWED = "allowed are a list of objects, or one object a line"
 
 
-_SPACE, _DECODER = re.compile(r"\s*"), json.JSONDecoder()
-
-
-def _decoded(text: str, place: int) -> tuple[object, int]:
-    """The JSON value at a place of a text, and where what follows it begins.
+def _loads(text: str, line: int = 1):
+    """The JSON value of a text that begins at a line.
 
     Raises:
-        ValueError: also for lone surrogates, which JSON can spell and no file can hold.
+        InvalidRecordError: if it is none.
     """
     try:
-        value, end = _DECODER.raw_decode(text, place)
-        if "\\ud" in text[place:end].lower():  # half of the escapes for a character, or for a lone surrogate
-            json.dumps(value, ensure_ascii=False).encode()
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line, reason = line + error.lineno - 1, error.msg
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except UnicodeEncodeError:
-        raise ValueError("a lone surrogate, which is no character") from None
-    return value, _SPACE.match(text, end).end()
-
-
-def _single(text: str):
-    value, end = _decoded(text, _SPACE.match(text).end())
-    if end < len(text):
-        raise ValueError("more follows after the object")
-    return value
-
-
-def _no_json(path, line: int, error: ValueError, form: str = "") -> ValueError:
-    line = max(line, getattr(error, "lineno", 1))
-    return ValueError(f"{str(path)!r} is no JSON at line {line}: {getattr(error, 'msg', error)}{form}.")
+        reason = "it is nested too deeply"
+    except ValueError as error:  # a number of too many digits
+        reason = one_line(error)
+    raise InvalidRecordError(f"it is no JSON at line {line}: {reason}; {_ALLOWED}")
 
 
 def _records_in(path: Path, keep_invalid: bool, with_splits: bool) -> Iterator[tuple[str, dict]]:
-    for line, record in read_records(path, keep_invalid):
+    for place, record in read_records(path, keep_invalid):
         for each in [record] if isinstance(record, Exception) else unwrapped(record, with_splits):
-            yield f" at line {line}", each
+            yield f" at {place}", each
 
 
 # Sources

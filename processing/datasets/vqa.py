@@ -35,7 +35,7 @@ from .columns import (
     derived_answer_type,
     squash,
     text_of,
-)
+)  # fmt: skip
 from .messages import IMAGE_PLACEHOLDER, conversation_of, image_source, normalize_messages
 from .readers import (
     PARQUET_SUFFIX,
@@ -43,10 +43,11 @@ from .readers import (
     ImageFiles,
     LoadReport,
     RowMaker,
+    first_few,
     load_rows,
     open_records,
     undecoded,
-)
+)  # fmt: skip
 from .vqa_sources import BENCHMARKS, COUNTED, LEAKAGE, LLAVA_MED, PHANTOMS, SOURCES, SPLITS, TEST, VQASource
 
 
@@ -72,22 +73,19 @@ class VQAReport(LoadReport):
     Attributes:
         benchmark, split: what was asked for; `"own-data"` for what is no benchmark.
         local: whether it is from files of the user's and not from the Hub.
-        reference: the publication whose counts these are compared with.
-        licence: of that publication.
+        reference, licence: the publication whose counts these are compared with, and its licence.
         revision: the commit on the Hub, `None` for local files, or if it is not known.
         pinned: whether the caller or this package chose the revision; otherwise it was the newest.
         leakage: whether images of the test split also occur in train.
         published: published numbers of `images`, `questions`, `open` and `closed`, as far as there are any.
-        images: number of different pictures, by `image_id`.
-        open, closed: number of questions of each answer type.
+        images, open, closed: number of different pictures, by `image_id`, and of questions of each answer type.
         derived_answer_types: number of questions whose record had no answer type, so that those answered by yes or no
             count as closed and all others as open.
         empty_answers: ids of questions with an empty answer; they are rows all the same.
         truth_values: number of answers that were true or false and are read as yes or no.
         other_languages: number of questions left out because they are not English; own data are in any language.
         other_splits: number of records left out because their column `split` names another.
-        columns: the names of the columns that were read, by what they were read as, for own data.
-        unused_columns: the names of the others.
+        columns, unused_columns: of own data, the columns that were read, by what they were read as, and the others.
     """
 
     benchmark: str = ""
@@ -164,18 +162,15 @@ class VQAReport(LoadReport):
         if self.published:
             how = _listed({name: f"{number:+d}" for name, number in self.differences.items()}) or "no difference"
             lines.append(f"published for {self.reference}: {_listed(self.published)}; here: {how}")
-        empty = len(self.empty_answers)
-        shown = ", ".join(self.empty_answers[:5]) + ", …" * (empty > 5)
-        counted = {
-            f"answer types of {self.derived_answer_types} questions derived: closed if yes or no": (
-                self.derived_answer_types
-            ),
-            f"{self.truth_values} answers true or false read as yes or no": self.truth_values,
-            f"{self.other_languages} questions in other languages left out": self.other_languages,
-            f"{self.other_splits} records of other splits left out": self.other_splits,
-            f"{empty} questions with an empty answer: {shown}": empty,
-        }
-        lines += [line for line, count in counted.items() if count]
+        for count, text in (
+            (self.derived_answer_types, "answer types of {} questions derived: closed if yes or no"),
+            (self.truth_values, "{} answers true or false read as yes or no"),
+            (self.other_languages, "{} questions in other languages left out"),
+            (self.other_splits, "{} records of other splits left out"),
+        ):
+            lines += [text.format(count)] * bool(count)
+        if empty := len(self.empty_answers):
+            lines.append(f"{empty} questions with an empty answer: {first_few(self.empty_answers)}")
         if self.is_published:
             lines.append(f"images shared with train: {self.leakage}")
             if not self.local:
@@ -326,12 +321,10 @@ def load_own_vqa(
     if not os.path.exists(path):
         raise ValueError(f"There is no file or folder {str(data)!r}.")
     report = VQAReport(str(data), invalid_records, benchmark=OWN_DATA, local=True)
-    file = _own_file(path, split)
-    if file is None and split is None:
-        split = _own_split(path)
-    report.split, options = split or _ALL, _options(report, streaming) | {"image_folder": image_folder}
-    records, images, _ = open_records(str(file or path), report.split, f"`data` is {str(data)!r}", **options)
-    named = file is None or split is None or re.fullmatch(rf"{re.escape(split)}(-\d+-of-\d+)?", file.stem)
+    place, report.split = _own_place(path, split)
+    options = _options(report, streaming) | {"image_folder": image_folder}
+    records, images, _ = open_records(str(place), report.split, f"`data` is {str(data)!r}", **options)
+    named = place.is_dir() or split is None or re.fullmatch(rf"{re.escape(split)}(-\d+-of-\d+)?", place.stem)
     return _load(records, images, report, streaming, None if named else split), report
 
 
@@ -344,36 +337,31 @@ def _options(report: VQAReport, streaming: bool) -> dict:
     return {"streaming": streaming, "keep_invalid": report.invalid_records == "skip", "with_splits": True}
 
 
-def _own_file(path: Path, split: str | None) -> Path | None:
-    """The one file of own records; `None` if `datasets` has to open the folder."""
-    if path.is_file():
-        return path
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in (*RECORD_SUFFIXES, PARQUET_SUFFIX))
-    names = [file.name for file in files]
-    if any(name in ("state.json", "dataset_dict.json") for name in names):
-        return None
+def _own_place(path: Path, split: str | None) -> tuple[Path, str]:
+    """The file or folder that holds own records, and its split: of a folder the only file, or the one called as the
+    split or test; where `datasets` has to open the folder, its only split or test."""
+    saved = path / "dataset_dict.json"
+    is_table = path.is_file() or (path / "state.json").is_file()
+    files = []
+    if not is_table and not saved.is_file():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in (*RECORD_SUFFIXES, PARQUET_SUFFIX))
     named = [file for file in files if file.stem == (split or TEST)]
     if len(files) == 1 or len(named) == 1:
-        return (named or files)[0]
-    if files and any(file.suffix.lower() != PARQUET_SUFFIX for file in files):
+        return (named or files)[0], split or _ALL
+    if any(file.suffix.lower() != PARQUET_SUFFIX for file in files):
+        names = [file.name for file in files]
         raise ValueError(
             f"`data` is {str(path)!r}, a folder with {names}; name one of these files, or it as the split."
         )
-    return None
-
-
-def _own_split(folder: Path) -> str:
-    """The only split of a folder, or the one called test."""
-    saved = folder / "dataset_dict.json"
-    if (folder / "state.json").is_file():
-        return _ALL
+    if split is not None or is_table:
+        return path, split or _ALL
     try:
-        splits = json.loads(saved.read_text())["splits"] if saved.is_file() else get_dataset_split_names(str(folder))
+        splits = json.loads(saved.read_text())["splits"] if saved.is_file() else get_dataset_split_names(str(path))
     except Exception as error:  # `datasets` raises many kinds
-        raise ValueError(f"The folder {str(folder)!r} cannot be loaded: {error}") from error
+        raise ValueError(f"The folder {str(path)!r} cannot be loaded: {error}") from error
     if len(splits) == 1 or TEST in splits:
-        return TEST if TEST in splits else splits[0]
-    raise ValueError(f"The split has to be chosen: {str(folder)!r} has {splits}.")
+        return path, TEST if TEST in splits else splits[0]
+    raise ValueError(f"The split has to be chosen: {str(path)!r} has {splits}.")
 
 
 def _newest_revision(hub_id: str) -> str | None:
@@ -409,19 +397,10 @@ def phantom_records(phantoms: dict) -> Iterator[tuple[str, dict]]:
     for number, example in enumerate(PhantomVQA(**phantoms)):
         example.image.save(file := io.BytesIO(), "PNG")
         name = f"phantoms/{phantoms['seed']}/{number}"
-        yield (
-            "",
-            {
-                "id": name,
-                "image": {"bytes": file.getvalue(), "path": None},
-                "image_id": f"{name}.png",
-                "question": example.question,
-                "answer": example.answer,
-                "answer_type": "closed" if example.kind == "closed" else "open",
-                "modality": example.attributes.domain,
-                "question_type": example.topic,
-            },
-        )
+        record = {"id": name, "image": {"bytes": file.getvalue(), "path": None}, "image_id": f"{name}.png"}
+        record |= {"question": example.question, "answer": example.answer}
+        record |= {"answer_type": "closed" if example.kind == "closed" else "open"}
+        yield "", record | {"modality": example.attributes.domain, "question_type": example.topic}
 
 
 # Rows from records
@@ -485,17 +464,11 @@ class _Questions:
         image, image_id = self._image(fields)
         meta = {column: fields.get(column) for column in META}
         row = {
-            "id": name,
-            "dataset": self.report.benchmark,
-            "split": self.report.split,
-            "image": image,
-            "image_id": str(fields.get("image_id") or image_id),
-            "question": text,
-            "answer": answer,
-            "answer_type": answer_type,
-            "language": language,
+            "id": name, "dataset": self.report.benchmark, "split": self.report.split,
+            "image": image, "image_id": str(fields.get("image_id") or image_id),
+            "question": text, "answer": answer, "answer_type": answer_type, "language": language,
             "meta": {column: None if value is None else str(value).strip() for column, value in meta.items()},
-        }
+        }  # fmt: skip
         return row, derived, was_truth_value
 
     def _image(self, fields: Fields) -> tuple[dict, str]:
@@ -506,11 +479,10 @@ class _Questions:
             if len(given) != 1:
                 raise InvalidRecordError(f"it has {len(given)} images; allowed is one")
             given = given[0]
-        image = self.images.stored(given)
-        if image["bytes"] is not None:
-            return image, hashlib.sha256(image["bytes"]).hexdigest()
-        name = given["path"] if isinstance(given, dict) else given
-        return image, hashlib.sha256(name.encode()).hexdigest() if name[:5].lower() == "data:" else name
+        image, name = self.images.stored(given), given.get("path") if isinstance(given, dict) else given
+        if image["bytes"] is None and name[:5].lower() != "data:":
+            return image, name
+        return image, hashlib.sha256(image["bytes"] or name.encode()).hexdigest()
 
 
 def _questions(fields: Fields, name: str) -> list[tuple[str, object, object]]:

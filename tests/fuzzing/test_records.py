@@ -16,11 +16,7 @@ from hypothesis import strategies as st
 
 from lladamedv.evaluation.chat import read_judgments
 from lladamedv.evaluation.judge import parse_scores
-from lladamedv.processing.datasets import (
-    load_chat_benchmark,
-    load_vqa,
-    read_records,
-)
+from lladamedv.processing.datasets import load_chat_benchmark, load_vqa, read_records
 from lladamedv.processing.datasets.messages import normalize_messages
 from lladamedv.trainers.data import DataSource, load_dataset_mixture
 from tests.tiny import random_image
@@ -120,8 +116,8 @@ def chat(given) -> None:
 
 def plain(given) -> None:
     content, _ = given
-    for line, record in read_records(written(content)):
-        assert line >= 1 and isinstance(record, dict)
+    for _, record in read_records(written(content)):
+        assert isinstance(record, dict)
         json.dumps(record, ensure_ascii=False).encode()
 
 
@@ -136,8 +132,8 @@ def table(rng: random.Random) -> bytes:
 def cells(content: bytes) -> None:
     path = folder() / "records.csv"
     path.write_bytes(content)
-    for line, record in read_records(path):
-        assert line > 1 and all(value is None or isinstance(value, str) for value in record.values())
+    for place, record in read_records(path):
+        assert place != "line 1" and all(value is None or isinstance(value, str) for value in record.values())
 
 
 def for_kind(kind: str):
