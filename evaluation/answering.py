@@ -6,11 +6,13 @@ Everything here that asks a model (the benchmarks, the analysis of decoding, the
 from __future__ import annotations
 
 import math
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import datasets
+import torch
 from datasets import Dataset
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
@@ -76,6 +78,15 @@ def answer_batch(
     return [Answer(*row, seconds) for row in zip(texts, confidences, lengths, forwards)]
 
 
+def device_name(model: LLaDAMedVForConditionalGeneration) -> str:
+    """The hardware that a model runs on, as reports call it."""
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    if model.device.type == "cpu":
+        return f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
+    return model.device.type
+
+
 def question_about(image, question: str) -> list[dict]:
     """A chat of one question about one image."""
     return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
@@ -100,4 +111,4 @@ def undecoded(records: Sequence[dict] | Dataset) -> Sequence[dict] | Dataset:
     return records
 
 
-__all__ = ["Answer", "answer_batch", "open_image", "question_about", "undecoded"]
+__all__ = ["Answer", "answer_batch", "device_name", "open_image", "question_about", "undecoded"]

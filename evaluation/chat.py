@@ -7,7 +7,6 @@ the summary says first of all whether every question is in it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -23,16 +22,15 @@ from lladamedv.processing.datasets.chat_benchmark import DOMAINS, QUESTION_TYPES
 
 from .answering import answer_batch, open_image, question_about
 from .judge import PROMPT_VERSION, OpenAIJudge, ask, parse_scores, prompt_sha256, render_messages, sha256
-from .medical_vqa.medical_vqa import bootstrap_intervals
 from .published import GROUP_SIZES, RELATIVE_SCORES
-from .reports import markdown_table, number
+from .reports import document, interval_of_mean, markdown_table, number, write_report
 from .run_settings import run_settings
-from .runs import PREDICTIONS_FILE, append_lines, cut_torn_line, locked, read_lines, replace_file, run_items
+from .runs import PREDICTIONS_FILE, append_lines, cut_torn_line, locked, read_lines, run_items
 from .text_repetition.text_repetition import TextRepetition
 
 
 PAPER_DECODING = {"max_new_tokens": 256, "block_length": 64, "steps": 256}
-JUDGMENTS_FILE, SUMMARY_FILE, MARKDOWN_FILE = "judgments.jsonl", "summary.json", "summary.md"
+JUDGMENTS_FILE = "judgments.jsonl"
 
 
 def answer_chat_benchmark(
@@ -81,11 +79,11 @@ def answer_chat_benchmark(
 
 
 def read_answers(path: str | Path) -> dict[str, str]:
-    """The answers in a file, by the question's id.
+    """The answers in a file, by the question's id; empty ones are kept.
 
     Args:
         path: JSON lines or a JSON list: our predictions, with `id` and `prediction`, or the published answer files,
-            with `question_id` and either `text` or `answer`. Empty answers are kept.
+            with `question_id` and either `text` or `answer`.
 
     Raises:
         ValueError: naming the place, for a file that cannot be read or has no answer, a record with other fields, or an
@@ -114,13 +112,9 @@ def read_answers(path: str | Path) -> dict[str, str]:
 def match_answers(records: Sequence[dict], answers: dict[str, str], allow_partial: bool = False) -> dict[str, str]:
     """The answers to the questions, in the order of the questions.
 
-    Args:
-        records: the questions.
-        answers: texts by the question's id.
-        allow_partial: accept questions without answers, and answers to other questions, which are left out.
-
     Raises:
-        ValueError: naming a few ids, for those where they are not allowed, and if no question has an answer.
+        ValueError: naming a few ids, if no question has an answer, or if questions lack answers or answers belong to
+            no question; with `allow_partial` these are left out.
     """
 
     def shown(items: Sequence[str]) -> str:
@@ -185,12 +179,11 @@ def judge_answers(
                 key = sha256([judge.settings, version, messages])
                 prompts[key] = messages
                 keys.setdefault(record["id"], []).append((key, swapped))
-    folder = Path(folder)
-    with locked(folder):
+    with locked(folder := Path(folder)):
         outcomes = _ask_all(prompts, judge, folder / JUDGMENTS_FILE, max_concurrent, report)
     judgments = {}
-    for item, item_keys in keys.items():
-        for key, swapped in item_keys:
+    for item, orders in keys.items():
+        for key, swapped in orders:
             found = {name: outcomes[key][name] for name in ("status", "scores", "reason")}
             if swapped and found["scores"]:
                 found["scores"] = found["scores"][::-1]
@@ -280,8 +273,7 @@ def summarize(
     """Scores of one model.
 
     Args:
-        records, answers: as given to `judge_answers`.
-        judged: as it returns them.
+        records, answers, judged: as given to and returned by `judge_answers`.
         name: what to call the model.
         multi_label_domains: count a question for all of its domains, not only for the first.
         bootstrap_samples: how often the images are drawn anew for the 95 % intervals; 0 computes none.
@@ -355,73 +347,61 @@ def _scores(items: list[dict], bootstrap_samples: int, seed: int) -> dict:
     judged = [item for item in items if item["relative_score"] is not None]
     names = ("relative_score", "gpt4_score", "pred_score")
     means = {name: float(np.mean([item[name] for item in judged])) if judged else None for name in names}
-    interval = None
-    if judged and bootstrap_samples:
-        values = np.array([[item["relative_score"]] for item in judged])
-        interval = bootstrap_intervals(values, [item["image_id"] for item in judged], bootstrap_samples, seed)
-    interval = None if interval is None else interval[0].tolist()
+    relative = [(item["relative_score"], item["image_id"]) for item in judged]
+    interval = interval_of_mean(relative, bootstrap_samples, seed)
     return {**means, "relative_score_ci95": interval, "data_size": len(items), "n_judged": len(judged)}
 
 
 def to_markdown(summary: dict) -> str:
     """The summary for readers; whether questions are missing stands in its first line."""
-    lines = [f"# Open-ended biomedical chat: {summary['name']}", ""]
-    if not summary["complete"]:
-        unanswered = summary["data_size"] - summary["n_answered"]
-        warning = (
-            f"**Incomplete: {summary['n_judged']} of {summary['data_size']} questions are judged, the judgments of "
-            f"{summary['n_failed']} failed and {unanswered} have no answer. All scores leave these questions out.**"
-        )
-        lines = [warning, "", *lines]
+    judge, unanswered = summary["judge"], summary["data_size"] - summary["n_answered"]
+    sampling = ", ".join(f"{name} {value}" for name, value in judge.items() if name not in ("model", "host"))
+    header = ["group", "relative score, %", "95 % interval", "reference's score", "model's score", "judged"]
     rows = []
     for group, scores in summary["groups"].items():
         bounds = scores["relative_score_ci95"]
         interval = "–" if bounds is None else f"{bounds[0]:.1f} to {bounds[1]:.1f}"
         relative, *absolute = (number(scores[name]) for name in ("relative_score", "gpt4_score", "pred_score"))
         rows.append([group, relative, interval, *absolute, f"{scores['n_judged']} of {scores['data_size']}"])
-    header = ["group", "relative score, %", "95 % interval", "reference's score", "model's score", "judged"]
-    sampling = ", ".join(f"{name} {value}" for name, value in summary["judge"].items() if name not in ("model", "host"))
-    lines += [
-        *markdown_table(header, rows),
-        "The relative score is the mean, over questions, of the model's score divided by the reference's; the interval "
-        f"is a bootstrap over images ({summary['bootstrap_samples']} samples, seed {summary['seed']}).",
-        "A question of several domains counts for " + ("each." if summary["multi_label_domains"] else "the first."),
-        f"Judge: {summary['judge']['model']} at {summary['judge']['host']}, {sampling}; prompt "
-        f"{summary['prompt_version']} (sha256 {summary['prompt_sha256']}).",
-    ]
-    if summary["swap_positions"]:
-        lines.append(
-            "Each answer is judged in both positions; the relative scores of the two differ by "
-            f"{number(summary['order_disagreement'])} percent points on average."
-        )
     columns = ("words_per_answer", "distinct_1", "rep_4", "longest_run", "num_empty")
     repetition = [[name, *(number(each[column]) for column in columns)] for name, each in summary["text"].items()]
     own = [summary["groups"][group]["relative_score"] for group in GROUP_SIZES]
-    scores = {f"**{summary['name']}**": own, **RELATIVE_SCORES}
-    lines += [
-        "",
+    published = {f"**{summary['name']}**": own, **RELATIVE_SCORES}
+    incomplete = (
+        f"**Incomplete: {summary['n_judged']} of {summary['data_size']} questions are judged, the judgments of "
+        f"{summary['n_failed']} failed and {unanswered} have no answer. All scores leave these questions out.**"
+    )
+    both_positions = (
+        "Each answer is judged in both positions; the relative scores of the two differ by "
+        f"{number(summary['order_disagreement'])} percent points on average."
+    )
+    paragraphs = [
+        "" if summary["complete"] else incomplete,
+        f"# Open-ended biomedical chat: {summary['name']}",
+        markdown_table(header, rows),
+        "The relative score is the mean, over questions, of the model's score divided by the reference's; the interval "
+        f"is a bootstrap over images ({summary['bootstrap_samples']} samples, seed {summary['seed']}). A question of "
+        f"several domains counts for {'each' if summary['multi_label_domains'] else 'the first'}. "
+        f"Judge: {judge['model']} at {judge['host']}, {sampling}; prompt {summary['prompt_version']} (sha256 "
+        f"{summary['prompt_sha256']}).",
+        both_positions if summary["swap_positions"] else "",
         "## Length and repetition of the answers",
         "Language models favour long answers when they judge (arXiv 2306.05685).",
-        "",
-        *markdown_table(["answers", *columns], repetition),
+        markdown_table(["answers", *columns], repetition),
         "## Beside published scores",
         "The others are those of LLaDA-MedV's Table 1 (arXiv 2508.01617), judged by GPT-4.1 mini in one order. "
         "Relative scores compare only under the same judge and prompt.",
-        "",
-        *markdown_table(["model", *GROUP_SIZES], [[name, *map(number, row)] for name, row in scores.items()]),
+        markdown_table(["model", *GROUP_SIZES], [[name, *map(number, row)] for name, row in published.items()]),
     ]
-    return "\n".join(lines).rstrip() + "\n"
+    return document(paragraphs)
 
 
 def write_summary(folder: str | Path, summary: dict) -> None:
     """Write `summary.json` and `summary.md`, each as a whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-    replace_file(folder / MARKDOWN_FILE, to_markdown(summary))
+    write_report(folder, summary, to_markdown(summary))
 
 
 __all__ = [
-    "JUDGMENTS_FILE", "MARKDOWN_FILE", "PAPER_DECODING", "SUMMARY_FILE", "answer_chat_benchmark", "judge_answers",
-    "match_answers", "read_answers", "read_judgments", "summarize", "to_markdown", "write_summary",
+    "JUDGMENTS_FILE", "PAPER_DECODING", "answer_chat_benchmark", "judge_answers", "match_answers", "read_answers",
+    "read_judgments", "summarize", "to_markdown", "write_summary",
 ]  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,18 +23,16 @@ from PIL import Image
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 
-from .answering import answer_batch, open_image, question_about, undecoded
-from .medical_vqa.medical_vqa import MedicalVQA, bootstrap_intervals, complete_reference
+from .answering import answer_batch, device_name, open_image, question_about, undecoded
+from .medical_vqa.medical_vqa import MedicalVQA, complete_reference
 from .published import PUBLISHED_ABLATION, PUBLISHED_EFFICIENCY
-from .reports import line_plots, markdown_table, number
+from .reports import document, interval_of_mean, line_plots, markdown_table, number, write_report
 from .run_settings import decoding_in_force, run_settings
 from .runs import process_state, replace_file, run_items
 from .text_repetition.text_repetition import TextRepetition
 
 
-SUMMARY_FILE, MARKDOWN_FILE, CSV_FILE = "summary.json", "summary.md", "decoding.csv"
 NGRAM_SIZES = (1, 2, 3, 4)
-_FIELDS = ("id", "image_id", "question", "answer", "answer_type")
 _SWEPT = ("max_new_tokens", "block_length", "steps")
 _SCORES = ("closed_accuracy", "open_recall")
 _FIGURES = {
@@ -83,7 +80,7 @@ def analyze_decoding(
         model, processor: as loaded.
         records: each with `id`, `image`, `question` and, to be scored, `answer`, `answer_type` and `image_id`: dicts,
             or the rows of `load_vqa`. Those without an answer are asked and not scored.
-        folder: where the runs and the reports are; made if it does not exist.
+        folder: where the runs and the reports are.
         steps, max_new_tokens, block_length: denoising steps for the whole canvas (Z), its length (L) and that of its
             blocks (B), in tokens; their cross product is taken. Combinations that `generate` does not allow are listed.
         batch_size: questions at a time; the seconds per question are those of a batch divided by its size.
@@ -99,29 +96,25 @@ def analyze_decoding(
         report: called with each line of text, in the main process.
 
     Returns:
-        JSON-able, and also in `summary.json` and, shorter, in `summary.md` and `decoding.csv`; `None` for a number
+        JSON-able, and also in `summary.json` and, shorter, in `summary.md` and `decoding.csv`; the arguments,
+        num_questions, num_scored, the example's answers in pieces of one token, `not_allowed` combinations with their
+        `reason`, the names of the `plots` (none without matplotlib), and for each of the `combinations`, with `None`
         where nothing could be counted:
-        - name, num_questions, num_scored, full_canvas, extra_options, bootstrap_samples, seed, example_id;
-        - example: its question, and for each combination its answer in pieces, one for each token;
-        - combinations: for each, its max_new_tokens, block_length and steps, and
-            - words_per_question, seconds_per_question and seconds_per_word, their quotient (Table 3's W/Q, T/Q, T/W);
-            - forwards_per_question, tokens_per_forward (of the answer, up to its end);
-            - distinct_n and rep_n for n from 1 to 4, longest_run and mean_longest_run, of words (the metric
-              `text_repetition`), and the same of tokens with `token_` before the name: tokens that follow each other
-              without white space are one word. The answer is tokenised anew for that;
-            - closed_accuracy and open_recall from 0 to 100 (the metric `medical_vqa`);
-            - with `bootstrap_samples`, `_ci95` of rep_n and of both scores;
-            - measured_on: the devices, data types, CPU threads and batch sizes that the times are of, and how many
-              questions each; more than one entry means mixed times;
-        - not_allowed: the other combinations, each with its `reason`;
-        - plots: names of the figures; none without matplotlib.
+        - words_per_question, seconds_per_question and seconds_per_word, their quotient (Table 3's W/Q, T/Q, T/W);
+        - forwards_per_question, tokens_per_forward (of the answer, up to its end);
+        - distinct_n and rep_n for n from 1 to 4, longest_run and mean_longest_run, of words (the metric
+          `text_repetition`), and the same of tokens with `token_` before the name: tokens that follow each other
+          without white space are one word. The answer is tokenised anew for that;
+        - closed_accuracy and open_recall from 0 to 100 (the metric `medical_vqa`);
+        - with `bootstrap_samples`, `_ci95` of rep_n and of both scores;
+        - measured_on: the devices, data types, CPU threads and batch sizes that the times are of, and how many
+          questions each; more than one entry means mixed times.
 
     Raises:
         ValueError: before any question is asked, for a value that is not allowed, records without what is needed, or if
             no combination is allowed; and as `run_items` does.
     """
-    extra_options = extra_options or {}
-    records = undecoded(records)
+    extra_options, records = extra_options or {}, undecoded(records)
     items = _read_items(records, bootstrap_samples)
     ids = [item["id"] for item in items]
     swept = dict(zip(_SWEPT, (max_new_tokens, block_length, steps)))
@@ -141,20 +134,18 @@ def analyze_decoding(
     results, texts = [], []
     for combination, options in allowed:
         settings = {**common, "decoding": decoding_in_force(model, options)}
-        answer = _answering(model, processor, records, items, options, batch_size, seed)
-        predictions = run_items(ids, answer, folder / _folder_name(combination), settings, batch_size)
+        answer = _answering(model, processor, records, options, batch_size, seed)
+        name_of_run = _folder_name(combination)
+        predictions = run_items(ids, answer, folder / name_of_run, settings, batch_size)
         results.append({**combination, **_measure(predictions, items, processor.tokenizer, bootstrap_samples, seed)})
         texts.append([prediction["prediction"] for prediction in predictions])
-        shown = {name: number(value) for name, value in results[-1].items()}
+        shown = {key: number(value) for key, value in results[-1].items()}
         say(
-            "{name}: {words_per_question} words and {seconds_per_question} s per question, rep-2 {rep_2}, closed "
-            "{closed_accuracy}, open {open_recall}".format(name=_folder_name(combination), **shown)
+            "{0}: {words_per_question} words and {seconds_per_question} s per question, rep-2 {rep_2}, closed "
+            "{closed_accuracy}, open {open_recall}".format(name_of_run, **shown)
         )
     if example_id is None:
-        shapes = [[one[key] for key in _SWEPT[:2]] for one in results]
-        first = [place for place, shape in enumerate(shapes) if shape == shapes[0]]
-        slowest = texts[max(first, key=lambda place: results[place]["steps"])]
-        example_id = ids[max(range(len(ids)), key=lambda place: len(slowest[place].split()))]
+        example_id = ids[_wordiest(results, texts)]
     example = ids.index(example_id)
     summary = {
         "name": name,
@@ -178,12 +169,19 @@ def analyze_decoding(
             _draw(folder, summary)
         except ImportError as error:
             say(f"No figures: {error}")
-        replace_file(folder / CSV_FILE, _to_csv(results))
-        replace_file(folder / MARKDOWN_FILE, to_markdown(summary))
-        replace_file(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        replace_file(folder / "decoding.csv", _to_csv(results))
+        write_report(folder, summary, to_markdown(summary))
         say(f"Reports: {folder}")
     state.wait_for_everyone()
     return summary
+
+
+def _wordiest(results: list[dict], texts: list[list[str]]) -> int:
+    """The place of the longest answer, in words, at the most steps of the first canvas and block."""
+    shapes = [(one["max_new_tokens"], one["block_length"]) for one in results]
+    alike = [(one["steps"], answers) for one, shape, answers in zip(results, shapes, texts) if shape == shapes[0]]
+    lengths = [len(text.split()) for text in max(alike, key=lambda each: each[0])[1]]
+    return lengths.index(max(lengths))
 
 
 def noise_pictures(records: Sequence[dict] | Dataset, seed: int = 0) -> list[dict]:
@@ -210,7 +208,7 @@ def _read_items(records, bootstrap_samples: int) -> list[dict]:
         )
     items = []
     for place, row in enumerate(records):
-        item = {key: row.get(key) for key in _FIELDS}
+        item = {key: row.get(key) for key in ("id", "image_id", "question", "answer", "answer_type")}
         missing = [key for key in ("id", "question") if not isinstance(item[key], str) or not item[key].strip()]
         if missing or "image" not in row:
             raise ValueError(f"`records` has no {(missing or ['image'])[0]} in record {place}.")
@@ -260,33 +258,25 @@ def _folder_name(combination: dict) -> str:
     return "L{max_new_tokens}-B{block_length}-Z{steps}".format(**combination)
 
 
-def _answering(model, processor, records, items, options, batch_size, seed) -> Callable[[list[int]], list[dict]]:
+def _answering(model, processor, records, options, batch_size, seed) -> Callable[[list[int]], list[dict]]:
     """What answers batches of one combination, for `run_items`."""
-    device = model.device.type
-    if device == "cuda":
-        device = torch.cuda.get_device_name(model.device)
-    elif device == "cpu":
-        device = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
     measured_on = {
-        "device": device,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "batch_size": batch_size,
-    }
+        "device": device_name(model), "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(), "batch_size": batch_size,
+    }  # fmt: skip
     warm = False
 
     def answer(places: list[int]) -> list[dict]:
         nonlocal warm
-        asked = [(records[place]["image"], items[place]) for place in places]
-        chats = [question_about(open_image(processor, image, item["id"]), item["question"]) for image, item in asked]
+        asked = [records[place] for place in places]
+        chats = [question_about(open_image(processor, row["image"], row["id"]), row["question"]) for row in asked]
         if not warm:  # the first pass of a shape is slow
             answer_batch(model, processor, chats, **options)
             warm = True
         torch.manual_seed(seed + places[0])  # the same draws, whenever a run continues
         answers = answer_batch(model, processor, chats, **options)
         return [
-            {"id": items[place]["id"], **given.as_record(), "measured_on": measured_on}
-            for place, given in zip(places, answers)
+            {"id": row["id"], **given.as_record(), "measured_on": measured_on} for row, given in zip(asked, answers)
         ]
 
     return answer
@@ -296,23 +286,16 @@ def _measure(predictions: list[dict], items: list[dict], tokenizer, bootstrap_sa
     """The numbers of one combination."""
     texts = [prediction["prediction"] for prediction in predictions]
     tokens = [" ".join("".join(piece.split()) for piece in _pieces(tokenizer, text)) for text in texts]
-    image_ids = [item["image_id"] or item["id"] for item in items]
-    words_and_tokens = {
-        prefix: TextRepetition(keep_in_memory=True).compute(
-            predictions=units, ngram_sizes=NGRAM_SIZES, return_items=True
-        )
-        for prefix, units in (("", texts), ("token_", tokens))
-    }
-    repetition = {}
-    for prefix, found in words_and_tokens.items():
-        kept = [f"{kind}_{size}" for size in NGRAM_SIZES for kind in ("distinct", "rep")]
-        repetition |= {f"{prefix}{name}": found[name] for name in (*kept, "longest_run", "mean_longest_run")}
+    images = [item["image_id"] or item["id"] for item in items]
+    repetition, metric = {}, TextRepetition(keep_in_memory=True)
+    for prefix, units in (("", texts), ("token_", tokens)):
+        found = metric.compute(predictions=units, ngram_sizes=NGRAM_SIZES, return_items=True)
+        names = [f"{kind}_{size}" for size in NGRAM_SIZES for kind in ("distinct", "rep")]
+        repetition |= {f"{prefix}{name}": found[name] for name in (*names, "longest_run", "mean_longest_run")}
         for size in NGRAM_SIZES if bootstrap_samples else ():
-            distinct = [(one[f"distinct_{size}"], image) for one, image in zip(found["items"], image_ids)]
-            counted = [(1 - share, image) for share, image in distinct if share is not None]
-            shares, images = np.array([[share] for share, _ in counted]), [image for _, image in counted]
-            interval = bootstrap_intervals(shares, images, bootstrap_samples, seed)  # None for one image or none
-            repetition[f"{prefix}rep_{size}_ci95"] = None if interval is None else interval[0].tolist()
+            shares = ((one[f"distinct_{size}"], image) for one, image in zip(found["items"], images))
+            repeated = [(1 - share, image) for share, image in shares if share is not None]
+            repetition[f"{prefix}rep_{size}_ci95"] = interval_of_mean(repeated, bootstrap_samples, seed)
     scored = [(text, item) for text, item in zip(texts, items) if item["answer"] is not None]
     scores = {}
     if scored:
@@ -321,16 +304,20 @@ def _measure(predictions: list[dict], items: list[dict], tokenizer, bootstrap_sa
             predictions=answers, references=references, bootstrap_samples=bootstrap_samples, seed=seed
         )
     names = [f"{name}{end}" for end in ("", "_ci95")[: 1 + bool(bootstrap_samples)] for name in _SCORES]
-    words_of = words_and_tokens[""]["words_per_answer"]
-    seconds = sum(one["seconds"] for one in predictions) / len(predictions)
-    forwards = sum(one["num_forwards"] for one in predictions)
+    words, seconds, forwards, tokens = (
+        sum(values) / len(predictions)
+        for values in (
+            [len(text.split()) for text in texts],
+            *([one[name] for one in predictions] for name in ("seconds", "num_forwards", "num_tokens")),
+        )
+    )
     measured = Counter(json.dumps(one["measured_on"]) for one in predictions)
     return {
-        "words_per_question": words_of,
+        "words_per_question": words,
         "seconds_per_question": seconds,
-        "seconds_per_word": seconds / words_of if words_of else None,
-        "forwards_per_question": forwards / len(predictions),
-        "tokens_per_forward": sum(one["num_tokens"] for one in predictions) / forwards if forwards else None,
+        "seconds_per_word": seconds / words if words else None,
+        "forwards_per_question": forwards,
+        "tokens_per_forward": tokens / forwards if forwards else None,
         **repetition,
         **{name: scores.get(name) for name in names},
         "measured_on": [{**json.loads(one), "questions": count} for one, count in measured.items()],
@@ -351,11 +338,11 @@ def _draw(folder: Path, summary: dict) -> None:
     title = f"{summary['name']}, {summary['num_questions']} questions, {canvas}"
     for file, labels in _FIGURES.items():
         panels = {}
-        for one, (label, column) in product(results, labels.items()):
-            line = f"L {one['max_new_tokens']}, B {one['block_length']}"
-            panels.setdefault(label, {}).setdefault(line, []).append((one["steps"], one[column]))
-        counted = {label for label, column in labels.items() if any(one[column] is not None for one in results)}
-        line_plots(folder / file, {label: panels[label] for label in labels if label in counted}, "steps Z", title)
+        for label, column in labels.items():
+            for one in results if any(one[column] is not None for one in results) else ():
+                line = f"L {one['max_new_tokens']}, B {one['block_length']}"
+                panels.setdefault(label, {}).setdefault(line, []).append((one["steps"], one[column]))
+        line_plots(folder / file, panels, "steps Z", title)
         summary["plots"].append(file)
 
 
@@ -377,62 +364,49 @@ def _to_csv(results: list[dict]) -> str:
 
 def to_markdown(summary: dict) -> str:
     """The summary for readers, beside the published numbers."""
-    results = summary["combinations"]
-    rows, machines = [], set()
+    results, rows, machines = summary["combinations"], [], set()
     for one in results:
-        intervals = [one.get(f"{column}_ci95") for column in _COLUMNS.values()]
-        ends = ["" if ends is None else f" [{number(ends[0])}, {number(ends[1])}]" for ends in intervals]
-        rows.append([number(one[column]) + end for column, end in zip(_COLUMNS.values(), ends)])
-        for used in one["measured_on"]:
-            machine = "{device}, {dtype}, {threads} CPU threads, {batch_size} questions at a time".format(**used)
-            machines.add(machine)
+        row = [number(one[column]) for column in _COLUMNS.values()]
+        ends = [one.get(f"{column}_ci95") for column in _COLUMNS.values()]
+        rows.append([cell + (f" [{number(end[0])}, {number(end[1])}]" if end else "") for cell, end in zip(row, ends)])
+        machines |= {
+            "{device}, {dtype}, {threads} CPU threads, {batch_size} questions at a time".format(**used)
+            for used in one["measured_on"]
+        }
     answers = [[*row[: len(_SWEPT)], _marked(pieces)] for row, pieces in zip(rows, summary["example"]["answers"])]
-    lines = [
+    options = ", ".join(f"{key} {value}" for key, value in summary["extra_options"].items())
+    mixed = any(len(one["measured_on"]) > 1 for one in results)
+    not_allowed = "\n".join(f"- {_folder_name(one)}: {one['reason']}" for one in summary["not_allowed"])
+    paragraphs = [
         f"# Decoding: {summary['name']}",
-        "",
-        *markdown_table(list(_COLUMNS), rows),
+        markdown_table(list(_COLUMNS), rows),
         f"{summary['num_questions']} questions, {summary['num_scored']} of them scored. L is the canvas, B the block, "
         "Z the steps; T/Q and W/Q are seconds and words per question, T/W is T/Q divided by W/Q; rep-n is the share of "
         "repeated n-grams, and as the longest run of one token a mean over the answers. In brackets: 95 % intervals of "
         "a bootstrap over images.",
-        "",
         "Nothing ended an answer before the canvas was full; the scores count what follows the true answer too."
         if summary["full_canvas"]
         else "Answers end where the model ends them, which hides repetition behind the end.",
-        "",
         f"Times were measured on: {'; '.join(sorted(machines))}.",
-        "",
-    ]
-    if summary["extra_options"]:
-        lines += [f"Options: {', '.join(f'{key} {value}' for key, value in summary['extra_options'].items())}.", ""]
-    if any(len(one["measured_on"]) > 1 for one in results):
-        lines += ["**Some combinations were measured under more than one of these; their times are mixed.**", ""]
-    if summary["not_allowed"]:
-        lines += ["Not allowed, and left out:", ""]
-        lines += [*(f"- {_folder_name(one)}: {one['reason']}" for one in summary["not_allowed"]), ""]
-    for name in summary["plots"]:
-        lines += [f"![{name}]({name})", ""]
-    lines += [
+        f"Options: {options}." if options else "",
+        "**Some combinations were measured under more than one of these; their times are mixed.**" if mixed else "",
+        f"Not allowed, and left out:\n\n{not_allowed}" if not_allowed else "",
+        *(f"![{name}]({name})" for name in summary["plots"]),
         f"## Answers to question {summary['example_id']}",
-        "",
         f"{_escaped(summary['example']['question'])} Bold: repeats the token before.",
-        "",
-        *markdown_table([*list(_COLUMNS)[: len(_SWEPT)], "answer"], answers),
+        markdown_table([*list(_COLUMNS)[: len(_SWEPT)], "answer"], answers),
         "## Published",
-        "",
         "Table 3 and the ablations of LLaDA-MedV (arXiv 2508.01617): an 8-billion-parameter model on its authors' "
         "hardware, asked 193 questions about biomedical images. The rows above are another model, other hardware and "
         "other questions, unless these are exactly the same: compare how the numbers change with Z, not the numbers. "
         "Overall is the score of the judge relative to text-only GPT-4, which is not measured here.",
-        "",
-        *markdown_table(
+        markdown_table(
             ["model", "T/Q, s", "W/Q", "T/W, s", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_EFFICIENCY]
         ),
         "LLaDA-MedV there: L 256, B 64.",
-        "",
-        *markdown_table(["L", "B", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_ABLATION]),
+        markdown_table(["L", "B", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_ABLATION]),
     ]
-    return "\n".join(lines).rstrip() + "\n"
+    return document(paragraphs)
 
 
 def _marked(pieces: list[str]) -> str:

@@ -237,12 +237,14 @@ class OpenAIJudge:
             raise ValueError("`base_url` and `api_key` are both missing; nothing is sent anywhere without one of them.")
         if not model.strip():
             raise ValueError(f"`model` is {model!r}; allowed are the names of models.")
-        if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        if api_key and not re.fullmatch("[!-~]+", api_key):
             raise ValueError("`api_key` holds white space or characters other than ASCII's printable ones.")
-        least = {"temperature": (temperature, 0), "max_retries": (max_retries, 0), "max_tokens": (max_tokens, 1)}
-        for name, (value, allowed) in {**least, "timeout": (timeout, 0.001)}.items():
-            if not value >= allowed:
-                raise ValueError(f"`{name}` is {value}; allowed are numbers of at least {allowed}.")
+        for name, value, least in (
+            ("temperature", temperature, 0), ("max_retries", max_retries, 0), ("max_tokens", max_tokens, 1),
+            ("timeout", timeout, 0.001),
+        ):  # fmt: skip
+            if not value >= least:
+                raise ValueError(f"`{name}` is {value}; allowed are numbers of at least {least}.")
         base_url = (base_url or OPENAI_URL).rstrip("/")
         try:
             address = urlsplit(base_url)
@@ -276,7 +278,7 @@ class OpenAIJudge:
         """
         import openai
 
-        host = self.settings["host"]
+        host, no_completion = self.settings["host"], f"{self.settings['host']} sent no chat completion"
         try:
             completion = self._client.chat.completions.create(
                 model=self.settings["model"], messages=list(messages), **self._sampling, extra_headers=self._headers
@@ -293,12 +295,12 @@ class OpenAIJudge:
             message = f"{host} failed, {type(cause).__name__}: {self._shown(str(cause))}"
             raise JudgeError(message, for_all=unreachable) from None
         except (openai.OpenAIError, ValueError) as error:  # a body that is no JSON
-            raise JudgeError(f"{host} sent no chat completion: {self._shown(str(error))}") from None
+            raise JudgeError(f"{no_completion}: {self._shown(str(error))}") from None
         try:
             choice = completion.choices[0]
             text = choice.message.content
         except (AttributeError, LookupError, TypeError):
-            raise JudgeError(f"{host} sent no chat completion: {self._shown(str(completion))}") from None
+            raise JudgeError(f"{no_completion}: {self._shown(str(completion))}") from None
         if not isinstance(text, str) or not text.strip():
             raise JudgeError(f"{host} sent a reply without text (finish_reason {choice.finish_reason!r})")
         return text

@@ -1,4 +1,4 @@
-"""Parts of reports: numbers and tables as Markdown, figures as PNG files.
+"""Parts of reports: numbers, intervals and tables as Markdown, figures as PNG files, the files of a summary.
 
 matplotlib is optional and imported when a figure is drawn. Nothing here uses pyplot, so neither a display nor the
 caller's own figures matter.
@@ -6,8 +6,29 @@ caller's own figures matter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
+
+from .medical_vqa.medical_vqa import bootstrap_intervals
+from .runs import replace_file
+
+
+def write_report(folder: str | Path, summary: dict, text: str) -> None:
+    """Write `summary.json` and `summary.md` into a folder that is made if need be, each whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    replace_file(folder / "summary.md", text)
+
+
+def interval_of_mean(values: Sequence[tuple[float, str]], samples: int, seed: int) -> list[float] | None:
+    """The 95 % interval of a mean of `(value, image id)`; `None` for fewer than two images or no samples."""
+    scores, images = np.array([[value] for value, _ in values]), [image for _, image in values]
+    found = bootstrap_intervals(scores, images, samples, seed) if samples else None
+    return None if found is None else found[0].tolist()
 
 
 def number(value: float | None) -> str:
@@ -17,18 +38,18 @@ def number(value: float | None) -> str:
     return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.3f}".rstrip("0").rstrip(".")
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table, and a blank one after it."""
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)] + [""]
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def document(paragraphs: Iterable[str]) -> str:
+    """Paragraphs, tables and headings as one text; empty ones are left out."""
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
 def reliability_diagram(path: str | Path, bins: Sequence[Mapping], title: str) -> None:
-    """Draw accuracy against confidence, and below it how many answers each bin has.
-
-    Args:
-        path: the .png file to write.
-        bins: of `calibration_bins`, at least one.
-        title: of the figure.
+    """Draw accuracy against confidence, and below it how many answers each bin of `calibration_bins` has.
 
     Raises:
         ImportError: without matplotlib.
@@ -49,12 +70,7 @@ def reliability_diagram(path: str | Path, bins: Sequence[Mapping], title: str) -
 
 
 def risk_coverage_curve(path: str | Path, coverage: Sequence[float], risk: Sequence[float], title: str) -> None:
-    """Draw the error rate among the most confident answers against their share of all answers.
-
-    Args:
-        path: the .png file to write.
-        coverage, risk: of equal length, in [0, 1].
-        title: of the figure.
+    """Draw the error rate among the most confident answers against their share of all answers, both in [0, 1].
 
     Raises:
         ImportError: without matplotlib.
@@ -69,12 +85,7 @@ def risk_coverage_curve(path: str | Path, coverage: Sequence[float], risk: Seque
     _save(figure, path)
 
 
-def line_plots(
-    path: str | Path,
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float | None]]]],
-    x_label: str,
-    title: str,
-) -> None:
+def line_plots(path: str | Path, panels: Mapping[str, Mapping[str, Sequence[tuple]]], x_label: str, title: str) -> None:
     """Draw panels side by side that share the legend and the x axis, which is logarithmic.
 
     Args:
@@ -119,4 +130,7 @@ def _save(figure, path: str | Path) -> None:
     figure.savefig(path, format="png")
 
 
-__all__ = ["line_plots", "markdown_table", "number", "reliability_diagram", "risk_coverage_curve"]
+__all__ = [
+    "document", "interval_of_mean", "line_plots", "markdown_table", "number", "reliability_diagram",
+    "risk_coverage_curve", "write_report",
+]  # fmt: skip

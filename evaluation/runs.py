@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -61,11 +62,10 @@ def run_items(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; allowed are whole numbers of at least 1.")
-    known = set()
-    for item in ids:
-        if item in known:
-            raise ValueError(f"`ids` holds {item!r} more than once; each item needs its own id.")
-        known.add(item)
+    repeated = next((item for item, count in Counter(ids).items() if count > 1), None)
+    if repeated is not None:
+        raise ValueError(f"`ids` holds {repeated!r} more than once; each item needs its own id.")
+    known = set(ids)
     folder, state = Path(folder), process_state()
     settings = {**settings, "num_items": len(ids), "items_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest()}
     settings = json.loads(json.dumps(settings))  # as it will be read again
@@ -110,13 +110,13 @@ def _all_do(work: Callable[[], _T], state: PartialState) -> _T:
 
     No process returns before all have done it.
     """
-    result, error = None, None
+    result = error = None
     try:
         result = work()
     except Exception as raised:
         error = raised
-    message = None if error is None else f"{type(error).__name__}: {error}"
-    messages = gather_object([message]) if state.num_processes > 1 else [message]
+    failure = None if error is None else f"{type(error).__name__}: {error}"
+    messages = gather_object([failure]) if state.num_processes > 1 else []
     if error is not None:
         raise error
     for number, message in enumerate(messages, start=1):
@@ -171,17 +171,14 @@ def locked(folder: Path) -> Iterator[None]:
         ValueError: if another run is using it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise ValueError(
             f"In the folder {str(folder)!r} another run is at work; wait for it or give another folder."
         ) from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def read_lines(journal: Path, key: str) -> Iterator[tuple[int, dict]]:

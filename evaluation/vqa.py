@@ -8,10 +8,8 @@ the same call, and shared between the processes of `accelerate launch`.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,20 +22,19 @@ from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, fit_
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport, VQAReport
 
-from .answering import Answer, answer_batch, open_image, question_about, undecoded
+from .answering import Answer, answer_batch, device_name, open_image, question_about, undecoded
 from .calibration import area_under_risk_coverage, calibration_bins, expected_calibration_error, risk_coverage
 from .medical_vqa.medical_vqa import ANSWER_TYPES, POLARITY, MedicalVQA, closed_polarity
 from .published import PUBLISHED_VQA
-from .reports import markdown_table, reliability_diagram, risk_coverage_curve
+from .reports import document, markdown_table, reliability_diagram, risk_coverage_curve, write_report
 from .run_settings import run_settings
-from .runs import process_state, replace_file, run_items
+from .runs import process_state, run_items
 from .text_repetition.text_repetition import TextRepetition
 
 
 logger = logging.getLogger(__name__)
 PAPER_DECODING = {"max_new_tokens": 64, "block_length": 64, "steps": 64}
 SCORINGS = ("generate", "likelihood")
-SUMMARY_FILE = "summary.json"
 # Whether a model was tuned to say "yes" or "Yes" shall not decide.
 _POLARITY_TEXTS = {word: (word, word.capitalize()) for word in POLARITY}
 _HEADLINES = {"closed": "closed_accuracy", "open": "open_recall"}
@@ -124,7 +121,7 @@ def evaluate_vqa(
         **summary, "decoding": settings["decoding"], "scoring": scoring, "data": report.as_dict(),
         "data_summary": report.summary().splitlines(),
         "environment": {
-            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
+            "device": device_name(model),
             "dtype": settings["dtype"], "batch_size": batch_size, "processes": process_state().num_processes,
             "torch": torch.__version__, "transformers": transformers.__version__,
         },
@@ -199,13 +196,13 @@ def _summarize(records: list[dict], candidates, bootstrap_samples: int, seed: in
         ]
         if pairs:
             summary["calibration"][answer_type] = _calibration(*zip(*pairs))
-    seconds, tokens, forwards = (
-        sum(record[name] for record in scored) for name in ("seconds", "num_tokens", "num_forwards")
-    )
+    totals = {name: sum(record[name] for record in scored) for name in ("seconds", "num_tokens", "num_forwards")}
     cost = {
-        "seconds_per_question": seconds / len(scored), "words_per_question": repetition["words_per_answer"],
-        "forwards_per_question": forwards / len(scored), "tokens_per_forward": tokens / forwards,
-    }  # fmt: skip
+        "seconds_per_question": totals["seconds"] / len(scored),
+        "words_per_question": repetition["words_per_answer"],
+        "forwards_per_question": totals["num_forwards"] / len(scored),
+        "tokens_per_forward": totals["num_tokens"] / totals["num_forwards"],
+    }
     return summary | {"scores": scores, "repetition": repetition, "cost": cost}
 
 
@@ -225,15 +222,9 @@ def _calibration(confidence: Sequence[float], correct: Sequence[float]) -> dict:
 
 
 def write_summary(summary: dict, folder: str | Path) -> None:
-    """Write `summary.json`, `summary.md` and, where matplotlib is installed, figures of the calibration.
-
-    Args:
-        summary: of [`evaluate_vqa`].
-        folder: to write to.
-    """
+    """Write `summary.json`, `summary.md` and, where matplotlib is installed, figures of the calibration."""
     folder = Path(folder)
-    replace_file(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-    replace_file(folder / "summary.md", render_summary(summary))
+    write_report(folder, summary, render_summary(summary))
     for answer_type, calibration in summary["calibration"].items():
         title = f"{summary['benchmark']} {summary['split']}, {answer_type} questions (n = {calibration['count']})"
         try:
@@ -247,19 +238,18 @@ def write_summary(summary: dict, folder: str | Path) -> None:
 
 def render_summary(summary: dict) -> str:
     """The summary as Markdown."""
-    lines = [f"# {summary['model']} on {summary['benchmark']} ({summary['split']})", ""]
-    left_out, questions = summary["left_out"], summary["data"]["questions"]
+    scores, left_out, questions = summary["scores"], summary["left_out"], summary["data"]["questions"]
     asked_a_part = summary["num_questions"] < questions
+    paragraphs = [f"# {summary['model']} on {summary['benchmark']} ({summary['split']})"]
     for names, problem in (
         (summary["failed"], f"of {summary['num_questions']} questions have no answer"),
         (left_out, f"of {questions + len(left_out)} records were not asked: no image, or invalid"),
     ):
         if names:
             shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-            lines += [f"**INCOMPLETE: {len(names)} {problem} ({shown}).**", ""]
-    scores = summary["scores"]
+            paragraphs.append(f"**INCOMPLETE: {len(names)} {problem} ({shown}).**")
     if scores is None:
-        return "\n".join([*lines, "No question could be scored.", ""])
+        return document([*paragraphs, "No question could be scored."])
     rows = []
     for name, value in scores.items():
         if value is None or name.endswith("_ci95") or name.startswith("num_"):
@@ -268,53 +258,47 @@ def render_summary(summary: dict) -> str:
         interval = "" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
         count = scores["num_open" if name.startswith("open") else "num_closed"]
         rows.append([name, f"{value:.2f}", interval, str(count)])
-    lines += markdown_table(["score", "value", "95 % interval", "n"], rows)
     counts = {name.removeprefix("num_").replace("_", " "): scores[name] for name in scores if name.startswith("num_")}
     if asked_a_part:
         counts[f"asked of {questions} questions"] = summary["num_questions"]
-    lines += ["Counts: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".", ""]
+    paragraphs += [
+        markdown_table(["score", "value", "95 % interval", "n"], rows),
+        "Counts: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".",
+    ]
     if summary["without_reference"]:
-        lines += [f"Left out, because their true answer is empty: {', '.join(summary['without_reference'])}.", ""]
+        paragraphs.append(f"Left out, because their true answer is empty: {', '.join(summary['without_reference'])}.")
     published = PUBLISHED_VQA.get(summary["benchmark"])
     if published and summary["data"]["is_published"] and not asked_a_part:
         own = (scores["open_recall_llava_med"], scores["closed_accuracy_llava_med"])
-        cells = [
+        rows = [
             [name, *("-" if value is None else f"{value:.2f}" for value in row)]
             for name, row in {**published, f"**{summary['model']}**": own}.items()
         ]
-        lines += [
+        paragraphs += [
             "Beside table 2 of LLaDA-MedV (arXiv 2508.01617), by its rules, which count repeated words and look for "
             "substrings. Published numbers are not all about the same questions.",
-            "",
-            *markdown_table(["model", "open recall", "closed accuracy"], cells),
+            markdown_table(["model", "open recall", "closed accuracy"], rows),
         ]
     if summary["calibration"]:
         names = ("mean_confidence", "accuracy", "expected_calibration_error", "area_under_risk_coverage")
-        lines += markdown_table(
-            ["calibration", "n", "confidence", "accuracy", "ECE", "AURC"],
-            [
-                [answer_type, str(each["count"]), *(f"{each[name]:.4f}" for name in names)]
-                for answer_type, each in summary["calibration"].items()
-            ],
-        )
-    cost, repetition = summary["cost"], summary["repetition"]
-    decoding = ", ".join(f"{name}={value}" for name, value in summary["decoding"].items())
+        rows = [
+            [answer_type, str(each["count"]), *(f"{each[name]:.4f}" for name in names)]
+            for answer_type, each in summary["calibration"].items()
+        ]
+        paragraphs.append(markdown_table(["calibration", "n", "confidence", "accuracy", "ECE", "AURC"], rows))
+    cost, repetition, environment = summary["cost"], summary["repetition"], summary["environment"]
     rep_2 = "none" if repetition["rep_2"] is None else f"{repetition['rep_2']:.4f}"
-    environment = summary["environment"]
-    lines += [
+    decoding = ", ".join(f"{name}={value}" for name, value in summary["decoding"].items())
+    paragraphs += [
         f"Answers: {cost['words_per_question']:.1f} words, repeated bigrams {rep_2}, longest run of one word "
         f"{repetition['longest_run']}; {cost['forwards_per_question']:.1f} forward passes, "
         f"{cost['tokens_per_forward']:.2f} tokens a pass, {cost['seconds_per_question']:.3f} s a question in batches "
         f"of {environment['batch_size']} on {environment['device']}, {environment['dtype']}.",
-        "",
         f"Decoding: {decoding}; answers by {summary['scoring']}.",
-        "",
         "Data:",
-        "",
-        *(f"- {line}" for line in summary["data_summary"]),
-        "",
+        "\n".join(f"- {line}" for line in summary["data_summary"]),
     ]
-    return "\n".join(lines)
+    return document(paragraphs)
 
 
 __all__ = ["PAPER_DECODING", "SCORINGS", "evaluate_vqa", "render_summary", "write_summary"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -10,14 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from lladamedv.evaluation.chat import (
-    judge_answers,
-    match_answers,
-    read_answers,
-    summarize,
-    to_markdown,
-    write_summary,
-)
+from lladamedv.evaluation.chat import judge_answers, match_answers, read_answers, summarize, to_markdown, write_summary
 from lladamedv.evaluation.judge import OpenAIJudge, render_messages
 from lladamedv.evaluation.published import GROUP_SIZES, RELATIVE_SCORES
 from lladamedv.processing.datasets.chat_benchmark import DOMAINS, QUESTION_TYPES, load_chat_benchmark
@@ -64,8 +58,7 @@ def three(tmp_path):
 def test_a_record(tmp_path):
     mentions = [{"tokens": "As seen .", "entities": []}]
     row = benchmark_row(7, in_text_mention=mentions, domain=of_domain("ct_scan", "chest_xray"), pair_id="1_F1")
-    (record,) = load(tmp_path, row)
-    assert record == {
+    assert load(tmp_path, row) == [{
         "id": "7", "image": "1_F1.jpg", "image_id": "1_F1", "question": "What does sign 7 mean?",
         "reference": "Sign 7 means that all is well.",
         "context": {
@@ -73,7 +66,7 @@ def test_a_record(tmp_path):
             "in_text_mention_repr": "[{'tokens': 'As seen .', 'entities': []}]",
         },
         "type": "detailed_description", "domain": "chest_xray", "domains": ["chest_xray", "ct_scan"],
-    }  # fmt: skip
+    }]  # fmt: skip
     (record,) = load(tmp_path, benchmark_row(7, in_text_mention=None, domain=of_domain()))
     assert record["context"]["in_text_mention"] == [] and record["context"]["in_text_mention_repr"] == "None"
     assert record["domain"] is None and record["domains"] == []
@@ -109,13 +102,9 @@ def test_bad_rows(tmp_path, fields, message):
         load(tmp_path, benchmark_row(0), benchmark_row(1, **fields))
 
 
-def test_files_without_questions_or_answers(tmp_path):
+def test_files_without_questions(tmp_path):
     with pytest.raises(ValueError, match="has no question"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="has no answer"):
-        read_answers(write_rows(tmp_path / "answers.jsonl", []))
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_answers(tmp_path / "nowhere.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -134,19 +123,23 @@ def test_files_of_answers(tmp_path, rows):
     assert read_answers(tmp_path / "answers.json") == {"0": "One.", "1": ""}
 
 
+ONE = {"id": "0", "text": "One."}
+
+
 @pytest.mark.parametrize(
-    "row, message",
+    "rows, message",
     [
-        ({"question_id": 0, "text": "Two."}, "answers question 0 at line 1 and again at line 2"),
-        ({"question_id": 1}, r"no answer at line 2, but \['question_id'\]"),
-        ({"text": "x"}, "no answer at line 2"),
-        ({"question_id": 1, "text": "x", "answer": "y"}, "one of `text` and `answer`"),
-        ({"question_id": 1, "text": None}, "no answer at line 2"),
+        ([ONE, {"question_id": 0, "text": "Two."}], "answers question 0 at line 1 and again at line 2"),
+        ([ONE, {"question_id": 1}], r"no answer at line 2, but \['question_id'\]"),
+        ([ONE, {"text": "x"}], "no answer at line 2"),
+        ([ONE, {"question_id": 1, "text": "x", "answer": "y"}], "one of `text` and `answer`"),
+        ([ONE, {"question_id": 1, "text": None}], "no answer at line 2"),
+        ([], "has no answer"),
     ],
 )
-def test_bad_answers(tmp_path, row, message):
+def test_bad_answers(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
-        read_answers(write_rows(tmp_path / "answers.jsonl", [{"id": "0", "text": "One."}, row]))
+        read_answers(write_rows(tmp_path / "answers.jsonl", rows))
 
 
 @pytest.fixture
@@ -240,28 +233,6 @@ def test_a_wrong_key_is_tried_once(stub, records, answers, tmp_path):
     assert judged_by(stub, records, answers, tmp_path / "run", key)[1] == 9
 
 
-def test_an_interrupted_run_continues(stub, records, answers, tmp_path):
-    whole = judged_by(stub, records, answers, tmp_path / "whole")[0]
-    judge = OpenAIJudge("a-judge", stub.url)
-
-    class Dying:
-        settings, left = judge.settings, 4
-
-        def complete(self, messages):
-            self.left -= 1
-            if self.left < 0:
-                raise OSError
-            return judge.complete(messages)
-
-    with pytest.raises(OSError):
-        judge_answers(records, answers, Dying(), tmp_path / "run", max_concurrent=1, report=str)
-    with (tmp_path / "run/judgments.jsonl").open("a") as file:
-        file.write('{"key": "abc", "sta')  # as after a kill while it was being written
-    resumed, count, _ = judged_by(stub, records, answers, tmp_path / "run")
-    assert count == 6 and resumed == whole
-    assert all(json.loads(line) for line in (tmp_path / "run/judgments.jsonl").open())
-
-
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
 def test_a_stopped_process_continues(stub, records, answers, tmp_path, sent):
     """A kill costs the two requests under way; Ctrl-C waits for them and costs nothing."""
@@ -291,22 +262,24 @@ def test_a_stopped_process_continues(stub, records, answers, tmp_path, sent):
         stub.ending.set()  # both are dropped, and then repeated with success
     process.communicate()
     assert process.returncode != 0
+    with (tmp_path / "run/judgments.jsonl").open("a") as file:
+        file.write('{"key": "abc", "sta')  # as after a kill in the midst of a line
     resumed, count, _ = judged_by(stub, records, answers, tmp_path / "run")
     assert count == (4 if sent == signal.SIGKILL else 2)
     assert resumed == judged_by(stub, records, answers, tmp_path / "whole")[0]
 
 
 def test_bad_input_asks_nothing(stub, records, answers, tmp_path):
-    with pytest.raises(ValueError, match="`max_concurrent` is 0"):
-        judged_by(stub, records, answers, tmp_path / "run", max_concurrent=0)
-    with pytest.raises(ValueError, match="lacks questions"):
-        judged_by(stub, records, {"0": "x"}, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "run").mkdir()
+    for given, options, message in (
+        (answers, {"max_concurrent": 0}, "`max_concurrent` is 0"), ({"0": "x"}, {}, "lacks questions"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            judged_by(stub, records, given, tmp_path / "run", **options)
+        assert not (tmp_path / "run").exists()
     for line, message in (('{"status": "ok"}', "no record with 'key'"), ('{"key": "a"}', "no judgment")):
-        (tmp_path / "run/judgments.jsonl").write_text(line + "\n")
+        (tmp_path / "judgments.jsonl").write_text(line + "\n")
         with pytest.raises(ValueError, match=f"{message} at line 1"):
-            judged_by(stub, records, answers, tmp_path / "run")
+            judged_by(stub, records, answers, tmp_path)
     assert stub.requests == []
 
 
@@ -350,13 +323,12 @@ def test_relative_scores_are_means_of_ratios(three):
     assert to_markdown(summary).startswith("# Open-ended biomedical chat: model\n")
 
 
-def test_questions_of_two_domains(tmp_path):
+@pytest.mark.parametrize("multi_label, gross", [(False, 100), (True, 75)])
+def test_questions_of_two_domains(tmp_path, multi_label, gross):
     rows = [benchmark_row(0, domain=of_domain("histology", "gross")), benchmark_row(1, domain=of_domain("gross"))]
-    records, answers, scores = load(tmp_path, *rows), {"0": "a", "1": "b"}, judged([(10, 5)], [(10, 10)])
-    groups = summarize(records, answers, scores)["groups"]
-    assert (groups["histology"]["relative_score"], groups["gross"]["relative_score"]) == (50, 100)
-    groups = summarize(records, answers, scores, multi_label_domains=True)["groups"]
-    assert (groups["histology"]["relative_score"], groups["gross"]["relative_score"]) == (50, 75)
+    scores = judged([(10, 5)], [(10, 10)])
+    groups = summarize(load(tmp_path, *rows), {"0": "a", "1": "b"}, scores, multi_label_domains=multi_label)["groups"]
+    assert (groups["histology"]["relative_score"], groups["gross"]["relative_score"]) == (50, gross)
 
 
 def test_swapped_positions(three):
@@ -384,16 +356,15 @@ def test_nothing_is_left_out_in_silence(three):
     assert first_line.startswith("**Incomplete: 1 of 3 questions are judged, the judgments of 1 failed and 1 have no")
 
 
-def test_intervals_draw_images(tmp_path):
-    """Ten questions about two images, all alike within an image: only 3 means are possible, the extremes 1/4 each."""
-    records = load(tmp_path, *map(benchmark_row, range(10)))
-    answers = {record["id"]: "a" for record in records}
-    scores = judged(*[[(10, 2)]] * 5, *[[(10, 8)]] * 5)
-    summary = summarize(records, answers, scores)
-    assert summary["groups"]["all"]["relative_score_ci95"] == pytest.approx([20, 80])
-    assert summarize(records, answers, scores) == summary
-    assert summarize(records, answers, scores, bootstrap_samples=0)["groups"]["all"]["relative_score_ci95"] is None
-    assert summarize(records[:5], answers, scores)["groups"]["all"]["relative_score_ci95"] is None  # one image
+@pytest.mark.parametrize(
+    "count, more, interval", [(10, {}, [20, 80]), (5, {}, None), (10, {"bootstrap_samples": 0}, None)]
+)
+def test_intervals_draw_images(tmp_path, count, more, interval):
+    """Five questions about each image, all alike within an image: only 3 means are possible, the extremes 1/4 each."""
+    records = load(tmp_path, *map(benchmark_row, range(count)))
+    answers, scores = {record["id"]: "a" for record in records}, judged(*[[(10, 2)]] * 5, *[[(10, 8)]] * 5)
+    found = summarize(records, answers, scores, **more)["groups"]["all"]["relative_score_ci95"]
+    assert found == pytest.approx(interval)
 
 
 def test_the_whole_way(stub, records, answers, tmp_path):
@@ -403,18 +374,17 @@ def test_the_whole_way(stub, records, answers, tmp_path):
     found, _, _ = judged_by(stub, records, read, tmp_path / "run")
     summary = summarize(records, read, found, name="ours")
     write_summary(tmp_path / "out", summary)
-    assert json.loads((tmp_path / "out/summary.json").read_text()) == summary
+    assert json.loads((tmp_path / "out/summary.json").read_text()) == summary and summary["complete"]
     decided = [stub.scores(render_messages(record, answers[record["id"]])) for record in records]
     ratios = [100 * model / reference for reference, model in decided]
-    assert summary["complete"] and summary["groups"]["all"]["relative_score"] == pytest.approx(np.mean(ratios))
-    assert summary["groups"]["detailed_description"]["relative_score"] == pytest.approx(np.mean(ratios[1::2]))
-    assert summary["groups"]["mri"]["relative_score"] == pytest.approx(np.mean(ratios[1::5]))
-    lines = (tmp_path / "out/summary.md").read_text().splitlines()
-    own = next(line for line in lines if line.startswith("| **ours** |"))
-    assert "| model | " + " | ".join(GROUP_SIZES) + " |" in lines
-    assert float(own.split("|")[-2]) == pytest.approx(np.mean(ratios), abs=1e-3)
-    assert sum(line.startswith("| LLaDA-MedV | 54.141 | ") for line in lines) == 1
-    assert any("Judge: a-judge at 127.0.0.1" in line and summary["prompt_sha256"] in line for line in lines)
+    for group, chosen in (("all", ratios), ("detailed_description", ratios[1::2]), ("mri", ratios[1::5])):
+        assert summary["groups"][group]["relative_score"] == pytest.approx(np.mean(chosen))
+    text = (tmp_path / "out/summary.md").read_text()
+    own = re.search(r"\| \*\*ours\*\* \|.* ([0-9.]+) \|\n", text)
+    assert float(own[1]) == pytest.approx(np.mean(ratios), abs=1e-3)
+    header = "| model | " + " | ".join(GROUP_SIZES) + " |"
+    for line in (header, "| LLaDA-MedV | 54.141 | ", "Judge: a-judge at 127.0.0.1"):
+        assert text.count(line) == 1
 
 
 @pytest.mark.parametrize("model", RELATIVE_SCORES)

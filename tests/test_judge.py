@@ -139,13 +139,10 @@ def test_passing_faults_are_repeated(stub, faults):
     stub.script = [*faults, "9 8"]
     assert judge_of(stub, timeout=0.5 if HANG in faults else 10).complete(QUESTION) == "9 8"
     assert len(stub.requests) == len(faults) + 1
-
-
-def test_repetitions_end(stub):
     stub.script = [Fault(500, headers=AT_ONCE)] * 9
     with pytest.raises(JudgeError, match="HTTP 500") as caught:
         judge_of(stub, max_retries=2).complete(QUESTION)
-    assert not caught.value.for_all and len(stub.requests) == 3
+    assert not caught.value.for_all and len(stub.requests) == len(faults) + 4
 
 
 @pytest.mark.parametrize(
@@ -163,11 +160,7 @@ def test_repetitions_end(stub):
         (Fault(200, '{"choices": []}'), "no chat completion", False),
         (Fault(200, "[1]"), "no chat completion", False),
         (Fault(200, '{"choices": [{"message": {"content": " "}}]}'), "without text", False),
-        (
-            Fault(200, '{"choices": [{"message": {"content": null}, "finish_reason": "x"}]}'),
-            "without text .*'x'",
-            False,
-        ),
+        (Fault(200, '{"choices": [{"message": {"content": null}, "finish_reason": 1}]}'), "without text .*1", False),
     ],
 )
 def test_lasting_faults_are_not_repeated(stub, fault, message, for_all):

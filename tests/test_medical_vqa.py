@@ -34,14 +34,6 @@ OPEN_VECTORS = [
     ("3.5 cm", "3.5cm", "3.5 cm", "3.5cm", (0, 0, 0), 0, 0, (0, 0, 0), 0),
     ("", "lung", "", "lung", (0, 0, 0), 0, 0, (0, 0, 0), 0),
 ]  # fmt: skip
-# prediction, truth, substring, gated substring, ours
-CLOSED_VECTORS = [
-    ("There is no pneumothorax", "No", 1, 1, 1),
-    ("nodule present, normal heart", "no", 1, 1, 0),
-    ("I do not know", "no", 1, 1, 0),
-    ("on the left side", "left", 1, 0, 1),
-    ("Yes, there is", "yes", 1, 1, 1),
-]
 CANDIDATES = ["liver", "spleen", "left lung"]
 
 
@@ -137,11 +129,8 @@ def test_closed_answers_are_decided_by_words(metric, prediction, answer, correct
 )  # fmt: skip
 def test_contractions(code, word, full):
     assert code.normalize_answer(word) == full
-
-
-def test_unknown_normaliser(code):
     with pytest.raises(ValueError, match="'clean'"):
-        code.normalize_answer("lung", "clean")
+        code.normalize_answer(word, "clean")
 
 
 # Scores
@@ -162,41 +151,30 @@ def test_open_vectors(code, metric, vector):
     assert scores["open_recall"] == pytest.approx(100 * recall, abs=1e-4)
 
 
-@pytest.mark.parametrize("prediction, answer, substring, gated, ours", CLOSED_VECTORS)
-def test_closed_vectors(metric, prediction, answer, substring, gated, ours):
-    scores = metric.compute(predictions=[prediction], references=[item(answer, "closed")])
-    assert scores["closed_accuracy_llava_med"] == 100 * substring
-    assert scores["closed_gated_accuracy_llava_med"] == 100 * gated
-    assert scores["closed_accuracy"] == 100 * ours
-
-
 @pytest.mark.parametrize(
-    "prediction, answer, correct",
-    [("The liver and the spleen", "Spleen", 0), ("spleen", "Spleen", 1),
-     ("the mass is in the left lower lung", "left lung", 1), ("kidney", "liver", 1), ("", "liver", 0)],
+    "prediction, answer, substring, gated, ours",
+    [
+        ("There is no pneumothorax", "No", 1, 1, 1), ("nodule present, normal heart", "no", 1, 1, 0),
+        ("I do not know", "no", 1, 1, 0), ("on the left side", "left", 1, 0, 1), ("Yes, there is", "yes", 1, 1, 1),
+        ("Yes", "no", 0, 0, 0), ("", "A", 0, 0, 0), ("lung", "A", 1, 0, 0), ("", "no", 0, 0, 0),
+        ("the right one", "left", 0, 0, 0),
+    ],
 )  # fmt: skip
-def test_candidate_vectors(metric, prediction, answer, correct):
-    scores = metric.compute(predictions=[prediction], references=[item(answer)], candidates=CANDIDATES)
-    assert scores["open_candidate_accuracy_llava_med"] == 100 * correct
-    without = metric.compute(predictions=[prediction], references=[item(answer)])
-    assert "open_candidate_accuracy_llava_med" not in without
-
-
-def test_candidates_compete_by_the_share_of_their_words(metric):
-    scores = metric.compute(
-        predictions=["the left lung"], references=[item("Lung")], candidates=["left upper lung lobe", "lung"]
-    )
-    assert scores["open_candidate_accuracy_llava_med"] == 100
-
-
-@pytest.mark.parametrize(
-    "prediction, answer, substring, gated",
-    [("Yes", "no", 0, 0), ("", "A", 0, 0), ("lung", "A", 1, 0), ("", "no", 0, 0), ("the right one", "left", 0, 0)],
-)
-def test_legacy_closed_answers(metric, prediction, answer, substring, gated):
+def test_published_variants_look_for_substrings(metric, prediction, answer, substring, gated, ours):
     scores = metric.compute(predictions=[prediction] * 2, references=[item(answer, "closed"), item(answer)])
     assert scores["closed_accuracy_llava_med"] == scores["open_accuracy_llava_med"] == 100 * substring
-    assert scores["closed_gated_accuracy_llava_med"] == 100 * gated
+    assert scores["closed_gated_accuracy_llava_med"] == 100 * gated and scores["closed_accuracy"] == 100 * ours
+
+
+@pytest.mark.parametrize(
+    "prediction, answer, candidates, correct",
+    [("The liver and the spleen", "Spleen", CANDIDATES, 0), ("spleen", "Spleen", CANDIDATES, 1),
+     ("the mass is in the left lower lung", "left lung", CANDIDATES, 1), ("kidney", "liver", CANDIDATES, 1),
+     ("", "liver", CANDIDATES, 0), ("the left lung", "Lung", ["left upper lung lobe", "lung"], 1)],
+)  # fmt: skip
+def test_candidates_compete_by_the_share_of_their_words(metric, prediction, answer, candidates, correct):
+    scores = metric.compute(predictions=[prediction], references=[item(answer)], candidates=candidates)
+    assert scores["open_candidate_accuracy_llava_med"] == 100 * correct
 
 
 def test_multiset_precision_and_f1_and_exact_match(metric):
@@ -224,10 +202,9 @@ def test_batches_are_averaged_by_type_and_counted(metric):
     assert scores["open_recall"] == pytest.approx(100 * 0.5 / 3) and scores["num_open"] == 3
     assert scores["closed_accuracy"] == pytest.approx(100 / 3) and scores["num_closed"] == 3
     assert scores["num_empty_predictions"] == scores["num_unparsable"] == scores["num_wordless_answers"] == 1
-    assert [(entry["id"], entry["answer_type"]) for entry in scores["items"]] == [
-        ("1", "open"), ("2", "closed"), ("3", "open"), ("4", "closed"), ("5", "closed"), ("6", "open")]  # fmt: skip
-    assert [entry.get("open_recall") for entry in scores["items"]] == [0.5, None, 0, None, None, 0]
-    assert [entry.get("closed_accuracy") for entry in scores["items"]] == [None, 0, None, 1, 0, None]
+    assert "open_candidate_accuracy_llava_med" not in scores
+    assert [(each["id"], each.get("open_recall"), each.get("closed_accuracy")) for each in scores["items"]] == [
+        ("1", 0.5, None), ("2", None, 0), ("3", 0, None), ("4", None, 1), ("5", None, 0), ("6", 0, None)]  # fmt: skip
 
 
 def test_a_type_without_items_has_no_score(metric):
@@ -268,20 +245,16 @@ def test_intervals_match_all_draws_of_unequal_images(code):
 
 
 def test_bootstrap_is_seeded_and_leaves_open_and_closed_images_apart(metric):
-    generator = np.random.default_rng(0)
-    references = [item("left lung", image_id=f"open-{index % 9}") for index in range(30)]
-    references += [item("yes", "closed", image_id=f"closed-{index % 5}") for index in range(20)]
-    predictions = [("left", "lung left", "heart")[choice] for choice in generator.integers(3, size=30)] + ["yes"] * 20
-    inputs = {"predictions": predictions, "references": references}
-    first = metric.compute(**inputs, bootstrap_samples=200, seed=3)
-    assert metric.compute(**inputs, bootstrap_samples=200, seed=3) == first
-    assert metric.compute(**inputs, bootstrap_samples=200, seed=4)["open_recall_ci95"] != first["open_recall_ci95"]
-    assert first["closed_accuracy_ci95"] == [100, 100]
-    low, high = first["open_recall_ci95"]
-    assert low < first["open_recall"] < high
-    # An open interval is what it is without closed questions.
-    alone = metric.compute(predictions=predictions[:30], references=references[:30], bootstrap_samples=200, seed=3)
-    assert alone["open_recall_ci95"] == first["open_recall_ci95"]
+    predictions = ["left", "lung left", "heart"] * 10
+    references = [item("left lung", image_id=index % 9) for index in range(30)]
+    closed = {"predictions": ["yes"] * 5, "references": [item("yes", "closed", image_id=f"c{n}") for n in range(5)]}
+
+    def intervals(seed, predictions=predictions + closed["predictions"], references=references + closed["references"]):
+        scores = metric.compute(predictions=predictions, references=references, bootstrap_samples=200, seed=seed)
+        return scores["open_recall_ci95"], scores["closed_accuracy_ci95"]
+
+    assert intervals(3) == intervals(3) != intervals(4)
+    assert intervals(3) == (intervals(3, predictions, references)[0], [100, 100])
 
 
 # Bad input

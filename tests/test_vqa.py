@@ -23,8 +23,8 @@ SHORT = {"max_new_tokens": 24, "block_length": 8, "steps": 24, "confidence_thres
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return load_model()
+def demo(shipped):
+    return shipped
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,11 @@ def test_a_run_does_not_continue_with_something_else_in_force(phantoms, tmp_path
     CHANGES[told](model, processor)
     with pytest.raises(ValueError, match=re.escape(told)):
         run((model, processor), phantoms, tmp_path, options=ONE_STEP)
+
+
+def test_runs_of_the_first_version_continue(demo):
+    """The digest of weights is what version 0.1.0 wrote."""
+    assert model_fingerprint(demo[0]) == "075ff20c14dbe1cdb614a30b418f9ca2c15e7937180416f896de768ae2dffa52"
 
 
 def test_adapters_are_told_apart_by_their_strength():

@@ -116,12 +116,10 @@ class LLaDAMedV(lmms):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Raises NotImplementedError: `score` gives likelihoods, but greedy decoding token by token has no meaning."""
         raise NotImplementedError(
-            "lmms-eval asks chat models for no likelihoods, and wants to know of each answer whether greedy decoding, "
-            "token after token, would give it, which has no meaning here. The model's `score` gives the likelihood."
+            "lmms-eval asks whether greedy decoding, token after token, gives an answer, which has no meaning here. "
+            "The model's `score` gives the likelihood."
         )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Raises NotImplementedError."""
-        raise NotImplementedError(
-            "The tasks of several rounds are about videos and web search; this model reads pictures."
-        )
+        raise NotImplementedError("Tasks of several rounds are about videos and web search; this model reads pictures.")

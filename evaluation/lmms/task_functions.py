@@ -10,12 +10,7 @@ import hashlib
 
 from datasets import Dataset, Image
 
-from lladamedv.evaluation.medical_vqa.medical_vqa import (
-    ANSWER_TYPES,
-    complete_reference,
-    score_closed,
-    score_open,
-)
+from lladamedv.evaluation.medical_vqa.medical_vqa import ANSWER_TYPES, complete_reference, score_closed, score_open
 from lladamedv.processing.datasets.columns import answer_text, derived_answer_type
 
 
@@ -38,10 +33,7 @@ def process_docs(dataset: Dataset) -> Dataset:
     names = dataset.column_names
     questions = ["" if text is None else str(text).strip() for text in dataset["question"]]
     answers = [answer_text(answer) for answer in dataset["answer"]]
-    if "answer_type" in names:
-        types = dataset["answer_type"]
-    else:
-        types = [derived_answer_type(answer) for answer in answers]
+    types = dataset["answer_type"] if "answer_type" in names else map(derived_answer_type, answers)
     checked = []
     for row, (question, answer, answer_type) in enumerate(zip(questions, answers, types)):
         if not question:
@@ -49,17 +41,10 @@ def process_docs(dataset: Dataset) -> Dataset:
         checked.append(complete_reference("", {"answer": answer, "answer_type": answer_type}, f"row {row}"))
     name = next((name for name in _IMAGE_NAMES if name in names), None)
     files = dataset.cast_column("image", Image(decode=False))["image"]
-    image_ids = [_file_hash(file) for file in files] if name is None else [str(value) for value in dataset[name]]
-    columns = {
-        "question": questions,
-        "answer": answers,
-        "answer_type": [reference["answer_type"] for reference in checked],
-        "image_id": image_ids,
-    }
-    rows = dataset.select_columns(["image"])
-    for name, values in columns.items():
-        rows = rows.add_column(name, values)
-    return rows
+    image_ids = map(_file_hash, files) if name is None else map(str, dataset[name])
+    rows = dataset.select_columns(["image"]).add_column("question", questions).add_column("answer", answers)
+    rows = rows.add_column("answer_type", [reference["answer_type"] for reference in checked])
+    return rows.add_column("image_id", list(image_ids))
 
 
 def _file_hash(file: dict) -> str:

@@ -183,14 +183,18 @@ def score_open(prediction: str, answer: str, candidates: Sequence[str] | None = 
     predicted, true = normalize_answer(prediction).split(), normalize_answer(answer).split()
     legacy_prediction, legacy_answer = normalize_answer(prediction, "vqa_v2"), normalize_answer(answer, "vqa_v2")
     legacy_predicted, legacy_true = legacy_prediction.split(), legacy_answer.split()
-    scores = dict(zip(("open_precision", "open_recall", "open_f1"), overlap(predicted, true)))
-    scores["open_exact_match"] = float(bool(true) and predicted == true)
-    scores |= {f"open_bleu_{order}": bleu(predicted, true, order) for order in (1, 2, 3)}
-    names = ("open_precision_llava_med", "open_recall_llava_med", "open_f1_llava_med")
-    scores |= dict(zip(names, overlap_llava_med(legacy_predicted, legacy_true)))
     distinct_common = len(set(legacy_predicted) & set(legacy_true))
-    scores["open_exact_match_llava_med"] = distinct_common / len(legacy_predicted) if legacy_predicted else 0.0
-    scores["open_accuracy_llava_med"] = float(bool(legacy_prediction) and legacy_answer in legacy_prediction)
+    scores = {
+        **dict(zip(("open_precision", "open_recall", "open_f1"), overlap(predicted, true))),
+        "open_exact_match": float(bool(true) and predicted == true),
+        **{f"open_bleu_{order}": bleu(predicted, true, order) for order in (1, 2, 3)},
+        **dict(zip(
+            ("open_precision_llava_med", "open_recall_llava_med", "open_f1_llava_med"),
+            overlap_llava_med(legacy_predicted, legacy_true),
+        )),
+        "open_exact_match_llava_med": distinct_common / len(legacy_predicted) if legacy_predicted else 0.0,
+        "open_accuracy_llava_med": float(bool(legacy_prediction) and legacy_answer in legacy_prediction),
+    }  # fmt: skip
     if candidates is not None:
 
         def shared(candidate: str) -> float:
@@ -265,10 +269,7 @@ class MedicalVQA(evaluate.Metric):
             citation=_CITATION,
             inputs_description=_INPUTS_DESCRIPTION,
             features=datasets.Features(
-                {
-                    "predictions": text,
-                    "references": {"id": text, "image_id": text, "answer": text, "answer_type": text},
-                }
+                predictions=text, references={"id": text, "image_id": text, "answer": text, "answer_type": text}
             ),
             reference_urls=["https://arxiv.org/abs/2306.00890", "https://visualqa.org/evaluation.html"],
         )
@@ -296,10 +297,10 @@ class MedicalVQA(evaluate.Metric):
         item, count = Counter(ids).most_common(1)[0]
         if item and count > 1:
             raise ValueError(f"id {item!r} occurs more than once")
-        for index, reference in enumerate(references if bootstrap_samples else ()):
-            if not reference["image_id"]:
-                name = f"item {reference['id']!r}" if reference["id"] else f"item number {index}"
-                raise ValueError(f"the bootstrap draws images, but {name} has no image_id")
+        unknown = [index for index, reference in enumerate(references) if not reference["image_id"]]
+        if bootstrap_samples and unknown:
+            name = f"item {ids[unknown[0]]!r}" if ids[unknown[0]] else f"item number {unknown[0]}"
+            raise ValueError(f"the bootstrap draws images, but {name} has no image_id")
         if candidates is not None:
             candidates = [normalize_answer(candidate, "vqa_v2") for candidate in candidates]
             if not candidates:
