@@ -3,8 +3,8 @@
     python benchmarks/serving_load.py --seconds 300 --clients 16 --json results.json
 
 Clients ask a process with the demo model about phantoms, half of the time in streams. What is right was computed with
-`generate` beforehand, so that an answer to another's question is found. Whoever is turned away with 429 comes again
-after `Retry-After`. A good server gives no wrong answer, loses no request, and its memory does not grow.
+`generate` beforehand, so that an answer to another's question is found. A client that gets status 429 comes again after
+`Retry-After`. A good server gives no wrong answer, loses no request, and its memory does not grow.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ async def ask(client: openai.AsyncOpenAI, messages, streamed: bool, leave: bool)
 
 
 async def visit(url: str, until: float, questions, abort_share: float, counts: Counter, latencies: list[float]) -> None:
-    """One client: asks until the time is over, and waits when it is told to."""
+    """One client: asks until the time is over, and waits after a 429."""
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=PATIENCE) as client:
         while time.monotonic() < until:
             messages, truth = random.choice(questions)

@@ -198,7 +198,7 @@ def _warn_of_others(host: str, what: str) -> bool:
     """Whether others than this computer reach the host; then the user is warned."""
     others = (f"[{host}]" if ":" in host else host) not in LOOPBACK_HOSTS
     if others:
-        typer.echo(f"Warning: everybody who reaches {host} can use the {what}, with no password.", err=True)
+        typer.echo(f"Warning: anyone who can reach {host} can use the {what}, without a password.", err=True)
     return others
 
 
@@ -232,7 +232,7 @@ def app_command(
         page = build_app(*source.load())
         if share:
             typer.echo(
-                "Warning: everybody who has the link can use the app, and uploads pass through Gradio.", err=True
+                "Warning: anyone with the link can use the app, and uploads pass through Gradio.", err=True
             )
         _warn_of_others(host, "app")
         try:
@@ -257,7 +257,7 @@ def serve(
     max_queue: flag(int, "How many requests may wait while one is answered.", min=0) = 16,
     max_upload_size: flag(int, "Largest request, in MB.", min=1) = 20,
 ) -> None:
-    """Serve a model to programs that speak OpenAI's API.
+    """Serve a model to clients of OpenAI's API.
 
     By default the API is at http://127.0.0.1:8000/v1. Ctrl-C ends it.
 

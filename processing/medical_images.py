@@ -130,7 +130,7 @@ def read_medical_image(
 
     Grey values of more than 8 bits, and all of DICOM's and NIfTI's, become black to white by the first of these that
     there is: `window` or `full_range`; the file's own window or table (DICOM); percentiles, 0.5 and 99.5 of the image,
-    or 1 and 99 of the foreground for NIfTI. What a file is is told by its content, not by its name.
+    or 1 and 99 of the foreground for NIfTI. The kind of a file is found from its content, not from its name.
 
     Args:
         source: path, bytes or open binary file of a DICOM, NIfTI (one file, gzipped or not) or picture file; or a PIL

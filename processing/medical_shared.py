@@ -1,7 +1,7 @@
 """What the readers of medical image files share: their error, optional libraries, and grey values into 8 bits.
 
 A detector gives 12 or 16 bits, or Hounsfield units from −1024 to 3071; a model takes 8 bits. Which values become black
-and white (the window) decides what can be seen, so each choice is told in a list of steps.
+and white (the window) decides what can be seen, so each choice is listed in the steps.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def require(library: str):
 
 
 def choose_index(name: str, value: int | None, count: int, unit: str, steps: Steps, required: bool = False) -> int:
-    """The index of a frame or slice: the one asked for, else the middle one, which is told and logged as a warning.
+    """The index of a frame or slice: the one asked for, else the middle one, which is a step and a warning in the log.
 
     Args:
         name: the argument that `value` came with, for messages.

@@ -636,8 +636,8 @@ def test_without_gradio(monkeypatch):
     [
         ((), {"server_name": "127.0.0.1", "server_port": 7860, "share": False}, []),
         (("--host", "localhost", "--port", "81"), {"server_name": "localhost", "server_port": 81, "share": False}, []),
-        (("--host", "0.0.0.0"), {"server_name": "0.0.0.0", "share": False}, ["everybody who reaches 0.0.0.0"]),
-        (("--share",), {"server_name": "127.0.0.1", "share": True}, ["everybody who has the link"]),
+        (("--host", "0.0.0.0"), {"server_name": "0.0.0.0", "share": False}, ["anyone who can reach 0.0.0.0"]),
+        (("--share",), {"server_name": "127.0.0.1", "share": True}, ["anyone with the link"]),
     ],
 )
 def test_command_line(monkeypatch, arguments, launched, warnings):

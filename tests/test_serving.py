@@ -808,7 +808,7 @@ def test_without_the_extra(monkeypatch):
     [
         ((), "127.0.0.1", []),
         (("--host", "localhost"), "127.0.0.1", []),
-        (("--host", "0.0.0.0", "--max-queue", "3", "--max-upload-size", "1"), "0.0.0.0", ["everybody who reaches"]),
+        (("--host", "0.0.0.0", "--max-queue", "3", "--max-upload-size", "1"), "0.0.0.0", ["anyone who can reach"]),
     ],
 )
 def test_command_line(monkeypatch, arguments, address, warnings):
