@@ -212,9 +212,9 @@ def check_model_files(files: dict[str, Path | bytes]) -> Iterator[str]:
     if config.get("model_type") != LLaDAMedVConfig.model_type:
         yield f"config.json is of a model of type {config.get('model_type')!r}, not 'lladamedv' (see lladamedv convert)"
         return
-    auto_map = config.get("auto_map", {})
+    auto_map = _texts_of(config, "auto_map")
     yield from (f"`auto_map` in config.json lacks {name}" for name in AUTO_CLASSES if name not in auto_map)
-    if "AutoProcessor" not in contents.get("processor_config.json", {}).get("auto_map", {}):
+    if "AutoProcessor" not in _texts_of(contents.get("processor_config.json", {}), "auto_map"):
         yield "`auto_map` in processor_config.json lacks AutoProcessor"
     for reference in sorted(set(auto_map.values())):
         module, _, name = reference.rpartition(".")
@@ -227,6 +227,12 @@ def check_model_files(files: dict[str, Path | bytes]) -> Iterator[str]:
         if name.endswith(".py"):
             missing = [module for module in get_relative_imports(code) if f"{module}.py" not in files]
             yield from (f"{name} imports {module}.py, which is missing" for module in missing)
+
+
+def _texts_of(content: dict, name: str) -> dict[str, str]:
+    """The texts of an object in a file, none where there is no object."""
+    found = content.get(name)
+    return {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
 
 
 def check_adapter_files(files: dict[str, Path | bytes]) -> Iterator[str]:
@@ -275,7 +281,11 @@ def _check_weights(files: dict[str, Path | bytes], contents: dict[str, dict]) ->
     yield from problems
     if PROJECTOR in files:
         yield from _errors(read_header, files[PROJECTOR])
-    total = (contents.get(SAFE_WEIGHTS_INDEX_NAME, {}).get("metadata") or {}).get("total_size")
+    metadata = contents.get(SAFE_WEIGHTS_INDEX_NAME, {}).get("metadata") or {}
+    if not isinstance(metadata, dict):
+        yield f"`metadata` in {SAFE_WEIGHTS_INDEX_NAME} is no JSON object"
+        return
+    total = metadata.get("total_size")
     if total is not None and not problems:
         shards = [file for file in weights if file.match("model-*.safetensors")]
         # The first 8 bytes of a file are the length of its header.

@@ -151,6 +151,7 @@ def drop_auto_class(folder, name):
 
 
 TOKEN = "hf_" + "aB3" * 12
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize(
@@ -166,6 +167,10 @@ TOKEN = "hf_" + "aB3" * 12
         (lambda f: (f / "repetition_lladamedv.py").unlink(), "imports repetition_lladamedv.py, which is missing"),
         (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json is no JSON"),
         (lambda f: (f / "generation_config.json").write_text("[]"), "generation_config.json is no JSON object"),
+        (lambda f: edit_json(f / "config.json", auto_map=["x"]), "`auto_map` in config.json lacks AutoConfig"),
+        (lambda f: edit_json(f / "config.json", auto_map={"AutoModel": ["x"]}), "in config.json lacks AutoModel"),
+        (lambda f: edit_json(f / "processor_config.json", auto_map=5), "in processor_config.json lacks AutoProcessor"),
+        (lambda f: (f / INDEX).write_text('{"metadata": [1], "weight_map": {}}'), f"`metadata` in {INDEX} is no JSON"),
         (lambda f: (f / "notes.txt").write_bytes(b"\xff"), "notes.txt is not UTF-8"),
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-5]), "cannot be read: cut off"),
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes() + b"0"), "cannot be read: cut off"),

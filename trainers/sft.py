@@ -31,7 +31,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from lladamedv.hub_cards import is_hub_id
 from lladamedv.hub_cards.checks import PROJECTOR, check_model
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
-from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS, choose_preset
+from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
@@ -363,7 +363,7 @@ def load_model(
         if script_args.processor is not None:
             processor = LLaDAMedVProcessor.from_pretrained(os.path.expanduser(script_args.processor))
         elif checkpoint.is_released:
-            template = PRESETS[choose_preset(name, config.text_only)].chat_template
+            template = PRESETS[checkpoint.preset].chat_template
             processor = released_processor(checkpoint.folder, config, template, SPECIAL_TOKENS)
         else:
             processor = LLaDAMedVProcessor.from_pretrained(name, revision=revision)
