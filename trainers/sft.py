@@ -35,7 +35,7 @@ from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOK
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
-from lladamedv.processing.released import released_processor
+from lladamedv.processing.released import checkpoint_processor
 
 from .data import STOPPING_STRATEGIES, DataSource, load_dataset_mixture
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
@@ -362,11 +362,8 @@ def load_model(
     try:
         if script_args.processor is not None:
             processor = LLaDAMedVProcessor.from_pretrained(os.path.expanduser(script_args.processor))
-        elif checkpoint.is_released:
-            template = PRESETS[checkpoint.preset].chat_template
-            processor = released_processor(checkpoint.folder, config, template, SPECIAL_TOKENS)
         else:
-            processor = LLaDAMedVProcessor.from_pretrained(name, revision=revision)
+            processor = checkpoint_processor(checkpoint, PRESETS, SPECIAL_TOKENS)
     except Exception as error:  # the tokenizers library has no kind of its own
         raise ValueError(f"`processor` is {script_args.processor!r}; none can be loaded: {error}") from error
     if script_args.chat_template is not None:
