@@ -223,7 +223,7 @@ def test_no_picture_is_on_both_sides(shipped, tmp_path):
     texts = datasets.Dataset.from_list([{"messages": chat(f"Q{number // 2}?"), "images": []} for number in range(8)])
     train, held_out, _ = split_by_image(texts, 0.5, 0, open_image)
     assert len(train) == len(held_out) == 4 and not any(each in train["messages"] for each in held_out["messages"])
-    with pytest.raises(ValueError, match=r"`eval_split` is 0.5, but all rows show the same images"):
+    with pytest.raises(ValueError, match=r"--eval_split is 0.5, but all rows show the same images"):
         split_by_image(dataset.select([1, 2, 3]), 0.5, 0, open_image)
 
 

@@ -282,20 +282,20 @@ def test_malformed_records_stop_or_are_counted(folder, streaming):
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ([], "`train_data` is empty"),
+        ([], "--train_data is empty"),
         (["none.json"], "'none.json', of which train cannot be loaded: no such file or folder; allowed are a Hub id"),
         (["me/none@abc"], "'me/none@abc', of which train cannot be loaded: .*me/none"),
-        ([{"path": "a.json", "wieght": 1}], "`train_data` holds .*'wieght'.*; allowed are `path` and"),
-        ([{"path": "phantoms:1:2", "weight": 0}], r"`weight` of `train_data` is \[0\]; allowed are numbers above 0"),
-        (["phantoms:1:2", {"path": "phantoms:1:2", "weight": 1}], r"`weight` of `train_data` is \[None, 1\]"),
+        ([{"path": "a.json", "wieght": 1}], "--train_data holds .*'wieght'.*; allowed are `path` and"),
+        ([{"path": "phantoms:1:2", "weight": 0}], r"`weight` of --train_data is \[0\]; allowed are numbers above 0"),
+        (["phantoms:1:2", {"path": "phantoms:1:2", "weight": 1}], r"`weight` of --train_data is \[None, 1\]"),
         (["phantoms:1:x"], "'phantoms:1:x', which cannot be loaded: allowed is SEED:COUNT,"),
         (["phantoms:1:2:moving"], "'phantoms:1:2:moving'.*'closed', 'open', 'description'"),
-        (["vqa:slke"], "`train_data` holds 'vqa:slke', which cannot be loaded: `benchmark` is 'slke'; allowed are"),
+        (["vqa:slke"], "--train_data holds 'vqa:slke', which cannot be loaded: `benchmark` is 'slke'; allowed are"),
     ],
 )
 def test_sources_that_are_none(sources, message, streaming):
     with pytest.raises(ValueError, match=message):
-        load(*sources, streaming=streaming, argument="train_data")
+        load(*sources, streaming=streaming, argument="--train_data")
 
 
 @WHOLE_AND_STREAMED

@@ -227,9 +227,8 @@ def split_by_image(
         The rows to train on and those to evaluate on, in their order, and the number of different pictures in each.
 
     Raises:
-        ValueError: for a streamed data set, or one whose rows all belong together.
+        ValueError: if all rows belong together.
     """
-    _refuse_streams(dataset, "eval_split")
     plain, seen = undecoded(dataset), {}
 
     def content_of(row) -> list[str]:
@@ -249,7 +248,7 @@ def split_by_image(
             members.setdefault(id(groups[content[0]]), []).append(number)
     if len(members) < 2:
         raise ValueError(
-            f"`eval_split` is {share}, but all rows show the same images; to hold some out, at least two images that "
+            f"--eval_split is {share}, but all rows show the same images; to hold some out, at least two images that "
             "no row shows together are needed."
         )
     held_out, wanted = [], share * len(plain)
@@ -270,7 +269,8 @@ def pack_rows(dataset: datasets.Dataset, max_questions: int) -> datasets.Dataset
     Raises:
         ValueError: for a row with more or less than one image or one answer, or a streamed data set.
     """
-    _refuse_streams(dataset, "pack_questions")
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError("`pack_questions` needs to see the whole data set, and this one is streamed.")
     open_groups, groups = {}, []  # a row of a group: its number, name and messages
     for number, row in enumerate(undecoded(dataset)):
         images, name = images_of(row), str(row["id"] if row.get("id") is not None else f"row {number}")
@@ -294,11 +294,6 @@ def pack_rows(dataset: datasets.Dataset, max_questions: int) -> datasets.Dataset
     packed = packed.remove_columns([name for name in ("messages", "id") if name in packed.column_names])
     packed = packed.add_column("messages", [[turn for _, _, turns in group for turn in turns] for group in groups])
     return packed.add_column("id", [" + ".join(name for _, name, _ in group) for group in groups])
-
-
-def _refuse_streams(dataset, option: str) -> None:
-    if not isinstance(dataset, datasets.Dataset):
-        raise ValueError(f"`{option}` needs to see the whole data set, and this one is streamed.")
 
 
 __all__ = ["RowReport", "pack_rows", "prepare_rows", "split_by_image"]
