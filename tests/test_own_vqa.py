@@ -4,16 +4,12 @@ import base64
 import csv
 import io
 import json
-import logging
-import shutil
 import zipfile
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 from PIL import Image
-from pydicom.data import get_testdata_file
 
 from lladamedv.evaluation import vqa
 from lladamedv.hub_cards.results import EvaluationResults
@@ -236,40 +232,3 @@ def test_local_files_are_no_benchmark_because_they_are_called_so(shipped, tmp_pa
     assert results.to_eval_results() == results.to_entries() == []
     assert results.title == "Own data, read as VQA-RAD (test)" and results.warning.startswith("Own data")
     assert results.protocol["test images in train"] == "not known" and summary["complete"]
-
-
-def test_own_pictures_are_seen_as_everywhere(shipped, tmp_path):
-    """A DICOM file, a 16-bit picture and one in an archive are answered as when the processor is asked directly."""
-    model, processor = shipped
-    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    shutil.copy(get_testdata_file("CT_small.dcm"), tmp_path / "ct.dcm")
-    names = ["ramp.png", "ct.dcm"]
-    (tmp_path / "own.json").write_text(
-        json.dumps([{"question": "Describe the image.", "answer": "a", "image": name} for name in names])
-    )
-    options = {"max_new_tokens": 24, "block_length": 8, "steps": 24}
-    data = load_own_vqa(tmp_path / "own.json")
-    summary = vqa.evaluate_vqa(*shipped, *data, tmp_path / "run", **SHORT | {"options": options}, batch_size=1)
-    assert summary["complete"] and summary["benchmark"] == "own-data"
-    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").open()]
-    for name, line in zip(names, lines, strict=True):
-        content = [{"type": "image", "image": str(tmp_path / name)}, {"type": "text", "text": "Describe the image."}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
-            return_tensors="pt",
-        )  # fmt: skip
-        output = model.generate(**inputs, tokenizer=processor.tokenizer, **options)
-        answer = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
-        assert line["prediction"] == answer.strip()
-
-
-def test_what_was_left_out_makes_a_report_incomplete(shipped, tmp_path, caplog):
-    caplog.set_level(logging.ERROR)
-    data = load_own_vqa(CASES / "pq" / "odd.json")
-    summary = vqa.evaluate_vqa(*shipped, *data, tmp_path, **SHORT)
-    assert not summary["complete"] and summary["left_out"] == ["4"]
-    for asked in (4, 1):  # all that are left, or a part of them
-        text = vqa.render_summary(summary | {"num_questions": asked})
-        assert "**INCOMPLETE: 1 of 5 records were not asked: no image, or invalid (4).**" in text
-    assert not EvaluationResults.from_file(tmp_path / "summary.json").complete
