@@ -1,5 +1,5 @@
-"""Closed forms of the loss. The authors' numbers are in tests/parity; tests/properties compares random cases, losses and
-gradients, with a loss that is written down token by token."""
+"""Closed forms of the loss. The authors' numbers are in tests/parity; tests/properties compares losses and gradients of
+random cases with a loss that is written down token by token."""
 
 import pytest
 import torch

@@ -479,7 +479,7 @@ def broken(**changes):
     [
         ({"messages": [{"role": "user", "content": "Is it?"}]}, "no assistant turn"),
         (chat("Is it?", " "), "no assistant turn"),
-        ({"messages": chat("Is it?", "")["messages"] + chat("Where?", "Left.")["messages"]}, "an assistant turn is empty"),
+        ({"messages": chat("Is it?", "")["messages"] + chat("Where?", "No")["messages"]}, "an assistant turn is empty"),
         (chat("<image> or <image>?", "No."), "2 <image> for 1 images"),
         (chat("<ima<image>ge>?", "No."), "2 <image> for 1 images"),
         ({"images": []} | chat("<image>?", "No."), "1 <image> for 0 images"),

@@ -145,10 +145,10 @@ def prepare_rows(dataset, name: str, length_of: Callable, collator, args):
     Raises:
         ValueError: for a bad row, if that is what the options say, or if no row is left.
     """
-    dataset = undecoded(dataset)
-    streamed = isinstance(dataset, datasets.IterableDataset)
-    report, read, seen = RowReport(None if streamed and args.dataloader_num_workers else 0), 0, {}
-    open_image, max_length = collator.processor.image_processor.fetch_images, collator.max_length
+    dataset, open_image = undecoded(dataset), collator.processor.image_processor.fetch_images
+    streamed, seen = isinstance(dataset, datasets.IterableDataset), {}
+    report = RowReport(None if streamed and args.dataloader_num_workers else 0)
+    check = _RowCheck(name, length_of, collator.max_length, args, report)
 
     def look_at(row) -> list | Exception:
         try:
@@ -156,48 +156,65 @@ def prepare_rows(dataset, name: str, length_of: Callable, collator, args):
         except Exception as error:  # a stream's rows may hold anything
             return error
 
-    def good(row, number, pixels) -> bool:
-        nonlocal read
-        option, value, problem = "invalid_rows", "skip", None
-        try:
-            if isinstance(pixels, Exception):
-                raise pixels
-            length = length_of({**row, "image": None, "images": [_blank(size) for _, size in pixels]})
-            if length > max_length:
-                option, value = "long_rows", "drop"
-                problem = InvalidRecordError(f"more than {max_length} tokens", str(length))
-        except InvalidRecordError as error:
-            problem = error
-        except Exception as error:  # whatever it is, training would end with it
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            problem = InvalidRecordError("it cannot be read", kind + one_line(error))
-        if problem is not None and getattr(args, option) != value:
+    if streamed:
+        dataset = dataset.filter(lambda row, number: check(row, number, look_at(row)), with_indices=True)
+        if next(iter(dataset), None) is None:
+            raise ValueError(f"`{name}` is a stream of which no row can be trained on: {report.summary()}.")
+        return dataset, report
+    looked_at = _in_parallel(look_at, dataset, f"Checking {name}", args.disable_tqdm)
+    keep = [number for number, row, pixels in looked_at if check(row, number, pixels)]
+    if not keep:
+        raise ValueError(f"`{name}` has {len(dataset)} rows, of which none can be trained on: {report.summary()}.")
+    return (dataset if len(keep) == len(dataset) else dataset.select(keep)), report
+
+
+@dataclass
+class _RowCheck:
+    """Whether a row is trained on. The fields are what [`prepare_rows`] has; the report is kept up to date."""
+
+    name: str
+    length_of: Callable
+    max_length: int
+    args: object
+    report: RowReport
+    num_read: int = 0  # a look at the first rows, or another epoch, counts nothing twice
+
+    def __call__(self, row: dict, number: int, pixels: list | Exception) -> bool:
+        problem, option, value = self._problem(row, pixels)
+        named = _row_name(row, number)
+        if problem is not None and getattr(self.args, option) != value:
             raise ValueError(
-                f"`{name}` cannot be trained on: {_row_name(row, number)} has a problem: {problem}. Correct it, or "
-                f"leave such rows out with {option}={value!r}."
+                f"`{self.name}` cannot be trained on: {named} has a problem: {problem}. Correct it, or leave such "
+                f"rows out with {option}={value!r}."
             ) from problem
-        if report.kept is not None and number >= read:  # not read before, by a look at the first rows or an epoch
-            read = number + 1
+        report = self.report
+        if report.kept is not None and number >= self.num_read:
+            self.num_read = number + 1
             if problem is None:
                 report.kept += 1
                 report.without_images += not pixels
             else:
                 report.left_out[problem.reason] += 1
-                report.rows.setdefault(problem.reason, []).append(_row_name(row, number))
+                report.rows.setdefault(problem.reason, []).append(named)
         if problem is not None:
-            logger.warning("%s: %s left out, %s", name, _row_name(row, number), problem)
+            logger.warning("%s: %s left out, %s", self.name, named, problem)
         return problem is None
 
-    if streamed:
-        dataset = dataset.filter(lambda row, number: good(row, number, look_at(row)), with_indices=True)
-        if next(iter(dataset), None) is None:
-            raise ValueError(f"`{name}` is a stream of which no row can be trained on: {report.summary()}.")
-        return dataset, report
-    looked_at = _in_parallel(look_at, dataset, f"Checking {name}", args.disable_tqdm)
-    keep = [number for number, row, pixels in looked_at if good(row, number, pixels)]
-    if not keep:
-        raise ValueError(f"`{name}` has {len(dataset)} rows, of which none can be trained on: {report.summary()}.")
-    return (dataset if len(keep) == len(dataset) else dataset.select(keep)), report
+    def _problem(self, row: dict, pixels: list | Exception) -> tuple[InvalidRecordError | None, str, str]:
+        """What is wrong with a row, and the option that leaves such rows out, with its value."""
+        problem = None
+        try:
+            if isinstance(pixels, Exception):
+                raise pixels
+            length = self.length_of({**row, "image": None, "images": [_blank(size) for _, size in pixels]})
+            if length > self.max_length:
+                return InvalidRecordError(f"more than {self.max_length} tokens", str(length)), "long_rows", "drop"
+        except InvalidRecordError as error:
+            problem = error
+        except Exception as error:  # whatever it is, training would end with it
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            problem = InvalidRecordError("it cannot be read", kind + one_line(error))
+        return problem, "invalid_rows", "skip"
 
 
 def _row_name(row: dict, number: int) -> str:

@@ -110,7 +110,7 @@ class SFTScriptArguments:
             raise ValueError(f"--eval_split is {self.eval_split}; allowed are numbers between 0 and 1, as in 0.1.")
         if self.eval_split is not None and self.streaming:
             raise ValueError(
-                f"--eval_split is {self.eval_split} and --streaming is given; to be split, data must be read as a whole."
+                f"--eval_split is {self.eval_split} and --streaming is given; to be split, data must be read whole."
             )
         if self.shuffle_buffer < 1:
             raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; allowed are whole numbers of at least 1.")
@@ -257,8 +257,8 @@ def build_trainer(
     """
     if training_args.push_to_hub and model_args.use_peft and not is_hub_id(model_args.model_name_or_path or ""):
         raise ValueError(
-            f"--push_to_hub is given, but the adapters' model is {model_args.model_name_or_path!r}, which others do not "
-            "have; train on a model of the Hub, or push afterwards: lladamedv push FOLDER REPO --base-model HUB_ID."
+            f"--push_to_hub is given, but the adapters' model is {model_args.model_name_or_path!r}, which others do "
+            "not have; train on a model of the Hub, or push afterwards: lladamedv push FOLDER REPO --base-model HUB_ID."
         )
     set_seed(training_args.seed)  # of random weights
     model, processor = load_model(script_args, model_args)
