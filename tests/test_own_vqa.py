@@ -14,6 +14,7 @@ from PIL import Image
 from lladamedv.evaluation import vqa
 from lladamedv.hub_cards.results import EvaluationResults
 from lladamedv.processing.datasets import load_own_vqa, load_vqa
+from lladamedv.processing.datasets.columns import derived_answer_type
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -144,20 +145,17 @@ def test_what_tables_mean_by_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "message"),
+    ("record", "message"),
     [
-        (CASES / "rad" / "latin.json", "latin.json' is not in UTF-8 .*; save it in that encoding"),
         ({"frage": "?", "answer": "a", "image": "a"}, "none of its columns .*'frage'.* is its question; such"),
         ({"question": "?", "image": "a"}, "is its answer; such are called answer, answers, ground_truth"),
         ({"question": "?", "answer": "yes"}, "is its image; such are called image"),
     ],
 )
-def test_files_that_are_refused(tmp_path, file, message):
-    if isinstance(file, dict):
-        (tmp_path / "own.json").write_text(json.dumps([file]))
-        file = tmp_path / "own.json"
+def test_columns_that_are_missing(tmp_path, record, message):
+    (tmp_path / "own.json").write_text(json.dumps([record]))
     with pytest.raises(ValueError, match=message):
-        load_own_vqa(file)
+        load_own_vqa(tmp_path / "own.json")
 
 
 @pytest.mark.parametrize(
@@ -170,10 +168,8 @@ def test_files_that_are_refused(tmp_path, file, message):
         ("nodule", "open"), ("true lumen", "open"), ("", "open"),
     ],
 )  # fmt: skip
-def test_answer_types_that_are_not_given(tmp_path, answer, answer_type):
-    (tmp_path / "a.png").write_bytes(picture())
-    (tmp_path / "own.json").write_text(json.dumps([{"question": "?", "answer": answer, "image": "a.png"}]))
-    assert rows_of(tmp_path / "own.json")[0][0][3] == answer_type
+def test_answer_types_that_are_not_given(answer, answer_type):
+    assert derived_answer_type(answer) == answer_type
 
 
 def test_pictures_in_other_places(tmp_path):
