@@ -165,17 +165,11 @@ def test_an_archive_that_is_none(slake_folder):
 
 
 @WHOLE_AND_STREAMED
-@pytest.mark.parametrize("kind", ["parquet", "saved splits", "without features"])
-def test_vqa_rad_from_tables(tmp_path, kind, streaming):
-    table, path = embedded(VQA_RAD), tmp_path / "data"
-    if kind in ("parquet", "without features"):
-        path = tmp_path / "data.parquet"
-        if kind == "without features":
-            table = datasets.Dataset.from_list([{**each, "image": {"bytes": each["image"]}} for each in VQA_RAD])
-        table.to_parquet(path)
-    else:
-        datasets.DatasetDict({"test": table}).save_to_disk(path)
-    dataset, report = load_vqa("vqa-rad", path=path, streaming=streaming)
+@pytest.mark.parametrize("with_features", [True, False])
+def test_vqa_rad_from_a_table(tmp_path, with_features, streaming):
+    without = datasets.Dataset.from_list([{**each, "image": {"bytes": each["image"]}} for each in VQA_RAD])
+    (embedded(VQA_RAD) if with_features else without).to_parquet(tmp_path / "data.parquet")
+    dataset, report = load_vqa("vqa-rad", path=tmp_path / "data.parquet", streaming=streaming)
     assert isinstance(dataset, datasets.IterableDataset) == streaming and dataset.features == VQA_FEATURES
     assert read(dataset) == (
         [("100", "Q0?", "Yes", "closed"), ("101", "Q1?", "left lung", "open"), ("102", "Q2?", "left", "closed")],

@@ -222,13 +222,13 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         self._signature_columns = ["messages", "image", "images", "id", self.args.length_column_name]
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
-        """As in `Trainer`; rows that are given here are looked at, as those given to the trainer were."""
+        """As in `Trainer`; rows that are given here are checked, as those given to the trainer were."""
         if eval_dataset is not None and not isinstance(eval_dataset, (dict, str)):  # of a dict, each comes by itself
             eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def predict(self, test_dataset, *args, **kwargs):
-        """As in `Trainer`, of rows that are looked at; there are metrics and no predictions."""
+        """As in `Trainer`, of rows that are checked; it returns metrics and no predictions."""
         return super().predict(self._prepare_rows(test_dataset, "test_dataset"), *args, **kwargs)
 
     # How a run begins, goes on and ends
@@ -284,7 +284,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
     # Noise and loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As in `Trainer`; every batch learns its place in, and the size of, the whole batch of this optimizer step."""
+        """As in `Trainer`; each batch gets its place in the whole batch of this optimizer step, and that batch's size."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:  # the end of a stream
             return batches, num_items_in_batch

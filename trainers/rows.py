@@ -1,4 +1,4 @@
-"""Rows before they are trained on: every one is looked at, some are held out by image, questions about an image packed.
+"""Rows before training: each is checked, some are held out by image, questions about one image are packed.
 
 A row is what TRL calls conversational: `messages`, `images` (or `image`), and perhaps an `id`.
 """
@@ -33,8 +33,8 @@ _CHUNK = 256  # rows in memory at a time
 class RowReport:
     """What became of the rows of a data set.
 
-    Of a streamed data set it tells what was read so far, in the longest of its passes. It counts nothing where
-    dataloader workers read the stream: that happens in other processes.
+    Of a streamed data set it counts what was read so far, in the longest of its passes; nothing is counted where
+    dataloader workers read the stream, in other processes.
 
     Attributes:
         kept, without_images: number of rows to train on, and of those of them without an image; `kept` is `None` if
@@ -70,7 +70,7 @@ class RowReport:
 
 
 def image_key(image) -> str:
-    """What tells images apart without decoding them: their path, or a digest of their bytes."""
+    """The same for the same image, which is not decoded: its path, or a digest of its bytes."""
     if isinstance(image, (str, Path)):
         return str(image)
     if isinstance(image, Image.Image):
@@ -109,7 +109,7 @@ def pixels_of(row: dict, open_image: Callable, seen: dict[str, tuple | Exception
 
 @lru_cache(maxsize=16)
 def _blank(size: tuple[int, int]) -> Image.Image:
-    """Stands for an image of which nothing but the size matters."""
+    """A black image in place of one of which only the size matters."""
     return Image.new("RGB", size)
 
 
@@ -129,10 +129,10 @@ def _in_parallel(function, dataset: datasets.Dataset, title: str, disable_tqdm: 
 
 
 def prepare_rows(dataset, name: str, length_of: Callable, collator, args):
-    """Look at every row, and decode every image once, before anything is trained.
+    """Check every row, and decode every image once, before training starts.
 
     Args:
-        dataset: `datasets.Dataset`; of an `IterableDataset` the rows are looked at as they come, and counted if they
+        dataset: `datasets.Dataset`; of an `IterableDataset` the rows are checked as they come, and counted if they
             are read in this process.
         name: of the data set, for messages.
         length_of: function from a row to its number of tokens; it refuses rows that cannot be trained on, as

@@ -22,7 +22,7 @@ from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import set_seed
+from transformers import AutoModelForImageTextToText, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
@@ -117,14 +117,14 @@ class SFTScriptArguments:
 
 
 class _Parser(TrlParser):
-    """Ends on wrong flags with one line and exit code 2: their usage alone would fill some screens."""
+    """Wrong flags end in one line and exit code 2: the usage that argparse prints would fill some screens."""
 
     def error(self, message: str):
         self.exit(2, f"lladamedv: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:  # Transformers would say so only after it has taken up the others
+        if unknown:  # Transformers refuses them only after the others are parsed
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown
 
@@ -201,11 +201,11 @@ def _run(arguments: Sequence[str] | None) -> None:
         sys.exit(f"lladamedv: {' '.join(str(error).splitlines())}")
     try:
         if not script_args.streaming:
-            _tell_reports(trainer, script_args, reports)
+            _write_reports(trainer, script_args, reports)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(_internal_call=True)  # not pushed yet
-        if script_args.streaming:  # only now is it known what became of the data
-            _tell_reports(trainer, script_args, reports)
+        if script_args.streaming:  # the reports are complete only now
+            _write_reports(trainer, script_args, reports)
         trainer.create_model_card(Path(training_args.output_dir).name)
         if training_args.should_save and training_args.trainable == "projector" and not model_args.use_peft:
             _write_projector(training_args.output_dir)
@@ -299,7 +299,7 @@ def build_trainer(
     return trainer, reports
 
 
-def _tell_reports(trainer: MaskedDiffusionSFTTrainer, script_args: SFTScriptArguments, reports: list[LoadReport]):
+def _write_reports(trainer: MaskedDiffusionSFTTrainer, script_args: SFTScriptArguments, reports: list[LoadReport]):
     """Print what became of the data, and put it, with every row that was left out, into `output_dir/data_report.json`:
     an object for each source, and one for each data set whose rows were checked."""
     entries = []
@@ -333,31 +333,19 @@ def load_model(
     if name is None:
         raise ValueError(f"--model_name_or_path is not given; allowed are a folder, a Hub id, or {DEMO!r}.")
     name = str(files("lladamedv") / "demo_model") if name == DEMO else os.path.expanduser(name)
+    revision, quantization = model_args.model_revision, quantization_config(script_args, model_args)
     try:
-        checkpoint, options = check_model(name, model_args.model_revision, with_weights=not script_args.from_scratch)
-    except ValueError as error:
-        raise ValueError(f"--model_name_or_path is {name!r}, which cannot be loaded: {error}") from error
-    config, revision = options["config"], model_args.model_revision
-    quantization = quantization_config(script_args, model_args)
-    if script_args.from_scratch and (quantization is not None or checkpoint.is_released):
-        raise ValueError("--from_scratch needs a folder of this package's own format, without quantisation.")
-    try:
+        checkpoint, options = check_model(name, revision, with_weights=not script_args.from_scratch)
         if script_args.from_scratch:
-            model = LLaDAMedVForConditionalGeneration._from_config(
-                config, attn_implementation=model_args.attn_implementation
-            )
-            if not config.text_only:
-                # SigLIP's own random position embeddings drown what small patches show; these are a ViT's.
-                nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.02)
-            model.generation_config = LLaDAMedVGenerationConfig.from_pretrained(name, revision=revision)
-            if model_args.dtype not in (None, "auto"):
-                model.to(getattr(torch, model_args.dtype))
+            if quantization is not None or checkpoint.is_released:
+                raise ValueError("--from_scratch needs a folder of this package's own format, without quantisation")
+            model = _random_model(name, checkpoint.config, model_args)
         else:
             model = LLaDAMedVForConditionalGeneration.from_pretrained(
                 name, revision=revision, dtype=model_args.dtype, quantization_config=quantization,
                 attn_implementation=model_args.attn_implementation, **options,
             )  # fmt: skip
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"--model_name_or_path is {name!r}, which cannot be loaded: {error}") from error
     try:
         if script_args.processor is not None:
@@ -371,6 +359,16 @@ def load_model(
         several = isinstance(processor.chat_template, dict)
         processor.chat_template = {**processor.chat_template, "default": template} if several else template
     return model, processor
+
+
+def _random_model(name: str, config, model_args: ModelConfig) -> LLaDAMedVForConditionalGeneration:
+    """A model of a configuration with random weights, and the generation options of the checkpoint."""
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=model_args.attn_implementation)
+    if not config.text_only:
+        # SigLIP's own random position embeddings drown what small patches show; these are a ViT's.
+        nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.02)
+    model.generation_config = LLaDAMedVGenerationConfig.from_pretrained(name, revision=model_args.model_revision)
+    return model if model_args.dtype in (None, "auto") else model.to(getattr(torch, model_args.dtype))
 
 
 def quantization_config(script_args: SFTScriptArguments, model_args: ModelConfig):
