@@ -284,7 +284,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
     # Noise and loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As in `Trainer`; each batch gets its place in the whole batch of this optimizer step, and that batch's size."""
+        """As in `Trainer`; each batch gets its place in the whole batch of this optimizer step, and its size."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:  # the end of a stream
             return batches, num_items_in_batch
