@@ -31,7 +31,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from lladamedv.hub_cards import is_hub_id
 from lladamedv.hub_cards.checks import PROJECTOR, check_model
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
-from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS
+from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS, Checkpoint, resolve_source
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
@@ -333,17 +333,18 @@ def load_model(
     if name is None:
         raise ValueError(f"--model_name_or_path is not given; allowed are a folder, a Hub id, or {DEMO!r}.")
     name = str(files("lladamedv") / "demo_model") if name == DEMO else os.path.expanduser(name)
-    revision, quantization = model_args.model_revision, quantization_config(script_args, model_args)
+    quantization = quantization_config(script_args, model_args)
     try:
-        checkpoint, options = check_model(name, revision, with_weights=not script_args.from_scratch)
+        folder = resolve_source(name, model_args.model_revision)
+        checkpoint = check_model(folder, name, with_weights=not script_args.from_scratch)
         if script_args.from_scratch:
             if quantization is not None or checkpoint.is_released:
                 raise ValueError("--from_scratch needs a folder of this package's own format, without quantisation")
-            model = _random_model(name, checkpoint.config, model_args)
+            model = _random_model(checkpoint, model_args)
         else:
-            model = LLaDAMedVForConditionalGeneration.from_pretrained(
-                name, revision=revision, dtype=model_args.dtype, quantization_config=quantization,
-                attn_implementation=model_args.attn_implementation, **options,
+            model = checkpoint.load(
+                LLaDAMedVForConditionalGeneration, dtype=model_args.dtype, quantization_config=quantization,
+                attn_implementation=model_args.attn_implementation,
             )  # fmt: skip
     except (OSError, ValueError) as error:
         raise ValueError(f"--model_name_or_path is {name!r}, which cannot be loaded: {error}") from error
@@ -361,13 +362,14 @@ def load_model(
     return model, processor
 
 
-def _random_model(name: str, config, model_args: ModelConfig) -> LLaDAMedVForConditionalGeneration:
-    """A model of a configuration with random weights, and the generation options of the checkpoint."""
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation=model_args.attn_implementation)
-    if not config.text_only:
+def _random_model(checkpoint: Checkpoint, model_args: ModelConfig) -> LLaDAMedVForConditionalGeneration:
+    """A model of a checkpoint's configuration with random weights, and the checkpoint's generation options."""
+    options = {"attn_implementation": model_args.attn_implementation}
+    model = AutoModelForImageTextToText.from_config(checkpoint.config, **options)
+    if not checkpoint.config.text_only:
         # SigLIP's own random position embeddings drown what small patches show; these are a ViT's.
         nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.02)
-    model.generation_config = LLaDAMedVGenerationConfig.from_pretrained(name, revision=model_args.model_revision)
+    model.generation_config = LLaDAMedVGenerationConfig.from_pretrained(checkpoint.folder)
     return model if model_args.dtype in (None, "auto") else model.to(getattr(torch, model_args.dtype))
 
 
