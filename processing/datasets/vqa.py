@@ -373,10 +373,10 @@ def _own_place(path: Path, split: str | None) -> tuple[Path, str]:
 
 
 def _newest_revision(hub_id: str) -> str | None:
-    """The newest commit of a data set that no revision is known of, so that what was loaded can be told."""
+    """The newest commit of a data set of which no revision is pinned, so that the report can name it."""
     try:
         return HfApi().dataset_info(hub_id).sha
-    except Exception as error:  # what is wrong shows when it is loaded, unless a cache has it
+    except Exception as error:  # loading shows what is wrong, unless a cache has the data
         logger.warning("The newest revision of %s cannot be asked for: %s", hub_id, error)
         return None
 
@@ -416,7 +416,7 @@ def phantom_records(phantoms: dict) -> Iterator[tuple[str, dict]]:
 
 @dataclass
 class _Questions:
-    """The rows of a record, one for each of its questions. With `split`, of records whose column `split` says so."""
+    """The rows of a record, one for each of its questions. With `split`, only of records of that split."""
 
     images: ImageFiles
     report: VQAReport
