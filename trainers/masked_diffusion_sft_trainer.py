@@ -191,14 +191,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             raise ValueError(f"`{name}` is empty; at least one row is needed.")
         if "messages" not in columns:
             raise ValueError(f"`{name}` has the columns {sorted(columns)}; needed are `messages` and `images`.")
-        length_of = data_collator.row_length
-        if args.pack_questions is not None:
-            alone = DataCollatorForMaskedDiffusion(
-                processor=data_collator.processor, eos_padding=args.eos_padding,
-                eos_padding_to_multiple_of=args.eos_padding_to_multiple_of,
-            )  # fmt: skip
-            length_of = alone.row_length
-        dataset, report = prepare_rows(dataset, name, length_of, data_collator, args)
+        dataset, report = prepare_rows(dataset, name, data_collator, args)
         if args.pack_questions is not None:
             dataset = pack_rows(dataset, args.pack_questions)
             report.packed_into = len(dataset)

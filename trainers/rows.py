@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -128,15 +128,13 @@ def _in_parallel(function, dataset: datasets.Dataset, title: str, disable_tqdm: 
 # Every row
 
 
-def prepare_rows(dataset, name: str, length_of: Callable, collator, args):
+def prepare_rows(dataset, name: str, collator, args):
     """Check every row, and decode every image once, before training starts.
 
     Args:
         dataset: `datasets.Dataset`; of an `IterableDataset` the rows are checked as they come, and counted if they
             are read in this process.
         name: of the data set, for messages.
-        length_of: function from a row to its number of tokens; it refuses rows that cannot be trained on, as
-            `messages.check_row` does.
         collator, args: of the trainer.
 
     Returns:
@@ -148,7 +146,8 @@ def prepare_rows(dataset, name: str, length_of: Callable, collator, args):
     dataset, open_image = undecoded(dataset), collator.processor.image_processor.fetch_images
     streamed, seen = isinstance(dataset, datasets.IterableDataset), {}
     report = RowReport(None if streamed and args.dataloader_num_workers else 0)
-    check = _RowCheck(name, length_of, collator.max_length, args, report)
+    alone = replace(collator, packed=False)  # rows are checked before they are packed
+    check = _RowCheck(name, alone.row_length, collator.max_length, args, report)
 
     def look_at(row) -> list | Exception:
         try:
@@ -170,7 +169,7 @@ def prepare_rows(dataset, name: str, length_of: Callable, collator, args):
 
 @dataclass
 class _RowCheck:
-    """Whether a row is trained on. The fields are what [`prepare_rows`] has; the report is kept up to date."""
+    """Whether a row is trained on; the report is kept up to date."""
 
     name: str
     length_of: Callable
