@@ -118,7 +118,7 @@ TWO_PROCESSES = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
-        (["--train_data", "me/none"], 1, "--train_data holds 'me/none', which cannot be loaded: "),
+        (["--train_data", "me/none"], 1, "--train_data holds 'me/none', of which train cannot be loaded: "),
         (["--model_name_or_path", "nobody/nothing"], 1, "--model_name_or_path is 'nobody/nothing', which cannot"),
         (["--learning_rate", "abc"], 2, "argument --learning_rate/--learning-rate: invalid float value: 'abc'"),
         (["--accelerate", "two.yaml", "--learning_rate", "abc"], 2, "argument --learning_rate/--learning-rate: inv"),
