@@ -517,6 +517,9 @@ def test_bad_rows(tmp_path, changes, reason):
         ({"vision_learning_rate": 0.1}, "`vision_learning_rate` is 0.1, but nothing of that part is trained, only pro"),
         ({"vision_learning_rate": -1.0}, "`vision_learning_rate` is -1.0"),
         ({"log_answers": 2}, "`log_answers` is 2, but there is no `eval_dataset`"),
+        ({"dataset_kwargs": {"text": "a"}}, "`dataset_kwargs` is .*; allowed is 'skip_prepare_dataset'"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True, which would part images"),
+        ({"activation_offloading": True}, "`activation_offloading` is True, but there is no GPU"),
     ],
 )
 def test_bad_options(tmp_path, options, message):

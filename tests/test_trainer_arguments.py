@@ -176,19 +176,6 @@ def test_what_the_constructor_refuses(tmp_path, options, error, message):
         MaskedDiffusionSFTTrainer(**{"model": tiny_model(), **defaults, **options})
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dataset_kwargs": {"text": "a"}}, "`dataset_kwargs` is .*; allowed is 'skip_prepare_dataset'"),
-        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True, which would part images"),
-        ({"activation_offloading": True}, "`activation_offloading` is True, but there is no GPU"),
-    ],
-)
-def test_values_that_are_refused(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        arguments(tmp_path, **options)
-
-
 # What TRL accepts instead of our own classes
 
 
