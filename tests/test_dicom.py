@@ -31,6 +31,7 @@ from pydicom.uid import (
 from lladamedv.processing.medical_images import MedicalImageError, read_dicom_series, read_medical_image
 from tests.dicom_files import dataset, item, look_up_table, sequence, to_bytes
 from tests.jpeg_lossless import encode
+from tests.reading import said
 
 
 # Hounsfield units −1024, −160, −60, 40, 239, 240 and 3071 at an intercept of −1024.
@@ -71,7 +72,7 @@ def test_window_functions(function, expected):
     result = read(dataset(STORED, bits=12, WindowCenter="40", WindowWidth="400", **CT, **elements))
     assert np.abs(np.asarray(result.image)[0, :, 0] - np.array(expected)).max() <= 0.501
     assert result.size == (1, 7)
-    assert result.steps == [
+    assert said(result) == [
         "modality LUT: slope 1, intercept -1024",
         f"window 40/400 (level/width) from the file, {function or 'LINEAR'}",
     ]
@@ -92,15 +93,15 @@ def test_windows_agree_with_pydicom(function, kind):
 
 def test_window_that_is_multi_valued_narrow_or_impossible():
     result = read(dataset(STORED, bits=12, WindowCenter=["40", "-600"], WindowWidth=["400", "1500"], **CT))
-    assert "window 40/400 (level/width) from the file (first of 2), LINEAR" in result.steps
+    assert "window 40/400 (level/width) from the file (first of 2), LINEAR" in said(result)
     assert np.asarray(result.image)[0, 3, 0] == 128
     narrow = dataset(np.array([[0, 1, 2]], np.uint8), WindowCenter="1", WindowWidth="0.5")
     assert grey(narrow).tolist() == [[0, 128, 255]]
-    assert "LINEAR needs a width" in read(narrow).steps[0]
+    assert "LINEAR needs a width" in said(read(narrow))[0]
     step = dataset(np.array([[0, 1, 2]], np.uint8), WindowCenter="1", WindowWidth="1")
     assert grey(step).tolist() == [[0, 255, 255]]  # everything up to level − 0.5 is black
     none = read(dataset(np.array([[0, 1, 2]], np.uint8), WindowCenter="1", WindowWidth="0"))
-    assert none.steps[0] == "window of the file not applied: its width is 0" and "percentiles" in none.steps[1]
+    assert said(none)[0] == "window of the file not applied: its width is 0" and "percentiles" in said(none)[1]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_windows_that_cannot_be_used_are_left_out(name, text, reason, caplog):
     stored = np.arange(900, dtype=np.uint16).reshape(30, 30) * 4
     file = to_bytes(dataset(stored, bits=12, **window)).replace(window[name].encode(), text)
     result = read_medical_image(file)
-    assert result.steps[0] == f"window of the file not applied: {reason}" and reason in caplog.text
+    assert said(result)[0] == f"window of the file not applied: {reason}" and reason in caplog.text
     low, high = np.percentile(stored, [0.5, 99.5])
     expected = np.clip((stored - low) / (high - low), 0, 1) * 255
     assert np.abs(np.asarray(result.image)[..., 0] - expected).max() <= 0.501
@@ -138,7 +139,7 @@ def test_rescaling_that_is_stated_in_part():
     ):
         result = read(dataset(STORED, bits=12, **window, **rescaling))
         assert np.abs(np.asarray(result.image)[0, :, 0] - expected).max() <= 0.501
-        assert result.steps[0] == f"modality LUT: {step}"
+        assert said(result)[0] == f"modality LUT: {step}"
     doubled = dataset(STORED, bits=12, RescaleSlope="2", WindowCenter="2048", WindowWidth="4096")
     assert np.abs(grey(doubled)[0] - np.clip((2 * STORED[0] - 2047.5) / 4095 + 0.5, 0, 1) * 255).max() <= 0.501
     negative = dataset(STORED, bits=12, RescaleSlope="-1", RescaleIntercept="1104", **window)
@@ -160,9 +161,9 @@ def test_hounsfield_windows_need_hounsfield_units():
             MedicalImageError, match="`window` is 'lung', a window in Hounsfield units, but `source` is"
         ):
             read(data, window="lung")
-        assert read(data, window="40/400").steps[-1] == "window 40/400 (level/width), LINEAR"
+        assert said(read(data, window="40/400"))[-1] == "window 40/400 (level/width), LINEAR"
     for elements in (CT, {"RescaleIntercept": "-1024"}, {**CT, "Modality": "XA", "RescaleType": "HU"}):
-        assert "preset lung" in read(dataset(STORED, bits=12, **elements), window="lung").steps[-1]
+        assert "preset lung" in said(read(dataset(STORED, bits=12, **elements), window="lung"))[-1]
 
 
 def test_presets_and_own_windows():
@@ -172,7 +173,7 @@ def test_presets_and_own_windows():
     assert np.abs(grey(data, window="lung")[0] - lung).max() <= 0.501
     assert grey(data, window="brain").tolist() == grey(data, window=(40, 80)).tolist()
     assert grey(data, window="brain")[0, 3] == round(40 / 79 * 255)
-    assert read(data, window="lung").steps[-1] == "window -600/1500 (level/width, preset lung), LINEAR"
+    assert said(read(data, window="lung"))[-1] == "window -600/1500 (level/width, preset lung), LINEAR"
     data.Modality = "MR"
     with pytest.raises(ValueError, match=r"`window` is 'lung', a window in Hounsfield units"):
         read(data, window="lung")
@@ -188,7 +189,7 @@ def test_percentiles_leave_padding_out():
     data = dataset(stored, bits=16, PixelPaddingValue=-2000)
     data["PixelPaddingValue"].VR = "SS"
     assert np.abs(grey(data) - expected).max() <= 0.501
-    steps = read(data).steps
+    steps = said(read(data))
     assert steps == [f"percentiles 0.5-99.5: {low:g} to {high:g}", "400 padding pixels left out: black"]
     unsigned = dataset(stored, bits=16, PixelPaddingValue=65536 - 2000)  # as many files have it
     unsigned["PixelPaddingValue"].VR = "US"
@@ -196,8 +197,8 @@ def test_percentiles_leave_padding_out():
     stored[:5] = -1990
     ranged = dataset(stored, bits=16, PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1980)
     ranged["PixelPaddingValue"].VR = ranged["PixelPaddingRangeLimit"].VR = "SS"
-    assert read(ranged).steps == steps
-    assert "padding" not in " ".join(read(dataset(stored, bits=16)).steps)
+    assert said(read(ranged)) == steps
+    assert "padding" not in " ".join(said(read(dataset(stored, bits=16))))
 
 
 def test_padding_is_black_whatever_is_white():
@@ -207,7 +208,7 @@ def test_padding_is_black_whatever_is_white():
     for photometric, expected in (("MONOCHROME2", shown), ("MONOCHROME1", 255 - shown)):
         data = dataset(stored, photometric, bits=12, PixelPaddingValue=7, **window)
         assert np.abs(grey(data)[0] - [0, 0, *expected]).max() <= 0.501
-        assert read(data).steps[-1] == "2 padding pixels left out: black"
+        assert said(read(data))[-1] == "2 padding pixels left out: black"
     assert grey(data, full_range=True)[0, :2].tolist() == [0, 0]
     assert grey(data, window=(100, 100))[0].tolist() == [0, 0, 0, 0, 0, 0]
     del data.PixelPaddingValue
@@ -221,7 +222,7 @@ def test_inversion_happens_once():
         elements = {"PresentationLUTShape": shape} if shape else {}
         result = read(dataset(GRADIENT, photometric, **window, **elements))
         assert np.array_equal(np.asarray(result.image)[..., 0], 255 - GRADIENT)
-        assert sum("inverted" in step for step in result.steps) == 1
+        assert sum("inverted" in step for step in said(result)) == 1
     assert np.array_equal(grey(dataset(GRADIENT, PresentationLUTShape="IDENTITY", **window)), GRADIENT)
 
 
@@ -230,7 +231,7 @@ def test_full_range_is_that_of_the_stored_bits():
     assert grey(dataset(np.array([[0, 4095]], np.uint16), bits=12), full_range=True).tolist() == [[0, 255]]
     signed = dataset(np.array([[-2048, 0, 2047]], np.int16), bits=12, **CT)
     assert grey(signed, full_range=True).tolist() == [[0, 128, 255]]
-    assert read(signed, full_range=True).steps == ["full range of 12 bits: -2048 to 2047"]
+    assert said(read(signed, full_range=True)) == ["full range of 12 bits: -2048 to 2047"]
 
 
 def test_look_up_tables():
@@ -238,7 +239,7 @@ def test_look_up_tables():
     data = dataset(stored, VOILUTSequence=sequence(look_up_table(10, 12, [0, 819, 4095]), look_up_table(0, 8, [7])))
     data.WindowCenter, data.WindowWidth = "1", "2"
     assert grey(data).tolist() == [[0, 0, 0, 51, 255, 255]]
-    assert read(data).steps == ["VOI LUT of the file: table of 3 entries (first of 2)"]
+    assert said(read(data)) == ["VOI LUT of the file: table of 3 entries (first of 2)"]
     # A table of more than 256 entries of 8 bits, packed two to a word; and one behind a rescaling to negative values.
     packed = item(LUTDescriptor=[1024, 0, 8], LUTData=(np.arange(1024) // 4).astype(np.uint8).tobytes())
     packed["LUTData"].VR, packed["LUTDescriptor"].VR = "OW", "US"
@@ -292,7 +293,7 @@ def test_first_mapped_value_of_either_sign():
 def test_tables_of_other_bits_than_declared(bits, entries):
     result = read(dataset(np.array([[0, 1, 2]], np.uint8), VOILUTSequence=sequence(look_up_table(0, bits, entries))))
     assert np.asarray(result.image)[0, :, 0].tolist() == [0, round(1000 / 4095 * 255), 255]
-    assert (f"{bits} bits declared, but scaled by its greatest value 4095" in result.steps[0]) == (bits != 12)
+    assert (f"{bits} bits declared, but scaled by its greatest value 4095" in said(result)[0]) == (bits != 12)
 
 
 @pytest.mark.parametrize("depth", [8, 16])
@@ -336,7 +337,7 @@ def test_colour_planes_and_ybr():
     ybr = np.array([[[90, 128, 128], [76, 85, 255], [0, 128, 128]]], np.uint8)
     result = read(dataset(ybr, "YBR_FULL"))
     assert np.abs(np.asarray(result.image).astype(int) - [[[90, 90, 90], [254, 0, 0], [0, 0, 0]]]).max() <= 1
-    assert result.steps == ["YBR_FULL to RGB"]
+    assert said(result) == ["YBR_FULL to RGB"]
     deep = rng.integers(0, 65536, (4, 6, 3), dtype=np.uint16)
     assert np.abs(np.asarray(read(dataset(deep, "RGB")).image) - deep / 257).max() <= 0.501
     with pytest.raises(ValueError, match="`window` is given, but `source` is in colour"):
@@ -351,11 +352,11 @@ def test_frames(caplog):
     data = dataset(frames, WindowCenter="127.5", WindowWidth="255", VOILUTFunction="LINEAR_EXACT")
     with caplog.at_level("INFO"):
         result = read(data, frame=3)
-    assert np.asarray(result.image)[1, 1, 0] == 30 and result.steps[0] == "frame 3 of 12 (from 0)"
+    assert np.asarray(result.image)[1, 1, 0] == 30 and said(result)[0] == "frame 3 of 12 (from 0)"
     assert result.size == (2, 2)
     assert {record.levelname for record in caplog.records} == {"INFO"}
     result = read(data)
-    assert np.asarray(result.image)[1, 1, 0] == 60 and "the middle one" in result.steps[0]
+    assert np.asarray(result.image)[1, 1, 0] == 60 and "the middle one" in said(result)[0]
     assert [record.levelname for record in caplog.records if record.levelname == "WARNING"] == ["WARNING"]
     for frame in (12, -1, 1.0, True):
         with pytest.raises(ValueError, match=r"`frame` is .*; allowed are whole numbers from 0 to 11"):
@@ -383,8 +384,8 @@ def test_enhanced_functional_groups():
     )
     assert grey(data, frame=0).tolist() == [[0, 0, 255]]  # −1000, 0, 1000 in 0 … 1000
     assert grey(data, frame=1).tolist() == [[128, 191, 255]]  # 0, 500, 1000 in −1000 … 1000
-    assert "modality LUT: slope 2, intercept -1000" in read(data, frame=0).steps
-    assert "modality LUT: slope 1, intercept 0" in read(data, frame=1).steps
+    assert "modality LUT: slope 2, intercept -1000" in said(read(data, frame=0))
+    assert "modality LUT: slope 1, intercept 0" in said(read(data, frame=1))
 
 
 def test_bits_beyond_the_stored_ones_do_not_count():
@@ -421,7 +422,7 @@ def test_floating_point_pixels():
     data.add_new("FloatPixelData", "OF", raw)
     assert np.abs(grey(data, window=(0.5, 1)) - np.clip(values * 255, 0, 255)).max() <= 0.501
     data.FloatPixelPaddingValue = float(values[-1, -1])
-    assert grey(data)[-1, -1] == 0 and read(data).steps[-1] == "1 padding pixels left out: black"
+    assert grey(data)[-1, -1] == 0 and said(read(data))[-1] == "1 padding pixels left out: black"
     with pytest.raises(MedicalImageError, match="`full_range` is given, but `source` has floating-point values"):
         read(data, full_range=True)
 
@@ -446,7 +447,7 @@ def test_pixels_that_are_not_square(caplog):
         assert result.size == (30, 60) and result.image.size == (60, 60)
         seen = np.asarray(result.image)[..., 0] > 105
         assert abs(seen.any(1).sum() - seen.any(0).sum()) <= 1 and abs(seen.sum() / (np.pi * 400) - 1) < 0.03
-        assert "high and " in result.steps[-1] and "stretched to 60 by 60" in result.steps[-1]
+        assert "high and " in said(result)[-1] and "stretched to 60 by 60" in said(result)[-1]
     wide = read(dataset(np.stack([disc.T] * 3, axis=-1), "RGB", PixelAspectRatio=["1", "2"]))
     assert wide.image.size == (60, 60) and wide.size == (60, 30)
     for square in ({}, {"PixelSpacing": ["0.5", "0.5"]}, {"PixelAspectRatio": ["1", "1"]}):
@@ -454,7 +455,7 @@ def test_pixels_that_are_not_square(caplog):
     assert not caplog.records
     for unusable in (["0", "1"], ["1", "-1"], ["1"], ["1", "0.001"]):
         result = read(dataset(disc, PixelSpacing=unusable), full_range=True)
-        assert result.image.size == (60, 30) and re.search("no pair of numbers above 0|not to scale", result.steps[-1])
+        assert result.image.size == (60, 30) and re.search("no pair of numbers above 0|not to scale", said(result)[-1])
     assert read(dataset(disc, PixelSpacing=["1", "0.5"]), full_range=True, max_pixels=3599).image.size == (60, 30)
 
 
@@ -463,17 +464,17 @@ def test_what_is_not_shown_is_said(caplog):
     data.add_new((0x6002, 0x0010), "US", 16)
     data.add_new((0x6002, 0x0011), "US", 16)
     data.add_new((0x6002, 0x3000), "OW", bytes(32))
-    assert read(data).steps[0] == "overlays of the file not shown: 1"
+    assert said(read(data))[0] == "overlays of the file not shown: 1"
     data.ICCProfile, data.RedPaletteColorLookupTableDescriptor = b"profile ", [1, 0, 16]
     data["RedPaletteColorLookupTableDescriptor"].VR = "US"
     assert {"supplemental colours of the file not shown", "colour profile of the file not applied"} < {
-        *read(data).steps
+        *said(read(data))
     }
     tiles = read(dataset(np.stack([GRADIENT] * 4), TotalPixelMatrixRows=32, TotalPixelMatrixColumns=32), frame=1)
-    assert "the frame is one tile of a larger picture" in tiles.steps
+    assert "the frame is one tile of a larger picture: only one of them is shown" in said(tiles)
     assert "only one of them is shown" in caplog.text
     blank = read(dataset(GRADIENT, WindowCenter="5000", WindowWidth="10"))
-    assert blank.steps[-1] == "the picture has one grey value only: 0" and "nothing can be seen" in caplog.text
+    assert said(blank)[-1] == "the picture has one grey value only: 0" and "one grey value only" in caplog.text
 
 
 def test_files_without_pixels():
@@ -673,7 +674,7 @@ def test_empty_elements_count_as_absent():
     data["PixelPaddingValue"].VR = "US"
     for name in ("ModalityLUTSequence", "VOILUTSequence", "SharedFunctionalGroupsSequence"):
         setattr(data, name, [])
-    assert read(data).steps == read(dataset(GRADIENT)).steps == ["percentiles 0.5-99.5: 1.275 to 253.725"]
+    assert said(read(data)) == said(read(dataset(GRADIENT))) == ["percentiles 0.5-99.5: 1.275 to 253.725"]
 
 
 def test_padding_does_not_decide_about_labels():

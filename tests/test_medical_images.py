@@ -21,6 +21,7 @@ from lladamedv.processing.medical_images import (
     read_medical_image,
 )
 from tests.dicom_files import SECRET, SECRET_DATE, SECRET_UID, dataset, item, sequence, to_bytes
+from tests.reading import said
 
 
 PIXELS = np.arange(256, dtype=np.uint16).reshape(16, 16)
@@ -70,8 +71,8 @@ def test_nobody_is_named(kind, tmp_path, caplog, recwarn, capsys):
     path = tmp_path / f"{SECRET}_{SECRET_DATE}.bin"
     path.write_bytes(file)
     result = read_medical_image(path)
-    assert result.steps and any("percentiles" in step for step in result.steps)
-    texts = [repr(result), str(result.image.info), *result.steps]
+    assert said(result) and any("percentiles" in step for step in said(result))
+    texts = [repr(result), str(result.image.info), *said(result)]
     assert not result.image.info and not result.image.getexif() and not hasattr(result.image, "filename")
     for broken in (file[:-40], file[: len(file) // 2], file[:200], file[100:], b"", SECRET.encode() * 50):
         path.write_bytes(broken)
@@ -202,7 +203,7 @@ def test_windows_and_backgrounds_as_they_are_typed():
     values = np.array([[-160, 42, 240]])
     for window in ("40/400", " 40 / 400", "4e1/400", "abdomen", (40, 400), [40.0, 400]):
         assert np.asarray(read_medical_image(values, window=window).image)[0, :, 0].tolist() == [0, 129, 255]
-    assert read_medical_image(values, window="40/400").steps == ["window 40/400 (level/width), LINEAR_EXACT"]
+    assert said(read_medical_image(values, window="40/400")) == ["window 40/400 (level/width), LINEAR_EXACT"]
     clear = Image.new("RGBA", (1, 1), (0, 0, 0, 0))
     for background in ("yellow", "#FFFF00", "#ff0", (255, 255, 0), [255, 255, 0]):
         assert read_medical_image(clear, background=background).image.getpixel((0, 0)) == (255, 255, 0)
@@ -259,13 +260,13 @@ def test_every_label_is_seen_through_every_door():
         result = read_medical_image(source)
         pixels = np.asarray(result.image)[..., 0]
         assert [pixels[0, 5], *pixels[0, :3], pixels[30, 0]] == [0, 51, 153, 255, 102]
-        assert "least and greatest value (as of a mask, different ones: 5): 0 to 5" in result.steps
+        assert "least and greatest value (as of a mask, different ones: 5): 0 to 5" in said(result)
 
 
 def test_steps_are_logged(caplog):
     with caplog.at_level("INFO"):
         result = read_medical_image(FILES["DICOM"])
-    assert len(caplog.records) == 1 and all(step in caplog.text for step in result.steps)
+    assert len(caplog.records) == 1 and all(step in caplog.text for step in said(result))
     assert "16 by 16 pixels" in caplog.text
 
 

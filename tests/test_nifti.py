@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lladamedv.processing.medical_images import read_medical_image
+from tests.reading import said
 
 
 SHAPE = (6, 7, 8)  # right, anterior, superior
@@ -71,14 +72,14 @@ def test_rotated_and_scaled_affine():
     file = nifti(volume()[::-1], affine)
     result = read_medical_image(file, slice_index=SUPERIOR, window=WINDOW)
     assert np.argwhere(np.asarray(result.image)[..., 0] == 255).tolist() == [[6 - ANTERIOR, 5 - RIGHT]]
-    assert not any("not to scale" in step for step in result.steps)
+    assert not any("not to scale" in step for step in said(result))
     coronal = read_medical_image(file, axis="coronal", slice_index=ANTERIOR, window=WINDOW)
     # 8 slices of 5 mm by 6 columns of 0.5 mm: every slice becomes ten rows, and the point is brightest in their middle.
     assert coronal.size == (8, 6) and coronal.image.size == (6, 80)
     pixels = np.asarray(coronal.image)[..., 0]
     assert np.unravel_index(pixels.argmax(), pixels.shape)[1] == 5 - RIGHT
     assert 10 * (7 - SUPERIOR) <= pixels[:, 5 - RIGHT].argmax() < 10 * (8 - SUPERIOR)
-    assert coronal.steps[-1] == "pixels are 5 high and 0.5 wide: stretched to 80 by 6 (height by width)"
+    assert said(coronal)[-1] == "pixels are 5 high and 0.5 wide: stretched to 80 by 6 (height by width)"
 
 
 @pytest.mark.parametrize("version", [nibabel.Nifti1Image, nibabel.Nifti2Image])
@@ -109,12 +110,12 @@ def test_percentiles_of_the_foreground():
     expected = np.clip((values[::-1, ::-1, 3].T - low) / (high - low), 0, 1) * 255
     result = read_medical_image(nifti(values), slice_index=3)
     assert np.abs(np.asarray(result.image)[..., 0] - expected).max() <= 0.501
-    assert result.steps[-1] == f"percentiles 1-99: {low:g} to {high:g}"
+    assert said(result)[-1] == f"percentiles 1-99: {low:g} to {high:g}"
     values[1, 1, 3] = np.nan
     values[0, 0, 3] = np.inf
     result = read_medical_image(nifti(values), slice_index=3)
     pixels = np.asarray(result.image)[..., 0]
-    assert "2 values are not finite" in result.steps
+    assert "2 values are not finite" in said(result)
     assert pixels[6 - 1, 5 - 1] == 0 and pixels[6, 5] == 255
     assert (grey(nifti(np.zeros(SHAPE, np.float32)), slice_index=3) == 0).all()
 
@@ -145,7 +146,7 @@ def test_every_label_of_a_mask_is_seen(labels, expected, rare):
     assert [pixels[3 * row, 3] for row in range(len(labels))] == expected
     assert (pixels[39] == expected[0]).all()
     one_value = len(labels) == 1
-    assert any(step.startswith("the picture has one grey value only") for step in result.steps) == one_value
+    assert any(step.startswith("the picture has one grey value only") for step in said(result)) == one_value
 
 
 def test_labels_that_are_not_finite_and_labels_by_the_hundred():
@@ -166,7 +167,7 @@ def test_times_and_slices(caplog):
     file = nifti(values)
     result = read_medical_image(file, slice_index=0, time_index=2, window=WINDOW)
     assert (np.asarray(result.image) == round(10 * 2.55)).all()
-    assert {"volume 2 of 3 (from 0)", "axial slice 0 of 8 (from 0)"} <= set(result.steps)
+    assert {"volume 2 of 3 (from 0)", "axial slice 0 of 8 (from 0)"} <= set(said(result))
     with pytest.raises(ValueError, match="`time_index` is not given, but there are 3 volumes; allowed are 0 to 2"):
         read_medical_image(file, slice_index=0)
     with pytest.raises(ValueError, match="`time_index` is 3; allowed are whole numbers from 0 to 2"):
@@ -180,7 +181,7 @@ def test_times_and_slices(caplog):
     marked[..., 4] = 100
     result = read_medical_image(nifti(marked), window=WINDOW)
     assert (np.asarray(result.image) == 255).all()
-    assert "axial slice 4 of 8 (from 0): the middle one, none was chosen" in result.steps
+    assert "axial slice 4 of 8 (from 0): the middle one, none was chosen" in said(result)
     assert [record.levelname for record in caplog.records][:1] == ["WARNING"]
     single = read_medical_image(nifti(values[..., :1, None]), slice_index=0, window=WINDOW)
     assert (np.asarray(single.image) == 102).all()  # a fourth and a fifth dimension of one
@@ -190,13 +191,13 @@ def test_missing_orientation_is_told(caplog):
     file = bytearray(nifti(volume()))
     file[252:256] = bytes(4)  # qform_code and sform_code
     result = read_medical_image(bytes(file), slice_index=SUPERIOR, window=WINDOW)
-    assert any(step.startswith("no orientation in the file (sform and qform)") for step in result.steps)
+    assert any(step.startswith("no orientation in the file (sform and qform)") for step in said(result))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     # Without them x runs to the left (the documented default of nibabel).
     assert np.argwhere(np.asarray(result.image)[..., 0] == 255).tolist() == [[6 - ANTERIOR, RIGHT]]
     caplog.clear()
     whole = read_medical_image(nifti(volume()), slice_index=SUPERIOR)
-    assert not any("orientation" in step for step in whole.steps[:1]) and not caplog.records
+    assert not any("orientation" in step for step in said(whole)[:1]) and not caplog.records
 
 
 def test_orientations_that_disagree(caplog):
@@ -204,7 +205,10 @@ def test_orientations_that_disagree(caplog):
     image.header.set_qform(np.diag([-1, 1, 1, 1]), 1)
     image.header.set_sform(np.eye(4), 1)
     result = read_medical_image(image.to_bytes(), slice_index=SUPERIOR, window=WINDOW)
-    assert result.steps[0] == "sform and qform of the file disagree about its axes: sform used"
+    assert (
+        said(result)[0]
+        == "sform and qform of the file disagree about its axes: sform used, left and right may be exchanged"
+    )
     assert "left and right may be exchanged" in caplog.text
     assert np.argwhere(np.asarray(result.image)[..., 0] == 255).tolist() == [[6 - ANTERIOR, 5 - RIGHT]]
 
@@ -215,7 +219,7 @@ def test_orientations_that_are_none(caplog):
     file[280:328] = bytes(48)  # srow_x, srow_y, srow_z
     file[252:254] = bytes(2)  # qform_code
     result = read_medical_image(bytes(file), slice_index=SUPERIOR, window=WINDOW)
-    assert result.steps[0] == "sform of the file left out: it is no orientation"
+    assert said(result)[0] == "sform of the file left out: it is no orientation"
     assert np.argwhere(np.asarray(result.image)[..., 0] == 255).tolist() == [[6 - ANTERIOR, RIGHT]]
     image = nibabel.Nifti1Image(volume(), None)
     image.header.set_qform(np.diag([1, 1, 1, 1]), 1)
@@ -228,7 +232,7 @@ def test_orientations_that_are_none(caplog):
     image.header["pixdim"][1:4] = [0, np.nan, -2]
     result = read_medical_image(bytes(image.to_bytes()), slice_index=SUPERIOR, window=WINDOW)
     assert np.argwhere(np.asarray(result.image)[..., 0] == 255).tolist() == [[6 - ANTERIOR, RIGHT]]
-    assert [step.split(" ")[0] for step in result.steps[:2]] == ["sform", "qform"]
+    assert [step.split(" ")[0] for step in said(result)[:2]] == ["sform", "qform"]
     assert any("left and right may be exchanged" in record.message for record in caplog.records)
 
 
@@ -263,7 +267,7 @@ def test_slopes_that_mean_none(slope):
 
 def test_named_windows_say_that_the_unit_is_taken_for_granted():
     result = read_medical_image(nifti(volume()), slice_index=0, window="brain")
-    assert "values taken as Hounsfield units: NIfTI does not say what they are" in result.steps
+    assert "values taken as Hounsfield units: NIfTI does not say what they are" in said(result)
 
 
 def test_other_byte_orders_and_types_and_what_follows_the_volume():

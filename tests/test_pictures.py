@@ -12,6 +12,7 @@ import tifffile
 from PIL import Image, ImageCms
 
 from lladamedv.processing.medical_images import MedicalImageError, read_medical_image
+from tests.reading import said
 
 
 VALUES = np.array([[0, 255, 256, 1000, 65535]], np.uint16)
@@ -67,7 +68,7 @@ def test_sixteen_bits_are_not_clipped(source):
     result = read_medical_image(source)
     expected = np.clip((VALUES - low) / (high - low), 0, 1) * 255
     assert np.abs(np.asarray(result.image)[..., 0] - expected).max() <= 0.501
-    assert result.steps[-1] == f"percentiles 0.5-99.5: {low:g} to {high:g}"
+    assert said(result)[-1] == f"percentiles 0.5-99.5: {low:g} to {high:g}"
     assert result.size == (1, 5)
 
 
@@ -77,7 +78,7 @@ def test_floating_point(kind):
     for source in (values, encode_tiff(values)):
         assert grey(source, window=(0.5, 1)).tolist() == [[0, 0, 64, 255, 0]]
         result = read_medical_image(source)
-        assert "1 values are not finite" in result.steps
+        assert "1 values are not finite" in said(result)
         assert np.asarray(result.image)[0, :, 0].tolist()[0::4] == [0, 0]
         with pytest.raises(ValueError, match="`full_range` is given, but `source` has values other than"):
             read_medical_image(source, full_range=True)
@@ -139,7 +140,7 @@ def test_deep_colour():
     ):
         result = read_medical_image(source)
         assert np.array_equal(np.asarray(result.image), deep >> 8)
-        assert result.steps == steps
+        assert said(result) == steps
 
 
 @pytest.mark.parametrize("byteorder", ["<", ">"])
@@ -200,7 +201,7 @@ def test_transparency():
     left_out = "transparency left out, as in the released models' training: the colours that it hid are shown"
     for source in (rgba, Image.fromarray(rgba), encode(rgba), encode_tiff(rgba, photometric="rgb", extrasamples=[2])):
         assert pixels(source)[0].tolist() == rgba[0, :, :3].tolist()  # as in tests/parity
-        assert left_out in read_medical_image(source).steps
+        assert left_out in said(read_medical_image(source))
         assert pixels(source, background="white")[0].tolist() == white
         assert pixels(source, background="black")[0].tolist() == [[0, 0, 0], [10, 20, 30], [40, 20, 0]]
         assert pixels(source, background=(255, 0, 0))[0, 0].tolist() == [255, 0, 0]
@@ -219,7 +220,7 @@ def test_transparency():
     assert grey(keyed).tolist() == [[7, 8]]
     assert grey(keyed, background="black").tolist() == [[0, 8]]
     opaque = read_medical_image(np.full((2, 2, 4), 255, np.uint8))
-    assert opaque.steps == ["transparency left out: everything is opaque"]
+    assert said(opaque) == ["transparency left out: everything is opaque"]
     for background in ("transparent thing", (0, 0), (0, 0, 256), 0):
         with pytest.raises(ValueError, match="`background` is "):
             read_medical_image(rgba, background=background)
@@ -233,7 +234,7 @@ def test_cmyk():
     jpeg = encode(wide, "JPEG", quality=100, subsampling=0)
     assert np.abs(pixels(jpeg)[8, 8::16].astype(int) - expected).max() <= 3
     unusable = read_medical_image(encode(cmyk, "TIFF", icc_profile=b"no profile"))
-    assert np.asarray(unusable.image)[0].tolist() == expected and "unusable" in unusable.steps[0]
+    assert np.asarray(unusable.image)[0].tolist() == expected and "unusable" in said(unusable)[0]
 
 
 def test_colour_profile_of_cmyk_applies(monkeypatch):
@@ -252,7 +253,7 @@ def test_colour_profile_of_cmyk_applies(monkeypatch):
     assert (mode, output) == ("CMYK", {"outputMode": "RGB"}) and "Lab" in description
     assert ImageCms.ImageCmsProfile(target).profile.profile_description.startswith("sRGB")
     rgb = read_medical_image(encode(np.zeros((2, 2, 3), np.uint8), icc_profile=profile))
-    assert rgb.steps == ["colour profile of the file not applied"]
+    assert said(rgb) == ["colour profile of the file not applied"]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -277,7 +278,7 @@ def test_exif_rotates_once(orientation):
             result = read_medical_image(source)
             assert np.array_equal(np.asarray(result.image)[..., 0], np.asarray(upright))
             assert result.size == (2, 3)
-            assert result.steps == ([f"turned upright (EXIF orientation {orientation})"] if orientation > 1 else [])
+            assert said(result) == ([f"turned upright (EXIF orientation {orientation})"] if orientation > 1 else [])
             assert np.array_equal(grey(result.image), np.asarray(upright))  # not again
             assert not result.image.info and not result.image.getexif()
 
@@ -287,7 +288,7 @@ def test_pages():
     small, double = encode_tiff(*pages), encode_tiff(*(page.astype(np.float64) for page in pages))
     for file in (small, double):
         result = read_medical_image(file, page=2, window=(20, 40))
-        assert (np.asarray(result.image) == 128).all() and "page 2 of 3 (from 0)" in result.steps
+        assert (np.asarray(result.image) == 128).all() and "page 2 of 3 (from 0)" in said(result)
         with pytest.raises(ValueError, match="`page` is not given, but there are 3 pages; allowed are 0 to 2"):
             read_medical_image(file)
         for page in (3, -1, "0"):
@@ -305,7 +306,7 @@ def test_large_files_are_reduced_while_decoding():
         file = encode(large, kind, **options)
         result = read_medical_image(file, max_pixels=20_000)
         assert result.image.size == (128, 96) and result.size == (384, 512)
-        assert result.steps == ["reduced by 4 while decoding, from 384 by 512 pixels (height by width)"]
+        assert said(result) == ["reduced by 4 while decoding, from 384 by 512 pixels (height by width)"]
         assert np.abs(np.asarray(result.image)[8::16, 8::16, 0].astype(int) - blocks).max() <= 4
         with pytest.raises(ValueError, match="512 by 384 pixels; allowed are 1 to 3000"):
             read_medical_image(file, max_pixels=3000)
