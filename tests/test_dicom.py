@@ -564,8 +564,8 @@ def deflated():
     return data
 
 
-def of_syntax(uid: bytes):
-    return to_bytes(dataset(GRADIENT)).replace(uid.ExplicitVRLittleEndian.encode(), uid)
+def of_syntax(code: bytes):
+    return to_bytes(dataset(GRADIENT)).replace(uid.ExplicitVRLittleEndian.encode(), code)
 
 
 RGB = dataset(np.zeros((4, 4, 3), np.uint8), "RGB")
