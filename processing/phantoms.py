@@ -10,6 +10,7 @@ The drawings are cartoons; nothing here says anything about how a model does on 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -67,6 +68,8 @@ _TOPICS = {
     NEW_KIND: ("free_side",),
 }
 _KIND_OF = {topic: kind for kind, topics in _TOPICS.items() for topic in topics}
+# `SEED:COUNT`, `SEED:COUNT:KINDS` or `SEED:COUNT:KINDS:QUESTIONS`.
+_SETS = re.compile(r"(\d+):(\d+)(?::([^:]*)(?::(0*[1-9]\d*))?)?", re.ASCII)
 _NEED_A_LESION = ("on_left", "several", "is_large", "side", "shape", "free_side")
 
 
@@ -152,21 +155,15 @@ def parse_phantoms(text: str) -> dict:
     Raises:
         ValueError: for other texts; the message says what is allowed.
     """
-    parts, allowed = text.split(":"), tuple(dict.fromkeys((*_TOPICS, *_KIND_OF)))
-    kinds = parts[2].split(",") if len(parts) > 2 else list(KINDS)
-    numbers = [part for place, part in enumerate(parts) if place != 2]
-    if (
-        not 2 <= len(parts) <= 4
-        or not all(part.isdecimal() and part.isascii() for part in numbers)
-        or not set(kinds) <= set(allowed)
-        or int(numbers[-1] if len(parts) == 4 else 1) < 1
-    ):
+    match, allowed = _SETS.fullmatch(text), tuple(dict.fromkeys((*_TOPICS, *_KIND_OF)))
+    kinds = list(KINDS) if match is None or match[3] is None else match[3].split(",")
+    if match is None or not set(kinds) <= set(allowed):
         raise ValueError(
             f"allowed is SEED:COUNT, SEED:COUNT:KINDS or SEED:COUNT:KINDS:QUESTIONS, with kinds of {allowed}, "
             "separated by commas, and 1 or more questions about each picture"
         )
-    names = ("seed", "length", "questions_per_picture")
-    return dict(zip(names, map(int, numbers))) | {"kinds": kinds}
+    numbers = {"seed": match[1], "length": match[2], "questions_per_picture": match[4]}
+    return {name: int(number) for name, number in numbers.items() if number is not None} | {"kinds": kinds}
 
 
 class PhantomVQA(Sequence):
@@ -286,23 +283,19 @@ def _choose_picture(topic, rng):
     yes = bool(rng.integers(2))
     with_lesion = replace(attributes, count=int(rng.integers(1, 4)))
     filler = _fill_in(topic, attributes, yes, rng)
+    if topic in _NEED_A_LESION:
+        attributes = with_lesion
     if topic == "any_lesion":
         attributes = with_lesion if yes else replace(attributes, count=0)
-    elif topic == "sign":
-        attributes = replace(attributes, sign=yes)
-    elif topic == "on_left":
-        attributes = replace(with_lesion, side="left" if yes else "right")
-    elif topic == "several":
-        attributes = replace(attributes, count=int(rng.integers(2, 4)) if yes else 1)
-    elif topic == "is_large":
-        attributes = replace(with_lesion, size="large" if yes else "small")
-    elif topic == "which_plane":
-        attributes = replace(attributes, domain=_pick(rng, ("mri", "ct")))
-    elif topic == "count":
-        attributes = replace(attributes, count=int(rng.integers(4)))
-    elif topic in _NEED_A_LESION:
-        attributes = with_lesion
-    return attributes, filler
+    changes = {
+        "sign": lambda: {"sign": yes},
+        "on_left": lambda: {"side": "left" if yes else "right"},
+        "several": lambda: {"count": int(rng.integers(2, 4)) if yes else 1},
+        "is_large": lambda: {"size": "large" if yes else "small"},
+        "which_plane": lambda: {"domain": _pick(rng, ("mri", "ct"))},
+        "count": lambda: {"count": int(rng.integers(4))},
+    }
+    return replace(attributes, **changes.get(topic, dict)()), filler
 
 
 def _can_be_asked(topic, attributes) -> bool:
@@ -320,28 +313,26 @@ def _fill_in(topic, attributes, yes, rng) -> str | None:
 
 
 def _answer(topic, attributes, filler) -> str:
-    verdicts = {
-        "is_domain": filler == _MODALITY[attributes.domain],
+    modality = _MODALITY[attributes.domain]
+    answer = {
+        "is_domain": filler == modality,
         "any_lesion": attributes.count > 0,
         "sign": attributes.sign,
         "on_left": attributes.side == "left",
         "several": attributes.count > 1,
         "is_large": attributes.size == "large",
-    }
-    if topic in verdicts:
-        return "Yes" if verdicts[topic] else "No"
-    modality = _MODALITY[attributes.domain]
-    answers = {
-        "which_plane": attributes.plane.capitalize(),
-        "modality": modality[0].upper() + modality[1:],
-        "side": attributes.side.capitalize(),
-        "free_side": SIDES[1 - SIDES.index(attributes.side)].capitalize(),
-        "count": ("None", "One", "Two", "Three")[attributes.count],
-        "shape": attributes.shape.capitalize(),
-        "organ": _ORGAN[attributes.domain].capitalize(),
+        "which_plane": attributes.plane,
+        "modality": modality,
+        "side": attributes.side,
+        "free_side": SIDES[1 - SIDES.index(attributes.side)],
+        "count": ("none", *_COUNT[1:])[attributes.count],
+        "shape": attributes.shape,
+        "organ": _ORGAN[attributes.domain],
         "description": attributes.describe(),
-    }
-    return answers[topic]
+    }[topic]
+    if isinstance(answer, bool):
+        return "Yes" if answer else "No"
+    return answer[0].upper() + answer[1:]
 
 
 def draw_phantom(attributes: PhantomAttributes, rng: np.random.Generator, image_size: int = 64) -> Image.Image:
