@@ -12,20 +12,12 @@ from functools import cache
 import nibabel
 import numpy as np
 import pydicom
-import tifffile
 from PIL import Image, ImageCms
-from pydicom.encaps import encapsulate
-from pydicom.uid import (
-    ExplicitVRBigEndian,
-    ImplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGBaseline8Bit,
-    RLELossless,
-)
+from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
 from lladamedv.processing.dicom import ELEMENTS
-from lladamedv.processing.medical_images import read_medical_image
-from tests.dicom_files import dataset, item, look_up_table, sequence, to_bytes
+from tests.dicom_files import dataset, encapsulated, item, look_up_table, sequence, to_bytes
+from tests.reading import encoded, read, tiff
 from tests.tiny import tiny_processor
 
 from .harness import Target, both_profiles
@@ -36,20 +28,6 @@ RNG = np.random.default_rng(0)
 GREY, COLOUR = RNG.integers(0, 256, (9, 13), dtype=np.uint8), RNG.integers(0, 256, (9, 13, 3), dtype=np.uint8)
 DEEP, ALPHA = (GREY.astype(np.uint16) << 7), RNG.integers(0, 256, (9, 13, 4), dtype=np.uint8)
 MAX_PIXELS = 10**6
-
-
-def encoded(image, kind, **options) -> bytes:
-    file = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, kind, **options)
-    return file.getvalue()
-
-
-def tiff(*pages, big=False, **options) -> bytes:
-    file = io.BytesIO()
-    with tifffile.TiffWriter(file, bigtiff=big, byteorder=options.pop("byteorder", "<")) as writer:
-        for page in pages:
-            writer.write(page, contiguous=False, **options)
-    return file.getvalue()
 
 
 def animation(kind) -> bytes:
@@ -78,8 +56,7 @@ def files_of(kind: str) -> list[bytes]:
     if kind == "gif":
         return [encoded(palette, "GIF"), animation("GIF"), encoded(palette, "GIF", transparency=0, interlace=1)]
     if kind == "webp":
-        files = [encoded(picture, "WEBP"), encoded(ALPHA, "WEBP", lossless=True, exif=exif), animation("WEBP")]
-        return files
+        return [encoded(picture, "WEBP"), encoded(ALPHA, "WEBP", lossless=True, exif=exif), animation("WEBP")]
     if kind == "bmp and ppm":
         ppm = [encoded(each, "PPM") for each in (GREY, COLOUR, DEEP, Image.fromarray(GREY).convert("1"))]
         bmp = [encoded(each, "BMP") for each in (GREY, COLOUR, palette)]
@@ -101,14 +78,6 @@ def files_of(kind: str) -> list[bytes]:
         ]
         return [each.to_bytes() for each in volumes]
     return [to_bytes(data) for data in dicom_data_sets()]
-
-
-def encapsulated(pixels, photometric, syntax, frames, **elements) -> pydicom.Dataset:
-    data = dataset(pixels, photometric, **elements)
-    data.PixelData = encapsulate(frames)
-    data["PixelData"].VR = "OB"
-    data.file_meta.TransferSyntaxUID = syntax
-    return data
 
 
 @cache
@@ -146,8 +115,8 @@ def dicom_data_sets() -> list[pydicom.Dataset]:
         implicit,
         big,
         rle,
-        encapsulated(COLOUR, "YBR_FULL_422", JPEGBaseline8Bit, [jpeg]),
-        encapsulated(GREY, "MONOCHROME2", JPEG2000Lossless, [jpeg_2000]),
+        encapsulated(COLOUR, "YBR_FULL_422", JPEGBaseline8Bit, jpeg),
+        encapsulated(GREY, "MONOCHROME2", JPEG2000Lossless, jpeg_2000),
     ]  # fmt: skip
 
 
@@ -187,7 +156,7 @@ def damaged(kind: str, rng: random.Random):
 def read_file(given) -> None:
     content, options = given
     options = {"max_pixels": MAX_PIXELS, **options}
-    result = read_medical_image(content, **options)
+    result = read(content, **options)
     assert result.image.mode == "RGB" and 0 < result.image.width * result.image.height <= options["max_pixels"]
     assert all(len(str(step)) < 500 for step in result.steps)
 
@@ -255,7 +224,7 @@ def nested(depth: int) -> pydicom.Dataset:
     return inner
 
 
-# The image processor reads files with Pillow alone.
+# The image processor
 
 
 @cache
