@@ -59,36 +59,11 @@ def read_dicom(
     allow_burned_in: bool,
     max_pixels: int,
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """One frame as an 8-bit picture with square pixels, and its (height, width) in the file.
-
-    Args:
-        file: open binary file.
-        steps: what is done is added to it.
-        frame, window, full_range, allow_burned_in, max_pixels: see [`read_medical_image`].
-
-    Raises:
-        MedicalImageError, ImportError: see [`read_medical_image`].
-    """
+    """One frame, with square pixels."""
     # 1. What the header says, and whether that can be shown.
     header, as_stated = _read_header(file)
-    if str(header.get("BurnedInAnnotation")).strip().upper() == "YES" and not allow_burned_in:
-        raise MedicalImageError(
-            f"{arg('source')} says that text is burned into its pixels (BurnedInAnnotation is YES), which may tell who "
-            f"the patient is; allowed are files that do not say so, or {arg('allow_burned_in')}.",
-            missing="allow_burned_in",
-        )
-    check_size(header.Rows, header.Columns, max_pixels)
+    _check_shown(header, window, full_range, allow_burned_in, max_pixels)
     photometric = header.PhotometricInterpretation
-    if photometric not in (*_GREY, _PALETTE, *_COLOUR):
-        raise MedicalImageError(
-            f"PhotometricInterpretation of the file is {photometric!r}; allowed are "
-            f"{', '.join(map(repr, (*_GREY, _PALETTE, *_COLOUR)))}."
-        )
-    if photometric not in _GREY and (window is not None or full_range):
-        raise MedicalImageError(
-            f"{arg('full_range' if window is None else 'window')} is given, but {arg('source')} is in colour; it is "
-            "allowed for grey images."
-        )
     # 2. One frame of the stored values.
     frames = int(header.get("NumberOfFrames") or 1)
     chosen = choose_index("frame", frame, frames, "frame", steps)
@@ -209,6 +184,28 @@ def _read_header(file: BinaryIO):
         check_bytes(file, header.Rows * header.Columns * header.BitsAllocated // 8, compressed=False)
     file.seek(0)
     return header, rows.is_implicit_VR == syntax.is_implicit_VR
+
+
+def _check_shown(header, window: Window | None, full_range: bool, allow_burned_in: bool, max_pixels: int) -> None:
+    """Refuse what must not or cannot be shown, before pixels are decoded."""
+    if str(header.get("BurnedInAnnotation")).strip().upper() == "YES" and not allow_burned_in:
+        raise MedicalImageError(
+            f"{arg('source')} says that text is burned into its pixels (BurnedInAnnotation is YES), which may tell who "
+            f"the patient is; allowed are files that do not say so, or {arg('allow_burned_in')}.",
+            missing="allow_burned_in",
+        )
+    check_size(header.Rows, header.Columns, max_pixels)
+    photometric = header.PhotometricInterpretation
+    if photometric not in (*_GREY, _PALETTE, *_COLOUR):
+        raise MedicalImageError(
+            f"PhotometricInterpretation of the file is {photometric!r}; allowed are "
+            f"{', '.join(map(repr, (*_GREY, _PALETTE, *_COLOUR)))}."
+        )
+    if photometric not in _GREY and (window is not None or full_range):
+        raise MedicalImageError(
+            f"{arg('full_range' if window is None else 'window')} is given, but {arg('source')} is in colour; it is "
+            "allowed for grey images."
+        )
 
 
 def _apply_functional_groups(header, frame: int) -> None:

@@ -126,22 +126,9 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         return super(LlavaOnevisionImageProcessorPil, self).preprocess(flat, counts, **kwargs)
 
     def _preprocess(
-        self,
-        images,
-        batch_num_images,
-        size,
-        vision_aspect_ratio,
-        image_grid_pinpoints,
-        resample,
-        do_resize,
-        do_rescale,
-        rescale_factor,
-        do_normalize,
-        image_mean,
-        image_std,
-        return_tensors,
-        **kwargs,
-    ) -> BatchFeature:
+        self, images, batch_num_images, size, vision_aspect_ratio, image_grid_pinpoints, resample, do_resize,
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std, return_tensors, **kwargs
+    ) -> BatchFeature:  # fmt: skip
         pinpoints = parse_grid_pinpoints(image_grid_pinpoints, size.height)
         alone = [count == 1 for count in batch_num_images for _ in range(count)]
         prepared, image_sizes = [], []

@@ -35,8 +35,8 @@ _BASE64 = re.compile(r";\s*base64\s*$", re.IGNORECASE)  # at the end of what sta
 _URL_TIMEOUT = 60  # seconds; without one, a server that says nothing is waited for for ever
 _DICOM, _NIFTI, _PICTURE, _DECODED = "DICOM file", "NIfTI volume", "picture file", "decoded picture"
 _DECODED_TYPES = (Image.Image, np.ndarray)
-# Each takes the open file or the decoded picture, the steps, `max_pixels` and the options of its kind. It returns a
-# picture in 8 bits and its original (height, width).
+# Each takes the open binary file or the decoded picture, the steps, to which it adds what it does, `max_pixels` and the
+# options of its kind. It returns a picture in 8 bits that `convert("RGB")` treats well, and the (height, width) it had.
 _READERS = {_DICOM: read_dicom, _NIFTI: read_nifti, _PICTURE: read_picture, _DECODED: read_decoded}
 
 
@@ -61,41 +61,21 @@ class ReadingOption(NamedTuple):
 # Not given is `None`, or `False`.
 READING_OPTIONS = (
     ReadingOption("frame", "frame", int, (_DICOM,), "Frame of a DICOM file, from 0; by default the middle one."),
-    ReadingOption(
-        "slice_index", "slice", int, (_NIFTI,), "Slice of a NIfTI volume, from 0; by default the middle one."
-    ),
+    ReadingOption("slice_index", "slice", int, (_NIFTI,),
+                  "Slice of a NIfTI volume, from 0; by default the middle one."),
     ReadingOption("axis", "axis", str, (_NIFTI,), "How to cut a NIfTI volume: axial (the default), coronal, sagittal."),
     ReadingOption("time_index", "time", int, (_NIFTI,), "Which volume of a NIfTI file with several, from 0."),
     ReadingOption("page", "page", int, (_PICTURE,), "Page of a TIFF file or frame of an animation, from 0."),
-    ReadingOption(
-        "window",
-        "window",
-        str,
-        (_DICOM, _NIFTI, _PICTURE, _DECODED),
-        f"Grey values to show: LEVEL/WIDTH such as 40/400, or a window of CT: {', '.join(WINDOW_PRESETS)}.",
-    ),
-    ReadingOption(
-        "full_range",
-        "full_range",
-        bool,
-        (_DICOM, _PICTURE, _DECODED),
-        "Show the whole range of the stored bits, from black to white.",
-    ),
-    ReadingOption(
-        "background",
-        "background",
-        str,
-        (_PICTURE, _DECODED),
-        "Colour behind transparent pictures: a name such as white, or #rrggbb; by default transparency is left out.",
-    ),
-    ReadingOption(
-        "allow_burned_in",
-        "allow_burned_in",
-        bool,
-        (_DICOM,),
-        "Read DICOM files that say that text is burned into their pixels, too.",
-    ),
-)
+    ReadingOption("window", "window", str, (_DICOM, _NIFTI, _PICTURE, _DECODED),
+                  f"Grey values to show: LEVEL/WIDTH such as 40/400, or a window of CT: {', '.join(WINDOW_PRESETS)}."),
+    ReadingOption("full_range", "full_range", bool, (_DICOM, _PICTURE, _DECODED),
+                  "Show the whole range of the stored bits, from black to white."),
+    ReadingOption("background", "background", str, (_PICTURE, _DECODED),
+                  "Colour behind transparent pictures: a name such as white, or #rrggbb; by default transparency is "
+                  "left out."),
+    ReadingOption("allow_burned_in", "allow_burned_in", bool, (_DICOM,),
+                  "Read DICOM files that say that text is burned into their pixels, too."),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -44,16 +44,7 @@ def read_nifti(
     window: Window | None,
     max_pixels: int,
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """One slice as an 8-bit picture with square pixels, and its (height, width) in the file.
-
-    Args:
-        file: open binary file.
-        steps: what is done is added to it.
-        slice_index, time_index, axis, window, max_pixels: see [`read_medical_image`].
-
-    Raises:
-        MedicalImageError, ImportError: see [`read_medical_image`].
-    """
+    """One slice of a volume, with square pixels."""
     nibabel = require("nibabel")
     axis = "axial" if axis is None else axis
     if axis not in AXES:

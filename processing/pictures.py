@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import ContextDecorator, ExitStack, contextmanager, nullcontext
+from contextlib import ContextDecorator, ExitStack, nullcontext
 from threading import Lock
 from typing import BinaryIO
 
@@ -29,32 +28,11 @@ _PREMULTIPLIED, _ALPHA = 1, 2  # ExtraSamples of TIFF
 _TURNED = range(5, 9)  # EXIF orientations that exchange height and width
 _INVERTED = "inverted: PhotometricInterpretation WhiteIsZero"
 # libtiff's own ways of saying what is wrong. Where Pillow was built without it, or hides them, there are none.
-_LIBTIFF = [
-    getattr(ctypes.CDLL(Image.core.__file__), name)
-    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler")
-    if hasattr(ctypes.CDLL(Image.core.__file__), name)
-]
+_LIBTIFF = ("TIFFSetErrorHandler", "TIFFSetWarningHandler")
 # Tags of EXIF and TIFF.
 _ORIENTATION, _BITS, _COMPRESSION, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 0x0112, 258, 259, 262, 284, 339
 # (SampleFormat, bits) of TIFF that Pillow reads as they are meant; 1 is unsigned, 2 signed, 3 floating point.
 _PILLOW_SAMPLES = {*((1, bits) for bits in range(1, 17)), (2, 16), (2, 32), (3, 32)}
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    handlers = []
-    for setter in _LIBTIFF:
-        setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
-        handlers.append(setter(None))
-    tifffile = logging.getLogger("tifffile")
-    tifffile.addFilter(_nothing)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        tifffile.removeFilter(_nothing)
-        for setter, handler in zip(_LIBTIFF, handlers):
-            setter(handler)
 
 
 class _Quiet(ContextDecorator):
@@ -63,40 +41,33 @@ class _Quiet(ContextDecorator):
     That is set for the whole process, so of readers in several threads the first one sets it and the last one ends it.
     """
 
-    _lock, _inside, _silence = Lock(), 0, ExitStack()
+    _lock, _inside, _undo = Lock(), 0, ExitStack()
 
     def __enter__(self) -> None:
         with _Quiet._lock:
-            if not _Quiet._inside:
-                _Quiet._silence.enter_context(_silence())
             _Quiet._inside += 1
+            if _Quiet._inside > 1:
+                return
+            self._undo.enter_context(warnings.catch_warnings(action="ignore"))
+            logger, library = logging.getLogger("tifffile"), ctypes.CDLL(Image.core.__file__)
+            self._undo.callback(setattr, logger, "disabled", logger.disabled)
+            logger.disabled = True
+            for setter in (getattr(library, name) for name in _LIBTIFF if hasattr(library, name)):
+                setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+                self._undo.callback(setter, setter(None))
 
     def __exit__(self, *error) -> None:
         with _Quiet._lock:
             _Quiet._inside -= 1
             if not _Quiet._inside:
-                _Quiet._silence.close()
-
-
-def _nothing(record: logging.LogRecord) -> bool:
-    return False
+                self._undo.close()
 
 
 @_Quiet()
 def read_picture(
     file: BinaryIO, steps: Steps, *, page: int | None, max_pixels: int, **shown
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """An 8-bit picture of any mode that `convert("RGB")` treats well, and its original (height, width).
-
-    Args:
-        file: open binary file.
-        steps: what is done is added to it.
-        page, max_pixels: see [`read_medical_image`].
-        shown: `window`, `full_range` and `background` for [`show_picture`].
-
-    Raises:
-        MedicalImageError, ImportError: see [`read_medical_image`].
-    """
+    """A picture file, reduced while it is decoded if it is too large and its format allows that."""
     head = file.read(12)
     file.seek(0)
     try:
@@ -135,7 +106,7 @@ def read_picture(
 def read_decoded(
     source: Image.Image | np.ndarray, steps: Steps, *, max_pixels: int, **shown
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """The same for an array, or for a picture that is open already."""
+    """An array, or a picture that is open already."""
     if isinstance(source, np.ndarray):
         image = show_array(source, steps, max_pixels=max_pixels, **shown)
         return image, (image.height, image.width)
