@@ -33,45 +33,46 @@ ct = partial(dataset, STORED, bits=12)
 refused = partial(pytest.raises, MedicalImageError)
 
 
+def lacking(*names, data=None):
+    data = ct() if data is None else data
+    for name in names:
+        del data[name]
+    return data
+
+
 # Windows and rescaling
 
 
-@pytest.mark.parametrize(
-    ("data", "options", "expected", "step"),
-    [
-        (ct(**CT, **WINDOW), {}, ramp(HU, -160, 239), "window 40/400 (level/width) from the file, LINEAR"),
-        (ct(**CT, **EXACT), {}, ramp(HU, -160, 240), "window 40/400 (level/width) from the file, LINEAR_EXACT"),
-        (ct(**CT, **WINDOW, VOILUTFunction="SIGMOID"), {}, 255 / (1 + np.exp(-(HU - 40) / 100)),
-         "window 40/400 (level/width) from the file, SIGMOID"),
-        (ct(**CT, WindowCenter=["40", "-600"], WindowWidth=["400", "1500"]), {}, ramp(HU, -160, 239),
-         "window 40/400 (level/width) from the file (first of 2), LINEAR"),
-        (ct(**CT, **WINDOW), {"window": "lung"}, ramp(HU, -1350, 149),
-         "window -600/1500 (level/width, preset lung), LINEAR"),
-        (ct(**CT), {"window": "brain"}, ramp(HU, 0, 79), "window 40/80 (level/width, preset brain), LINEAR"),
-        (ct(**CT, Modality="MR"), {"window": (40, 80)}, ramp(HU, 0, 79), "window 40/80 (level/width), LINEAR"),
-        (dataset(BYTES, WindowCenter="1", WindowWidth="0.5"), {}, [[0, 128, 255]],
-         "window 1/0.5 (level/width) from the file, LINEAR_EXACT (LINEAR needs a width of at least 1)"),
-        (  # everything up to level − 0.5 is black
-            dataset(BYTES, WindowCenter="1", WindowWidth="1"),
-            {},
-            [[0, 255, 255]],
-            "window 1/1 (level/width) from the file, LINEAR",
-        ),
-        (ct(**EXACT, RescaleIntercept="-1024"), {}, ramp(HU, -160, 240),
-         "modality LUT: slope 1 (not stated), intercept -1024"),
-        (ct(**EXACT, RescaleIntercept="-1024", RescaleSlope=""), {}, ramp(HU, -160, 240),
-         "modality LUT: slope 1 (not stated), intercept -1024"),
-        (ct(**EXACT, RescaleIntercept="-1024", RescaleSlope="0"), {}, ramp(HU, -160, 240),
-         "modality LUT: slope 1 (the file says 0), intercept -1024"),
-        (ct(**UP_TO_4000, RescaleSlope="2"), {}, ramp(2.0 * STORED, 0, 4000),
-         "modality LUT: slope 2, intercept 0 (not stated)"),
-        (ct(**EXACT, RescaleSlope="-1", RescaleIntercept="1104"), {}, ramp(1104.0 - STORED, -160, 240),
-         "modality LUT: slope -1, intercept 1104"),
-        (dataset(GRADIENT), {"full_range": True}, GRADIENT, "full range of 8 bits: 0 to 255"),
-        (dataset(np.array([[-2048, 0, 2047]], np.int16), bits=12, **CT), {"full_range": True}, [[0, 128, 255]],
-         "full range of 12 bits: -2048 to 2047"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("data", "options", "expected", "step"), [
+    (ct(**CT, **WINDOW), {}, ramp(HU, -160, 239), "window 40/400 (level/width) from the file, LINEAR"),
+    (ct(**CT, **EXACT), {}, ramp(HU, -160, 240), "window 40/400 (level/width) from the file, LINEAR_EXACT"),
+    (ct(**CT, **WINDOW, VOILUTFunction="SIGMOID"), {}, 255 / (1 + np.exp(-(HU - 40) / 100)),
+     "window 40/400 (level/width) from the file, SIGMOID"),
+    (ct(**CT, WindowCenter=["40", "-600"], WindowWidth=["400", "1500"]), {}, ramp(HU, -160, 239),
+     "window 40/400 (level/width) from the file (first of 2), LINEAR"),
+    (ct(**CT, **WINDOW), {"window": "lung"}, ramp(HU, -1350, 149),
+     "window -600/1500 (level/width, preset lung), LINEAR"),
+    (ct(**CT), {"window": "brain"}, ramp(HU, 0, 79), "window 40/80 (level/width, preset brain), LINEAR"),
+    (ct(**CT, Modality="MR"), {"window": (40, 80)}, ramp(HU, 0, 79), "window 40/80 (level/width), LINEAR"),
+    (dataset(BYTES, WindowCenter="1", WindowWidth="0.5"), {}, [[0, 128, 255]],
+     "window 1/0.5 (level/width) from the file, LINEAR_EXACT (LINEAR needs a width of at least 1)"),
+    # Everything up to level − 0.5 is black.
+    (dataset(BYTES, WindowCenter="1", WindowWidth="1"), {}, [[0, 255, 255]],
+     "window 1/1 (level/width) from the file, LINEAR"),
+    (ct(**EXACT, RescaleIntercept="-1024"), {}, ramp(HU, -160, 240),
+     "modality LUT: slope 1 (not stated), intercept -1024"),
+    (ct(**EXACT, RescaleIntercept="-1024", RescaleSlope=""), {}, ramp(HU, -160, 240),
+     "modality LUT: slope 1 (not stated), intercept -1024"),
+    (ct(**EXACT, RescaleIntercept="-1024", RescaleSlope="0"), {}, ramp(HU, -160, 240),
+     "modality LUT: slope 1 (the file says 0), intercept -1024"),
+    (ct(**UP_TO_4000, RescaleSlope="2"), {}, ramp(2.0 * STORED, 0, 4000),
+     "modality LUT: slope 2, intercept 0 (not stated)"),
+    (ct(**EXACT, RescaleSlope="-1", RescaleIntercept="1104"), {}, ramp(1104.0 - STORED, -160, 240),
+     "modality LUT: slope -1, intercept 1104"),
+    (dataset(GRADIENT), {"full_range": True}, GRADIENT, "full range of 8 bits: 0 to 255"),
+    (dataset(np.array([[-2048, 0, 2047]], np.int16), bits=12, **CT), {"full_range": True}, [[0, 128, 255]],
+     "full range of 12 bits: -2048 to 2047"),
+])  # fmt: skip
 def test_windows_and_rescaling(data, options, expected, step):
     picture = assert_shows(data, expected, **options)
     assert step in said(picture) and picture.size == (data.Rows, data.Columns)
@@ -89,18 +90,15 @@ def test_windows_agree_with_pydicom(function, kind):
     assert_shows(data, (theirs - low) / (4095 * 0.5) * 255)
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "reason"),
-    [
-        ("WindowCenter", b"2048,5", "its level or width is not a number"),
-        ("WindowCenter", b"UNDEF ", "its level or width is not a number"),
-        ("WindowWidth", b"4000,5", "its level or width is not a number"),
-        ("WindowWidth", b"nan   ", "its level or width is not a number"),
-        ("WindowCenter", b"      ", "its level or width is missing"),
-        ("WindowWidth", b"-400.5", "its width is -400.5"),
-        ("VOILUTFunction", b"LOGARI", "its function (VOILUTFunction) is not known"),
-    ],
-)
+@pytest.mark.parametrize(("name", "text", "reason"), [
+    ("WindowCenter", b"2048,5", "its level or width is not a number"),
+    ("WindowCenter", b"UNDEF ", "its level or width is not a number"),
+    ("WindowWidth", b"4000,5", "its level or width is not a number"),
+    ("WindowWidth", b"nan   ", "its level or width is not a number"),
+    ("WindowCenter", b"      ", "its level or width is missing"),
+    ("WindowWidth", b"-400.5", "its width is -400.5"),
+    ("VOILUTFunction", b"LOGARI", "its function (VOILUTFunction) is not known"),
+])  # fmt: skip
 def test_windows_that_cannot_be_used_are_left_out(name, text, reason, caplog):
     window = {"WindowCenter": "2048.5", "WindowWidth": "4000.5", "VOILUTFunction": "LINEAR"}
     stored = np.arange(900, dtype=np.uint16).reshape(30, 30) * 4
@@ -110,30 +108,11 @@ def test_windows_that_cannot_be_used_are_left_out(name, text, reason, caplog):
     assert_shows(file, ramp(stored, 0, 3599), window="1800/3600")
 
 
-def test_rescaling_that_is_no_number_is_refused():
-    comma = to_bytes(ct(RescaleSlope="1.5", RescaleIntercept="0")).replace(b"1.5 ", b"1,5 ")
-    with refused(match="RescaleSlope or RescaleIntercept that is not a number"):
-        read(comma)
-
-
-@pytest.mark.parametrize(
-    ("elements", "hounsfield"),
-    [
-        (CT, True),
-        ({"RescaleIntercept": "-1024"}, True),
-        ({**CT, "Modality": "XA", "RescaleType": "HU"}, True),
-        ({}, False),
-        ({"RescaleSlope": "1", "RescaleIntercept": "0", "RescaleType": "US"}, False),
-        ({**CT, "Modality": "MR"}, False),
-        ({**CT, "Modality": None}, False),
-    ],
-)
-def test_presets_need_hounsfield_units(elements, hounsfield):
-    if hounsfield:
-        assert "preset lung" in said(read(ct(**elements), window="lung"))[-1]
-    else:
-        with refused(match="`window` is 'lung', a window in Hounsfield units, but `source` is"):
-            read(ct(**elements), window="lung")
+@pytest.mark.parametrize("elements", [
+    CT, {"RescaleIntercept": "-1024"}, {**CT, "Modality": "XA", "RescaleType": "HU"}
+])  # fmt: skip
+def test_values_in_hounsfield_units(elements):
+    assert "preset lung" in said(read(ct(**elements), window="lung"))[-1]
 
 
 def test_empty_elements_count_as_absent():
@@ -148,14 +127,11 @@ def test_empty_elements_count_as_absent():
 # Padding and inversion
 
 
-@pytest.mark.parametrize(
-    ("code", "elements"),
-    [
-        ("SS", {"PixelPaddingValue": -2000}),
-        ("US", {"PixelPaddingValue": 65536 - 2000}),  # as many files have it
-        ("SS", {"PixelPaddingValue": -2010, "PixelPaddingRangeLimit": -1980}),
-    ],
-)
+@pytest.mark.parametrize(("code", "elements"), [
+    ("SS", {"PixelPaddingValue": -2000}),
+    ("US", {"PixelPaddingValue": 65536 - 2000}),  # as many files have it
+    ("SS", {"PixelPaddingValue": -2010, "PixelPaddingRangeLimit": -1980}),
+])  # fmt: skip
 def test_percentiles_leave_padding_out(code, elements):
     stored = np.random.default_rng(1).integers(100, 1000, (40, 40)).astype(np.int16)
     stored[:10] = -2000
@@ -184,21 +160,16 @@ def test_padding_does_not_decide_about_labels():
     assert_shows(dataset(stored, PixelPaddingValue=-2000), ramp(stored, 0, 290))
 
 
-@pytest.mark.parametrize(
-    ("photometric", "shape", "inversions"),
-    [
-        ("MONOCHROME2", None, 0),
-        ("MONOCHROME2", "IDENTITY", 0),
-        ("MONOCHROME1", None, 1),
-        ("MONOCHROME1", "INVERSE", 1),
-        ("MONOCHROME2", "INVERSE", 1),
-    ],
-)
+@pytest.mark.parametrize(("photometric", "shape", "inversions"), [
+    ("MONOCHROME2", None, 0),
+    ("MONOCHROME2", "IDENTITY", 0),
+    ("MONOCHROME1", None, 1),
+    ("MONOCHROME1", "INVERSE", 1),
+    ("MONOCHROME2", "INVERSE", 1),
+])  # fmt: skip
 def test_inversion_happens_once(photometric, shape, inversions):
-    picture = assert_shows(
-        dataset(GRADIENT, photometric, **AS_IT_IS, PresentationLUTShape=shape),
-        255 - GRADIENT if inversions else GRADIENT,
-    )
+    data = dataset(GRADIENT, photometric, **AS_IT_IS, PresentationLUTShape=shape)
+    picture = assert_shows(data, 255 - GRADIENT if inversions else GRADIENT)
     assert sum("inverted" in step for step in said(picture)) == inversions
 
 
@@ -231,27 +202,24 @@ DOUBLED = np.minimum(np.arange(4096) * 2, 4095)
 HIGH = np.array([[64511, 64512, 64513, 65535]], np.uint16)
 
 
-@pytest.mark.parametrize(
-    ("source", "expected", "options"),
-    [
-        (table_over(TEN, 10, [0, 819, 4095], 12, **AS_IT_IS), [[0, 0, 0, 51, 255, 255]], {}),
-        (packed_table(), [[0, 125, 255, 255]], {}),
-        (table_over(STORED, -161, [0, 10, 20], vr="SS", **CT), [[0, 10, 20, 20, 20, 20, 20]], {}),
-        (modality_table(TEN, 9, [500, 1000, 900, 40]), np.array([[500, 500, 1000, 900, 40, 40]]) * 0.255,
-         {"window": "500/1000.5"}),
-        # The first mapped value has the sign of what comes out of the modality LUT (PS3.3 C.11.2.1.1); 64512 and −1024
-        # are the same 16 bits.
-        (table_over(STORED, 64512, DOUBLED, 12, **CT), ramp(2 * STORED, 0, 4095), {}),
-        (implicit(table_over(STORED, 64512, DOUBLED, 12, **CT)), ramp(2 * STORED, 0, 4095), {}),
-        (table_over(STORED, -1024, DOUBLED, 12, vr="SS", **CT), ramp(2 * STORED, 0, 4095), {}),
-        (implicit(table_over(STORED.astype(np.int16) - 1024, 64512, DOUBLED, 12)), ramp(2 * STORED, 0, 4095), {}),
-        (table_over(HIGH, 64512, [0, 51, 255]), [[0, 0, 51, 255]], {}),
-        (table_over(HIGH, -1024, [0, 51, 255], vr="SS"), [[0, 0, 51, 255]], {}),
-        (table_over(STORED, 64512, [7, 255]), 7, {}),  # nothing can be negative here
-        (modality_table(np.array([[-3, -2, -1, 0, 1]], np.int16), 65534, [100, 200, 300]), [[85, 85, 171, 255, 255]],
-         {"window": (150, 300)}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("source", "expected", "options"), [
+    (table_over(TEN, 10, [0, 819, 4095], 12, **AS_IT_IS), [[0, 0, 0, 51, 255, 255]], {}),
+    (packed_table(), [[0, 125, 255, 255]], {}),
+    (table_over(STORED, -161, [0, 10, 20], vr="SS", **CT), [[0, 10, 20, 20, 20, 20, 20]], {}),
+    (modality_table(TEN, 9, [500, 1000, 900, 40]), np.array([[500, 500, 1000, 900, 40, 40]]) * 0.255,
+     {"window": "500/1000.5"}),
+    # The first mapped value has the sign of what comes out of the modality LUT (PS3.3 C.11.2.1.1); 64512 and −1024
+    # are the same 16 bits.
+    (table_over(STORED, 64512, DOUBLED, 12, **CT), ramp(2 * STORED, 0, 4095), {}),
+    (implicit(table_over(STORED, 64512, DOUBLED, 12, **CT)), ramp(2 * STORED, 0, 4095), {}),
+    (table_over(STORED, -1024, DOUBLED, 12, vr="SS", **CT), ramp(2 * STORED, 0, 4095), {}),
+    (implicit(table_over(STORED.astype(np.int16) - 1024, 64512, DOUBLED, 12)), ramp(2 * STORED, 0, 4095), {}),
+    (table_over(HIGH, 64512, [0, 51, 255]), [[0, 0, 51, 255]], {}),
+    (table_over(HIGH, -1024, [0, 51, 255], vr="SS"), [[0, 0, 51, 255]], {}),
+    (table_over(STORED, 64512, [7, 255]), 7, {}),  # nothing can be negative here
+    (modality_table(np.array([[-3, -2, -1, 0, 1]], np.int16), 65534, [100, 200, 300]), [[85, 85, 171, 255, 255]],
+     {"window": (150, 300)}),
+])  # fmt: skip
 def test_look_up_tables(source, expected, options):
     assert_shows(source, expected, **options)
 
@@ -279,18 +247,19 @@ def test_palette(depth, segmented):
     assert pixels(data)[0].tolist() == [[255, 0, 1], [0, 255, 2], [10, 30, 255], [20, 40, 0], [20, 40, 0]]
 
 
-@pytest.mark.parametrize("shift", [0, 8])
-def test_palette_of_8_bits_in_words(shift):
-    """In the lower or the upper half of words of 16 bits, with the other depth declared."""
+def palette_in_words(shift):
+    """A palette of 8 bits in the lower or the upper half of words of 16 bits, with the other depth declared."""
     data = dataset(np.array([[0, 1]], np.uint8), "PALETTE COLOR")
     for name, entries in (("Red", [255, 10]), ("Green", [0, 20]), ("Blue", [1, 30])):
         data.add_new(f"{name}PaletteColorLookupTableDescriptor", "US", [2, 0, 16 if shift == 0 else 8])
         raw = (np.array(entries, "<u2") << shift).tobytes()
         data.add_new(f"{name}PaletteColorLookupTableData", "OW", raw)
-    assert np.abs(pixels(data)[0].astype(int) - [[255, 0, 1], [10, 20, 30]]).max() <= 1
-    del data.GreenPaletteColorLookupTableData
-    with refused(match="PALETTE COLOR, but holds no whole palette"):
-        read(data)
+    return data
+
+
+@pytest.mark.parametrize("shift", [0, 8])
+def test_palette_of_8_bits_in_words(shift):
+    assert np.abs(pixels(palette_in_words(shift))[0] - [[255.0, 0, 1], [10, 20, 30]]).max() <= 1
 
 
 # Stored values
@@ -311,19 +280,15 @@ def test_colour_planes_and_ybr():
     assert said(picture) == ["YBR_FULL to RGB"]
 
 
+FRAMES = dataset(np.array([[[0, 10 * number]] for number in range(12)], np.uint8), **AS_IT_IS)
+
+
 def test_frames(caplog):
-    frames = np.stack([np.full((2, 2), 10 * number, np.uint8) for number in range(12)])
-    frames[:, 0, 0] = 0
-    data = dataset(frames, **AS_IT_IS)
-    picture = read(data, frame=3)
-    assert picture.image.getpixel((1, 1))[0] == 30 and said(picture)[0] == "frame 3 of 12 (from 0)"
+    picture = assert_shows(FRAMES, [[0, 30]], frame=3)
+    assert said(picture) == ["frame 3 of 12 (from 0)", "window 127.5/255 (level/width) from the file, LINEAR_EXACT"]
     assert picture.choices["frame"] == ("frame", 3, 12) and not caplog.records
-    picture = read(data)
-    assert picture.image.getpixel((1, 1))[0] == 60 and "the middle one" in said(picture)[0]
+    assert "the middle one" in said(assert_shows(FRAMES, [[0, 60]]))[0]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    for frame in (12, -1, 1.0, True):
-        with refused(match=r"`frame` is .*; allowed are whole numbers from 0 to 11"):
-            read(data, frame=frame)
 
 
 def test_enhanced_functional_groups():
@@ -357,8 +322,6 @@ def test_bits_beyond_the_stored_ones_do_not_count(kind, high):
     values = np.array([[0, 5, 2000, 2047] if kind is np.uint16 else [-2048, -7, 0, 2047]], kind)
     others = np.array(0xF000 if high == 11 else 1, np.uint16).astype(kind)
     data, plain = dataset((values << (high - 11)) | others, bits=12, HighBit=high), dataset(values, bits=12)
-    if high == 11 and kind is np.int16:
-        data.PixelData = ((values & 0x0FFF) | others).astype(kind).tobytes()
     for options in ({"full_range": True}, {"window": "1000/3000"}):
         assert np.array_equal(grey(data, **options), grey(plain, **options))
 
@@ -374,11 +337,8 @@ def test_frames_of_single_bits():
 
 def test_floating_point_pixels():
     values = np.linspace(-0.5, 1.5, 900, dtype=np.float32).reshape(30, 30)
-    data = dataset(values)
-    raw = data.PixelData
-    for name in ("PixelData", "BitsStored", "HighBit", "PixelRepresentation"):
-        del data[name]
-    data.add_new("FloatPixelData", "OF", raw)
+    data = lacking("PixelData", "BitsStored", "HighBit", "PixelRepresentation", data=dataset(values))
+    data.add_new("FloatPixelData", "OF", values.tobytes())
     assert_shows(data, ramp(values, 0, 1), window=(0.5, 1))
     data.FloatPixelPaddingValue = float(values[-1, -1])
     assert grey(data)[-1, -1] == 0 and said(read(data))[-1] == "1 padding pixels left out: black"
@@ -392,9 +352,8 @@ def test_other_uncompressed_syntaxes(syntax):
     data.file_meta.TransferSyntaxUID = syntax
     if syntax is uid.ExplicitVRBigEndian:
         data.PixelData = STORED.astype(">u2").tobytes()
-    assert_shows(
-        to_bytes(data, implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian), ramp(HU, -160, 239)
-    )
+    order = {"implicit_vr": syntax.is_implicit_VR, "little_endian": syntax.is_little_endian}
+    assert_shows(to_bytes(data, **order), ramp(HU, -160, 239))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -421,13 +380,10 @@ def test_run_length_encoding():
     assert_shows(data, ramp(HU[:, ::-1], -160, 239), frame=1)
 
 
-@pytest.mark.parametrize(
-    ("syntax", "bits", "frame"),
-    [
-        (uid.JPEG2000Lossless, 16, encoded(NOISE, "JPEG2000", irreversible=False, no_jp2=True)),
-        (uid.JPEGLosslessSV1, 12, encode(NOISE, 12)),
-    ],
-)
+@pytest.mark.parametrize(("syntax", "bits", "frame"), [
+    (uid.JPEG2000Lossless, 16, encoded(NOISE, "JPEG2000", irreversible=False, no_jp2=True)),
+    (uid.JPEGLosslessSV1, 12, encode(NOISE, 12)),
+])  # fmt: skip
 def test_lossless_compression(syntax, bits, frame):
     data = encapsulated(NOISE, "MONOCHROME2", syntax, frame, bits=bits, **UP_TO_4000)
     assert_shows(data, ramp(NOISE, 0, 4000))
@@ -440,14 +396,6 @@ def test_jpeg_baseline():
     jpeg = encoded(rgb, "JPEG", quality=95, subsampling=0)
     shown = pixels(encapsulated(rgb, "YBR_FULL", uid.JPEGBaseline8Bit, jpeg))
     assert np.abs(shown.astype(int) - pixels(jpeg)).max() <= 2
-
-
-def test_a_frame_that_aborts_its_decoder():
-    """gdcm throws through its own C++ when what follows the frame's header is no marker."""
-    frame = bytearray(encode(STORED, 12))
-    frame[15] = 0
-    with refused(match=r"JPEG Lossless.*cannot be decoded"):
-        read(encapsulated(STORED, "MONOCHROME2", uid.JPEGLosslessSV1, bytes(frame), bits=12))
 
 
 def test_missing_decoder_names_syntax_and_extra(monkeypatch):
@@ -463,17 +411,14 @@ ROWS, COLUMNS = np.mgrid[-15:15:1.0, -15:15:0.5] + 0.25
 DISC = np.where(ROWS**2 + COLUMNS**2 < 100, 200, 10).astype(np.uint8)
 
 
-@pytest.mark.parametrize(
-    "elements",
-    [
-        {"PixelSpacing": ["1", "0.5"]},
-        {"ImagerPixelSpacing": ["0.2", "0.1"]},
-        {"NominalScannedPixelSpacing": ["1", "0.5"]},
-        {"PixelAspectRatio": ["2", "1"]},
-        {"SharedFunctionalGroupsSequence": [item(PixelMeasuresSequence=[item(PixelSpacing=["1", "0.5"])])]},
-        {"PixelSpacing": ["1", "0.5"], "PixelAspectRatio": ["1", "1"]},
-    ],
-)
+@pytest.mark.parametrize("elements", [
+    {"PixelSpacing": ["1", "0.5"]},
+    {"ImagerPixelSpacing": ["0.2", "0.1"]},
+    {"NominalScannedPixelSpacing": ["1", "0.5"]},
+    {"PixelAspectRatio": ["2", "1"]},
+    {"SharedFunctionalGroupsSequence": [item(PixelMeasuresSequence=[item(PixelSpacing=["1", "0.5"])])]},
+    {"PixelSpacing": ["1", "0.5"], "PixelAspectRatio": ["1", "1"]},
+])  # fmt: skip
 def test_pixels_that_are_not_square(elements):
     """A disc of 20 mm, sampled in steps of 1 mm down and 0.5 mm across, is as high as it is wide."""
     picture = read(dataset(DISC, **elements), full_range=True)
@@ -483,24 +428,21 @@ def test_pixels_that_are_not_square(elements):
     assert "high and " in said(picture)[-1] and "stretched to 60 by 60" in said(picture)[-1]
 
 
-def test_colour_is_stretched_too():
+def test_pixels_of_colours_that_are_not_square():
     wide = read(dataset(np.stack([DISC.T] * 3, axis=-1), "RGB", PixelAspectRatio=["1", "2"]))
     assert wide.image.size == (60, 60) and wide.size == (60, 30)
 
 
-@pytest.mark.parametrize(
-    ("elements", "warning"),
-    [
-        ({}, None),
-        ({"PixelSpacing": ["0.5", "0.5"]}, None),
-        ({"PixelAspectRatio": ["1", "1"]}, None),
-        ({"PixelSpacing": ["0", "1"]}, "no pair of numbers above 0"),
-        ({"PixelSpacing": ["1", "-1"]}, "no pair of numbers above 0"),
-        ({"PixelSpacing": ["1"]}, "no pair of numbers above 0"),
-        ({"PixelSpacing": ["1", "0.001"]}, "not to scale"),
-        ({"PixelSpacing": ["1", "0.5"]}, "not to scale"),  # it would have more pixels than allowed
-    ],
-)
+@pytest.mark.parametrize(("elements", "warning"), [
+    ({}, None),
+    ({"PixelSpacing": ["0.5", "0.5"]}, None),
+    ({"PixelAspectRatio": ["1", "1"]}, None),
+    ({"PixelSpacing": ["0", "1"]}, "no pair of numbers above 0"),
+    ({"PixelSpacing": ["1", "-1"]}, "no pair of numbers above 0"),
+    ({"PixelSpacing": ["1"]}, "no pair of numbers above 0"),
+    ({"PixelSpacing": ["1", "0.001"]}, "not to scale"),
+    ({"PixelSpacing": ["1", "0.5"]}, "not to scale"),  # it would have more pixels than allowed
+])  # fmt: skip
 def test_pixels_that_stay_as_they_are(elements, warning):
     picture = read(dataset(DISC, **elements), full_range=True, max_pixels=3599)
     assert picture.image.size == (60, 30)
@@ -533,73 +475,68 @@ def test_a_slice_within_a_segment_is_white(value):
 # What is refused
 
 
-@pytest.mark.parametrize(
-    ("storage", "name"),
-    [
-        (uid.RTStructureSetStorage, "RT Structure Set Storage"),
-        (uid.BasicTextSRStorage, "Basic Text SR Storage"),
-        (uid.MediaStorageDirectoryStorage, "Media Storage Directory Storage"),
-        (uid.EncapsulatedPDFStorage, "Encapsulated PDF Storage"),
-        (uid.UID("1.2.3.4"), "an unknown class"),
-    ],
-)
-def test_files_without_pixels(storage, name):
+def without_pixels(storage):
     data = dataset(GRADIENT)
-    for element in [element.keyword for element in data if element.tag.group in (0x0028, 0x7FE0)]:
-        del data[element]
     data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = storage
-    with refused(match=rf"`source` is a DICOM file without pixels \({name}\)"):
-        read(data)
+    return lacking(*(element.keyword for element in data if element.tag.group in (0x0028, 0x7FE0)), data=data)
 
 
-def without(name):
-    data = ct()
-    del data[name]
-    return data
+def of_syntax(code: str):
+    return to_bytes(dataset(GRADIENT)).replace(uid.ExplicitVRLittleEndian.encode(), code.encode())
 
 
 def deflated():
-    data = ct(**CT)
+    data = ct()
     data.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
     return data
 
 
-def of_syntax(code: bytes):
-    return to_bytes(dataset(GRADIENT)).replace(uid.ExplicitVRLittleEndian.encode(), code)
+def aborting():
+    """gdcm throws through its own C++ when what follows the frame's header is no marker."""
+    frame = bytearray(encode(STORED, 12))
+    frame[15] = 0
+    return encapsulated(STORED, "MONOCHROME2", uid.JPEGLosslessSV1, bytes(frame), bits=12)
 
 
 RGB = dataset(np.zeros((4, 4, 3), np.uint8), "RGB")
 BURNED_IN = dataset(GRADIENT, BurnedInAnnotation="YES")
 
 
-@pytest.mark.parametrize(
-    ("source", "options", "message"),
-    [
-        (without("PixelData"), {}, r"without pixels \(CT Image Storage\)"),
-        (without("PhotometricInterpretation"), {}, "DICOM file without PhotometricInterpretation; allowed are whole"),
-        (without("BitsStored"), {}, "without BitsStored; allowed are whole files"),
-        (without("PixelRepresentation"), {}, "without PixelRepresentation; allowed are whole files"),
-        (of_syntax(b"1.2.840.10008.1.9.9"), {}, "TransferSyntaxUID is missing or unknown"),
-        (of_syntax(b"1.2.3.4.5.6.7.8.9.1"), {}, "TransferSyntaxUID is missing or unknown"),
-        (get_testdata_file("meta_missing_tsyntax.dcm", download=False), {}, "TransferSyntaxUID is missing or unknown"),
-        (deflated(), {}, "deflated as a whole"),
-        (dataset(np.zeros((4, 4, 3), np.uint8), "RGB", PhotometricInterpretation="MONOCHROME2"), {},
-         "`source` is MONOCHROME2, but has 3 samples per pixel"),
-        (RGB, {"window": "lung"}, "`window` is given, but `source` is in colour"),
-        (RGB, {"full_range": True}, "`full_range` is given, but `source` is in colour"),
-        (dataset(np.zeros((4, 4, 3), np.uint8), "HSV"), {}, "PhotometricInterpretation of the file is 'HSV'"),
-        (BURNED_IN, {}, r"`source` says that text is burned into its pixels.*or `allow_burned_in`"),
-        (ct(), {"max_pixels": 6}, "7 by 1 pixels; allowed are 1 to 6"),
-        (to_bytes(ct())[132:], {}, "no known format"),  # without its preamble; nothing is guessed
-        (to_bytes(ct())[:-5], {}, "`source` has .* bytes, too few|cannot be read"),
-        (to_bytes(ct())[:200], {}, "`source` "),
-        (to_bytes(ct())[:140], {}, "`source` "),
-        (encapsulated(GRADIENT, "MONOCHROME2", uid.JPEGBaseline8Bit, b"\xff\xd8\xff\xd9"), {},
-         r"JPEG Baseline.*cannot be decoded"),
-        (get_testdata_file("JPGExtended.dcm", download=False), {},
-         r"JPEG Extended .*no decoder here for 12 bits; decompress"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("source", "options", "message"), [
+    (lacking("PixelData"), {}, r"a DICOM file without pixels \(CT Image Storage\)"),
+    (without_pixels(uid.RTStructureSetStorage), {}, r"without pixels \(RT Structure Set Storage\)"),
+    (without_pixels(uid.BasicTextSRStorage), {}, r"without pixels \(Basic Text SR Storage\)"),
+    (without_pixels(uid.MediaStorageDirectoryStorage), {}, r"without pixels \(Media Storage Directory Storage\)"),
+    (without_pixels(uid.EncapsulatedPDFStorage), {}, r"without pixels \(Encapsulated PDF Storage\)"),
+    (without_pixels(uid.UID("1.2.3.4")), {}, r"without pixels \(an unknown class\)"),
+    (lacking("PhotometricInterpretation"), {}, "without PhotometricInterpretation; allowed are whole files"),
+    (lacking("BitsStored", "PixelRepresentation"), {}, "without BitsStored, PixelRepresentation; allowed are whole"),
+    (of_syntax("1.2.840.10008.1.9.9"), {}, "TransferSyntaxUID is missing or unknown"),
+    (of_syntax("1.2.3.4.5.6.7.8.9.1"), {}, "TransferSyntaxUID is missing or unknown"),
+    (get_testdata_file("meta_missing_tsyntax.dcm", download=False), {}, "TransferSyntaxUID is missing or unknown"),
+    (deflated(), {}, "deflated as a whole"),
+    (dataset(np.zeros((4, 4, 3), np.uint8), "RGB", PhotometricInterpretation="MONOCHROME2"), {},
+     "`source` is MONOCHROME2, but has 3 samples per pixel"),
+    (RGB, {"window": "lung"}, "`window` is given, but `source` is in colour"),
+    (RGB, {"full_range": True}, "`full_range` is given, but `source` is in colour"),
+    (dataset(np.zeros((4, 4, 3), np.uint8), "HSV"), {}, "PhotometricInterpretation of the file is 'HSV'"),
+    (to_bytes(ct(RescaleSlope="1.5")).replace(b"1.5 ", b"1,5 "), {}, "RescaleSlope .* that is not a number"),
+    (lacking("GreenPaletteColorLookupTableData", data=palette_in_words(0)), {}, "holds no whole palette"),
+    *((ct(**elements), {"window": "lung"}, "`window` is 'lung', a window in Hounsfield units, but `source` is")
+      for elements in ({}, {**CT, "RescaleType": "US"}, {**CT, "Modality": "MR"}, {**CT, "Modality": None})),
+    *((FRAMES, {"frame": frame}, f"`frame` is {frame}; allowed are whole numbers from 0 to 11")
+      for frame in (12, -1, 1.0, True)),
+    (BURNED_IN, {}, r"`source` says that text is burned into its pixels.*or `allow_burned_in`"),
+    (ct(), {"max_pixels": 6}, "7 by 1 pixels; allowed are 1 to 6"),
+    (to_bytes(ct())[132:], {}, "no known format"),  # without its preamble; nothing is guessed
+    (to_bytes(ct())[:-5], {}, "`source` has .* bytes, too few|cannot be read"),
+    *((to_bytes(ct())[:length], {}, "`source` is a DICOM file|`source` does not say") for length in (140, 200)),
+    (aborting(), {}, r"JPEG Lossless.*cannot be decoded"),
+    (encapsulated(GRADIENT, "MONOCHROME2", uid.JPEGBaseline8Bit, b"\xff\xd8\xff\xd9"), {},
+     r"JPEG Baseline.*cannot be decoded"),
+    (get_testdata_file("JPGExtended.dcm", download=False), {},
+     r"JPEG Extended .*no decoder here for 12 bits; decompress"),
+])  # fmt: skip
 def test_refused(source, options, message):
     with refused(match=message):
         read(source, **options)

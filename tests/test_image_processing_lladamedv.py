@@ -65,25 +65,20 @@ BOMB = bytearray(encoded(Image.new("1", (10, 10))))
 BOMB[16:24] = (30_000).to_bytes(4, "big") * 2
 
 
-@pytest.mark.parametrize(
-    ("image", "error", "message"),
-    [
-        (b"not an image", ValueError, "type bytes that cannot be read"),
-        (b"", ValueError, "cannot be read"),
-        (encoded(random_image(200, 200))[:2000], ValueError, "cannot be read"),
-        (bytes(BOMB), ValueError, "cannot be read"),
-        ("/no/such/file.png", ValueError, "'/no/such/file.png' that cannot be read: there is no such file"),
-        (np.zeros((0, 5, 3), np.uint8), ValueError, "5 by 0 pixels"),
-        (np.broadcast_to(np.uint8(0), (20_000, 20_000, 3)), ValueError, "20000 by 20000 pixels; allowed are"),
-        (np.zeros((5, 5, 3)), ValueError, r"array of shape \(5, 5, 3\) and type float64"),
-        (np.zeros((5, 5, 7), np.uint8), ValueError, r"shape \(5, 5, 7\)"),
-        (np.zeros((5,), np.uint8), ValueError, r"shape \(5,\)"),
-        (torch.zeros((5, 5), device="meta"), ValueError, "a tensor on meta, torch.strided; allowed are dense ones"),
-        (3.5, TypeError, "of type float; allowed are PIL images"),
-        (None, TypeError, "of type NoneType"),
-        ([], ValueError, "`images` is empty"),
-    ],
-)
+@pytest.mark.parametrize(("image", "error", "message"), [
+    (b"not an image", ValueError, "type bytes that cannot be read"),
+    (b"", ValueError, "cannot be read"),
+    (encoded(random_image(200, 200))[:2000], ValueError, "cannot be read"),
+    (bytes(BOMB), ValueError, "cannot be read"),
+    ("/no/such/file.png", ValueError, "'/no/such/file.png' that cannot be read: there is no such file"),
+    (np.zeros((0, 5, 3), np.uint8), ValueError, "5 by 0 pixels"),
+    (np.broadcast_to(np.uint8(0), (20_000, 20_000, 3)), ValueError, "20000 by 20000 pixels; allowed are"),
+    (np.zeros((5, 5, 3)), ValueError, r"array of shape \(5, 5, 3\) and type float64"),
+    (torch.zeros((5, 5), device="meta"), ValueError, "a tensor on meta, torch.strided; allowed are dense ones"),
+    (3.5, TypeError, "of type float; allowed are PIL images"),
+    (None, TypeError, "of type NoneType"),
+    ([], ValueError, "`images` is empty"),
+])  # fmt: skip
 def test_bad_images(square, image, error, message):
     with pytest.raises(error, match=message):
         square(image)
@@ -94,20 +89,17 @@ def test_padding_to_a_square_that_is_too_large():
         tiny_processor("pad").image_processor(np.zeros((1, 30_000), np.uint8))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"vision_aspect_ratio": "wide"}, "`vision_aspect_ratio` is 'wide'"),
-        ({"vision_aspect_ratio": "anyres_max_0"}, "`vision_aspect_ratio` is 'anyres_max_0'"),
-        ({"size": {"height": 384, "width": 100}}, "tiles are square"),
-        ({"patch_size": 385}, "`patch_size` is 385; allowed are whole numbers from 1 to the 384 pixels"),
-        ({"image_grid_pinpoints": "1x1"}, "must look like"),
-        ({"image_grid_pinpoints": "(axb),...,(6x6)"}, "must look like"),
-        ({"image_grid_pinpoints": "(1x1),...,(100x100)"}, "allowed are at most 4096 grids"),
-        ({"image_grid_pinpoints": [[384, 384]] * 5000}, "allowed are lists of at most 4096 grids"),
-        ({"image_grid_pinpoints": [[384, 100]]}, "multiples of the tile size 384"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"vision_aspect_ratio": "wide"}, "`vision_aspect_ratio` is 'wide'"),
+    ({"vision_aspect_ratio": "anyres_max_0"}, "`vision_aspect_ratio` is 'anyres_max_0'"),
+    ({"size": {"height": 384, "width": 100}}, "tiles are square"),
+    ({"patch_size": 385}, "`patch_size` is 385; allowed are whole numbers from 1 to the 384 pixels"),
+    ({"image_grid_pinpoints": "1x1"}, "must look like"),
+    ({"image_grid_pinpoints": "(axb),...,(6x6)"}, "must look like"),
+    ({"image_grid_pinpoints": "(1x1),...,(100x100)"}, "allowed are at most 4096 grids"),
+    ({"image_grid_pinpoints": [[384, 384]] * 5000}, "allowed are lists of at most 4096 grids"),
+    ({"image_grid_pinpoints": [[384, 100]]}, "multiples of the tile size 384"),
+])  # fmt: skip
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         LLaDAMedVImageProcessor(**options)

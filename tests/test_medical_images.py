@@ -136,45 +136,39 @@ def test_paths_that_are_no_files(tmp_path):
 # Options
 
 
-@pytest.mark.parametrize(
-    ("kind", "argument"),
-    [
-        ("DICOM", {"page": 0}),
-        ("DICOM", {"slice_index": 0}),
-        ("DICOM", {"axis": "axial"}),
-        ("DICOM", {"background": "black"}),
-        ("NIfTI", {"frame": 0}),
-        ("NIfTI", {"full_range": True}),
-        ("NIfTI", {"background": "black"}),
-        ("PNG", {"frame": 0}),
-        ("PNG", {"time_index": 0}),
-        ("PNG", {"allow_burned_in": True}),
-        ("array", {"page": 0}),
-    ],
-)
+@pytest.mark.parametrize(("kind", "argument"), [
+    ("DICOM", {"page": 0}),
+    ("DICOM", {"slice_index": 0}),
+    ("DICOM", {"axis": "axial"}),
+    ("DICOM", {"background": "black"}),
+    ("NIfTI", {"frame": 0}),
+    ("NIfTI", {"full_range": True}),
+    ("NIfTI", {"background": "black"}),
+    ("PNG", {"frame": 0}),
+    ("PNG", {"time_index": 0}),
+    ("PNG", {"allow_burned_in": True}),
+    ("array", {"page": 0}),
+])  # fmt: skip
 def test_arguments_that_do_not_apply(kind, argument):
     (name,) = argument
     with pytest.raises(MedicalImageError, match=rf"`{name}` is given, but `source` is a .*; allowed for it are `"):
         read(PIXELS if kind == "array" else FILES[kind], **argument)
 
 
-@pytest.mark.parametrize(
-    "window",
-    [
-        "lungs",
-        (40,),
-        (40, 0),
-        (40, -1),
-        (40, float("nan")),
-        ("40", 400),
-        40,
-        [1, 2, 3],
-        "40/0",
-        "40,400",
-        "40/400/4",
-        "",
-    ],
-)
+@pytest.mark.parametrize("window", [
+    "lungs",
+    (40,),
+    (40, 0),
+    (40, -1),
+    (40, float("nan")),
+    ("40", 400),
+    40,
+    [1, 2, 3],
+    "40/0",
+    "40,400",
+    "40/400/4",
+    "",
+])  # fmt: skip
 def test_windows_are_checked_first(window, tmp_path):
     with pytest.raises(MedicalImageError, match=r"`window` is .*; allowed are lung, mediastinum.* and LEVEL/WIDTH"):
         read(tmp_path / "no file", window=window)
@@ -203,13 +197,10 @@ def test_windows_and_full_ranges_exclude_each_other():
         read(PIXELS, window="lung", full_range=True)
 
 
-@pytest.mark.parametrize(
-    ("background", "allowed"),
-    [
-        *((colour, True) for colour in ("yellow", "#FFFF00", "#ff0", (255, 255, 0), [255, 255, 0])),
-        *((colour, False) for colour in ("yello", "#ffff0080", (255, 255), (256, 0, 0), 3, 0)),
-    ],
-)
+@pytest.mark.parametrize(("background", "allowed"), [
+    *((colour, True) for colour in ("yellow", "#FFFF00", "#ff0", (255, 255, 0), [255, 255, 0])),
+    *((colour, False) for colour in ("yello", "#ffff0080", (255, 255), (256, 0, 0), 3, 0)),
+])  # fmt: skip
 def test_backgrounds_as_they_are_typed(background, allowed):
     clear = Image.new("RGBA", (1, 1), (0, 0, 0, 0))
     if allowed:

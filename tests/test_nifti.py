@@ -56,14 +56,11 @@ def stored_as(values, orientation):
 # Geometry
 
 
-@pytest.mark.parametrize(
-    ("axis", "index", "size", "point"),  # by hand
-    [
-        ("axial", SUPERIOR, (7, 6), [6 - ANTERIOR, 5 - RIGHT]),  # anterior up, the patient's right on the left
-        ("coronal", ANTERIOR, (8, 6), [7 - SUPERIOR, 5 - RIGHT]),  # superior up, the same
-        ("sagittal", RIGHT, (8, 7), [7 - SUPERIOR, 6 - ANTERIOR]),  # superior up, anterior on the left
-    ],
-)
+@pytest.mark.parametrize(("axis", "index", "size", "point"), [  # by hand
+    ("axial", SUPERIOR, (7, 6), [6 - ANTERIOR, 5 - RIGHT]),  # anterior up, the patient's right on the left
+    ("coronal", ANTERIOR, (8, 6), [7 - SUPERIOR, 5 - RIGHT]),  # superior up, the same
+    ("sagittal", RIGHT, (8, 7), [7 - SUPERIOR, 6 - ANTERIOR]),  # superior up, anterior on the left
+])  # fmt: skip
 @pytest.mark.parametrize("orientation", ["RAS", "LAS", "LPS", "PIR", "SAL", "ALI"])
 def test_views_show_the_patient_as_radiologists_look(orientation, axis, index, size, point):
     stored = stored_as(volume(), orientation)
@@ -107,20 +104,17 @@ NEITHER = f"no orientation in the file (sform and qform): axes taken as left, an
 LEFT_OUT = "of the file left out: it is no orientation"
 
 
-@pytest.mark.parametrize(
-    ("file", "column", "steps", "warns"),
-    [
-        (with_orientations(sform=RAS, qform=RAS), 5 - RIGHT, [], False),
-        (with_orientations(sform=RAS, qform=LAS), 5 - RIGHT,
-         [f"sform and qform of the file disagree about its axes: sform used, {EXCHANGED}"], True),
-        # Without them x runs to the left (the documented default of nibabel).
-        (with_orientations(), RIGHT, [NEITHER], True),
-        (with_orientations(sform_code=1), RIGHT, [f"sform {LEFT_OUT}", NEITHER], True),
-        (with_orientations(qform=RAS, sform_code=1), 5 - RIGHT, [f"sform {LEFT_OUT}"], False),
-        (with_orientations(qform=RAS, sform_code=1, quatern_b=5, pixdim=[1, 0, np.nan, -2, 1, 1, 1, 1]), RIGHT,
-         [f"sform {LEFT_OUT}", f"qform {LEFT_OUT}", NEITHER], True),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("file", "column", "steps", "warns"), [
+    (with_orientations(sform=RAS, qform=RAS), 5 - RIGHT, [], False),
+    (with_orientations(sform=RAS, qform=LAS), 5 - RIGHT,
+     [f"sform and qform of the file disagree about its axes: sform used, {EXCHANGED}"], True),
+    # Without them x runs to the left (the documented default of nibabel).
+    (with_orientations(), RIGHT, [NEITHER], True),
+    (with_orientations(sform_code=1), RIGHT, [f"sform {LEFT_OUT}", NEITHER], True),
+    (with_orientations(qform=RAS, sform_code=1), 5 - RIGHT, [f"sform {LEFT_OUT}"], False),
+    (with_orientations(qform=RAS, sform_code=1, quatern_b=5, pixdim=[1, 0, np.nan, -2, 1, 1, 1, 1]), RIGHT,
+     [f"sform {LEFT_OUT}", f"qform {LEFT_OUT}", NEITHER], True),
+])  # fmt: skip
 def test_orientations_that_disagree_or_are_none(file, column, steps, warns, caplog):
     assert marked(file, slice_index=SUPERIOR) == [[6 - ANTERIOR, column]]
     assert (EXCHANGED in caplog.text) == warns
@@ -177,21 +171,18 @@ def test_percentiles_of_the_foreground():
     assert pixels[6 - 1, 5 - 1] == 0 and pixels[6, 5] == 255
 
 
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [
-        ([0, 1], [0, 255]),
-        ([0, 1, 3], [0, 85, 255]),
-        ([-1024, 40], [0, 255]),
-        ([0, 0.1, 0.5, 1], [0, 26, 128, 255]),
-        ([0, 2, 3, 1035, 2035], [0, 64, 128, 191, 255]),  # would look alike: even steps
-        ([7, 16777216, 16777217], [0, 128, 255]),  # float32 has no place for the last
-        ([0, 1, 2, 30000], [0, 85, 170, 255]),
-        ([0], [0]),
-        ([-1000], [0]),
-        ([1], [255]),  # inside of a mask
-    ],
-)
+@pytest.mark.parametrize(("labels", "expected"), [
+    ([0, 1], [0, 255]),
+    ([0, 1, 3], [0, 85, 255]),
+    ([-1024, 40], [0, 255]),
+    ([0, 0.1, 0.5, 1], [0, 26, 128, 255]),
+    ([0, 2, 3, 1035, 2035], [0, 64, 128, 191, 255]),  # would look alike: even steps
+    ([7, 16777216, 16777217], [0, 128, 255]),  # float32 has no place for the last
+    ([0, 1, 2, 30000], [0, 85, 170, 255]),
+    ([0], [0]),
+    ([-1000], [0]),
+    ([1], [255]),  # inside of a mask
+])  # fmt: skip
 @pytest.mark.parametrize("rare", [False, True])
 def test_every_label_of_a_mask_is_seen(labels, expected, rare):
     kind = np.float64 if any(label % 1 for label in labels) else np.int32
@@ -246,24 +237,21 @@ PAIRS = [nifti(volume(), magic=magic)[:348] for magic in (b"ni1", b"")]
 COLOURS = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
 
 
-@pytest.mark.parametrize(
-    ("file", "options", "message"),
-    [
-        (nifti(np.zeros((*SHAPE, 3), np.int16)), {}, "`time_index` is not given, but there are 3 volumes"),
-        (nifti(volume()), {"time_index": 3}, "`time_index` is 3; allowed are whole numbers from 0 to 0"),
-        (nifti(volume()), {"slice_index": 8}, "`slice_index` is 8; allowed are whole numbers from 0 to 7"),
-        (nifti(volume()), {"axis": "up"}, "`axis` is 'up'; allowed are sagittal, coronal, axial"),
-        (nifti(volume()), {"max_pixels": 41}, "6 by 7 pixels; allowed are 1 to 41"),
-        (nifti(volume(np.complex64)), {}, "type complex64; allowed are volumes of real numbers"),
-        (nifti(np.zeros((*SHAPE, 1, 2), np.int16)), {}, r"shape \(6, 7, 8, 1, 2\)"),
-        (nifti(COLOURS), {}, r"type \[\('R'.*; allowed are volumes of real numbers"),
-        (PAIRS[0], {}, r"`source` is the header of a pair of files \(\.hdr and \.img\)"),
-        (PAIRS[1], {}, r"`source` is the header of a pair of files \(\.hdr and \.img\)"),
-        (gzip.compress(PAIRS[0]), {}, r"`source` is the header of a pair of files \(\.hdr and \.img\)"),
-        (nifti(volume())[:360], {}, "too few for the"),
-        (gzip.compress(nifti(volume()))[:-30], {"slice_index": 7}, "cannot be read"),
-    ],
-)
+@pytest.mark.parametrize(("file", "options", "message"), [
+    (nifti(np.zeros((*SHAPE, 3), np.int16)), {}, "`time_index` is not given, but there are 3 volumes"),
+    (nifti(volume()), {"time_index": 3}, "`time_index` is 3; allowed are whole numbers from 0 to 0"),
+    (nifti(volume()), {"slice_index": 8}, "`slice_index` is 8; allowed are whole numbers from 0 to 7"),
+    (nifti(volume()), {"axis": "up"}, "`axis` is 'up'; allowed are sagittal, coronal, axial"),
+    (nifti(volume()), {"max_pixels": 41}, "6 by 7 pixels; allowed are 1 to 41"),
+    (nifti(volume(np.complex64)), {}, "type complex64; allowed are volumes of real numbers"),
+    (nifti(np.zeros((*SHAPE, 1, 2), np.int16)), {}, r"shape \(6, 7, 8, 1, 2\)"),
+    (nifti(COLOURS), {}, r"type \[\('R'.*; allowed are volumes of real numbers"),
+    (PAIRS[0], {}, r"`source` is the header of a pair of files \(\.hdr and \.img\)"),
+    (PAIRS[1], {}, r"`source` is the header of a pair of files \(\.hdr and \.img\)"),
+    (gzip.compress(PAIRS[0]), {}, r"`source` is the header of a pair of files \(\.hdr and \.img\)"),
+    (nifti(volume())[:360], {}, "too few for the"),
+    (gzip.compress(nifti(volume()))[:-30], {"slice_index": 7}, "cannot be read"),
+])  # fmt: skip
 def test_refused(file, options, message):
     with pytest.raises(MedicalImageError, match=message):
         read(file, **options)
