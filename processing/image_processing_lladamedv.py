@@ -57,8 +57,8 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
     tiles, `image_sizes` `(num_images, 2)` (original height, width) and `batch_num_images` (images per prompt).
 
     Raises:
-        ValueError: for an image that cannot be read, has no pixels or more than about 179 million (padded to a square,
-            where that is done), or an array or tensor that is not 8-bit.
+        ValueError: for an image that cannot be read, or has no pixels or more than about 179 million (padded to a
+            square, where that is done).
         TypeError: for something that is no image.
     """
 
@@ -115,9 +115,8 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         images = self.fetch_images(images)
         if not isinstance(images, list):
             images = [images]
-        nested = any(isinstance(image, list) for image in images)
-        counts = [len(row) if isinstance(row, list) else 1 for row in images] if nested else [1] * len(images)
-        flat = [image for row in images for image in (row if isinstance(row, list) else [row])]
+        rows = [row if isinstance(row, list) else [row] for row in images]
+        counts, flat = [len(row) for row in rows], [image for row in rows for image in row]
         if not flat:
             raise ValueError("`images` is empty; allowed are an image, or a list with at least one.")
         if not kwargs.pop("return_pixel_values", True):
@@ -243,8 +242,8 @@ def parse_grid_pinpoints(pinpoints, tile_size: int) -> list[list[int]]:
 
 
 def _read(image) -> Image.Image:
-    """One image of any accepted kind as 8-bit RGB, by the one way that there is for it."""
-    # Nothing is left to do for what comes from here.
+    """One image of any accepted kind as 8-bit RGB."""
+    # Nothing is left to do for a picture that was read before.
     if type(image) is Image.Image and image.mode == "RGB" and not image.info and not image.getexif():
         if 0 < image.width * image.height <= MAX_IMAGE_PIXELS:
             return image
