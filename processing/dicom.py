@@ -345,9 +345,9 @@ def _padding(pixels: np.ndarray, header) -> np.ndarray:
 def _apply_modality(pixels: np.ndarray, header, steps: Steps) -> np.ndarray:
     """Stored values into the units of the modality, such as Hounsfield units (PS3.3, C.11.1)."""
     if header.get("ModalityLUTSequence"):
-        first, table, _ = _table(header.ModalityLUTSequence[0], pixels, pixels.dtype.kind == "i", header)
+        values, table, _ = _look_up(pixels, header.ModalityLUTSequence[0], pixels.dtype.kind == "i", header)
         steps.add("levels", f"modality LUT: table of {len(table)} entries")
-        return _look_up(pixels, first, table)
+        return values
     slopes, intercepts = _rescaling(header)
     if not slopes and not intercepts:
         return pixels
@@ -393,14 +393,14 @@ def _apply_voi_table(values: np.ndarray, header, steps: Steps) -> np.ndarray:
     slopes, intercepts = _rescaling(header)
     signed = header.get("PixelRepresentation") == 1 or any(number < 0 for number in (*slopes[:1], *intercepts[:1]))
     signed = signed and not header.get("ModalityLUTSequence")  # whose output is unsigned
-    first, table, bits = _table(items[0], values, signed, header)
+    levels, table, bits = _look_up(np.rint(values), items[0], signed, header)
     greatest, most = 2**bits - 1, int(table.max())
     note = ""
     if most > greatest or (bits > 8 and most <= greatest // 2):
         note = f", {bits} bits declared, but scaled by its greatest value {most}"
         greatest = most
     steps.add("levels", f"VOI LUT of the file: table of {len(table)} entries{_first_of(len(items))}{note}")
-    return apply_range(_look_up(np.rint(values), first, table), 0, greatest)
+    return apply_range(levels, 0, greatest)
 
 
 def _apply_palette(pixels: np.ndarray, header) -> np.ndarray:
@@ -415,25 +415,27 @@ def _apply_palette(pixels: np.ndarray, header) -> np.ndarray:
         # pydicom wraps around beyond the end of the table, where the last entry counts.
         within = np.clip(pixels, first, first + (count or 2**16) - 1)
         return apply_range(require("pydicom.pixels").apply_color_lut(within, header), 0, 2**bits - 1)
-    tables = [_table(header, pixels, pixels.dtype.kind == "i", header, name) for name in _PALETTES]
-    bits, greatest = tables[0][2], max(int(table.max()) for _, table, _ in tables)
+    found = [_look_up(pixels, header, pixels.dtype.kind == "i", header, name) for name in _PALETTES]
+    bits, greatest = found[0][2], max(int(table.max()) for _, table, _ in found)
     # 8 bits that are written in words of 16, the lower or the upper half of them, whatever was declared.
     bits = 16 if greatest >= 2**bits else 8 if greatest < 2**8 else bits
-    channels = [apply_range(_look_up(pixels, first, table), 0, 2**bits - 1) for first, table, _ in tables]
-    return np.stack(channels, axis=-1)
+    return apply_range(np.stack([levels for levels, _, _ in found], axis=-1), 0, 2**bits - 1)
 
 
-# pydicom's own functions take tables as they are declared; files declare first values and bits wrongly.
+def _look_up(values, item, signed: bool, header, name: str = "LUT") -> tuple[np.ndarray, np.ndarray, int]:
+    """Values through a look-up table (PS3.3, C.11.1.1.1 and C.11.2.1.1); beyond its ends its outermost entries count.
 
-
-def _table(item, values: np.ndarray, signed: bool, header, name: str = "LUT") -> tuple[int, np.ndarray, int]:
-    """First value mapped, entries, and bits per entry of a look-up table (PS3.3, C.11.1.1.1 and C.11.2.1.1).
+    pydicom's own functions take tables as they are declared; files declare first values and bits wrongly.
 
     Args:
-        values: what is to be mapped.
+        values: what is to be mapped, whole numbers.
+        item: what holds the table.
         signed: whether such values can be negative. The standard ties the first value mapped to that, but implicit VR
             does not tell it, and files write it the other way, too: 64512 for −1024.
         name: what the elements' names begin with.
+
+    Returns:
+        The values mapped, the table, and its bits per entry as declared.
     """
     count, first, bits = (int(number) for number in item[f"{name}Descriptor"].value)
     data = item[f"{name}Data"].value
@@ -446,12 +448,8 @@ def _table(item, values: np.ndarray, signed: bool, header, name: str = "LUT") ->
     if not isinstance(data, bytes):
         data = (np.atleast_1d(data).astype(np.int64) % 2**16).astype(f"{order}u2").tobytes()
     kind = np.dtype(np.uint8 if bits <= 8 and len(data) < 2 * count else f"{order}u2")
-    return first, np.frombuffer(data, kind, len(data) // kind.itemsize)[:count], bits
-
-
-def _look_up(values: np.ndarray, first: int, table: np.ndarray) -> np.ndarray:
-    """Values through a table that begins at `first`; beyond its ends its first and last entry count."""
-    return table[np.clip(values.astype(np.int64) - first, 0, len(table) - 1)]
+    table = np.frombuffer(data, kind, len(data) // kind.itemsize)[:count]
+    return table[np.clip(values.astype(np.int64) - first, 0, len(table) - 1)], table, bits
 
 
 def _first_of(count: int) -> str:
