@@ -1,6 +1,6 @@
 """DICOM files into 8-bit pixels, in the order that the standard fixes: modality LUT, VOI LUT or window, inversion.
 
-Only the elements that say how pixels are shown are read from a file; who the patient is, when and where, never is.
+Only the elements that say how pixels are shown are read from a file, and none that identifies a patient, place or time.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _read_header(file: BinaryIO):
     file.seek(0)
     header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*ELEMENTS, *_OVERLAYS])
     tag = file.read(4)  # it stopped at the pixels, or at the end
-    rows = header.get_item("Rows")  # as it was read, which only the first access to an element tells
+    rows = header.get_item("Rows")  # raw: once an element is accessed, how it was written is lost
     if rows is None or "Columns" not in header or not tag:
         kind = header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")
         name = kind.name if kind and kind.type else "an unknown class"
@@ -190,8 +190,8 @@ def _check_shown(header, window: Window | None, full_range: bool, allow_burned_i
     """Refuse what must not or cannot be shown, before pixels are decoded."""
     if str(header.get("BurnedInAnnotation")).strip().upper() == "YES" and not allow_burned_in:
         raise MedicalImageError(
-            f"{arg('source')} says that text is burned into its pixels (BurnedInAnnotation is YES), which may tell who "
-            f"the patient is; allowed are files that do not say so, or {arg('allow_burned_in')}.",
+            f"{arg('source')} says that text is burned into its pixels (BurnedInAnnotation is YES), which may identify "
+            f"the patient; allowed are files that do not say so, or {arg('allow_burned_in')}.",
             missing="allow_burned_in",
         )
     check_size(header.Rows, header.Columns, max_pixels)
@@ -304,7 +304,7 @@ def _decode(file: BinaryIO, as_stated: bool, header, frame: int) -> np.ndarray:
 
 
 def _show_grey(pixels: np.ndarray, header, window: Window | None, full_range: bool, steps: Steps) -> np.ndarray:
-    """Stored grey values as they are shown: padding is black, whatever is white."""
+    """Stored grey values as they are shown: padding is always black."""
     whole = pixels.dtype.kind != "f"
     steps.choices |= dict.fromkeys(("window", "full_range") if whole else ("window",))
     padding = _padding(pixels, header)
@@ -417,7 +417,7 @@ def _apply_palette(pixels: np.ndarray, header) -> np.ndarray:
         return apply_range(require("pydicom.pixels").apply_color_lut(within, header), 0, 2**bits - 1)
     found = [_look_up(pixels, header, pixels.dtype.kind == "i", header, name) for name in _PALETTES]
     bits, greatest = found[0][2], max(int(table.max()) for _, table, _ in found)
-    # 8 bits that are written in words of 16, the lower or the upper half of them, whatever was declared.
+    # 8 bits that are written in words of 16, in the lower or the upper half of them, despite what is declared.
     bits = 16 if greatest >= 2**bits else 8 if greatest < 2**8 else bits
     return apply_range(np.stack([levels for levels, _, _ in found], axis=-1), 0, 2**bits - 1)
 
@@ -431,7 +431,7 @@ def _look_up(values, item, signed: bool, header, name: str = "LUT") -> tuple[np.
         values: what is to be mapped, whole numbers.
         item: what holds the table.
         signed: whether such values can be negative. The standard ties the first value mapped to that, but implicit VR
-            does not tell it, and files write it the other way, too: 64512 for −1024.
+            does not state it, and files write it the other way, too: 64512 for −1024.
         name: what the elements' names begin with.
 
     Returns:

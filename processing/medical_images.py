@@ -1,7 +1,7 @@
 """Medical image files into 8-bit RGB pictures: DICOM, NIfTI slices, TIFF, 16-bit PNG and common picture formats.
 
 `Image.open(...).convert("RGB")` clips 16 bits at 255, shows what transparency hid and knows no Hounsfield units, all
-without a word. [`read_medical_image`] does each of these things on purpose and tells in `steps` what was done.
+silently. [`read_medical_image`] does each of these things on purpose, and its `steps` say what was done.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .pictures import read_decoded, read_picture
 logger = logging.getLogger(__name__)
 _URL_HEADERS = {"User-Agent": "lladamedv"}  # hosts refuse Python's own
 _BASE64 = re.compile(r";\s*base64\s*$", re.IGNORECASE)  # at the end of what stands before a data URL's data
-_URL_TIMEOUT = 60  # seconds; without one, a server that says nothing is waited for for ever
+_URL_TIMEOUT = 60  # seconds; without a limit, a silent server blocks the process
 _DICOM, _NIFTI, _PICTURE, _DECODED = "DICOM file", "NIfTI volume", "picture file", "decoded picture"
 _DECODED_TYPES = (Image.Image, np.ndarray)
 # Each takes the open binary file or the decoded picture, the steps, to which it adds what it does, `max_pixels` and the
@@ -230,7 +230,7 @@ def fetch_url(url: str) -> bytes:
     """The content of a URL: `http`, `https` or `data`.
 
     Raises:
-        MedicalImageError: if it cannot be had.
+        MedicalImageError: if it cannot be fetched.
     """
     try:
         if url.strip()[:5].lower() == "data:":

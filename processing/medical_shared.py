@@ -18,12 +18,12 @@ from PIL import Image
 MAX_IMAGE_PIXELS = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else 178_956_970
 # How many times its size a file of Deflate or LZW can become: 1032 and 1365 (https://zlib.net/zlib_tech.html).
 _MOST_EXPANSION = 1500
-_MOST_STRETCHED = 100  # a larger ratio of a pixel's sides is hardly meant
+_MOST_STRETCHED = 100  # larger ratios of a pixel's sides are taken for mistakes
 _MARKED = re.compile("\ue000(.*?)\ue001")  # characters for private use, which no other text has
 
 
 class MedicalImageError(ValueError):
-    """A medical image, or an option for it, that cannot be used. The message never says who the patient is.
+    """A medical image, or an option for it, that cannot be used. The message never identifies a patient.
 
     Args:
         message: names arguments by [`arg`].

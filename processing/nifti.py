@@ -1,4 +1,4 @@
-"""One slice of a NIfTI volume into 8-bit pixels, turned the way radiologists look at it, whatever the file's axes.
+"""One slice of a NIfTI volume into 8-bit pixels, turned the way radiologists look at it.
 
 Only that slice is read, not the volume, and none of the header's free texts.
 """

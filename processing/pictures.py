@@ -19,7 +19,7 @@ from .grey_levels_lladamedv import GREY_MODES, show_array, show_picture
 from .medical_shared import MedicalImageError, Steps, arg, check_bytes, check_size, choose_index, require
 
 
-# Of Pillow's formats those in use for medical pictures; others run programs (EPS) or are hardly tested.
+# Of Pillow's formats those in use for medical pictures; others run programs (EPS) or are little tested.
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "AVIF", "PPM")
 # These can leave out detail before it takes memory, so they are opened without Pillow's own limit.
 _JPEG, _JPEG_2000 = (b"\xff\xd8\xff",), (b"\x00\x00\x00\x0cjP  ", b"\xff\x4f\xff\x51")

@@ -177,7 +177,7 @@ def test_inversion_happens_once(photometric, shape, inversions):
 
 
 def table_over(values, first, entries, bits=8, vr="US", **elements):
-    """A data set with a VOI LUT whose first mapped value is written like this, whatever its sign."""
+    """A data set with a VOI LUT whose first mapped value is written like this, of either sign."""
     table = look_up_table(0, bits, entries)
     table["LUTDescriptor"].VR = vr
     table.LUTDescriptor = [len(entries), first, bits]
@@ -361,11 +361,11 @@ def test_elements_written_otherwise_than_the_transfer_syntax_says():
     file = get_testdata_file("SC_rgb_jpeg.dcm", download=False)
     assert np.array_equal(pixels(file), pydicom.dcmread(file).pixel_array)
     content = implicit(ct(**WINDOW, **CT))
-    told, true = (
+    stated, true = (
         b"UI" + struct.pack("<H", len(code)) + code for code in (b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2\0")
     )
     assert true in content
-    assert_shows(content.replace(true, told), ramp(HU, -160, 239))
+    assert_shows(content.replace(true, stated), ramp(HU, -160, 239))
 
 
 # Compressed pixels
@@ -550,7 +550,7 @@ def test_text_burned_into_the_pixels():
         read(dataset(GRADIENT, BurnedInAnnotation="Yes"))
 
 
-def test_who_the_patient_is_is_not_even_read(monkeypatch):
+def test_what_identifies_a_patient_is_not_even_read(monkeypatch):
     headers, dcmread = [], pydicom.dcmread
 
     def recorded(*arguments, **options):

@@ -1,4 +1,4 @@
-"""What all kinds of medical image files have in common: told by content, arguments checked, nobody identified."""
+"""What all medical image files have in common: recognised by content, arguments checked, no patient identified."""
 
 import gzip
 import inspect
@@ -50,15 +50,15 @@ def files():
 FILES = files()
 
 
-def assert_nobody_is_named(text):
+def assert_names_no_patient(text):
     for secret in (SECRET, SECRET_DATE, SECRET_UID):
         assert secret not in text
 
 
 @pytest.mark.parametrize("kind", list(FILES))
-def test_nobody_is_named(kind, tmp_path, caplog, recwarn, capsys):
+def test_no_patient_is_named(kind, tmp_path, caplog, recwarn, capsys):
     caplog.set_level("INFO")
-    for library in ("lladamedv", "pydicom", "nibabel"):  # Pillow tells the tags of TIFF files at level DEBUG
+    for library in ("lladamedv", "pydicom", "nibabel"):  # Pillow logs the tags of TIFF files at level DEBUG
         caplog.set_level("DEBUG", library)
     file = FILES[kind]
     assert SECRET.encode() in (gzip.decompress(file) if kind.endswith("gz") else file)
@@ -82,15 +82,15 @@ def test_nobody_is_named(kind, tmp_path, caplog, recwarn, capsys):
         texts += traceback.format_exception(failure.value)
     assert len(texts) > 20
     texts += [caplog.text, *(str(warning.message) for warning in recwarn), *capsys.readouterr()]
-    assert_nobody_is_named("\n".join(texts))
+    assert_names_no_patient("\n".join(texts))
 
 
-def test_series_names_nobody(tmp_path):
+def test_series_names_no_patient(tmp_path):
     (tmp_path / SECRET).write_bytes(FILES["DICOM"])
     for folder in (tmp_path, tmp_path / SECRET):
         with pytest.raises(MedicalImageError) as failure:
             read_dicom_series(folder)
-        assert_nobody_is_named("".join(traceback.format_exception(failure.value)))
+        assert_names_no_patient("".join(traceback.format_exception(failure.value)))
 
 
 # Sources
