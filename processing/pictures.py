@@ -93,10 +93,10 @@ def read_picture(
         steps.clear()
         return _read_tiff(file, steps, page=page, max_pixels=max_pixels, **shown)
     width, height = image.size
-    turned = image.getexif().get(_ORIENTATION) in _TURNED
     reduced = _reduce(image, max_pixels, steps)
     if not reduced:
-        check_size(height, width, max_pixels)
+        check_size(height, width, max_pixels)  # before EXIF is asked for, for which Pillow decodes PNG files
+    turned = image.getexif().get(_ORIENTATION) in _TURNED
     converted, size = _convert(image, steps, **shown)
     if reduced:
         size = (width, height) if turned else (height, width)
