@@ -74,13 +74,11 @@ def check_window(window) -> Window | None:
 def show_picture(
     image: Image.Image, steps: Steps, *, window: Window | None, full_range: bool, background, deep_colour: bool = False
 ) -> Image.Image:
-    """An upright picture of any mode in one that `convert("RGB")` treats well.
+    """A picture of any mode, loaded and upright, as one that `convert("RGB")` treats well.
 
     Args:
-        image: the picture, loaded.
-        steps: what is done is added to it.
         window, full_range, background: see [`read_medical_image`]; checked.
-        deep_colour: whether Pillow has already reduced 16 bits per channel to 8.
+        deep_colour: whether 16 bits per channel have been reduced to 8 already.
     """
     transparent = image.has_transparency_data
     if image.mode in GREY_MODES or (image.mode in ("1", "L") and not transparent and window is not None):
@@ -166,8 +164,7 @@ def apply_window(
     """Grey values through a window.
 
     Args:
-        values: numbers of any shape.
-        window: in the units of `values`.
+        values: of any shape, in the units of `window`.
         steps: the window is added to it, with `origin` and `note` in its text.
         function: one of `WINDOW_FUNCTIONS`. With `"LINEAR"`, which is made for whole numbers, the window begins at
             `level − width / 2` and ends at `level + width / 2 − 1`, and its width is at least 1.
@@ -211,11 +208,8 @@ def apply_percentiles(
     value instead, and in even steps where two labels would look alike otherwise.
 
     Args:
-        values: numbers of any shape.
-        steps: what decided is added to it.
-        percentiles: the percentages, such as `(0.5, 99.5)`.
-        used: boolean, of the same shape: which values decide. Values that are not finite are always left out, and
-            become black if they are not a number.
+        used: boolean, of the shape of `values`: which of them decide. Values that are not finite are always left out,
+            and become black if they are not a number.
         foreground: take the percentiles from the values above the least one.
     """
     finite = np.isfinite(values)

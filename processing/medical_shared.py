@@ -102,9 +102,7 @@ def choose_index(name: str, value: int | None, count: int, unit: str, steps: Ste
     """The index of a frame or slice: the one asked for, else the middle one, with a warning.
 
     Args:
-        name: the argument that `value` came with, for messages.
-        value: index from 0, or `None`.
-        count: how many there are.
+        name: the argument that `value`, an index from 0 or `None`, came with.
         unit: what is counted, for the steps.
         required: whether it is an error if `value` is `None` where there are several.
     """

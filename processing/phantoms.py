@@ -11,7 +11,7 @@ The drawings are cartoons; nothing here says anything about how a model does on 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -252,9 +252,6 @@ class PhantomVQA(Sequence):
         question = _WORDINGS[topic][wording].format(x=filler)
         image = draw_phantom(attributes, rng, self.image_size)
         return PhantomExample(image, question, _answer(topic, attributes, filler), _KIND_OF[topic], topic, attributes)
-
-    def __iter__(self) -> Iterator[PhantomExample]:
-        return (self[index] for index in range(self.length))
 
 
 def sample_attributes(rng: np.random.Generator) -> PhantomAttributes:
