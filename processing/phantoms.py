@@ -139,13 +139,10 @@ class PhantomExample:
     topic: str
     attributes: PhantomAttributes
 
-    def messages(self, with_answer: bool = False) -> list[dict]:
-        """The example as chat messages for `processor.apply_chat_template`."""
+    def messages(self) -> list[dict]:
+        """The question as chat messages for `processor.apply_chat_template`."""
         content = [{"type": "image", "image": self.image}, {"type": "text", "text": self.question}]
-        messages = [{"role": "user", "content": content}]
-        if with_answer:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": self.answer}]})
-        return messages
+        return [{"role": "user", "content": content}]
 
 
 def parse_phantoms(text: str) -> dict:
@@ -179,8 +176,6 @@ class PhantomVQA(Sequence):
         kinds (sequence of `str`): which kinds of question, or single topics, drawn with equal probability per
             repetition, so that `("closed", "closed", "open")` asks closed questions twice as often as open ones.
         image_size (`int`): side of the pictures in pixels, at least 16.
-        topic_weights (`dict[str, int]`, *optional*): how many times as often as the other topics of its kind a topic
-            is asked about; only with one question about each picture.
         questions_per_picture (`int`): how many examples in a row are about the same picture. With more than one, each
             topic that a picture allows is asked about once before any is a second time.
 
@@ -194,7 +189,6 @@ class PhantomVQA(Sequence):
         length: int,
         kinds: Sequence[str] = KINDS,
         image_size: int = 64,
-        topic_weights: dict[str, int] | None = None,
         questions_per_picture: int = 1,
     ):
         unknown = set(kinds) - set(_TOPICS) - set(_KIND_OF)
@@ -206,20 +200,11 @@ class PhantomVQA(Sequence):
             raise ValueError(f"`seed` is {seed} and `length` is {length}; both must be 0 or more.")
         if image_size < 16:
             raise ValueError(f"`image_size` is {image_size}; at least 16 pixels are needed.")
-        weights = topic_weights or {}
-        if not set(weights) <= set(_WORDINGS) or not all(weight >= 1 for weight in weights.values()):
-            raise ValueError(f"`topic_weights` is {weights}; allowed are weights of at least 1 for {tuple(_WORDINGS)}.")
-        if questions_per_picture < 1 or (questions_per_picture > 1 and weights):
-            raise ValueError(
-                f"`questions_per_picture` is {questions_per_picture} and `topic_weights` is {weights}; allowed "
-                "is 1, or more without weights."
-            )
+        if questions_per_picture < 1:
+            raise ValueError(f"`questions_per_picture` is {questions_per_picture}; it must be 1 or more.")
         self.seed, self.length, self.kinds, self.image_size = seed, length, tuple(kinds), image_size
         self.questions_per_picture = questions_per_picture
-        self.topics = {topic: (topic,) for topic in _KIND_OF} | {
-            kind: tuple(topic for topic in topics for _ in range(weights.get(topic, 1)))
-            for kind, topics in _TOPICS.items()
-        }
+        self.topics = {topic: (topic,) for topic in _KIND_OF} | _TOPICS
 
     def __len__(self) -> int:
         return self.length

@@ -64,19 +64,12 @@ def test_description_names_everything():
     assert replace(attributes, count=0, sign=False).describe() == "The coronal MRI scan of the brain shows no lesion."
 
 
-def test_topic_weights():
-    topics = Counter(example.topic for example in PhantomVQA(0, 400, ("closed",), 16, {"is_domain": 6}))
-    assert 0.4 < topics["is_domain"] / 400 < 0.6
-
-
 @pytest.mark.parametrize(("arguments", "message"), [
     ((0, 5, ("yes",)), "`kinds` is"),
     ((0, 5, ()), "`kinds` is"),
     ((-1, 5), "`seed` is -1"),
     ((0, 5, ("open",), 8), "`image_size` is 8"),
-    ((0, 5, ("open",), 64, {"colour": 2}), "`topic_weights` is"),
-    ((0, 5, ("open",), 64, None, 0), "`questions_per_picture` is 0"),
-    ((0, 5, ("open",), 64, {"side": 2}, 8), "`questions_per_picture` is 8 and `topic_weights` is {'side': 2}"),
+    ((0, 5, ("open",), 64, 0), "`questions_per_picture` is 0"),
 ])  # fmt: skip
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
