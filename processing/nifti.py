@@ -57,7 +57,7 @@ def read_nifti(
 
     affine = _affine(header, steps)
     orientation = nibabel.io_orientation(affine)  # (array axes, [canonical axis, direction])
-    # The array axes that run across, up and along the view.
+    # The array axes that run along, across and up the view.
     along, across, up = (
         int(np.flatnonzero(orientation[:, 0] == canonical)[0])
         for canonical in (AXES[axis], *(other for other in range(3) if other != AXES[axis]))
