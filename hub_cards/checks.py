@@ -7,10 +7,12 @@ of this machine.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.released_lladamedv import FILES, Checkpoint, read_checkpoint, resolve_source
-from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_header, read_weights
+from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_header, read_json, read_weights
 
 from .privacy import SECRET
 
@@ -34,6 +36,8 @@ AUTO_CLASSES = (
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROJECTOR = "mm_projector.safetensors"  # of stage 1, beside the model
 _TOWERS = ("*/config.json", "*/*/config.json")  # of vision towers in subfolders
+# What libraries raise for values that they do not expect.
+_BUILD_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _LARGEST_JSON = 2**24  # bytes of a configuration or an index: Python takes about twenty times that to read it
 _MODEL_FILES = (
     CARD, "config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -82,8 +86,7 @@ def check_model(source: str | Path, revision: str | None = None, with_weights: b
         ValueError: for the reasons of [`check_folder`] and [`read_checkpoint`]; if weights of the model are missing or
             have other shapes, or the folder holds others, or its configuration names other files.
     """
-    checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)), source=source)
-    expected = LLaDAMedVForConditionalGeneration.parameter_shapes(checkpoint.config)
+    checkpoint, expected = _described_model(check_folder(resolve_source(source, revision)), source)
     if "transformers_weights" in checkpoint.original:
         raise ValueError("`transformers_weights` in config.json names other files; allowed is model.safetensors.")
     files = list(checkpoint.folder.glob("*.safetensors"))
@@ -99,6 +102,52 @@ def check_model(source: str | Path, revision: str | None = None, with_weights: b
     elif with_weights:
         checkpoint.compare(expected)[1].check(source)
     return checkpoint, checkpoint.loading_options()
+
+
+def _described_model(folder: Path, source: str | Path) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
+    """The checkpoint of a folder, and names and shapes of the weights that its configuration describes.
+
+    Libraries build the parts of a model, and their errors do not name the field: it is the one without which the model
+    can be built.
+    """
+    original = read_json(folder / "config.json")
+
+    def build(config: dict) -> tuple:
+        if not isinstance(config.get("auto_map", {}), dict):
+            raise TypeError("it must be an object")
+        checkpoint = read_checkpoint(folder, source=source, original=copy.deepcopy(config))
+        return checkpoint, LLaDAMedVForConditionalGeneration.parameter_shapes(checkpoint.config)
+
+    try:
+        return build(original)
+    except _BUILD_ERRORS as error:
+        field, value = _odd_field(original, build)
+        if field.rpartition(".")[2] in str(error):
+            raise
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"`{field}` in {str(folder / 'config.json')!r} is {value!r:.200}, with which no model can be built "
+            f"({type(cause).__name__}: {' '.join(str(cause).split())})."
+        ) from error
+
+
+def _odd_field(config: dict, build: Callable[[dict], object]) -> tuple[str, object]:
+    """The first field without which a configuration can be built, and its value; `""` if there is none."""
+    for field, value, others in _without_each_field(config):
+        with suppress(*_BUILD_ERRORS):
+            build(others)
+            return field, value
+    return "", None
+
+
+def _without_each_field(config: dict) -> Iterator[tuple[str, object, dict]]:
+    """Each field of a configuration and of its parts: its name, its value, and the configuration without it."""
+    for name, value in config.items():
+        others = {each: config[each] for each in config if each != name}
+        if isinstance(value, dict) and name.endswith("_config"):
+            for field, each, rest in _without_each_field(value):
+                yield f"{name}.{field}", each, others | {name: rest}
+        yield name, value, others
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -118,7 +167,7 @@ def check_folder(folder: str | Path) -> Path:
             or an index of more than 16 MB.
     """
     folder = Path(folder)
-    for file in (file for pattern in (*FILES, *_TOWERS) for file in folder.glob(pattern)):
+    for file in (file for pattern in (*FILES, "*.safetensors", *_TOWERS) for file in folder.glob(pattern)):
         if problem := _irregular(file, folder):
             raise ValueError(
                 f"{str(file)!r} {problem}; allowed are files, and links to what is within the same folder. Copy what a "
@@ -169,7 +218,7 @@ def checked_files(
     Raises:
         ValueError: with everything that is wrong.
     """
-    files, left_out, problems = {}, [], []
+    files, left_out, problems, indexed = {}, [], [], _indexed_files(folder)
     for place, folders, names in os.walk(folder):
         folders.sort()
         links = [name for name in folders if Path(place, name).is_symlink()]
@@ -179,7 +228,9 @@ def checked_files(
             lineage = [*relative.parts, name, *(parent.as_posix() for parent in relative.parents[:-1])]
             if any(fnmatchcase(each, pattern) for each in lineage for pattern in (*leave_out, *OF_TRAINING)):
                 left_out.append(name)
-            elif problem := _irregular(path, folder) or ("is no file" if path.is_dir() else _why_not(relative)):
+            elif problem := _irregular(path, folder) or (
+                "is no file" if path.is_dir() else name not in indexed and _why_not(relative)
+            ):
                 problems.append(f"{name} {problem}")
             else:
                 files[name] = path
@@ -191,6 +242,15 @@ def checked_files(
             "named in `leave_out`."
         )
     return files, tuple(left_out)
+
+
+def _indexed_files(folder: Path) -> set[str]:
+    """The files that a folder's index says hold weights, whatever their names; what is wrong with it is found later."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    with suppress(*_BUILD_ERRORS):
+        places = read_json(index)["weight_map"].values() if index.is_file() else ()
+        return {name for name in places if name.endswith(".safetensors")}
+    return set()
 
 
 def _why_not(path: Path) -> str | None:
@@ -281,13 +341,14 @@ def _check_weights(files: dict[str, Path | bytes], contents: dict[str, dict]) ->
     yield from problems
     if PROJECTOR in files:
         yield from _errors(read_header, files[PROJECTOR])
-    metadata = contents.get(SAFE_WEIGHTS_INDEX_NAME, {}).get("metadata") or {}
+    index = contents.get(SAFE_WEIGHTS_INDEX_NAME, {})
+    metadata = index.get("metadata") or {}
     if not isinstance(metadata, dict):
         yield f"`metadata` in {SAFE_WEIGHTS_INDEX_NAME} is no JSON object"
         return
     total = metadata.get("total_size")
     if total is not None and not problems:
-        shards = [file for file in weights if file.match("model-*.safetensors")]
+        shards = [files[name] for name in {*index["weight_map"].values()}]
         # The first 8 bytes of a file are the length of its header.
         size = sum(file.stat().st_size - 8 - int.from_bytes(file.open("rb").read(8), "little") for file in shards)
         if total != size:

@@ -428,15 +428,16 @@ NAN = float("nan")
 WRONG = {
     "config.json": {
         "text_config": ({"model_type": "bert"}, "llama", [{}],
-                        {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}),
+                        {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}, {"hidden_act": "evil"},
+                        {"vocab_size": 5}),
         "vision_config": ({"model_type": "timm_wrapper", "architecture": "resnet18"}, 3,
                           {"model_type": ["siglip_vision_model"]}),
         "image_grid_pinpoints": ([[384, 384]] * 5000, [[384, 10**9]], [[384, -384]], [[384, 384.5]], [384],
                                  "(1x1),...,(100000x100000)"),
         "vision_aspect_ratio": ("anyres_max_²",), "image_token_id": (10**30,), "mask_token_id": (NAN,),
         "tie_word_embeddings": ("yes",),
-        "": ({"vision_aspect_ratio": "anyres_max_" + "9" * 5000}, {"projector_hidden_act": "evil"}, {"dtype": "load"},
-             {"auto_map": 5}, {"to_dict": "shadow"}),
+        "": ({"vision_aspect_ratio": "anyres_max_" + "9" * 5000}, {"to_dict": "shadow"}),
+        "projector_hidden_act": ("evil",), "dtype": ("load", ["x"]), "auto_map": (5, None),
         "transformers_weights": ("../x.safetensors", "x.safetensors.index.json"),
     },
     "generation_config.json": {

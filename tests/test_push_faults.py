@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def write_shards(folder, count):
-    places = {f"weight_{number}": f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)}
+    places = {f"weight_{number}": f"model-{number}.safetensors" for number in range(count)}
     for number, (key, name) in enumerate(places.items()):
         save_file({key: torch.full((5000,), float(number))}, folder / name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
