@@ -26,10 +26,10 @@ from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditiona
 from lladamedv.modeling_lladamedv.released_lladamedv import FILES, Checkpoint, read_checkpoint, resolve_source
 from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_header, read_json, read_weights
 
+from .licences import CARD
 from .privacy import SECRET
 
 
-CARD = "README.md"
 AUTO_CLASSES = (
     "AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor",
 )  # fmt: skip
@@ -121,9 +121,10 @@ def _described_model(folder: Path, source: str | Path) -> tuple[Checkpoint, dict
     try:
         return build(original)
     except _BUILD_ERRORS as error:
-        field, value = _odd_field(original, build)
-        if field.rpartition(".")[2] in str(error):
+        found = _odd_field(original, build)
+        if found is None or found[0].rpartition(".")[2] in str(error):
             raise
+        field, value = found
         cause = error.__cause__ or error
         raise ValueError(
             f"`{field}` in {str(folder / 'config.json')!r} is {value!r:.200}, with which no model can be built "
@@ -131,23 +132,18 @@ def _described_model(folder: Path, source: str | Path) -> tuple[Checkpoint, dict
         ) from error
 
 
-def _odd_field(config: dict, build: Callable[[dict], object]) -> tuple[str, object]:
-    """The first field without which a configuration can be built, and its value; `""` if there is none."""
-    for field, value, others in _without_each_field(config):
-        with suppress(*_BUILD_ERRORS):
-            build(others)
-            return field, value
-    return "", None
-
-
-def _without_each_field(config: dict) -> Iterator[tuple[str, object, dict]]:
-    """Each field of a configuration and of its parts: its name, its value, and the configuration without it."""
+def _odd_field(config: dict, build: Callable[[dict], object]) -> tuple[str, object] | None:
+    """The first field, also of a part, without which a configuration can be built, and its value."""
     for name, value in config.items():
         others = {each: config[each] for each in config if each != name}
         if isinstance(value, dict) and name.endswith("_config"):
-            for field, each, rest in _without_each_field(value):
-                yield f"{name}.{field}", each, others | {name: rest}
-        yield name, value, others
+            found = _odd_field(value, lambda part, others=others, name=name: build(others | {name: part}))
+            if found is not None:
+                return f"{name}.{found[0]}", found[1]
+        with suppress(*_BUILD_ERRORS):
+            build(others)
+            return name, value
+    return None
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -380,6 +376,6 @@ def _text(file: Path | bytes) -> str:
 
 
 __all__ = [
-    "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "AUTO_CLASSES", "CARD", "PROJECTOR", "check_adapter_files", "check_folder",
+    "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "AUTO_CLASSES", "PROJECTOR", "check_adapter_files", "check_folder",
     "check_model", "check_model_files", "checked_files",
 ]  # fmt: skip

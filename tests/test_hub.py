@@ -147,6 +147,9 @@ def with_metadata(folder):
         (without("README.md"), "README.md is missing"),
         (with_file("README.md", b"# No front matter"), "README.md is no card"),
         (with_values("config.json", auto_map={"AutoModel": ["x"]}), "`auto_map` in config.json lacks AutoModel"),
+        # Else those who trust the pusher's code would run a stranger's.
+        (with_values("config.json", auto_map={"AutoModel": "evil/it--modeling_lladamedv.LLaDAMedVModel"}),
+         "names evil/it--modeling_lladamedv.py, which is missing"),
         (with_values("config.json", auto_map=["x"]), "`auto_map` in config.json lacks AutoConfig"),
         (with_values("processor_config.json", auto_map=5), "`auto_map` in processor_config.json lacks AutoProcessor"),
         (with_values("config.json", model_type="llava_llada"), "a model of type 'llava_llada'"),
@@ -175,7 +178,7 @@ def with_metadata(folder):
         (with_text("base:/home/jane/out"), "notes.txt holds the path '/home/jane/out'"),
         (with_metadata, "model.safetensors holds the path '/home/jane/run'"),
     ],
-)
+)  # fmt: skip
 def test_what_is_refused_before_anything_is_asked(hub, folder, spoil, message):
     spoil(folder)
     before = state(folder)

@@ -245,8 +245,9 @@ def test_the_strictest_licence_of_every_set():
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_an_unknown_component_frees_nothing(name):
     parts = [COMPONENTS[name], Component("a secret set", None)]
-    with pytest.raises(ValueError, match="`components` holds a secret set, of unknown licence"):
-        strictest_licence(parts)
+    for components, message in ((parts, "holds a secret set, of unknown licence"), ([], "is empty")):
+        with pytest.raises(ValueError, match=f"`components` {message}"):
+            strictest_licence(components)
     card = build_model_card(ModelFacts("x", "converted", "x", parts, "0.1.0"))
     assert not {"license", "license_name", "license_link"} & set(card.data.to_dict())
     assert "No licence is stated" in card.text and "(a secret set)" in card.text

@@ -93,7 +93,7 @@ def completes(hub, folder):
 
 
 @faults(
-    (partial(Fault, WHO, 401), "but the Hub does not let us in: HTTP 401, the token is missing or not valid"),
+    (partial(Fault, WHO, 401), "but the login at the Hub fails: HTTP 401, the token is missing or not valid"),
     (partial(Fault, CREATE, 403), "HTTP 403, the token may not write there"),
     (partial(Fault, CREATE, 500, times=1), "HTTP 500, the Hub has a problem"),
     (partial(Fault, LOOK, 500), "could not be looked up: HTTP 500, the Hub has a problem"),
@@ -177,9 +177,9 @@ def test_the_answer_to_a_commit_is_lost(hub, folder):
 @pytest.mark.parametrize(
     ("setting", "value", "options", "message"),
     [
-        ("ENDPOINT", "http://127.0.0.1:9", {}, "but the Hub does not let us in: ConnectionRefusedError"),
+        ("ENDPOINT", "http://127.0.0.1:9", {}, "but the login at the Hub fails: ConnectionRefusedError"),
         ("HF_HUB_OFFLINE", True, {"token": TOKEN}, "offline mode is enabled"),
-        ("HF_HUB_OFFLINE", False, {}, "but the Hub does not let us in: LocalTokenNotFoundError"),
+        ("HF_HUB_OFFLINE", False, {}, "but the login at the Hub fails: LocalTokenNotFoundError"),
     ],
 )
 def test_no_hub_and_no_token(hub, folder, monkeypatch, setting, value, options, message):
