@@ -23,7 +23,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
-from lladamedv.modeling_lladamedv.released_lladamedv import FILES, Checkpoint, read_checkpoint, resolve_source
+from lladamedv.modeling_lladamedv.released_lladamedv import FILES, Checkpoint, read_checkpoint
 from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_header, read_json, read_weights
 
 from .licences import CARD
@@ -71,22 +71,19 @@ _ROOTS = {"home", "Users", "root", "tmp", "mnt", "media", "scratch", "Volumes", 
 # Before a model is loaded
 
 
-def check_model(source: str | Path, revision: str | None = None, with_weights: bool = True) -> tuple[Checkpoint, dict]:
-    """Check a folder or Hub repository before a model is loaded from it, and before memory is taken for its weights.
+def check_model(folder: Path, source: str | Path | None = None, with_weights: bool = True) -> Checkpoint:
+    """Check a folder before a model is loaded from it, and before memory is taken for its weights.
 
     Args:
-        source: folder or Hub id of a model of this package or in a released layout.
-        revision: of `source` on the Hub.
+        folder: of a model of this package or in a released layout; of a Hub repository, its snapshot.
+        source: the name that led to the folder, such as a Hub id.
         with_weights: whether weights are going to be loaded, or the configuration alone.
-
-    Returns:
-        The checkpoint, and arguments with which `from_pretrained(source, revision=…, …)` loads it.
 
     Raises:
         ValueError: for the reasons of [`check_folder`] and [`read_checkpoint`]; if weights of the model are missing or
             have other shapes, or the folder holds others, or its configuration names other files.
     """
-    checkpoint, expected = _described_model(check_folder(resolve_source(source, revision)), source)
+    checkpoint, expected = _described_model(check_folder(folder), source)
     if "transformers_weights" in checkpoint.original:
         raise ValueError("`transformers_weights` in config.json names other files; allowed is model.safetensors.")
     files = list(checkpoint.folder.glob("*.safetensors"))
@@ -98,13 +95,15 @@ def check_model(source: str | Path, revision: str | None = None, with_weights: b
         stored = sum(file.stat().st_size for file in files)
         needed = sum(torch.Size(shape).numel() for shape in expected.values())
         if 4 * stored < needed:  # two bits a weight
-            raise ValueError(f"The checkpoint {str(source)!r} has {stored} bytes, too few for its {needed} weights.")
+            raise ValueError(
+                f"The checkpoint {checkpoint.source!r} has {stored} bytes, too few for its {needed} weights."
+            )
     elif with_weights:
-        checkpoint.compare(expected)[1].check(source)
-    return checkpoint, checkpoint.loading_options()
+        checkpoint.compare(expected)[1].check(checkpoint.source)
+    return checkpoint
 
 
-def _described_model(folder: Path, source: str | Path) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
+def _described_model(folder: Path, source: str | Path | None) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
     """The checkpoint of a folder, and names and shapes of the weights that its configuration describes.
 
     Libraries build the parts of a model, and their errors do not name the field: it is the one without which the model

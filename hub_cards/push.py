@@ -483,8 +483,8 @@ class _Target:
         except Exception as error:  # the client raises many kinds
             # Not `from error`: a traceback would show what was taken out of the line.
             raise ValueError(
-                f"`{self.argument}` is {self.repo!r}, {what}: {_reason(error, self.secret)}. A second try does not send "
-                "again what has arrived there."
+                f"`{self.argument}` is {self.repo!r}, {what}: {_reason(error, self.secret)}. A second try does not "
+                "send again what has arrived there."
             ) from None
 
 
