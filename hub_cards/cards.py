@@ -202,7 +202,7 @@ def build_dataset_card(report: Mapping | VQAReport, name: str, version: str, has
     part, (allowed, reason) = find_component(known), may_redistribute(known)
     if has_images and not allowed:
         raise ValueError(f"`has_images` is True; allowed is False: {reason}.")
-    on_hub, drawn = is_on_hub(facts), facts["source"].startswith("phantoms:")
+    on_hub, drawn, splits = is_on_hub(facts), facts["source"].startswith("phantoms:"), facts["split"].split(", ")
     origin = f"extended|{facts['source'].partition('@')[0]}" if on_hub else "extended"
     counts = {"questions": facts["rows"]} | {count: facts[count] for count in ("images", "open", "closed")}
     data = DatasetCardData(
@@ -217,25 +217,8 @@ def build_dataset_card(report: Mapping | VQAReport, name: str, version: str, has
     return _render(
         DatasetCard, "dataset_card.md", data, report=facts, name=scrub(name), version=version, component=part,
         counts=counts, has_images=has_images, allowed=allowed, reason=reason, on_hub=on_hub, drawn=drawn,
-        source=facts["source"] if on_hub or drawn else "local data", recipe=_load_call(facts, on_hub, drawn),
+        source=facts["source"] if on_hub or drawn else "local data", splits=splits,
     )  # fmt: skip
-
-
-def _load_call(report: Mapping, on_hub: bool, drawn: bool) -> str:
-    """The program around [`load_vqa`] that made a report."""
-    splits = report["split"].split(", ")
-    arguments = [repr(report["benchmark"]), repr(report["split"]) if len(splits) == 1 else "split"]
-    if drawn:
-        arguments.append(f"path={report['source'].partition(':')[2]!r}")
-    else:
-        arguments.append(f"source={report['reference']!r}")
-        if not on_hub:
-            arguments.append('path="…"')
-        elif report["revision"] is not None:
-            arguments.append(f"revision={report['revision']!r}")
-    call = f"dataset, report = load_vqa({', '.join(arguments)})"
-    loop = f"for split in {splits}:\n    " if len(splits) > 1 else ""
-    return f"from lladamedv.processing.datasets import load_vqa\n\n{loop}{call}"
 
 
 __all__ = ["ModelFacts", "build_dataset_card", "build_model_card", "hash_files", "save_model_card"]

@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers.dynamic_module_utils import get_relative_imports
@@ -325,7 +326,7 @@ def _check_texts(files: dict[str, Path | bytes], needed: Sequence[str], contents
             yield f"{name} is not UTF-8"
         except (json.JSONDecodeError, RecursionError) as error:
             yield f"{name} is no JSON ({error})"
-        except ValueError as error:
+        except (ValueError, yaml.YAMLError) as error:
             yield f"{name} is no card: {' '.join(str(error).split())}"
 
 

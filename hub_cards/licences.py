@@ -7,9 +7,11 @@ knows, and makes nothing more permissive: the card then states none and says for
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard
 
 from lladamedv.processing.datasets import SOURCES
@@ -146,7 +148,7 @@ def component_of_model(name_or_path: str) -> Component:
     if not name_or_path or not folder.exists():
         return find_component(name_or_path) if is_hub_id(name_or_path) else Component("base model", None)
     card, licence = folder / CARD, None
-    if card.is_file():
+    with suppress(OSError, ValueError, yaml.YAMLError):  # without a card that can be read it is unknown
         data = ModelCard.load(card, ignore_metadata_errors=True).data
         stated = (data.get("license"), data.get("license_name"))
         licence = next((each for each in _LICENCES if (each.license, each.license_name) == stated), None)

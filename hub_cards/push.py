@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import jinja2
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, SpaceCardData, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -228,11 +229,20 @@ def _with_base_model(folder: Path, base_model: str | None) -> dict[str, bytes]:
     if card.is_file():
         text = card.read_text(encoding="utf-8")
         # PEFT writes where the model was loaded from into front matter and tags of its cards.
-        named = ModelCard(text, ignore_metadata_errors=True).data.get("base_model")
+        named = _read_card(card).data.get("base_model")
         for name in {stated, named} - {wanted, None, ""} if isinstance(named, str) else ():
             text = text.replace(name, wanted)
         changes[CARD] = text.encode()
     return changes
+
+
+def _read_card(file: Path) -> ModelCard:
+    try:
+        return ModelCard.load(file, ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"`folder` is {str(file.parent)!r}, whose {CARD} is no card: {' '.join(str(error).split())}."
+        ) from error
 
 
 def _adapter_config(folder: Path) -> dict:
@@ -266,7 +276,7 @@ def _merge(folder: Path, base_model: str | None, out: Path, offline: bool) -> No
         ) from error
     model.save_pretrained(out)
     loaded.save_pretrained(out)
-    card = ModelCard.load(folder / CARD, ignore_metadata_errors=True)
+    card = _read_card(folder / CARD)
     card.data.library_name = "transformers"
     card.data.base_model, card.data.base_model_relation = (base, "finetune") if is_hub_id(base) else (None, None)
     tags = card.data.tags or []

@@ -146,6 +146,8 @@ def with_metadata(folder):
     [
         (without("README.md"), "README.md is missing"),
         (with_file("README.md", b"# No front matter"), "README.md is no card"),
+        (with_file("README.md", b"---\na: [\n---\n"), "README.md is no card"),
+        (without("config.json"), "config.json is missing"),
         (with_values("config.json", auto_map={"AutoModel": ["x"]}), "`auto_map` in config.json lacks AutoModel"),
         # Else those who trust the pusher's code would run a stranger's.
         (with_values("config.json", auto_map={"AutoModel": "evil/it--modeling_lladamedv.LLaDAMedVModel"}),
@@ -163,6 +165,8 @@ def with_metadata(folder):
         (lambda folder: with_file(WEIGHTS, (folder / WEIGHTS).read_bytes()[:-5])(folder), "cannot be read: cut off"),
         (lambda folder: with_file(WEIGHTS, (folder / WEIGHTS).read_bytes() + b"0")(folder), "cannot be read: cut off"),
         (without(WEIGHTS), "holds no weights"),
+        (with_file("mm_projector.safetensors"), "cannot be read: cut off"),
+        (with_file(INDEX, b'{"weight_map": 3}'), "is not an index of weights"),
         (with_file("pytorch_model.bin"), "pytorch_model.bin is a pickle"),
         (with_file("config.json.new"), "config.json.new is left over"),
         (with_file(".env"), ".env is hidden"),
@@ -309,6 +313,18 @@ def test_adapters_name_their_model_by_its_id(hub, adapter):
     assert card.data.base_model == "me/model" and "base_model:adapter:me/model" in card.data.tags
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("README.md", r"whose README.md is no card"), ("adapter_config.json", "cannot be read")]
+)
+def test_adapters_that_cannot_be_read(hub, adapter, name, message):
+    (adapter / name).write_text("---\na: [\n---\n")
+    for options in ({"base_model": "me/model"}, {"adapter_merge": True, "base_model": str(DEMO_MODEL)}):
+        if name == "README.md" or "adapter_merge" not in options:
+            with pytest.raises(ValueError, match=message) as caught:
+                push(adapter, **options)
+            assert "\n" not in str(caught.value) and not hub.requests
+
+
 def test_adapters_merged(hub, adapter):
     before = state(adapter)
     with pytest.raises(ValueError, match="`adapter_merge` is True, but these adapters and their model '/no/model'"):
@@ -451,5 +467,5 @@ def test_command_line(hub, complete, monkeypatch):
     assert done.exit_code == 0 and hub.private["datasets/me/data"] is False
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     failed = run("push", complete, "me/model")
-    assert failed.exit_code == 1 and failed.stderr.startswith("lladamedv: REPO is 'me/model', but the Hub")
+    assert failed.exit_code == 1 and failed.stderr.startswith("lladamedv: REPO is 'me/model', but the login")
     assert failed.stderr.count("\n") == 1 and "hf_wrong" not in failed.output

@@ -279,8 +279,10 @@ def test_the_base_model_of_a_run(tmp_path):
     base = component_of_model(str(tmp_path))
     assert base.licence == COMPONENTS["llada-medv"].licence and str(tmp_path) not in base.title
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: my-own\n---\n")
-    (tmp_path / "bare").mkdir()
-    for unknown in ("me/other", "", str(tmp_path), str(tmp_path / "bare")):
+    for name in ("bare", "odd"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "odd" / "README.md").write_text("---\na: [\n---\n")
+    for unknown in ("me/other", "", *(str(tmp_path / name) for name in (".", "bare", "odd"))):
         assert component_of_model(unknown).licence is None
 
 
