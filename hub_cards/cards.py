@@ -12,22 +12,21 @@ from huggingface_hub import CardData, DatasetCard, DatasetCardData, ModelCard, M
 
 from lladamedv.processing.datasets import VQAReport
 
-from .licences import Component, find_component, may_redistribute, strictest_licence
+from .licences import CARD, Component, find_component, may_redistribute, strictest_licence
 from .privacy import is_hub_id, is_on_hub, scrub
 from .results import EvaluationResults, eval_result_files
 from .training_facts import TrainingFacts
 
 
-KINDS = ("converted", "initialized", "trained", "demo")
+_KINDS = ("converted", "initialized", "trained", "demo")
 _TRAINED_KINDS = ("trained", "demo")
-RELATIONS = ("finetune", "adapter", "quantized", "merge")
-PAPERS = {
+_RELATIONS = ("finetune", "adapter", "quantized", "merge")
+_PAPERS = {
     "2508.01617": "LLaDA-MedV: Exploring Large Language Diffusion Models for Biomedical Image Understanding",
     "2306.00890": "LLaVA-Med: Training a Large Language-and-Vision Assistant for Biomedicine in One Day",
     "2505.16933": "LLaDA-V: Large Language Diffusion Models with Visual Instruction Tuning",
     "2502.09992": "Large Language Diffusion Models",
 }
-CARD_FILE = "README.md"
 _SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 
 
@@ -54,7 +53,7 @@ class ModelFacts:
         components: all that it is made of; they decide its licence.
         version: of the package that made it, if it is known.
         base_models: Hub ids of the models that it derives from; of adapters, the model that they belong to.
-        relation: to these, one of `RELATIONS`.
+        relation: to these, `"finetune"`, `"adapter"`, `"quantized"` or `"merge"`.
         medical: whether it is meant for medical images: such models are for research only.
         text_only: whether it takes no images.
         generation: generation options that are saved as its defaults.
@@ -95,18 +94,15 @@ class ModelFacts:
     results: Sequence[EvaluationResults] = ()
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"`kind` is {self.kind!r}; allowed are {KINDS}.")
-        if self.relation not in (None, *RELATIONS):
-            raise ValueError(f"`relation` is {self.relation!r}; allowed are {RELATIONS} and None.")
+        for name, allowed in (("kind", _KINDS), ("relation", (*_RELATIONS, None))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {', '.join(map(repr, allowed))}.")
         if (self.kind in _TRAINED_KINDS) != (self.training is not None):
             given = "not given" if self.training is None else "given"
             raise ValueError(f"`training` is {given} for the kind {self.kind!r}; it belongs to {_TRAINED_KINDS} alone.")
-        for field_name in ("base_models", "datasets"):
-            if wrong := [name for name in getattr(self, field_name) if not is_hub_id(name)]:
-                raise ValueError(
-                    f"`{field_name}` holds {', '.join(map(repr, wrong))}; allowed are Hub ids, OWNER/NAME."
-                )
+        for name in ("base_models", "datasets"):
+            if wrong := [each for each in getattr(self, name) if not is_hub_id(each)]:
+                raise ValueError(f"`{name}` holds {', '.join(map(repr, wrong))}; allowed are Hub ids, OWNER/NAME.")
 
     @property
     def is_adapter(self) -> bool:
@@ -123,8 +119,8 @@ class ModelFacts:
     @property
     def papers(self) -> dict[str, str]:
         """Titles by arXiv id: all for medical models, those of their part for the others."""
-        ids = list(PAPERS) if self.medical else list(PAPERS)[-1:] if self.text_only else list(PAPERS)[-2:]
-        return {paper: PAPERS[paper] for paper in ids}
+        count = len(_PAPERS) if self.medical else 1 if self.text_only else 2
+        return dict([*_PAPERS.items()][-count:])
 
 
 def build_model_card(facts: ModelFacts) -> ModelCard:
@@ -137,21 +133,18 @@ def build_model_card(facts: ModelFacts) -> ModelCard:
     unknown = [each.title for each in components if each.licence is None]
     known = [each for each in components if each.licence is not None]
     licence = strictest_licence(known) if known else None
-    settled = licence is not None and not unknown
-    tags = ["lladamedv", "masked-diffusion", *(["medical", "research-only", "not-a-medical-device"] * facts.medical)]
-    datasets = list(facts.datasets)
-    if facts.training is not None:
-        datasets += [each.hub_id for each in facts.training.data if each.hub_id]
+    medical = ("medical", "research-only", "not-a-medical-device") if facts.medical else ()
+    read = [each.hub_id for each in facts.training.data if each.hub_id] if facts.training is not None else []
     name = scrub(facts.name)
     data = ModelCardData(
         language="en",
-        **(licence.metadata if settled else {}),
+        **(licence.metadata if licence is not None and not unknown else {}),
         library_name="peft" if facts.is_adapter else "transformers",
         pipeline_tag="text-generation" if facts.text_only else "image-text-to-text",
         base_model=list(facts.base_models) or None,
         base_model_relation=facts.relation if facts.base_models else None,
-        datasets=list(dict.fromkeys(datasets)) or None,
-        tags=[*tags, *(["lora"] * facts.is_adapter), *facts.tags],
+        datasets=list(dict.fromkeys([*facts.datasets, *read])) or None,
+        tags=["lladamedv", "masked-diffusion", *medical, *(["lora"] * facts.is_adapter), *facts.tags],
         model_name=name,
         eval_results=[each for result in facts.results for each in result.to_eval_results()] or None,
     )
@@ -172,7 +165,7 @@ def save_model_card(facts: ModelFacts, folder: str | Path, eval_results: bool = 
         eval_results: also write the files of [`eval_result_files`].
     """
     card = build_model_card(facts)
-    card.save(Path(folder) / CARD_FILE)
+    card.save(Path(folder) / CARD)
     for name, text in eval_result_files(facts.results).items() if eval_results else ():
         file = Path(folder) / name
         file.parent.mkdir(exist_ok=True)
@@ -180,11 +173,11 @@ def save_model_card(facts: ModelFacts, folder: str | Path, eval_results: bool = 
     return card
 
 
-def hash_files(folder: str | Path, pattern: str = "*.safetensors") -> dict[str, str]:
-    """SHA-256 of the files of a folder, by their names."""
+def hash_files(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of the safetensors files of a folder, by their names."""
     hashes = {}
-    for path in sorted(Path(folder).glob(pattern)):
-        with open(path, "rb") as file:
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
             hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
@@ -209,7 +202,7 @@ def build_dataset_card(report: Mapping | VQAReport, name: str, version: str, has
     part, (allowed, reason) = find_component(known), may_redistribute(known)
     if has_images and not allowed:
         raise ValueError(f"`has_images` is True; allowed is False: {reason}.")
-    on_hub, drawn = is_on_hub(facts), facts["source"].startswith("phantoms:")
+    on_hub, drawn, splits = is_on_hub(facts), facts["source"].startswith("phantoms:"), facts["split"].split(", ")
     origin = f"extended|{facts['source'].partition('@')[0]}" if on_hub else "extended"
     counts = {"questions": facts["rows"]} | {count: facts[count] for count in ("images", "open", "closed")}
     data = DatasetCardData(
@@ -224,28 +217,8 @@ def build_dataset_card(report: Mapping | VQAReport, name: str, version: str, has
     return _render(
         DatasetCard, "dataset_card.md", data, report=facts, name=scrub(name), version=version, component=part,
         counts=counts, has_images=has_images, allowed=allowed, reason=reason, on_hub=on_hub, drawn=drawn,
-        source=facts["source"] if on_hub or drawn else "local data", recipe=_load_call(facts, on_hub, drawn),
+        source=facts["source"] if on_hub or drawn else "local data", splits=splits,
     )  # fmt: skip
 
 
-def _load_call(report: Mapping, on_hub: bool, drawn: bool) -> str:
-    """The program around [`load_vqa`] that made a report."""
-    splits = report["split"].split(", ")
-    arguments = [repr(report["benchmark"]), repr(report["split"]) if len(splits) == 1 else "split"]
-    if drawn:
-        arguments.append(f"path={report['source'].partition(':')[2]!r}")
-    else:
-        arguments.append(f"source={report['reference']!r}")
-        if not on_hub:
-            arguments.append('path="…"')
-        elif report["revision"] is not None:
-            arguments.append(f"revision={report['revision']!r}")
-    call = f"dataset, report = load_vqa({', '.join(arguments)})"
-    loop = f"for split in {splits}:\n    " if len(splits) > 1 else ""
-    return f"from lladamedv.processing.datasets import load_vqa\n\n{loop}{call}"
-
-
-__all__ = [
-    "KINDS", "PAPERS", "RELATIONS", "ModelFacts", "build_dataset_card", "build_model_card", "hash_files",
-    "save_model_card",
-]  # fmt: skip
+__all__ = ["ModelFacts", "build_dataset_card", "build_model_card", "hash_files", "save_model_card"]

@@ -7,14 +7,17 @@ of this machine.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers.dynamic_module_utils import get_relative_imports
@@ -22,18 +25,20 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.released_lladamedv import FILES, Checkpoint, read_checkpoint
-from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_header, read_weights
+from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_header, read_json, read_weights
 
+from .licences import CARD
 from .privacy import SECRET
 
 
-CARD = "README.md"
 AUTO_CLASSES = (
     "AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor",
 )  # fmt: skip
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROJECTOR = "mm_projector.safetensors"  # of stage 1, beside the model
 _TOWERS = ("*/config.json", "*/*/config.json")  # of vision towers in subfolders
+# What libraries raise for values that they do not expect.
+_BUILD_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _LARGEST_JSON = 2**24  # bytes of a configuration or an index: Python takes about twenty times that to read it
 _MODEL_FILES = (
     CARD, "config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -79,8 +84,7 @@ def check_model(folder: Path, source: str | Path | None = None, with_weights: bo
         ValueError: for the reasons of [`check_folder`] and [`read_checkpoint`]; if weights of the model are missing or
             have other shapes, or the folder holds others, or its configuration names other files.
     """
-    checkpoint = read_checkpoint(check_folder(folder), source=source)
-    expected = LLaDAMedVForConditionalGeneration.parameter_shapes(checkpoint.config)
+    checkpoint, expected = _described_model(check_folder(folder), source)
     if "transformers_weights" in checkpoint.original:
         raise ValueError("`transformers_weights` in config.json names other files; allowed is model.safetensors.")
     files = list(checkpoint.folder.glob("*.safetensors"))
@@ -100,6 +104,48 @@ def check_model(folder: Path, source: str | Path | None = None, with_weights: bo
     return checkpoint
 
 
+def _described_model(folder: Path, source: str | Path | None) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
+    """The checkpoint of a folder, and names and shapes of the weights that its configuration describes.
+
+    Libraries build the parts of a model, and their errors do not name the field: it is the one without which the model
+    can be built.
+    """
+    original = read_json(folder / "config.json")
+
+    def build(config: dict) -> tuple:
+        if not isinstance(config.get("auto_map", {}), dict):
+            raise TypeError("it must be an object")
+        checkpoint = read_checkpoint(folder, source=source, original=copy.deepcopy(config))
+        return checkpoint, LLaDAMedVForConditionalGeneration.parameter_shapes(checkpoint.config)
+
+    try:
+        return build(original)
+    except _BUILD_ERRORS as error:
+        found = _odd_field(original, build)
+        if found is None or found[0].rpartition(".")[2] in str(error):
+            raise
+        field, value = found
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"`{field}` in {str(folder / 'config.json')!r} is {value!r:.200}, with which no model can be built "
+            f"({type(cause).__name__}: {' '.join(str(cause).split())})."
+        ) from error
+
+
+def _odd_field(config: dict, build: Callable[[dict], object]) -> tuple[str, object] | None:
+    """The first field, also of a part, without which a configuration can be built, and its value."""
+    for name, value in config.items():
+        others = {each: config[each] for each in config if each != name}
+        if isinstance(value, dict) and name.endswith("_config"):
+            found = _odd_field(value, lambda part, others=others, name=name: build(others | {name: part}))
+            if found is not None:
+                return f"{name}.{found[0]}", found[1]
+        with suppress(*_BUILD_ERRORS):
+            build(others)
+            return name, value
+    return None
+
+
 def check_folder(folder: str | Path) -> Path:
     """See that the files of a local folder keep to that folder, and that its JSON can be read.
 
@@ -117,7 +163,7 @@ def check_folder(folder: str | Path) -> Path:
             or an index of more than 16 MB.
     """
     folder = Path(folder)
-    for file in (file for pattern in (*FILES, *_TOWERS) for file in folder.glob(pattern)):
+    for file in (file for pattern in (*FILES, "*.safetensors", *_TOWERS) for file in folder.glob(pattern)):
         if problem := _irregular(file, folder):
             raise ValueError(
                 f"{str(file)!r} {problem}; allowed are files, and links to what is within the same folder. Copy what a "
@@ -168,7 +214,7 @@ def checked_files(
     Raises:
         ValueError: with everything that is wrong.
     """
-    files, left_out, problems = {}, [], []
+    files, left_out, problems, indexed = {}, [], [], _indexed_files(folder)
     for place, folders, names in os.walk(folder):
         folders.sort()
         links = [name for name in folders if Path(place, name).is_symlink()]
@@ -178,7 +224,9 @@ def checked_files(
             lineage = [*relative.parts, name, *(parent.as_posix() for parent in relative.parents[:-1])]
             if any(fnmatchcase(each, pattern) for each in lineage for pattern in (*leave_out, *OF_TRAINING)):
                 left_out.append(name)
-            elif problem := _irregular(path, folder) or ("is no file" if path.is_dir() else _why_not(relative)):
+            elif problem := _irregular(path, folder) or (
+                "is no file" if path.is_dir() else name not in indexed and _why_not(relative)
+            ):
                 problems.append(f"{name} {problem}")
             else:
                 files[name] = path
@@ -190,6 +238,15 @@ def checked_files(
             "named in `leave_out`."
         )
     return files, tuple(left_out)
+
+
+def _indexed_files(folder: Path) -> set[str]:
+    """The files that a folder's index says hold weights, whatever their names; what is wrong with it is found later."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    with suppress(*_BUILD_ERRORS):
+        places = read_json(index)["weight_map"].values() if index.is_file() else ()
+        return {name for name in places if name.endswith(".safetensors")}
+    return set()
 
 
 def _why_not(path: Path) -> str | None:
@@ -269,7 +326,7 @@ def _check_texts(files: dict[str, Path | bytes], needed: Sequence[str], contents
             yield f"{name} is not UTF-8"
         except (json.JSONDecodeError, RecursionError) as error:
             yield f"{name} is no JSON ({error})"
-        except ValueError as error:
+        except (ValueError, yaml.YAMLError) as error:
             yield f"{name} is no card: {' '.join(str(error).split())}"
 
 
@@ -280,13 +337,14 @@ def _check_weights(files: dict[str, Path | bytes], contents: dict[str, dict]) ->
     yield from problems
     if PROJECTOR in files:
         yield from _errors(read_header, files[PROJECTOR])
-    metadata = contents.get(SAFE_WEIGHTS_INDEX_NAME, {}).get("metadata") or {}
+    index = contents.get(SAFE_WEIGHTS_INDEX_NAME, {})
+    metadata = index.get("metadata") or {}
     if not isinstance(metadata, dict):
         yield f"`metadata` in {SAFE_WEIGHTS_INDEX_NAME} is no JSON object"
         return
     total = metadata.get("total_size")
     if total is not None and not problems:
-        shards = [file for file in weights if file.match("model-*.safetensors")]
+        shards = [files[name] for name in {*index["weight_map"].values()}]
         # The first 8 bytes of a file are the length of its header.
         size = sum(file.stat().st_size - 8 - int.from_bytes(file.open("rb").read(8), "little") for file in shards)
         if total != size:
@@ -318,6 +376,6 @@ def _text(file: Path | bytes) -> str:
 
 
 __all__ = [
-    "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "AUTO_CLASSES", "CARD", "PROJECTOR", "check_adapter_files", "check_folder",
+    "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "AUTO_CLASSES", "PROJECTOR", "check_adapter_files", "check_folder",
     "check_model", "check_model_files", "checked_files",
 ]  # fmt: skip

@@ -7,15 +7,19 @@ knows, and makes nothing more permissive: the card then states none and says for
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CardData, ModelCard
+import yaml
+from huggingface_hub import ModelCard
 
 from lladamedv.processing.datasets import SOURCES
 
 from .privacy import is_hub_id
 
+
+CARD = "README.md"  # the name of a card's file
 
 @dataclass(frozen=True)
 class Licence:
@@ -61,7 +65,7 @@ _ASU = Licence(
     "https://github.com/LLM-VLM-GSL/LLaDA-MedV",
 )
 # From the most permissive to the strictest; cards list the conditions of all components beside it.
-LICENCES = (_CC0, _MIT, _APACHE, _CC_BY, _RESEARCH, _ASU)
+_LICENCES = (_CC0, _MIT, _APACHE, _CC_BY, _RESEARCH, _ASU)
 
 
 @dataclass(frozen=True)
@@ -141,19 +145,14 @@ def find_component(name: str) -> Component:
 def component_of_model(name_or_path: str) -> Component:
     """The model that another one is made from: by its Hub id, or, if it is a folder, by the card that lies in it."""
     folder = Path(name_or_path)
-    if not name_or_path or not (folder.exists() or is_hub_id(name_or_path)):
-        return Component("base model", None)
-    if not folder.exists():
-        return find_component(name_or_path)
-    card = folder / "README.md"
-    licence = licence_of_card(ModelCard.load(card, ignore_metadata_errors=True).data) if card.is_file() else None
+    if not name_or_path or not folder.exists():
+        return find_component(name_or_path) if is_hub_id(name_or_path) else Component("base model", None)
+    card, licence = folder / CARD, None
+    with suppress(OSError, ValueError, yaml.YAMLError):  # without a card that can be read it is unknown
+        data = ModelCard.load(card, ignore_metadata_errors=True).data
+        stated = (data.get("license"), data.get("license_name"))
+        licence = next((each for each in _LICENCES if (each.license, each.license_name) == stated), None)
     return Component(f"base model `{folder.name}`", licence, "as its card says" if licence is not None else "")
-
-
-def licence_of_card(data: CardData) -> Licence | None:
-    """The licence that a card's front matter states, if it is one of `LICENCES`."""
-    stated = (data.get("license"), data.get("license_name"))
-    return next((each for each in LICENCES if (each.license, each.license_name) == stated), None)
 
 
 def strictest_licence(components: Iterable[Component]) -> Licence:
@@ -169,7 +168,7 @@ def strictest_licence(components: Iterable[Component]) -> Licence:
         raise ValueError(
             f"`components` holds {', '.join(unknown)}, of unknown licence; known are those of {', '.join(COMPONENTS)}."
         )
-    return max((each.licence for each in components), key=LICENCES.index)
+    return max((each.licence for each in components), key=_LICENCES.index)
 
 
 def may_redistribute(source: str) -> tuple[bool, str]:
@@ -183,13 +182,6 @@ def may_redistribute(source: str) -> tuple[bool, str]:
 
 
 __all__ = [
-    "COMPONENTS",
-    "LICENCES",
-    "Component",
-    "Licence",
-    "component_of_model",
-    "find_component",
-    "licence_of_card",
-    "may_redistribute",
+    "CARD", "COMPONENTS", "Component", "Licence", "component_of_model", "find_component", "may_redistribute",
     "strictest_licence",
-]
+]  # fmt: skip

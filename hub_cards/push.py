@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import jinja2
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, SpaceCardData, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -36,14 +37,8 @@ from safetensors import SafetensorError
 from lladamedv.processing.datasets import SOURCES, load_vqa
 
 from . import build_dataset_card, is_hub_id, may_redistribute, scrub
-from .checks import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    CARD,
-    check_adapter_files,
-    check_model_files,
-    checked_files,
-)
+from .checks import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_files, check_model_files, checked_files
+from .licences import CARD
 from .privacy import SECRET
 
 
@@ -52,9 +47,7 @@ MAIN = "main"
 # model.safetensors left beside new shards, for one, would be loaded instead of them.
 _OURS = ("*.safetensors", "*.safetensors.index.json", "*.py", "additional_chat_templates/*", "data/*.parquet")
 _SHARD_BYTES = 500_000_000
-_DEMO = "demo"
 _SPACE_TEMPLATE = package_files(__package__) / "space_template"
-_SPACE_FILES = ("app.py", "requirements.txt", "README.md")
 _SPACE_PACKAGES = ("lladamedv", "gradio", "torch", "transformers", "huggingface_hub", "safetensors", "pillow", "numpy")
 _HINTS = {
     401: "the token is missing or not valid; `hf auth login` or HF_TOKEN gives one",
@@ -135,21 +128,19 @@ def push_folder(
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"`folder` is {str(folder)!r}; no such folder.")
-    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    is_adapter, check, changes = (folder / ADAPTER_CONFIG).is_file(), check_model_files, None
     if (adapter_merge or base_model is not None) and not is_adapter:
         name, value = ("adapter_merge", True) if adapter_merge else ("base_model", base_model)
         raise ValueError(f"`{name}` is {value!r}, but {str(folder)!r} holds no adapters ({ADAPTER_CONFIG}).")
     kind = "adapter" if is_adapter and not adapter_merge else "model"
-    target = _Target(repo, kind, private, replace, revision, token, message=commit_message)
+    target = _Target(repo, kind, private, replace, revision, token, commit_message)
     with TemporaryDirectory() as merged:
         if adapter_merge:
             _merge(folder, base_model, Path(merged), offline=dry_run)
-            files, left_out = checked_files(Path(merged), (), check_model_files, target.secret)
+            folder, leave_out = Path(merged), ()
         elif is_adapter:
-            changes = _with_base_model(folder, base_model)
-            files, left_out = checked_files(folder, leave_out, check_adapter_files, target.secret, changes)
-        else:
-            files, left_out = checked_files(folder, leave_out, check_model_files, target.secret)
+            check, changes = check_adapter_files, _with_base_model(folder, base_model)
+        files, left_out = checked_files(folder, leave_out, check, target.secret, changes)
         return target.push(files, left_out, dry_run, report)
 
 
@@ -188,21 +179,18 @@ def push_dataset(
     allowed, reason = may_redistribute(benchmark)
     if not (allowed or recipe_only):
         raise ValueError(
-            f"`benchmark` is {benchmark!r}, which must not be passed on: {reason}. `recipe_only` "
-            "publishes how to build it instead."
+            f"`benchmark` is {benchmark!r}, which must not be passed on: {reason}. `recipe_only` publishes how to "
+            "build it instead."
         )
     target = _Target(repo, "recipe" if recipe_only else "dataset", private, replace, revision, token)
-    loaded = {
-        split: load_vqa(
-            benchmark, split, source=source, path=path, image_folder=image_folder, revision=data_revision
-        )
-        for split in splits or SOURCES[benchmark][source or next(iter(SOURCES[benchmark]))].splits
-    }  # fmt: skip
+    options = {"source": source, "path": path, "image_folder": image_folder, "revision": data_revision}
+    splits = splits or SOURCES[benchmark][source or next(iter(SOURCES[benchmark]))].splits
+    loaded = {split: load_vqa(benchmark, split, **options) for split in splits}
     for _, each in loaded.values():
         report(each.summary())
     facts = _combined(loaded)
     recipe = {name: facts[name] for name in ("benchmark", "reference", "revision")}
-    recipe |= {"lladamedv": version("lladamedv"), "rows": {name: len(rows) for name, (rows, _) in loaded.items()}}
+    recipe |= {"lladamedv": version("lladamedv"), "rows": {split: len(rows) for split, (rows, _) in loaded.items()}}
     name = target.repo.rpartition("/")[2]
     card = build_dataset_card(facts, name, version("lladamedv"), has_images=not recipe_only)
     with TemporaryDirectory() as staged:
@@ -217,7 +205,7 @@ def check_target(repo: str, private: bool = True, argument: str = "repo", token:
     Raises:
         ValueError: that names `argument`, if it could not.
     """
-    _Target(repo, "model", private, replace=False, revision=None, token=token, argument=argument).look()
+    _Target(repo, "model", private, token=token, argument=argument).look()
 
 
 # Adapters
@@ -241,11 +229,20 @@ def _with_base_model(folder: Path, base_model: str | None) -> dict[str, bytes]:
     if card.is_file():
         text = card.read_text(encoding="utf-8")
         # PEFT writes where the model was loaded from into front matter and tags of its cards.
-        named = ModelCard(text, ignore_metadata_errors=True).data.get("base_model")
+        named = _read_card(card).data.get("base_model")
         for name in {stated, named} - {wanted, None, ""} if isinstance(named, str) else ():
             text = text.replace(name, wanted)
         changes[CARD] = text.encode()
     return changes
+
+
+def _read_card(file: Path) -> ModelCard:
+    try:
+        return ModelCard.load(file, ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"`folder` is {str(file.parent)!r}, whose {CARD} is no card: {' '.join(str(error).split())}."
+        ) from error
 
 
 def _adapter_config(folder: Path) -> dict:
@@ -257,15 +254,14 @@ def _adapter_config(folder: Path) -> dict:
 
 def _merge(folder: Path, base_model: str | None, out: Path, offline: bool) -> None:
     """Write the whole model that adapters and theirs make into `out`."""
-    if not (folder / CARD).is_file():
-        raise ValueError(f"`folder` is {str(folder)!r}, which is not pushed: {CARD} is missing.")
+    for name in (CARD, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"`folder` is {str(folder)!r}, which is not pushed: {name} is missing.")
     from peft import PeftModel
 
     from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
     from lladamedv.processing import LLaDAMedVProcessor
 
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ValueError(f"`folder` is {str(folder)!r}, which is not pushed: {ADAPTER_WEIGHTS} is missing.")
     base = base_model or _adapter_config(folder).get("base_model_name_or_path") or ""
     try:
         model = LLaDAMedVForConditionalGeneration.from_pretrained(base, dtype="auto", local_files_only=offline)
@@ -280,12 +276,11 @@ def _merge(folder: Path, base_model: str | None, out: Path, offline: bool) -> No
         ) from error
     model.save_pretrained(out)
     loaded.save_pretrained(out)
-    card = ModelCard.load(folder / CARD, ignore_metadata_errors=True)
+    card = _read_card(folder / CARD)
     card.data.library_name = "transformers"
     card.data.base_model, card.data.base_model_relation = (base, "finetune") if is_hub_id(base) else (None, None)
-    card.data.tags = [
-        tag for tag in card.data.tags or [] if tag not in ("lora", "peft") and not tag.startswith("base_model:")
-    ]
+    tags = card.data.tags or []
+    card.data.tags = [tag for tag in tags if tag not in ("lora", "peft") and not tag.startswith("base_model:")]
     note = "> The adapters that this card describes are merged into these weights: load them as a model, without PEFT."
     card.text = scrub(f"\n{note}\n\n{card.text.lstrip()}")
     card.save(out / CARD)
@@ -318,10 +313,8 @@ def _combined(loaded: dict) -> dict:
         return reports[0]
     total = dict(reports[0])
     for name, value in reports[0].items():
-        if isinstance(value, list):
-            total[name] = [item for each in reports for item in each[name]]
-        elif isinstance(value, int) and not isinstance(value, bool):
-            total[name] = sum(each[name] for each in reports)
+        if type(value) in (list, int):
+            total[name] = sum((each[name] for each in reports), type(value)())
     total["images"] = len({name for dataset, _ in loaded.values() for name in dataset["image_id"]})
     shared = set.intersection(*(set(each["published"]) for each in reports)) - {"images"}
     published = sum((Counter({name: each["published"][name] for name in shared}) for each in reports), Counter())
@@ -351,11 +344,11 @@ def write_space(
     Raises:
         ValueError: before anything is written, if an argument is not what it should be, or Gradio is not installed.
     """
-    out = Path(out).expanduser()
+    out, is_demo = Path(out).expanduser(), model == "demo"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"`out` is {str(out)!r}, which exists already; allowed is a new or an empty folder.")
-    if model != _DEMO and not is_hub_id(model):
-        raise ValueError(f"`model` is {model!r}; allowed are a Hub id, OWNER/NAME, and {_DEMO!r}.")
+    if not (is_demo or is_hub_id(model)):
+        raise ValueError(f"`model` is {model!r}; allowed are a Hub id, OWNER/NAME, and 'demo'.")
     if revision is not None and not re.fullmatch(r"[\w./-]+", revision):
         raise ValueError(f"`revision` is {revision!r}; allowed are a commit, a branch and a tag.")
     title = name.rpartition("/")[2].strip()
@@ -369,19 +362,18 @@ def write_space(
         ) from error
     data = SpaceCardData(
         title=title, sdk="gradio", sdk_version=versions["gradio"], app_file="app.py", license="apache-2.0",
-        python_version=f"{sys.version_info.major}.{sys.version_info.minor}", models=None if model == _DEMO else [model],
+        python_version=f"{sys.version_info.major}.{sys.version_info.minor}", models=None if is_demo else [model],
         tags=["lladamedv", "masked-diffusion", "medical", "research-only", "not-a-medical-device"],
     )  # fmt: skip
     facts = {
         "model": model, "revision": revision or "", "title": title, "versions": versions, "card_data": data,
-        "subject": "The tiny demo model of lladamedv" if model == _DEMO else f"`{model}`",
-        "link": None if model == _DEMO else f"https://huggingface.co/{model}",
+        "subject": "The tiny demo model of lladamedv" if is_demo else f"`{model}`",
+        "link": None if is_demo else f"https://huggingface.co/{model}",
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    for file in _SPACE_FILES:
-        source = (_SPACE_TEMPLATE / f"{file}.jinja").read_text(encoding="utf-8")
-        template = jinja2.Template(source, keep_trailing_newline=True)
-        (out / file).write_text(template.render(facts), encoding="utf-8")
+    for file in _SPACE_TEMPLATE.iterdir():
+        template = jinja2.Template(file.read_text(encoding="utf-8"), keep_trailing_newline=True)
+        (out / file.name.removesuffix(".jinja")).write_text(template.render(facts), encoding="utf-8")
     report(f"wrote {out}; `hf upload ME/SPACE {out} --repo-type space` makes it a Space")
     report(
         f"its requirements.txt names lladamedv=={versions['lladamedv']}; where the package index has none, put a wheel "
@@ -392,34 +384,41 @@ def write_space(
 # The Hub
 
 
+@dataclass
 class _Target:
     """A repository, and all requests to the Hub about it."""
 
-    def __init__(self, repo, kind, private, replace, revision, token, argument="repo", message=None):
+    repo: str
+    kind: str
+    private: bool
+    replace: bool = False
+    revision: str | None = None
+    token: str | None = None
+    message: str | None = None
+    argument: str = "repo"  # by what name the caller knows `repo`
+
+    def __post_init__(self):
         try:
-            validate_repo_id(repo)
+            validate_repo_id(self.repo)
         except HFValidationError as error:
-            raise ValueError(f"`{argument}` is {repo!r}, which is no Hub id: {error}") from error
-        self.repo, self.kind, self.argument = repo, kind, argument
-        self.repo_type = "dataset" if kind in ("dataset", "recipe") else "model"
-        self.private, self.replace, self.revision = private, replace, revision
-        self.message, self.secret = message, token or get_token()
-        self.api = HfApi(token=token, library_name="lladamedv", library_version=version("lladamedv"))
+            raise ValueError(f"`{self.argument}` is {self.repo!r}, which is no Hub id: {error}") from error
+        self.repo_type = "dataset" if self.kind in ("dataset", "recipe") else "model"
+        self.secret = self.token or get_token()
+        self.api = HfApi(token=self.token, library_name="lladamedv", library_version=version("lladamedv"))
 
     def push(self, files: dict[str, Path | bytes], left_out, dry_run: bool, report) -> PushPlan:
         """One commit of these files."""
         sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
         plan = PushPlan(self.repo, self.repo_type, self.kind, self.private, dict(sorted(sizes.items())), left_out)
         if dry_run:
-            for size, name in (*((f"{size:,}", name) for name, size in plan.files.items()),
-                               *(("left out", name) for name in left_out)):  # fmt: skip
-                report(f"{size:>14}  {name}")
+            for name, size in (plan.files | dict.fromkeys(left_out, "left out")).items():
+                report(f"{size:>14,}  {name}" if isinstance(size, int) else f"{size:>14}  {name}")
             report(f"{plan.summary()}; nothing was sent")
             return plan
         if left_out:
             report(f"left out: {', '.join(left_out)}")
         self.look()
-        with self._told("which could not be pushed to"):
+        with self._in_one_line("which could not be pushed to"):
             url = self._commit(files)
         plan = dataclasses.replace(plan, repo=self.repo, url=url)
         folder = "datasets/" if self.repo_type == "dataset" else ""
@@ -432,19 +431,19 @@ class _Target:
         Raises:
             ValueError: if it cannot.
         """
-        with self._told("but the Hub does not let us in"):
+        with self._in_one_line("but the login at the Hub fails"):
             user = self.api.whoami()
         if "/" not in self.repo:
             self.repo = f"{user['name']}/{self.repo}"
-        with self._told("which could not be looked up"):
+        with self._in_one_line("which could not be looked up"):
             self._missing = False
             try:
                 info = self.api.repo_info(**self._place, revision=self.revision)
             except RevisionNotFoundError:
                 info = self.api.repo_info(**self._place)
-            except RepositoryNotFoundError as error:
-                if isinstance(error, GatedRepoError):
-                    raise
+            except GatedRepoError:
+                raise
+            except RepositoryNotFoundError:
                 self._missing = True
                 return
         self._check(info)
@@ -455,13 +454,13 @@ class _Target:
 
     def _check(self, info) -> str | None:
         """Refuse what would publish by mistake, or destroy; the kind of what is there."""
-        refusal, there = None, _kind_of(info)
+        there, where = _kind_of(info), f"`{self.argument}` is {self.repo!r}, which"
         if self.private and info.private is False:
-            refusal = "is public; allowed with `private=False` (--public)"
-        elif there not in (None, self.kind) and not self.replace:
-            refusal = f"holds {there}, not {self.kind}; `replace` deletes that and pushes this instead"
-        if refusal:
-            raise _RefusedError(f"`{self.argument}` is {self.repo!r}, which {refusal}.")
+            raise _RefusedError(f"{where} is public; allowed with `private=False` (--public).")
+        if there not in (None, self.kind) and not self.replace:
+            raise _RefusedError(
+                f"{where} holds {there}, not {self.kind}; `replace` deletes that and pushes this instead."
+            )
         return there
 
     def _commit(self, files: dict[str, Path | bytes]) -> str:
@@ -485,7 +484,7 @@ class _Target:
         ).commit_url  # fmt: skip
 
     @contextmanager
-    def _told(self, what: str):
+    def _in_one_line(self, what: str):
         """Turn what the client raises into one line that holds no token."""
         try:
             yield
@@ -494,8 +493,8 @@ class _Target:
         except Exception as error:  # the client raises many kinds
             # Not `from error`: a traceback would show what was taken out of the line.
             raise ValueError(
-                f"`{self.argument}` is {self.repo!r}, {what}: {_reason(error, self.secret)}. What has arrived there is "
-                "not sent again by a second try."
+                f"`{self.argument}` is {self.repo!r}, {what}: {_reason(error, self.secret)}. A second try does not "
+                "send again what has arrived there."
             ) from None
 
 

@@ -20,9 +20,8 @@ from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
 from .privacy import is_on_hub, scrub
 
 
-RUN_FILE = "run.json"  # beside the summary: all that the answers depend on
 # What the metadata state; the card's text has all scores.
-HEADLINES = (
+_HEADLINES = (
     "open_recall", "open_f1", "open_exact_match", "open_recall_llava_med", "closed_accuracy",
     "closed_accuracy_llava_med", "relative_score",
 )  # fmt: skip
@@ -108,7 +107,7 @@ class EvaluationResults:
             summary = json.loads(content)
         except (OSError, ValueError) as error:
             raise ValueError(f"`path` is {str(path)!r}, which cannot be read as JSON: {error}") from error
-        run_file = path.with_name(RUN_FILE)
+        run_file = path.with_name("run.json")  # all that the answers depend on
         run = json.loads(run_file.read_text(encoding="utf-8")) if run_file.is_file() else {}
         for fields, read in ({"benchmark", "scores", "data"}, _read_vqa), ({"groups", "judge"}, _read_chat):
             if isinstance(summary, dict) and fields <= set(summary):
@@ -137,7 +136,7 @@ class EvaluationResults:
         """The scores that metadata may state; none if this is not a result of the whole benchmark."""
         if self.warning:
             return []
-        return [score for score in self.scores if score.name in HEADLINES and score.group in _GROUPS]
+        return [score for score in self.scores if score.name in _HEADLINES and score.group in _GROUPS]
 
     def to_eval_results(self) -> list[EvalResult]:
         """The headlines for the card's `model-index`.
@@ -207,13 +206,12 @@ def _read_vqa(summary: dict, run: dict) -> EvaluationResults:
         "fingerprint of the weights": f"`{summary['model_sha256']}`",
     }
     found = tuple(
-        Score(name.partition("_")[0], name, value, scores.get(f"{name}_ci95"), scores[f"num_{name.partition('_')[0]}"])
-        for name, value in scores.items()
-        if value is not None and not name.startswith("num_") and not name.endswith("_ci95")
-    )
+        Score(group, name, value, scores.get(f"{name}_ci95"), scores[f"num_{group}"])
+        for name, value in scores.items() for group in [name.partition("_")[0]]
+        if value is not None and group != "num" and not name.endswith("_ci95")
+    )  # fmt: skip
     return EvaluationResults(
-        benchmark, title, summary["split"], data["reference"] if on_hub else None,
-        data["revision"] if on_hub else None,
+        benchmark, title, summary["split"], *((data["reference"], data["revision"]) if on_hub else (None, None)),
         # Questions without a true answer cannot be scored.
         complete=summary["complete"], num_scored=summary["num_questions"] - len(summary["failed"]),
         num_asked=summary["num_questions"] + left_out, num_questions=total, is_benchmark=data["is_published"],
@@ -272,4 +270,4 @@ def _prompt_name(template: str | dict | None) -> str:
     return f"`{known}`" if known else f"another chat template, sha256 `{hashlib.sha256(text.encode()).hexdigest()}`"
 
 
-__all__ = ["HEADLINES", "EvaluationResults", "Score", "eval_result_files"]
+__all__ = ["EvaluationResults", "Score", "eval_result_files"]

@@ -77,11 +77,9 @@ class TrainingFacts:
     @property
     def loss_rows(self) -> list[tuple[int, str]]:
         """Up to twelve losses, evenly spread from the first to the last, as cells of a table."""
-        count = len(self.losses)
-        places = range(count)
-        if count > _TABLE_ROWS:
-            places = [round(number * (count - 1) / (_TABLE_ROWS - 1)) for number in range(_TABLE_ROWS)]
-        return [(self.losses[place][0], f"{self.losses[place][1]:.4f}") for place in places]
+        rows = min(len(self.losses), _TABLE_ROWS)
+        places = [round(number * (len(self.losses) - 1) / max(1, rows - 1)) for number in range(rows)]
+        return [(step, f"{loss:.4f}") for step, loss in (self.losses[place] for place in places)]
 
 
 def gather_training_facts(
@@ -118,27 +116,21 @@ def gather_training_facts(
         for name in ("loss", "eval_loss")
     )
     last = {name: value for entry in log_history for name, value in entry.items()}
-    sources: dict[str, list[TrainingData]] = {"train_data": [], "eval_data": []}
-    for report in data_reports:
-        if "source" in report:
-            sources[report.get("use", "train_data")].append(_training_data(report))
-    drawn = picture is not None and bool(losses) and draw_loss_curve(picture, losses, eval_losses)
+    sources = [each for each in data_reports if "source" in each]
+    data, eval_data = (
+        tuple(_training_data(each) for each in sources if each.get("use", "train_data") == use)
+        for use in ("train_data", "eval_data")
+    )
+    drawn = picture is not None and bool(losses) and _draw_loss_curve(picture, losses, eval_losses)
     return TrainingFacts(
-        recipe=scrub_recipe(recipe),
-        data=tuple(sources["train_data"]),
-        eval_data=tuple(sources["eval_data"]),
+        recipe=scrub_recipe(recipe), data=data, eval_data=eval_data,
         data_notes=tuple(note for report in data_reports if "data_set" in report for note in _data_notes(report)),
         trained={"weights": ", ".join(trained_parts)} if adapter is None else _adapter_lines(adapter),
-        is_adapter=adapter is not None,
-        hardware=hardware,
-        software=dict(software or {}),
+        is_adapter=adapter is not None, hardware=hardware, software=dict(software or {}),
         steps=max((int(entry["step"]) for entry in log_history if "step" in entry), default=0),
-        epochs=last.get("epoch"),
-        seconds=last.get("train_runtime"),
-        losses=losses,
-        eval_losses=eval_losses,
+        epochs=last.get("epoch"), seconds=last.get("train_runtime"), losses=losses, eval_losses=eval_losses,
         picture=Path(picture).name if drawn else None,
-    )
+    )  # fmt: skip
 
 
 def _training_data(report: Mapping) -> TrainingData:
@@ -178,8 +170,8 @@ def _adapter_lines(adapter: Mapping) -> dict[str, str]:
     lines = {"weights": f"adapters, {getattr(kind, 'value', kind)}"}
     for field, title in _ADAPTER_FIELDS.items():
         value = adapter.get(field)
+        values = sorted(value) if isinstance(value, (list, tuple, set)) else [value]
         if value is not None and value is not False:
-            values = sorted(value) if isinstance(value, (list, tuple, set)) else [value]
             lines[title] = ", ".join(f"`{each}`" for each in values)
     return lines
 
@@ -190,18 +182,8 @@ def software_versions() -> dict[str, str]:
     return {name: distribution.version for name, distribution in found.items() if distribution is not None}
 
 
-def draw_loss_curve(
-    path: str | Path, losses: Sequence[tuple[int, float]], eval_losses: Sequence[tuple[int, float]]
-) -> bool:
-    """Draw losses over optimizer steps.
-
-    Args:
-        path: the .png file to write.
-        losses, eval_losses: `(step, loss)`.
-
-    Returns:
-        Whether there is a picture: without matplotlib there is none.
-    """
+def _draw_loss_curve(path: str | Path, losses: Sequence, eval_losses: Sequence) -> bool:
+    """Draw losses over optimizer steps to a .png file, if matplotlib is installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -218,4 +200,4 @@ def draw_loss_curve(
     return True
 
 
-__all__ = ["TrainingData", "TrainingFacts", "draw_loss_curve", "gather_training_facts", "software_versions"]
+__all__ = ["TrainingData", "TrainingFacts", "gather_training_facts", "software_versions"]

@@ -764,24 +764,24 @@ def init(
 
 
 Repo = word(str, "REPO", "Hub id, OWNER/NAME; created as a private one if there is none.", check=_check_repo)
-Private = flag(bool, "Create a public repository, or push to one.", " /--public", show_default=False)
-Replace = flag(bool, "Push over a repository of another kind, and delete what it holds.", "--replace")
-Branch = flag(str | None, "Branch to push to, created if there is none.", "--branch")
-DryRun = flag(bool, "Check and list only; nothing is sent.", "--dry-run")
+PUSHING = Group({
+    "private": (flag(bool, "Create a public repository, or push to one.", " /--public", show_default=False), True),
+    "replace": (flag(bool, "Push over a repository of another kind, and delete what it holds.", "--replace"), False),
+    "revision": (flag(str | None, "Branch to push to, created if there is none.", "--branch"), None),
+    "dry_run": (flag(bool, "Check and list only; nothing is sent.", "--dry-run"), False),
+})  # fmt: skip
 
 
 @app.command(rich_help_panel=PUBLISH)
 @calls("lladamedv.hub_cards.push:push_folder")
+@takes(pushing=PUSHING)
 def push(
     folder: word(Path, "FOLDER", "Folder of a model, or of LoRA adapters.", check=_check_folder),
     repo: Repo,
     adapter_merge: flag(bool, "Merge adapters into their model and push that.", "--merge") = False,
     base_model: flag(str | None, "Hub id of the adapters' model; to merge, also a folder.") = None,
     leave_out: flag(list[str], "Pattern of files not to push, as 'checkpoint-*'; several times.") = [],  # noqa: B006
-    private: Private = True,
-    replace: Replace = False,
-    revision: Branch = None,
-    dry_run: DryRun = False,
+    **pushing,
 ) -> None:
     """Push a model's folder to the Hub, checked, and as one commit.
 
@@ -795,6 +795,7 @@ def push(
 
 @app.command("push-dataset", rich_help_panel=PUBLISH)
 @calls("lladamedv.hub_cards.push:push_dataset")
+@takes(pushing=PUSHING)
 def push_dataset(
     benchmark: word(str, "BENCHMARK", f"{', '.join(BENCHMARKS)}.", check=one_of(*BENCHMARKS)),
     repo: Repo,
@@ -804,10 +805,7 @@ def push_dataset(
     image_folder: flag(Path | None, "Where image files named in --path are.") = None,
     data_revision: flag(str | None, "Revision of the source on the Hub.", "--revision") = None,
     recipe_only: flag(bool, "Push no records, but a card that says how to load them.", "--recipe-only") = False,
-    private: Private = True,
-    replace: Replace = False,
-    revision: Branch = None,
-    dry_run: DryRun = False,
+    **pushing,
 ) -> None:
     """Push a VQA benchmark in one form to the Hub, or how to build it where its licence forbids more.
 

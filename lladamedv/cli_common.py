@@ -102,22 +102,25 @@ class Group(NamedTuple):
 
     Attributes:
         parameters: annotation and default of each, by the parameter's name; `...` for one that is required.
-        read: makes the command's argument of the values of these, and of all values that were given.
+        read: makes the command's argument of the values of these, and of all values that were given; `None` where the
+            command takes them by their own names.
     """
 
     parameters: dict[str, tuple[Any, Any]]
-    read: Callable[[dict, dict], Any]
+    read: Callable[[dict, dict], Any] | None = None
 
 
 def takes(**groups: Group) -> Callable[[Callable], Callable]:
-    """Give a command the options of groups; each group is one argument of the command, under the name given here."""
+    """Give a command the options of groups; a group that is read is one argument, under the name given here."""
 
     def decorate(command: Callable) -> Callable:
         @wraps(command)
         def wrapped(**given):
             own = {name: {each: given.pop(each) for each in group.parameters} for name, group in groups.items()}
             everything = {name: value for values in own.values() for name, value in values.items()} | given
-            return command(**given, **{name: group.read(own[name], everything) for name, group in groups.items()})
+            for name, group in groups.items():
+                given |= own[name] if group.read is None else {name: group.read(own[name], everything)}
+            return command(**given)
 
         parameters = [each for name, each in inspect.signature(command).parameters.items() if name not in groups]
         for group in groups.values():

@@ -162,7 +162,7 @@ _BEHIND_FEATURES = {
 }  # fmt: skip
 # What a model is loaded from, and is downloaded of a repository: weights of other names are left there.
 FILES = (
-    "*.json", "*.jinja", "*.txt", "*.model", "*model.safetensors", "*model-*-of-*.safetensors", "shard-*.safetensors",
+    "*.json", "*.jinja", "*.txt", "*.model", "*model.safetensors", "*model-*.safetensors", "shard-*.safetensors",
 )  # fmt: skip
 
 

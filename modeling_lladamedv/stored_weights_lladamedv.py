@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
-# What Transformers takes weights from; other files may lie beside them, such as a variant's.
+# What Transformers takes weights from, besides the files that an index names; others may lie beside them, such as a
+# variant's.
 _SHARDS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -90,7 +91,8 @@ def read_weights(files: list[Path]) -> dict[str, StoredWeight]:
     """Names, shapes and dtypes of all weights of a model, from the headers of its files.
 
     Args:
-        files: of one folder; those of the names that Transformers gives to weights, and their index, are looked at.
+        files: of one folder; their index, what it names, and what has the names that Transformers gives to weights are
+            looked at.
 
     Raises:
         ValueError: if there are none, a shard is missing, cut off or not in the index, or the index is wrong.
@@ -103,6 +105,8 @@ def read_weights(files: list[Path]) -> dict[str, StoredWeight]:
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict):
             raise ValueError(f"{str(index)!r} is not an index of weights: it has no object `weight_map`.")
+        named = {name for name in places.values() if isinstance(name, str) and name.endswith(".safetensors")}
+        shards = [name for name in files if name in shards or name in named]
         if absent := sorted({repr(name) for name in places.values() if name not in shards}):
             raise ValueError(f"The folder {where!r} lacks files that its index names: {', '.join(absent[:5])}.")
     elif not shards:

@@ -41,6 +41,16 @@ def own_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub of this test's own, that this process and its children take for the real one."""
+    from tests.hub_stub import running_hub, take_for_the_hub
+
+    with running_hub() as hub:
+        take_for_the_hub(hub, monkeypatch, tmp_path / "home")
+        yield hub
+
+
+@pytest.fixture
 def uncompiled_flex():
     """Compiled flex attention is broken on CPUs for some lengths; what it means can be tested uncompiled."""
     with torch.compiler.set_stance("force_eager"):

@@ -1,6 +1,7 @@
-"""Folders to push: the demo model and adapters for it, complete, and how to see that they are untouched."""
+"""Folders to push: the demo model and adapters for it, how to change them, and how to see that they are untouched."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -43,15 +44,24 @@ def write_card(folder: Path) -> None:
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n# A model\n").save(folder / "README.md")
 
 
+def change(file: Path, **values) -> None:
+    """Change values of a JSON file; those that are objects keep what is not named."""
+    content = json.loads(file.read_text())
+    for name, value in values.items():
+        both = isinstance(value, dict) and isinstance(content.get(name), dict)
+        content[name] = content[name] | value if both else value
+    file.write_text(json.dumps(content))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def state(folder: Path) -> dict[str, tuple]:
-    """All that can be seen of a folder from outside: contents, times of change, modes, links."""
-    seen = {}
-    for path in sorted(folder.rglob("*")):
-        status = path.lstat()
+    """All that can be seen of a folder from outside: contents, times of change, modes, which say what is a link."""
+
+    def seen(path: Path) -> tuple:
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        seen[path.relative_to(folder).as_posix()] = (digest, status.st_mtime_ns, status.st_mode, path.is_symlink())
-    return seen
+        return digest, path.lstat().st_mtime_ns, path.lstat().st_mode
+
+    return {path.relative_to(folder).as_posix(): seen(path) for path in sorted(folder.rglob("*"))}

@@ -78,11 +78,10 @@ class HubStub:
         return self.branches.get(repo, {}).get(revision, self.snapshots.get(revision))
 
     def fault(self, request: str) -> Fault | None:
-        for fault in self.faults:
-            if fault.times and re.match(fault.request, request):
-                fault.times -= 1
-                return fault
-        return None
+        fault = next((each for each in self.faults if each.times and re.match(each.request, request)), None)
+        if fault is not None:
+            fault.times -= 1
+        return fault
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -117,8 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self):
         hub, path = self.hub, unquote(self.path.split("?")[0])
-        request = f"{self.command} {path}"
-        hub.requests.append(request)
+        hub.requests.append(request := f"{self.command} {path}")
         fault = hub.fault(request)
         body = self._body(fault.read if fault else None)
         if fault is None:
@@ -135,6 +133,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._close()
         text = fault.body.replace("{authorization}", self.headers.get("Authorization", ""))
         return self._send(fault.status, {"error": text}, **fault.headers)
+
+    def _absent(self, what, code="EntryNotFound", **headers):
+        return self._send(404, {"error": what}, X_Error_Code=code, **headers)
 
     def _answer(self, path, body):
         hub = self.hub
@@ -159,27 +160,24 @@ class _Handler(BaseHTTPRequestHandler):
             hub.uploads.append(match[1])
             hub.objects[match[1]] = body
             return self._send()
-        if re.fullmatch(r"/(datasets/)?[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
-            objects = [
-                {"oid": item["oid"], "size": item["size"]}
-                | ({} if item["oid"] in hub.objects else {"actions": {"upload": {"href": self._upload_url(item)}}})
-                for item in json.loads(body)["objects"]
-            ]
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for each in objects:
+                if each["oid"] not in hub.objects:
+                    url = f"{hub.url}/upload/{each['oid']}?signature=hf_signed_by_the_store"
+                    each["actions"] = {"upload": {"href": url}}
             return self._send(body={"transfer": "basic", "objects": objects})
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(/.*)?", path):
             kind = "" if match[1] == "models" else "datasets/"
             return self._repository(kind + match[2], match[3] or "", body)
         if match := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._file(*match.groups())
-        return self._send(404, {"error": path}, X_Error_Code="RepoNotFound")
-
-    def _upload_url(self, item) -> str:
-        return f"{self.hub.url}/upload/{item['oid']}?signature=hf_signed_by_the_store"
+        return self._absent(path, "RepoNotFound")
 
     def _repository(self, repo, rest, body):
         hub = self.hub
         if repo not in hub.repos:
-            return self._send(404, {"error": "no such repository"}, X_Error_Code="RepoNotFound")
+            return self._absent(repo, "RepoNotFound")
         _, action, revision, folder = [*rest.split("/", 3), "", "", ""][:4]
         if action == "branch":
             hub.branches.setdefault(repo, {}).setdefault(revision, dict(hub.repos[repo]))
@@ -190,18 +188,13 @@ class _Handler(BaseHTTPRequestHandler):
         revision = revision or MAIN
         files = hub.files(repo, revision)
         if files is None:
-            return self._send(404, {"error": revision}, X_Error_Code="RevisionNotFound")
+            return self._absent(revision, "RevisionNotFound")
         if action == "preupload":
-            asked = [file["path"] for file in json.loads(body)["files"]]
             answer = [
-                {
-                    "path": name,
-                    "uploadMode": "lfs" if name.endswith(LFS_SUFFIXES) else "regular",
-                    "shouldIgnore": False,
-                    "oid": _oid(name, files[name]) if name in files else None,
-                }
-                for name in asked
-            ]
+                {"path": name, "uploadMode": "lfs" if name.endswith(LFS_SUFFIXES) else "regular", "shouldIgnore": False,
+                 "oid": _oid(name, files[name]) if name in files else None}
+                for name in (file["path"] for file in json.loads(body)["files"])
+            ]  # fmt: skip
             return self._send(body={"files": answer})
         if action == "commit":
             return self._commit(repo, revision, body)
@@ -212,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
             recursive = "recursive=true" in urlsplit(self.path).query.lower()
             entries = [entry for entry in _entries(files) if _is_in(entry["path"], folder, recursive)]
             if folder and not entries:
-                return self._send(404, {"error": folder}, X_Error_Code="EntryNotFound")
+                return self._absent(folder)
             return self._send(body=entries)
         if action in ("", "revision"):
             info = {"id": repo.removeprefix("datasets/"), "sha": hub.commit(repo, revision), "tags": []}
@@ -220,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
             if "config.json" in files:
                 info["config"] = {"model_type": json.loads(files["config.json"]).get("model_type")}
             return self._send(body=info)
-        return self._send(404, {"error": rest}, X_Error_Code="EntryNotFound")
+        return self._absent(rest)
 
     def _commit(self, repo, revision, body):
         """All of a commit or nothing, as git does it."""
@@ -239,8 +232,10 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = hub.objects[value["oid"]]
             elif entry["key"] == "deletedFile":
                 del files[value["path"]]
-        branches = hub.repos if revision == MAIN else hub.branches[repo]
-        branches[repo if revision == MAIN else revision] = files
+        if revision == MAIN:
+            hub.repos[repo] = files
+        else:
+            hub.branches[repo][revision] = files
         hub.commits.append(repo)
         commit = hub.commit(repo, revision)
         return self._send(body={"commitUrl": f"{hub.url}/{repo}/commit/{commit}", "commitOid": commit})
@@ -249,10 +244,10 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.hub
         files = hub.files(repo, revision) if repo in hub.repos else None
         if files is None:
-            return self._send(404, {"error": name}, X_Error_Code="RepoNotFound")
+            return self._absent(name, "RepoNotFound")
         commit = hub.commit(repo, revision)
         if name not in files:
-            return self._send(404, {"error": name}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+            return self._absent(name, X_Repo_Commit=commit)
         data = files[name]
         start, _, end = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
         part = data[int(start) : int(end) + 1 if end else None]
@@ -305,10 +300,10 @@ def take_for_the_hub(hub: HubStub, monkeypatch, home) -> None:
     """Let this process and its children take the stub for the Hub."""
     for name, value in environment(hub, home).items():
         monkeypatch.setenv(name, value)
-    # huggingface_hub has read the environment already.
-    values = {"ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": f"{home}/hub"}
-    values["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    for name, value in values.items():
+    for name, value in {  # huggingface_hub has read the environment already
+        "ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": f"{home}/hub",
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+    }.items():  # fmt: skip
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # kept from the first use, with the endpoint of then

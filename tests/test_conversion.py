@@ -243,7 +243,7 @@ def test_tokenizers(tmp_path, source, tokenizer, change, message):
     ({"dtype": "int8"}, "`dtype` is 'int8'; allowed are float32, bfloat16, float16"),
     ({"preset": "gpt"}, "`preset` is 'gpt'; allowed are llada-medv, "),
     ({"push": "not a name"}, "`push` is 'not a name', which is no Hub id"),
-    ({"push": "me/model"}, "`push` is 'me/model', but the Hub does not let us in"),
+    ({"push": "me/model"}, "`push` is 'me/model', but the login at the Hub fails"),
     ({"vision_tower": "nowhere"}, "'nowhere' is no folder, and cannot be had from the Hub"),
     ({"preset": "llada"}, "`preset` is 'llada', but .* is a vision-language model"),
     ({"max_shard_size": "much"}, "`max_shard_size` is 'much'"), ({"max_shard_size": 0}, "`max_shard_size` is 0"),
@@ -289,7 +289,7 @@ def test_from_the_hub_and_back(tmp_path, source, tokenizer):
 
         arguments = ("convert", "them/LLaDA-MedV", tmp_path / "out", "--tokenizer", "them/tokenizer")
         failed = lladamedv_in_a_process(*arguments, "--push", "me/copy", token="hf_wrong")
-        assert failed.returncode == 1 and "the Hub does not let us in" in failed.stderr
+        assert failed.returncode == 1 and "the login at the Hub fails" in failed.stderr
         assert not (tmp_path / "out").exists() and "me/copy" not in hub.repos
         done = lladamedv_in_a_process(*arguments, "--push", "me/copy")
         assert done.returncode == 0, done.stderr[-2000:]

@@ -3,6 +3,7 @@
 `make licences` writes the table in `docs/dependencies.md` anew.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -52,19 +53,14 @@ def pins(file: str) -> set[tuple[str, str]]:
 
 def needed(extra: str) -> set[str]:
     """Names of all that the package needs with an extra (the base: ""), as far as it is installed."""
-    todo, seen = [(PROJECT["name"], extra)], set()
+    todo, seen = {(PROJECT["name"], extra)}, set()
     while todo:
-        name, extra = todo.pop()
-        if (name, extra) in seen:
-            continue
-        try:
-            lines = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:
-            continue
-        seen.add((name, extra))
-        for each in map(Requirement, lines):
-            if each.marker is None or each.marker.evaluate({"extra": extra}):
-                todo += [(canonicalize_name(each.name), wanted) for wanted in {"", *each.extras}]
+        name, extra = each = todo.pop()
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            lines = map(Requirement, metadata.requires(name) or [])
+            seen.add(each)
+            asked = [line for line in lines if line.marker is None or line.marker.evaluate({"extra": extra})]
+            todo |= {(canonicalize_name(line.name), more) for line in asked for more in ("", *line.extras)} - seen
     return {name for name, _ in seen} - {PROJECT["name"]}
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,7 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from lladamedv.cli import app
-from lladamedv.hub_cards import push as hub
-from lladamedv.hub_cards.push import write_space
+from lladamedv.hub_cards import push
 from tests.hub_folders import contents, write_model
 from tests.hub_stub import environment, running_hub
 
@@ -24,20 +24,15 @@ GRADIO = "6.31.0"
 
 # In place of `lladamedv.app`: it says what it was given.
 APP = """
-import json, sys, types
+import json, runpy, sys, types
 import lladamedv
-app = types.ModuleType("lladamedv.app")
 class Blocks:
+    def __init__(self, model, processor):
+        self.given = [type(model).__name__, type(processor).__name__]
     def launch(self):
-        print(json.dumps({"model": type(self.model).__name__, "processor": type(self.processor).__name__,
-                          "weights": float(self.model.lm_head.weight.sum())}))
-def build_app(model, processor):
-    blocks = Blocks()
-    blocks.model, blocks.processor = model, processor
-    return blocks
-app.build_app = build_app
-sys.modules["lladamedv.app"] = app
-import runpy
+        print(json.dumps(self.given))
+sys.modules["lladamedv.app"] = app = types.ModuleType("lladamedv.app")
+app.build_app = Blocks
 runpy.run_path("app.py", run_name="__main__")
 """
 
@@ -45,51 +40,49 @@ runpy.run_path("app.py", run_name="__main__")
 @pytest.fixture(autouse=True)
 def gradio_is_installed(monkeypatch):
     real = importlib.metadata.version
-    monkeypatch.setattr(hub, "version", lambda name: GRADIO if name == "gradio" else real(name))
+    monkeypatch.setattr(push, "version", lambda name: GRADIO if name == "gradio" else real(name))
 
 
-def quiet(line):
-    pass
+write_space = partial(push.write_space, report=str)
 
 
 def start(folder, **variables):
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    run = subprocess.run(
-        [sys.executable, "-c", APP], cwd=folder, env=variables, capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-c", APP], cwd=folder, env=variables, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    assert json.loads(run.stdout.splitlines()[-1]) == ["LLaDAMedVForConditionalGeneration", "LLaDAMedVProcessor"]
 
 
 def test_a_space_of_a_model_on_the_hub(tmp_path):
+    space = tmp_path / "space"
     with running_hub() as stub:
         stub.repos["me/model"] = contents(write_model(tmp_path / "model"))
         pinned = stub.commit("me/model")
-        write_space("me/biomedical-chat", tmp_path / "space", "me/model", revision=pinned, report=quiet)
-        assert set(contents(tmp_path / "space")) == {"app.py", "requirements.txt", "README.md"}
-        started = start(tmp_path / "space", **environment(stub, tmp_path / "home"))
-        assert started["model"] == "LLaDAMedVForConditionalGeneration" and started["processor"] == "LLaDAMedVProcessor"
+        write_space("me/biomedical-chat", space, "me/model", revision=pinned)
+        assert set(contents(space)) == {"app.py", "requirements.txt", "README.md"}
+        start(space, **environment(stub, tmp_path / "home"))
         assert any(f"/resolve/{pinned}/" in request for request in stub.requests)
 
-    data = SpaceCard.load(tmp_path / "space" / "README.md").data.to_dict()
-    assert data["title"] == "biomedical-chat" and data["models"] == ["me/model"] and data["license"] == "apache-2.0"
-    assert data["sdk"] == "gradio" and data["sdk_version"] == GRADIO and data["app_file"] == "app.py"
-    assert data["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"
-    assert {"research-only", "not-a-medical-device"} <= set(data["tags"])
-    assert "https://huggingface.co/me/model" in (tmp_path / "space" / "README.md").read_text()
+    data = SpaceCard.load(space / "README.md").data.to_dict()
+    assert {"research-only", "not-a-medical-device"} <= set(data.pop("tags"))
+    assert data == {
+        "title": "biomedical-chat", "models": ["me/model"], "license": "apache-2.0", "sdk": "gradio",
+        "sdk_version": GRADIO, "app_file": "app.py",
+        "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
+    }  # fmt: skip
+    assert "https://huggingface.co/me/model" in (space / "README.md").read_text()
 
-    wanted = [Requirement(line) for line in (tmp_path / "space" / "requirements.txt").read_text().splitlines()]
-    assert wanted[0].name == "lladamedv" and wanted[0].extras == {"app"}
-    assert {"torch", "transformers", "huggingface_hub"} < {each.name for each in wanted}
-    for each in wanted:
-        installed = importlib.metadata.version(each.name)
-        assert str(each.specifier) == f"=={installed.partition('+')[0]}" and each.specifier.contains(installed)
-    assert "gradio" not in {each.name for each in wanted}, "the Space's own sdk_version installs it"
+    first, *others = map(Requirement, (space / "requirements.txt").read_text().splitlines())
+    assert first.name == "lladamedv" and first.extras == {"app"}
+    assert {"torch", "transformers", "huggingface_hub"} < {each.name for each in others}
+    for each in (first, *others):
+        assert each.name != "gradio", "the Space's own sdk_version installs it"
+        assert str(each.specifier) == f"=={importlib.metadata.version(each.name).partition('+')[0]}"
 
 
 def test_a_space_of_the_demo_model(tmp_path):
-    write_space("Demo", tmp_path / "space", "demo", report=quiet)
-    assert start(tmp_path / "space", HF_HUB_OFFLINE="1")["model"] == "LLaDAMedVForConditionalGeneration"
+    write_space("Demo", tmp_path / "space", "demo")
+    start(tmp_path / "space", HF_HUB_OFFLINE="1")
     assert "models" not in SpaceCard.load(tmp_path / "space" / "README.md").data.to_dict()
 
 
@@ -101,38 +94,24 @@ def test_a_space_of_the_demo_model(tmp_path):
         ({"revision": '"; import os'}, "`revision` is "),
         ({"name": " "}, "`name` is ' '; it must not be empty"),
         ({"name": "me/a\n---\n"}, "`name` is "),
+        ({"out": "{}/mine"}, "`out` is .*mine', which exists already"),
+        ({}, r'is not installed, .* `pip install "lladamedv\[app\]"`'),
     ],
 )
-def test_arguments(tmp_path, options, message):
+def test_arguments(tmp_path, monkeypatch, options, message):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "app.py").write_text("mine")
+    if "out" in options:
+        options = {"out": options["out"].format(tmp_path)}
+    if not options:
+        monkeypatch.setattr(push, "version", lambda name: importlib.metadata.version(f"no-such-{name}"))
     with pytest.raises(ValueError, match=message):
-        write_space(**{"name": "x", "out": tmp_path / "space", "model": "demo", "report": quiet} | options)
-    assert not (tmp_path / "space").exists()
-
-
-def test_out_must_be_new(tmp_path):
-    (tmp_path / "space").mkdir()
-    (tmp_path / "space" / "app.py").write_text("mine")
-    with pytest.raises(ValueError, match=r"`out` is .*space', which exists already"):
-        write_space("x", tmp_path / "space", "demo", report=quiet)
-    assert contents(tmp_path / "space") == {"app.py": b"mine"}
-
-
-def test_without_gradio(tmp_path, monkeypatch):
-    def version(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(hub, "version", version)
-    with pytest.raises(ValueError, match=r'is not installed, .* `pip install "lladamedv\[app\]"`'):
-        write_space("x", tmp_path / "space", "demo", report=quiet)
-    assert not (tmp_path / "space").exists()
+        write_space(**{"name": "x", "out": tmp_path / "space", "model": "demo"} | options)
+    assert contents(tmp_path) == {"mine/app.py": b"mine"}
 
 
 def test_command_line(tmp_path):
-    done = CliRunner().invoke(app, ["space", "Demo", str(tmp_path / "space")])
-    assert done.exit_code == 0 and "hf upload" in done.output
     words = ["space", "Demo", str(tmp_path / "json"), "--model", "me/model", "--revision", "v1", "--json"]
     done = CliRunner().invoke(app, words)
     assert json.loads(done.stdout) == {"output": str(tmp_path / "json"), "model": "me/model", "revision": "v1"}
     assert "hf upload" in done.stderr and (tmp_path / "json" / "app.py").is_file()
-    failed = CliRunner().invoke(app, ["space", "Demo", str(tmp_path / "space")])
-    assert failed.exit_code == 2 and f"'OUT': '{tmp_path / 'space'}' exists already" in failed.stderr
