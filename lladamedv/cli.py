@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import typer
 
 import lladamedv
+from lladamedv.modeling_lladamedv.presets_lladamedv import PRESETS
 from lladamedv.processing.medical_images import is_url
+from lladamedv.processing.vqa_sources import BENCHMARKS, SPLITS
 
 from .cli_common import (
     DEBUG,
@@ -47,9 +49,6 @@ from .paths import EXPLANATION_SUFFIXES, check_new_file, check_new_folder, check
 # Headings of `lladamedv --help`.
 USE, MEASURE, PUBLISH = "Ask a model", "Train and measure", "Make and publish models"
 INCOMPLETE = 3  # exit code: there is a report, but some questions have no answer
-# As `processing.datasets` and `modeling_lladamedv.released_lladamedv` have them, which are slow to import.
-BENCHMARKS, SPLITS = ("vqa-rad", "slake", "path-vqa", "phantoms"), ("train", "validation", "test")
-PRESETS = ("llada-medv", "llada-medv-vqa", "llada-v", "llada")
 # In a training's process: what versions to come will change, and that there is no GPU.
 _IGNORED = "ignore::FutureWarning,ignore::DeprecationWarning,ignore:'pin_memory' argument:UserWarning"
 
@@ -231,9 +230,7 @@ def app_command(
         find_device(source.device)
         page = build_app(*source.load())
         if share:
-            typer.echo(
-                "Warning: anyone with the link can use the app, and uploads pass through Gradio.", err=True
-            )
+            typer.echo("Warning: anyone with the link can use the app, and uploads pass through Gradio.", err=True)
         _warn_of_others(host, "app")
         try:
             # Both addresses are given, so that no environment variable can open the app. Gradio's own lines advise to

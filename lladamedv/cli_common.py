@@ -25,7 +25,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from typer.core import TyperGroup
 
-from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
+from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS, GenerationOptionError
 from lladamedv.processing.medical_images import (
     READING_OPTIONS,
     MedicalImage,
@@ -260,33 +260,16 @@ def _is_shown(name: str) -> bool:
 
 
 def _read_option(name: str, text: str) -> Any:
-    """The value of an option of `generate`; of another name, which `generate` may know as autoregressive, as JSON.
-
-    Raises:
-        ValueError: if the name looks mistyped, the option changes nothing that a command shows, or `text` is no value.
-    """
+    """The value of an option of `generate`; of another name, which `generate` may know as autoregressive, as JSON."""
     if name not in OPTIONS:
         if meant := difflib.get_close_matches(name, OPTIONS, 1, cutoff=0.8):
-            raise ValueError(f"{name!r} is no option of generate; did you mean {meant[0]}?")
+            raise usage("'--option'", f"{name!r} is no option of generate; did you mean {meant[0]}?")
         with suppress(json.JSONDecodeError):
             return json.loads(text)
         return text
     if not _is_shown(name):
-        raise ValueError(f"{name!r} changes nothing that a command shows.")
+        raise usage("'--option'", f"{name!r} changes nothing that a command shows.")
     return OPTIONS[name].parse(text)
-
-
-def _read_options(given: list[str]) -> dict:
-    """Options of `generate` as NAME=VALUE."""
-    options = {}
-    for each in given:
-        name, separator, value = each.partition("=")
-        if not separator or not name:
-            raise ValueError(f"{each!r}; allowed is NAME=VALUE.")
-        if name in options:
-            raise ValueError(f"{name} is given twice.")
-        options[name] = _read_option(name, value)
-    return options
 
 
 def generation_options(without: Sequence[str] = (), **defaults: int) -> Group:
@@ -304,22 +287,19 @@ def generation_options(without: Sequence[str] = (), **defaults: int) -> Group:
             help = f"{option.meaning.partition('. ')[0].removesuffix('.')}."
             help += f" By default {defaults[name]}." if name in defaults else ""
             parameters[name] = (flag((bool if is_switch else str) | None, help, rich_help_panel=_PANEL, **more), None)
-    parameters["option"] = (flag(list[str] | None, "NAME=VALUE", "--option", check=_read_options, hidden=True), None)
+    parameters["option"] = (flag(list[str] | None, "NAME=VALUE", "--option", hidden=True), None)
 
     def read(own: dict, given: dict) -> dict:
-        words = _read_options(own.pop("option") or [])
+        words = own.pop("option") or []
+        if wrong := [each for each in words if "=" not in each[1:]]:
+            raise usage("'--option'", f"{wrong[0]!r}; allowed is NAME=VALUE.")
         options = {}
-        for name, value in own.items():
+        for name, value in (*own.items(), *(each.split("=", 1) for each in words)):
             if value is not None:
-                if name in words:
-                    raise usage("--option", f"{name} is given twice.")
-                try:
-                    options[name] = value if isinstance(value, bool) else _read_option(name, value)
-                    OPTIONS[name].check(options[name])
-                except ValueError as error:
-                    text = str(error).replace("`", "").removeprefix(f"{name} is ")
-                    raise usage(f"'--{name.replace('_', '-')}'", text) from error
-        options = defaults | options | words
+                if name in options:
+                    raise usage("'--option'", f"{name} is given twice.")
+                options[name] = value if isinstance(value, bool) else _read_option(name, value)
+        options = defaults | options
         check_generation(given.get("model"), options, partial=bool(without))
         return options
 
@@ -421,7 +401,7 @@ class CommandLine(TyperGroup):
             if not text or not isinstance(error, (ValueError, ImportError)):
                 text = ": ".join(part for part in (type(error).__name__, text) if part) + " (--debug shows where)"
             typer.echo(f"lladamedv: {' '.join(text.splitlines())}", err=True)
-            raise SystemExit(1) from error
+            raise SystemExit(2 if isinstance(error, GenerationOptionError) else 1) from error
 
     def _in_flags(self, text: str) -> str:
         """A message in the names of the command line: Python's messages name arguments in backticks."""

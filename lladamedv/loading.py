@@ -142,7 +142,7 @@ def _load_whole(name: str, dtype: str, revision: str | None):
     """A model that is no adapters, and its processor."""
     from lladamedv.hub_cards.checks import check_model
     from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
-    from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS
+    from lladamedv.modeling_lladamedv.presets_lladamedv import PRESETS, SPECIAL_TOKENS
     from lladamedv.processing import LLaDAMedVProcessor
     from lladamedv.processing.released import released_processor
 

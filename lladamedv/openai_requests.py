@@ -20,7 +20,7 @@ from PIL import Image, ImageFile
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
 from lladamedv.modeling_lladamedv.generation_config_lladamedv import FOREIGN_OPTIONS
-from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
+from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS, GenerationOptionError
 from lladamedv.processing.medical_images import READING_OPTIONS, MedicalImageError, read_data_url, read_medical_image
 
 
@@ -294,20 +294,14 @@ def _read_options(
     if not isinstance(stop, list) or len(stop) > limits.stops or not all(map(_is_text, stop)) or "" in stop:
         raise _wrong(names["stop_strings"], stop, f"up to {limits.stops} texts that are not empty")
 
-    def resolve(options):
-        try:
-            return model.resolve_generation_config(**options, return_dict_in_generate=True), None
-        except (ValueError, TypeError) as error:
-            return None, error
-
-    options, error = resolve(given)
-    if error is not None:  # the option is wrong without which all would be right
-        alone = (name for name in given if resolve({key: given[key] for key in given if key != name})[0] is not None)
-        name = next(alone, next(iter(given), None))
+    try:
+        options = model.resolve_generation_config(**given, return_dict_in_generate=True)
+    except GenerationOptionError as error:
+        name = next((name for name in error.options if name in names), None)
         field, option = names.get(name, "generation_config"), _OFFERED.get(name)
         if option is not None and not option.accepts(given[name]):
-            raise _wrong(field, given[name], option.allowed, verb="")  # the table has it: "are whole numbers"
-        raise RequestError(f"`{field}` is not allowed: {error}", field)
+            raise _wrong(field, given[name], option.allowed, verb="") from None  # the table has it: "are whole numbers"
+        raise RequestError(f"`{field}` is not allowed: {error}", field) from None
     return options, stop, names.get("max_new_tokens", endpoint.messages)
 
 

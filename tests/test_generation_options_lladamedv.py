@@ -105,10 +105,10 @@ def test_what_texts_stand_for(name, text, value):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("steps", "many", "steps is many; allowed is int"),
-        ("steps", "2.5", "steps is 2.5"),
-        ("temperature", "true", "temperature is true; allowed is float"),
-        ("eos_token_id", "x", r"eos_token_id is x; allowed is int or list\[int\]"),
+        ("steps", "many", "`steps` is many; allowed is int"),
+        ("steps", "2.5", "`steps` is 2.5"),
+        ("temperature", "true", "`temperature` is true; allowed is float"),
+        ("eos_token_id", "x", r"`eos_token_id` is x; allowed is int or list\[int\]"),
     ],
 )
 def test_texts_of_no_value(name, text, message):
