@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from lladamedv.conversation import MASK
+from lladamedv.processing.phantoms import PhantomVQA
 from tests.dicom_files import dataset, to_bytes
 
 
@@ -122,3 +123,10 @@ def medical_files(folder):
     pages[0].save(folder / "pages.tif", save_all=True, append_images=pages[1:])
     pages[0].save(folder / "picture.png")
     return folder
+
+
+def two_frames(path):
+    """Write a DICOM file of 12 bits whose frames are two phantoms, in the window that shows their grey values."""
+    grey = np.stack([np.asarray(example.image.convert("L")) for example in PhantomVQA(5, 2)]).astype(np.uint16)
+    options = {"WindowCenter": 2040.5, "WindowWidth": 4081, "RescaleSlope": 1, "RescaleIntercept": 0}
+    path.write_bytes(to_bytes(dataset(grey * 16, bits=12, **options)))

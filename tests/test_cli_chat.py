@@ -29,13 +29,6 @@ def example():
     return PhantomVQA(9000, 60, ("description",))[15]
 
 
-@pytest.fixture(scope="module")
-def picture(example, tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "phantom.png"
-    example.image.save(path)
-    return path
-
-
 def ask(shipped, image, *texts, **options):
     """Answer the last question of a conversation, asked in one go."""
     return answer_batch(*shipped, [conversation(image, *texts)], **options)[0]

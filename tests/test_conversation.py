@@ -7,11 +7,6 @@ from lladamedv.processing.phantoms import PhantomVQA
 from tests.faces import generated
 
 
-@pytest.fixture(scope="module")
-def example():
-    return PhantomVQA(5, 1, ("description",))[0]
-
-
 @pytest.mark.parametrize("of_one_block", [True, False])
 @pytest.mark.parametrize(
     "options",
