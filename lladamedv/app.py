@@ -2,8 +2,8 @@
 
 Images may be of patients, so nothing is kept: an upload is deleted from the disk as soon as it is read, pictures travel
 to the browser inside the page, and neither images nor questions are logged, flagged, counted or saved in the browser.
-What a conversation is about stays in memory as long as it lasts. All HTML is made here, from templates that escape what
-a person, a file or the model says.
+A conversation and its picture stay in memory as long as it lasts. All HTML is made here, from templates that escape
+texts of people, files and the model.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _CONTROLS = {
     "allow_burned_in": "Burned-in text",
 }  # fmt: skip
 _BURNED_IN = (
-    "The file says that text is burned into its pixels, which may tell who the patient is. If you know that it does "
-    "not, tick Burned-in text."
+    "The file says that text is burned into its pixels, which may identify the patient. If you know that it does not, "
+    "tick Burned-in text."
 )
 
 # Gradio sets the colour of all that is in its HTML, its subdued texts have too little contrast, and it does not show
@@ -250,7 +250,7 @@ def _explain(error: Exception) -> str:
 
 
 class _StoppedError(Exception):
-    """Ends `generate` when its answer is not waited for any more."""
+    """Ends `generate` when its answer is no longer wanted."""
 
 
 def _denoise(lock: Lock, *asked, **options) -> Iterator[list[Token] | Reply]:
@@ -373,7 +373,7 @@ class _Page:
             label="Background (of transparent pixels)",
             info="A colour's name, or #rrggbb. The default shows the colours that transparency hid.",
         )  # fmt: skip
-        self.burned_in = gradio.Checkbox(label="Burned-in text: read the file nonetheless", visible=False)
+        self.burned_in = gradio.Checkbox(label="Burned-in text: read the file anyway", visible=False)
         self.volume, self.place = (
             gradio.Slider(0, 1, 0, step=1, precision=0, visible=False, label=label, buttons=[])
             for label in ("Volume", "Frame, page or slice")
@@ -586,7 +586,7 @@ def build_app(
             # Gradio's own fonts have no bold letters.
             theme = gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
             host = options.get("server_name") or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
-            if not options.get("share") and "SPACE_ID" not in os.environ:  # others have names that only they know
+            if not options.get("share") and "SPACE_ID" not in os.environ:  # there the host's name is not known here
                 own = Middleware(OwnPageOnly, hosts=LOOPBACK_HOSTS if host in LOOPBACK_HOSTS else None)
                 more = options.get("app_kwargs") or {}
                 options["app_kwargs"] = more | {"middleware": [own, *more.get("middleware", ())]}
@@ -595,7 +595,7 @@ def build_app(
     with App(title=title, analytics_enabled=False, delete_cache=(60, 600)) as app:
         page = _Page(gradio, model, processor, title, longest_canvas, max_file_size)
         app.load(js=_TAKE_PASTED_FILES, api_visibility="private")
-        # Gradio's own button does not tell whether it is open.
+        # Gradio's own button does not say whether it is open.
         for event, expanded in ((app.load, "false"), (page.options.expand, "true"), (page.options.collapse, "false")):
             js = f"() => document.querySelector('#ldm-options button').setAttribute('aria-expanded', {expanded})"
             event(js=js, api_visibility="private")

@@ -49,7 +49,7 @@ from .paths import EXPLANATION_SUFFIXES, check_new_file, check_new_folder, check
 # Headings of `lladamedv --help`.
 USE, MEASURE, PUBLISH = "Ask a model", "Train and measure", "Make and publish models"
 INCOMPLETE = 3  # exit code: there is a report, but some questions have no answer
-# In a training's process: what versions to come will change, and that there is no GPU.
+# Warnings that a training hides: announced changes of libraries, and that there is no GPU.
 _IGNORED = "ignore::FutureWarning,ignore::DeprecationWarning,ignore:'pin_memory' argument:UserWarning"
 
 app = typer.Typer(cls=CommandLine, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -74,7 +74,7 @@ def main(
 
     Exit codes: 0 done, 1 an error, 2 wrong usage, 3 a report that lacks answers, 130 Ctrl-C.
 
-    Models and data from the Hub are kept in HF_HOME; HF_TOKEN lets into private ones, HF_HUB_OFFLINE=1 stays offline.
+    Models and data from the Hub are kept in HF_HOME; HF_TOKEN opens private ones, HF_HUB_OFFLINE=1 stays offline.
 
     \b
     Example:
@@ -225,7 +225,7 @@ def app_command(
     from lladamedv.app import build_app, import_gradio, own_temporary_files
 
     with own_temporary_files():
-        # All that can be wrong is tried before a large model is loaded.
+        # What can fail is tried before a large model is loaded.
         import_gradio()
         find_device(source.device)
         page = build_app(*source.load())
@@ -239,7 +239,7 @@ def app_command(
                 server_name=host, server_port=port, share=share, inbrowser=False, quiet=True, prevent_thread_lock=True
             )
             typer.echo(f"The app is at {local}")
-            page.block_thread()  # until Ctrl-C, which it keeps to itself
+            page.block_thread()  # until Ctrl-C, which it swallows
         finally:
             page.close(verbose=False)
     raise typer.Exit(130)
@@ -263,7 +263,7 @@ def serve(
       lladamedv serve
       lladamedv serve --model path/or/hub-id
     """
-    # All that can be wrong is tried before a large model is loaded.
+    # What can fail is tried before a large model is loaded.
     listening = listen(host, port)
     quiet()
     from lladamedv.serving import build_api, make_server

@@ -40,7 +40,7 @@ from . import loading
 
 
 DEBUG = "LLADAMEDV_DEBUG"  # environment variable, so that processes that a command starts know of it, too
-# How libraries that are imported later are told to be quiet.
+# Variables that keep libraries quiet which are imported later.
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
@@ -255,7 +255,7 @@ _PANEL = "Generation (by default as the model's own configuration says)"
 
 
 def _is_shown(name: str) -> bool:
-    """Whether an option changes anything that commands show: not objects of Python, and what only adds to a result."""
+    """Whether an option changes what commands show: Python objects, and what only adds to the output, do not."""
     return OPTIONS[name].types not in ((), (bool,)) or OPTIONS[name].role == "answer"
 
 
@@ -309,7 +309,7 @@ def generation_options(without: Sequence[str] = (), **defaults: int) -> Group:
 def check_generation(model: str | None, options: dict, partial: bool = False) -> None:
     """Check options of `generate` without PyTorch: by themselves, and with a model whether they suit its own.
 
-    The own of a model that is not here, or that is adapters or as released, are not known yet.
+    A model's own options are known here only if it is a folder in this package's own format.
 
     Args:
         partial: whether the command adds others, so that they cannot be checked together.
@@ -331,7 +331,7 @@ def check_generation(model: str | None, options: dict, partial: bool = False) ->
         return
     try:
         own = LLaDAMedVGenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError):  # loading the model tells what is wrong with it
+    except (OSError, ValueError):  # loading the model reports what is wrong with it
         return
     resolve_generation_config(own, own, options | {"return_dict_in_generate": True})
 
@@ -344,7 +344,7 @@ def _check_host_name(host: str) -> None:
         raise ValueError("it is empty; allowed are names and addresses of this computer.")
 
 
-Host = flag(str, "Address to listen on; others than 127.0.0.1 let others in.", check=_check_host_name)
+Host = flag(str, "Address to listen on; any but 127.0.0.1 is open to other computers.", check=_check_host_name)
 
 
 def listen(host: str, port: int) -> socket.socket:

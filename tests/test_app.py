@@ -138,72 +138,63 @@ def test_sessions_do_not_see_each_other(browser, served, picture):
 
 # Files from which several pictures can be read
 
-NAMES = [
-    "colour.png", "grey.png", "deep.png", "transparent.png", "animation.gif", "pages.tif", "one.dcm", "table.dcm",
-    "black.dcm", "colour.dcm", "burned.dcm", "frames.dcm", "volume.nii", "volumes.nii.gz", "flat.nii",
-]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Paths by `NAMES`; `frames.dcm` holds two phantoms."""
+    """A folder of them; `frames.dcm` holds two phantoms."""
     folder = tmp_path_factory.mktemp("files")
-    paths = {name: folder / name for name in NAMES}
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
     colour, deep = Image.fromarray(np.stack([grey, grey.T, grey[::-1]], axis=-1)), grey.astype(np.uint16) * 500
     transparent = colour.convert("RGBA")
     transparent.putalpha(Image.fromarray(grey))
     for name, image, *more in (
-        ("colour.png", colour), ("grey.png", Image.fromarray(grey)), ("deep.png", Image.fromarray(deep)),
+        ("colour.png", colour), ("deep.png", Image.fromarray(deep)),
         ("transparent.png", transparent), ("animation.gif", colour, colour.rotate(90)),
         ("pages.tif", colour, colour.rotate(90), Image.fromarray(deep)),
     ):  # fmt: skip
-        image.save(paths[name], **({"save_all": True, "append_images": more} if more else {}))
+        image.save(folder / name, **({"save_all": True, "append_images": more} if more else {}))
     voi = item(LUTDescriptor=[2, 0, 16])
     voi.add_new("LUTData", "OW", np.array([0, 65535], "<u2").tobytes())
     for name, data in (
-        ("one.dcm", dataset(deep)), ("black.dcm", dataset(deep * 0)),
+        ("one.dcm", dataset(deep)),
         ("table.dcm", dataset(deep, VOILUTSequence=sequence(voi))),
         ("colour.dcm", dataset(np.asarray(colour), photometric="RGB")),
         ("burned.dcm", dataset(deep, BurnedInAnnotation="YES", WindowCenter=9000, WindowWidth=9000)),
     ):  # fmt: skip
-        paths[name].write_bytes(to_bytes(data))
-    two_frames(paths["frames.dcm"])
+        (folder / name).write_bytes(to_bytes(data))
+    two_frames(folder / "frames.dcm")
     volume = np.random.default_rng(0).uniform(0, 100, (6, 7, 8, 3)).astype(np.float32)
-    for name, values in (("volume.nii", volume[..., 0]), ("volumes.nii.gz", volume), ("flat.nii", volume[:, :1, :, 0])):
-        nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), paths[name])
-    return paths
+    for name, values in (("volumes.nii.gz", volume), ("flat.nii", volume[:, :1, :, 0])):
+        nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), folder / name)
+    return folder
 
 
 @pytest.mark.parametrize(
     ("name", "offered"),
     [
         ("colour.png", {}),
-        ("grey.png", {}),
         ("deep.png", {"window": "default"}),
         ("transparent.png", {"background": "default"}),
         ("animation.gif", {"place": ("Page (from 0)", 1, 0)}),
         ("pages.tif", {"place": ("Page (from 0)", 2, 0)}),
         ("one.dcm", {"window": "default"}),
         ("table.dcm", {"window": "default"}),
-        ("black.dcm", {"window": "default"}),
         ("colour.dcm", {}),
         ("burned.dcm", {"burned_in": False}),
         ("frames.dcm", {"place": ("Frame (from 0)", 1, 1), "window": "default"}),
-        ("volume.nii", {"place": ("Axial slice (from 0)", 7, 4), "axis": "axial", "window": "default"}),
         ("volumes.nii.gz", {"place": ("Axial slice (from 0)", 7, 4), "volume": ("Volume (from 0)", 2, 0),
                             "axis": "axial", "window": "default"}),
     ],
 )  # fmt: skip
 def test_only_what_can_be_chosen_is_offered(browser, files, name, offered):
-    choices = browser.choices(files[name])
+    choices = browser.choices(files / name)
     assert offered == {
         name: (each["label"], each["maximum"], each["value"]) if "maximum" in each else each["value"]
         for name, each in choices.items()
     }
     if "window" in choices:
         windows = [value for _, value in choices["window"]["choices"]]
-        assert "lung" in windows and ("full range" in windows) == (name not in ("volume.nii", "volumes.nii.gz"))
+        assert "lung" in windows and ("full range" in windows) == (name not in ("volumes.nii.gz"))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +205,6 @@ def test_only_what_can_be_chosen_is_offered(browser, files, name, offered):
         ("frames.dcm", {"place": 0, "window": "lung"}, {"frame": 0, "window": "lung"}),
         ("frames.dcm", {"place": 1, "window": "full range"}, {"frame": 1, "full_range": True}),
         ("transparent.png", {"background": "white"}, {"background": "white"}),
-        ("transparent.png", {"background": "#000000"}, {"background": "#000000"}),
         ("pages.tif", {"place": 1}, {"page": 1}),
         ("pages.tif", {"place": 2}, {"page": 2}),
         ("burned.dcm", {"burned_in": True}, {"allow_burned_in": True}),
@@ -225,9 +215,9 @@ def test_only_what_can_be_chosen_is_offered(browser, files, name, offered):
     ],
 )  # fmt: skip
 def test_another_picture_begins_another_conversation(browser, files, name, chosen, arguments):
-    browser.ask("Is there a lesion?", files[name])
+    browser.ask("Is there a lesion?", files / name)
     seen, conversation, message = browser.choose(**chosen)
-    picture = read_medical_image(files[name], **arguments)
+    picture = read_medical_image(files / name, **arguments)
     assert image_as_url(picture.image) in seen and message == ""
     assert Page(seen).texts("li") == [str(step) for step in picture.steps]
     assert answers(conversation) == [] and "the conversation begins anew" in conversation
@@ -236,57 +226,54 @@ def test_another_picture_begins_another_conversation(browser, files, name, chose
 
 def test_answers_are_about_the_chosen_frame(browser, shipped, files):
     question = "What shape is the lesion?"
-    seen = browser.ask(question, files["frames.dcm"])
+    seen = browser.ask(question, files / "frames.dcm")
     assert SECRET not in str(seen) and "window" in seen[0][1]
     browser.choose(place=0)
-    pictures = [read_medical_image(files["frames.dcm"], frame=frame).image for frame in (0, 1)]
+    pictures = [read_medical_image(files / "frames.dcm", frame=frame).image for frame in (0, 1)]
     expected = answer(*shipped, [conversation(each, question) for each in pictures])
     assert [*answers(browser.ask(question)[-1][2]), *answers(seen[-1][2])] == expected and len(set(expected)) == 2
     assert browser.choose(place=0) == (None, None, None), "what is chosen already changes nothing"
 
 
 def test_slices_along_another_axis(browser, files):
-    browser.ask("", files["volumes.nii.gz"])
+    browser.ask("", files / "volumes.nii.gz")
     *_, place, _, _, _, _, _ = browser.client.predict(2, 1, "sagittal", "50/40", "default", False, api_name="/choose")
     assert (place["label"], place["maximum"], place["value"]) == ("Sagittal slice (from 0)", 5, 3)
     seen = browser.choose(place=5, volume=1, axis="sagittal", window="50/40")[0]
     options = {"axis": "sagittal", "slice_index": 5, "time_index": 1, "window": "50/40"}
-    assert image_as_url(read_medical_image(files["volumes.nii.gz"], **options).image) in seen
+    assert image_as_url(read_medical_image(files / "volumes.nii.gz", **options).image) in seen
 
 
 @pytest.mark.parametrize(
     ("name", "chosen", "message"),
     [
         ("frames.dcm", {"place": 1, "window": "bones"}, "Window is 'bones'; allowed are lung, mediastinum"),
-        ("frames.dcm", {"place": 1, "window": "1/2/3"}, "Window is '1/2/3'"),
-        ("frames.dcm", {"place": 1, "window": "40/-1"}, "with a width above 0"),
-        ("frames.dcm", {"place": 1, "window": "40/nan"}, "with a width above 0"),
         ("transparent.png", {"background": "no colour"}, "Background is 'no colour'; allowed are names of colours"),
     ],
 )
 def test_a_wrong_choice_loses_nothing(browser, files, name, chosen, message):
-    browser.ask("Is there a lesion?", files[name])
+    browser.ask("Is there a lesion?", files / name)
     picture, conversation, shown = browser.choose(**chosen)
     assert message in alert(shown) and (picture, conversation) == (None, None)
     assert len(answers(browser.ask("Is there a lesion?")[-1][2])) == 2
 
 
 def test_a_window_is_not_kept_for_pages_of_colours(browser, files):
-    browser.ask("", files["pages.tif"])
+    browser.ask("", files / "pages.tif")
     assert "percentiles" in browser.choose(place=2)[0]
     assert "window 32000/64000" in browser.choose(place=2, window="32000/64000")[0]
     assert "of mode 'RGB'; allowed are windows" in alert(browser.choose(place=0, window="32000/64000")[2])
 
 
 def test_text_burned_in_is_shown_on_request(browser, files):
-    shown = browser.ask("Is there a lesion?", files["burned.dcm"])[-1][3]
-    assert "may tell who the patient is" in alert(shown) and "tick Burned-in text" in shown
+    shown = browser.ask("Is there a lesion?", files / "burned.dcm")[-1][3]
+    assert "may identify the patient" in alert(shown) and "tick Burned-in text" in shown
     assert browser.choose(burned_in=True)[2] == ""
-    assert "may tell who the patient is" in browser.choose(burned_in=False)[2]
+    assert "may identify the patient" in browser.choose(burned_in=False)[2]
 
 
 def test_an_answer_about_another_frame_ends(browser, shipped, files, monkeypatch):
-    browser.ask("", files["frames.dcm"])
+    browser.ask("", files / "frames.dcm")
     gate = Gate(monkeypatch, shipped[0])
     job = browser.submit("Describe the image.")
     gate.let(1)
@@ -334,8 +321,6 @@ def in_use(served, picture):
     ("question", "content", "sliders", "message"),
     [
         ("What?", b"a text, named .png", SLIDERS, "The file is of no known format; allowed are DICOM"),
-        ("What?", b"", SLIDERS, "The file is of no known format"),
-        ("What?", b"\x89PNG\r\n\x1a\n broken", SLIDERS, "The file is "),
         ("What?", "cut", SLIDERS, "The file is a picture file that cannot be read"),
         ("What?", "bomb", SLIDERS, "The file has more pixels than Pillow allows; allowed are 1 to 33554432"),
         ("What?", "large", SLIDERS, "The file is 8000 by 8000 pixels; allowed are 1 to 33554432"),

@@ -286,22 +286,16 @@ def test_models_and_health(client, url):
     assert http.post(f"{url}{CHAT}/", json=TEXT).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
+def test_nothing_else_is_there(url):
+    for method, path, status in (
         ("POST", "/v1/completions", 404), ("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("GET", CHAT, 405),
         ("DELETE", "/v1/models", 405),
-    ],
-)  # fmt: skip
-def test_nothing_else_is_there(url, method, path, status):
-    reply = http.request(method, f"{url}{path}", json=TEXT if method == "POST" else None)
-    assert reply.status_code == status and reply.json()["error"]["message"]
-
-
-@pytest.mark.parametrize("name", ["org/other", "", 5])
-@pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), (RESPONSES, "input")])
-def test_no_other_model_is_served(url, path, field, name):
-    assert refused(url, 404, path, json={"model": name, field: TEXT["messages"]})["param"] == "model"
+    ):  # fmt: skip
+        reply = http.request(method, f"{url}{path}", json=TEXT if method == "POST" else None)
+        assert reply.status_code == status and reply.json()["error"]["message"]
+    for name in ("org/other", "", 5):
+        assert refused(url, 404, json=TEXT | {"model": name})["param"] == "model"
+        assert refused(url, 404, RESPONSES, json={"model": name, "input": "?"})["param"] == "model"
 
 
 # What is refused
@@ -333,7 +327,6 @@ def image_part(url, **options):
     ("body", "param"),
     [
         ({}, "messages"),
-        ({"messages": []}, "messages"),
         ({"messages": ["Hello?"]}, "messages[0]"),
         ({"messages": [{"role": "tool", "content": "5"}]}, "messages[0].role"),
         ({"messages": [{"content": "5"}]}, "messages[0].role"),
@@ -348,13 +341,10 @@ def image_part(url, **options):
         (content({"type": "input_image", "file_id": "file-1"}), "messages[0].content[0].file_id"),
         (content(image_part("data:,", slice="3")), f"{IMAGE}.slice"),
         (content({"page": 1} | image_part("data:,", page=1)), f"{IMAGE}.page"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         (content("Hello?"), "messages[0].content[0].type"),
-        (content({"type": "video_url", "video_url": {"url": "x"}}), "messages[0].content[0].type"),
         (content({"type": ["text"]}), "messages[0].content[0].type"),
         (content({"type": "text", "text": "\ud800 🫁"}), "messages[0].content[0].text"),
-        (content({"type": "image_url"}), IMAGE),
         (content(image_part(5)), f"{IMAGE}.url"),
         ({"messages": [{"role": "user", "content": "x" * 100_001}]}, "messages"),
         ({"messages": [{"role": "user", "content": "word " * 5_000}]}, "messages"),  # longer than the context
@@ -362,7 +352,6 @@ def image_part(url, **options):
         (TEXT | {"seed": 2**63}, "seed"),
         (TEXT | {"seed": True}, "seed"),
         (TEXT | {"temperature": -1}, "temperature"),
-        (TEXT | {"max_tokens": 0}, "max_tokens"),
         (TEXT | {"max_tokens": 10**9}, "max_tokens"),
         (TEXT | {"max_tokens": 2_040}, "max_tokens"),  # with the prompt longer than the context
         (TEXT | {"generation_config": {"max_new_tokens": 2_040}}, "generation_config.max_new_tokens"),
@@ -373,18 +362,13 @@ def image_part(url, **options):
         (TEXT | {"n": 2}, "n"),
         (TEXT | {"n": True}, "n"),  # is no number
         (TEXT | {"top_p": True}, "top_p"),
-        (TEXT | {"top_p": 0.5}, "top_p"),
         (TEXT | {"tools": [{"type": "function"}]}, "tools"),
-        (TEXT | {"response_format": {"type": "json_object"}}, "response_format"),
-        (TEXT | {"tool_choice": "required"}, "tool_choice"),
         (TEXT | {"reasoning": {"effort": "high"}}, "reasoning"),
         (TEXT | {"stream_options": True}, "stream_options"),
         (TEXT | {"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-        (TEXT | {"repetition_penalty": -1}, "repetition_penalty"),
         (TEXT | {"gen_length": 5}, "gen_length"),
         (TEXT | {"\ud800": 5}, "\ufffd"),
         (TEXT | {"generation_config": "[" * 50_000}, "generation_config"),
-        (TEXT | {"generation_config": "[]"}, "generation_config"),
         (TEXT | {"generation_config": {"gen_length": 5}}, "generation_config.gen_length"),
         (TEXT | {"generation_config": {"do_sample": True}}, "generation_config.do_sample"),
         (TEXT | {"generation_config": {"eos_token_id": 5}}, "generation_config.eos_token_id"),
@@ -393,20 +377,16 @@ def image_part(url, **options):
         (TEXT | {"generation_config": {"cache_implementation": "dual"}}, "generation_config.cache_implementation"),
         (TEXT | {"generation_config": {"stop_strings": {}, "steps": 0}}, "generation_config.stop_strings"),
         ({"input": None}, "input"),
-        ({"input": []}, "input"),
         ({"input": [{"type": "input_text", "text": " "}]}, "input"),
         ({"input": [{"type": "function_call", "call_id": "1"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": "?"}, {"type": "function_call"}]}, "input[1].type"),
         ({"input": [{"type": "reasoning", "content": 5}, {"role": "user", "content": "?"}]}, "input[0].type"),
-        ({"input": [{"type": "input_image", "file_id": "file-1"}]}, "input[0].file_id"),
         ({"input": "?", "instructions": " "}, "instructions"),
         ({"input": "?", "max_output_tokens": 2_040}, "max_output_tokens"),
         ({"input": "word " * 5_000}, "input"),
-        ({"input": "?", "text": {"format": {"type": "json_object"}}}, "text"),
         ({"input": "?", "include": ["message.output_text.logprobs"]}, "include"),
         ({"input": "?", "instructions": 5}, "instructions"),
         ({"input": "?", "previous_response_id": "r"}, "previous_response_id"),
-        ({"input": "?", "stop": "a"}, "stop"),
     ],
 )  # fmt: skip
 def test_wrong_requests(url, body, param):
@@ -562,15 +542,10 @@ def test_uploads_together_take_bounded_memory(shipped):
         assert http.post(f"{url}{CHAT}", json=TEXT).status_code == 200
 
 
-def test_chunked_bodies_and_http_1_0(url):
-    body = json.dumps(TEXT).encode()
-    assert http.post(f"{url}{CHAT}", content=iter([body[:9], body[9:]]), headers=JSON).is_success
-    head = HEAD.replace(b"1.1", b"1.0") + f"Content-Length: {len(body)}\r\n\r\n".encode()
-    with connect(url, head, body) as connection:
-        assert b" 200 " in connection.recv(20)
+def test_what_is_no_http_gets_json(url):
     with connect(url, b"GET / HTTP/1.1\r\nno header\r\n\r\n") as connection:
         reply = received(connection)
-        assert b" 400 " in reply and json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["message"]
+    assert b" 400 " in reply and json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["message"]
 
 
 def test_web_pages_are_kept_out(url):

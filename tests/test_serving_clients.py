@@ -4,6 +4,7 @@ import base64
 import gzip
 import io
 import json
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from lladamedv.evaluation.answering import answer_batch
-from lladamedv.processing.medical_images import READING_OPTIONS, read_medical_image
+from lladamedv.processing.medical_images import READING_OPTIONS, read_data_url, read_medical_image
 from lladamedv.processing.phantoms import PhantomVQA
 from tests.dicom_files import dataset, to_bytes
 from tests.faces import Gate, conversation, until
@@ -158,33 +159,36 @@ def test_an_empty_answer_can_be_sent_back(url, shipped, image, said):
     assert quick(url, {"messages": messages}) == truth
 
 
-def spellings(png):
-    plain = base64.b64encode(png).decode()
-    lines = "\r\n ".join(plain[start : start + 76] for start in range(0, len(plain), 76))
-    return {
-        "upper case": f"DATA:IMAGE/PNG;BASE64,{plain}",
-        "parameters": f"data:image/png;name=a.png;charset=utf-8;base64,{plain}",
-        "no type": f"data:;base64,{plain}",
-        "any type": f"data:application/octet-stream;base64,{plain}",
-        "spaces": f" data:image/png; base64 ,{plain}\n",
-        "no padding": f"data:image/png;base64,{plain.rstrip('=')}",
-        "lines": f"data:image/png;base64,{lines}",
-        "base64url": f"data:image/png;base64,{base64.urlsafe_b64encode(png).decode()}",
-        "escaped base64": f"data:image/png;base64,{plain.replace('+', '%2B').replace('/', '%2f').replace('=', '%3D')}",
-        "no base64": f"data:image/png,{quote_from_bytes(png)}",
-    }
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n" + bytes(range(256)) + bytes(more) for more in range(3)])
+def test_data_urls_in_every_spelling(content):
+    """One of the contents needs each padding."""
+    plain = base64.b64encode(content).decode()
+    escaped = plain.replace("+", "%2B").replace("/", "%2f").replace("=", "%3D")
+    for address in (
+        f"DATA:IMAGE/PNG;BASE64,{plain}",
+        f"data:image/png;name=a.png;charset=utf-8;base64,{plain}",
+        f"data:;base64,{plain}",
+        f"data:application/octet-stream;base64,{plain}",
+        f" data:image/png; base64 ,{plain}\n",
+        f"data:image/png;base64,{plain.rstrip('=')}",
+        "data:image/png;base64," + "\r\n ".join(textwrap.wrap(plain, 76)),
+        f"data:image/png;base64,{base64.urlsafe_b64encode(content).decode()}",
+        f"data:image/png;base64,{escaped}",
+        f"data:image/png,{quote_from_bytes(content)}",
+    ):
+        assert read_data_url(address) == content
 
 
-@pytest.mark.parametrize("name", spellings(b""))
-def test_data_urls_in_every_spelling(url, image, truth, name):
-    png = base64.b64decode(data_url(image).partition(",")[2])
-    forms = (
+@pytest.mark.parametrize(
+    "form",
+    [
         image_part,
         lambda address: {"type": "image_url", "image_url": address},
         lambda address: {"type": "input_image", "image_url": address, "detail": "high"},
-    )
-    for extra, form in zip((b"", b"\0", b"\0\0"), forms):  # behind a PNG's end: one of them needs each padding
-        assert quick(url, content(form(spellings(png + extra)[name]), ASKED)) == truth
+    ],
+)
+def test_images_in_every_form(url, image, truth, form):
+    assert quick(url, content(form(data_url(image)), ASKED)) == truth
 
 
 # Options of the reader
