@@ -534,6 +534,22 @@ class _Page:
         return box | self._show(conversation) | self._show_choices(conversation)
 
 
+def _launch_options(gradio, given: dict) -> dict:
+    """What `launch` is called with: nothing is kept, and foreign names and pages are refused."""
+    from starlette.middleware import Middleware  # which Gradio brings
+
+    # Gradio's own fonts have no bold letters.
+    theme = gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
+    private = {"run_history": False, "enable_monitoring": False, "footer_links": [], "mcp_server": False}
+    options = private | {"theme": theme} | given
+    host = options.get("server_name") or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
+    if not options.get("share") and "SPACE_ID" not in os.environ:  # these have names that are not known here
+        own = Middleware(OwnPageOnly, hosts=LOOPBACK_HOSTS if host in LOOPBACK_HOSTS else None)
+        more = options.get("app_kwargs") or {}
+        options["app_kwargs"] = more | {"middleware": [own, *more.get("middleware", ())]}
+    return options
+
+
 def build_app(
     model: LLaDAMedVForConditionalGeneration,
     processor: LLaDAMedVProcessor,
@@ -567,8 +583,6 @@ def build_app(
         ValueError: if an argument is not allowed.
     """
     gradio = import_gradio()
-    from starlette.middleware import Middleware  # which Gradio brings
-
     own_canvas = model.resolve_generation_config(return_dict_in_generate=True).max_new_tokens
     if longest_canvas is None:
         longest_canvas = min(4 * own_canvas, model.config.get_text_config().max_position_embeddings)
@@ -581,16 +595,8 @@ def build_app(
 
     class App(gradio.Blocks):
         def launch(self, **options):
-            private = {"run_history": False, "enable_monitoring": False, "footer_links": [], "mcp_server": False}
             limits = {"max_file_size": max_file_size, "state_session_capacity": 4 * queue_size}
-            # Gradio's own fonts have no bold letters.
-            theme = gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
-            host = options.get("server_name") or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
-            if not options.get("share") and "SPACE_ID" not in os.environ:  # there the host's name is not known here
-                own = Middleware(OwnPageOnly, hosts=LOOPBACK_HOSTS if host in LOOPBACK_HOSTS else None)
-                more = options.get("app_kwargs") or {}
-                options["app_kwargs"] = more | {"middleware": [own, *more.get("middleware", ())]}
-            return super().launch(**(private | limits | {"theme": theme} | options))
+            return super().launch(**_launch_options(gradio, limits | options))
 
     with App(title=title, analytics_enabled=False, delete_cache=(60, 600)) as app:
         page = _Page(gradio, model, processor, title, longest_canvas, max_file_size)

@@ -563,19 +563,12 @@ def eval_chat(
     from lladamedv.evaluation.runs import process_state
     from lladamedv.processing.datasets import load_chat_benchmark
 
-    judge = None
-    if judge_model is not None:
-        judge = OpenAIJudge(judge_model, judge_url, key, reasoning_model=reasoning_judge)
+    # What can fail is tried before a large model answers for hours.
+    judge = judge_model and OpenAIJudge(judge_model, judge_url, key, reasoning_model=reasoning_judge)
     asked = load_chat_benchmark(questions)[0][:limit]
     if source.model is not None:
-        records, report = load_chat_benchmark(questions, image_folder)
-        known = {record["id"] for record in asked}
-        records = [record for record in records if record["id"] in known]
-        if not records:
-            raise ValueError(f"`image_folder` is {str(image_folder)!r}, which has none of the images.")
-        if report.missing_images:
-            typer.echo(report.summary(), err=True)
-            allow_partial = True  # the summary says how many are missing
+        records = _with_images(questions, image_folder, asked)
+        allow_partial = allow_partial or len(records) < len(asked)  # the summary says how many are missing
         answers = answer_chat_benchmark(
             *_load(source), records, output, model_name=source.model, options=generation, batch_size=batch_size
         )
@@ -591,6 +584,20 @@ def eval_chat(
         summary = summarize(asked, given, judged, name=name, bootstrap_samples=bootstrap_samples, seed=seed)
         write_summary(output, summary)
         _finish(summary, to_markdown(summary), as_json, output)
+
+
+def _with_images(questions: Path, image_folder: Path, asked: list[dict]) -> list[dict]:
+    """The questions that are asked, as far as their images are there; a line says which are not."""
+    from lladamedv.processing.datasets import load_chat_benchmark
+
+    records, report = load_chat_benchmark(questions, image_folder)
+    ids = {record["id"] for record in asked}
+    records = [record for record in records if record["id"] in ids]
+    if not records:
+        raise ValueError(f"`image_folder` is {str(image_folder)!r}, which has none of the images.")
+    if report.missing_images:
+        typer.echo(report.summary(), err=True)
+    return records
 
 
 @analyze_app.command()

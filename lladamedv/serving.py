@@ -533,7 +533,13 @@ def build_api(
 
     api = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     api.state.desk, api.state.limits = desk, limits
+    _add_routes(api, desk)
+    _add_errors(api)
+    api.add_middleware(_Door, desk=desk, hosts=hosts)
+    return api
 
+
+def _add_routes(api: FastAPI, desk: _Desk) -> None:
     @api.post(CHAT.path)
     async def complete_chat(request: Request) -> Response:
         return await desk.answer(request, _ChatReply)
@@ -554,6 +560,8 @@ def build_api(
     async def describe(model: str):
         return desk.describe(model)
 
+
+def _add_errors(api: FastAPI) -> None:
     @api.exception_handler(RequestError)
     async def refuse(request, error):
         return _reply(error)
@@ -565,9 +573,6 @@ def build_api(
     @api.exception_handler(ClientDisconnect)
     async def drop(request, error):
         return Response(status_code=499)  # which does not arrive
-
-    api.add_middleware(_Door, desk=desk, hosts=hosts)
-    return api
 
 
 class _Protocol(H11Protocol):
