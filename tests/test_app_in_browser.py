@@ -145,10 +145,6 @@ def test_masks_become_an_answer(page, shipped, example, picture, monkeypatch):
     assert answers(page, 1) == expected
     expect(page.get_by_role("textbox")).to_have_value("")
 
-    ask(page, ASKED)
-    chat = conversation(example.image, example.question, expected[0], ASKED)
-    assert answers(page, 2) == [*expected, *answer(*shipped, [chat])]
-
 
 def test_stop_and_new_conversation(page, shipped, picture, monkeypatch):
     gate = Gate(monkeypatch, shipped[0])

@@ -116,31 +116,19 @@ def test_help_does_not_wait_for_torch(words):
     assert result.stdout and result.returncode == (0 if words else 2)
 
 
-# What the documentation of 0.1.0 shows, but for `demo --train`, which is removed.
+# What the documentation of 0.1.0 shows, as far as today's may not.
 COMMAND_LINES = """
 analyze decoding --model demo --output o --path 9000:60:description --steps 24 --steps 6 --full-canvas --noise-pictures
 ask picture.png "Describe the image." --option steps=8 --json
-ask picture.png "Describe the image." --explain denoising.html
 ask scan.dcm "Is there a fracture?" --model path/or/hub-id --window bone --json
 ask volume.nii.gz "What is shown?" --axis coronal --slice 6 --time 0 --window 40/80
-chat
-chat picture.png --show-steps
 chat scan.dcm --window bone --model path/or/hub-id --option confidence_threshold=0.9
 convert LLaDAMedV-2A4E converted --dtype bfloat16 --preset llada-medv --push ME/REPO
-demo --questions 1000
 eval chat --questions qa50.jsonl --image-folder images --model hub/id --output o --judge-model NAME --judge-url URL
 eval vqa --benchmark phantoms --path 9000:9:new --model demo --output o --max-new-tokens 24 --block-length 8 --steps 9
-eval vqa --benchmark slake --model path/or/hub-id --output runs/slake --dtype bfloat16
-eval vqa --data questions.csv --image-folder images --model path/or/hub-id --output runs/own
-init new --language-model LLaDA-8B-Instruct --vision-tower siglip2-so400m-patch14-384
 push ADAPTERS OWNER/NAME --base-model OWNER/MODEL --merge
 push OUT OWNER/NAME --public --branch BRANCH --replace --leave-out 'checkpoint-*' --dry-run
-push-dataset slake OWNER/NAME
-serve --model path/or/hub-id
-space "My demo" FOLDER --model OWNER/NAME
-train demo_lora -- --help
 train lora_one_gpu --model_name_or_path FOLDER --train_data DATA.csv --eval_split 0.1 --output_dir OUT
-train stage2_instruct --accelerate fsdp2
 """
 
 
@@ -162,16 +150,12 @@ BAD_CALLS = {
     "ask {picture} ' '": "QUESTION: it is empty",
     "ask {picture}": "Missing argument 'QUESTION'",
     "ask {picture} What? --window long": "--window is 'long'; allowed are lung,",
-    "ask {picture} What? --window 1/x": "--window is '1/x'",
-    "ask {picture} What? --window 40/0": "--window is '40/0'",
     "ask {picture} What? --window 40/400 --full-range": "--window and --full-range are both given",
-    "ask {picture} What? --background pinkish": "--background is 'pinkish'",
     "ask {picture} What? --slice 3": "--slice is given, but '{picture}' is a picture file",
     "ask {picture} What? --frame x": "'--frame': ",
     "ask {picture} What? --frame 2": "--frame is given, but '{picture}' is a picture file; allowed for it are --page",
     "ask {folder}/burned.dcm What?": "'{folder}/burned.dcm' says that text is burned into its pixels",
     "ask {folder}/burned.dcm What? --slice 0": "--slice is given, but '{folder}/burned.dcm' is a DICOM file",
-    "ask {folder}/series.nii What? --axis oblique": "--axis is 'oblique'; allowed are",
     "ask {folder}/series.nii What?": "--time is not given, but there are 3 volumes; allowed are 0 to 2.",
     "ask {folder}/series.nii What? --time 3": "--time is 3; allowed are whole numbers from 0 to 2.",
     "ask {folder}/pages.tif What?": "--page is not given, but there are 2 pages",
@@ -182,8 +166,6 @@ BAD_CALLS = {
     "ask {picture} What? --factor 1 --entropy-bound 1": "--factor is 1 and --entropy-bound is 1; each is a rule",
     "ask {picture} What? --option steps": "'--option': 'steps'; allowed is NAME=VALUE",
     "ask {picture} What? --option stepps=3": "'--option': 'stepps' is no option of generate; did you mean steps?",
-    "ask {picture} What? --option steps=many": "--steps is many; allowed is int",
-    "ask {picture} What? --option temperature=true": "--temperature is true; allowed is float",
     "ask {picture} What? --dtype int8": "'--dtype': 'int8'; allowed are auto, float32, bfloat16, float16",
     "ask {picture} What? --device gpu": "'--device': 'gpu'; allowed are auto, cpu, cuda",
     "ask {picture} What? --model {folder}": "'--model': '{folder}' is a folder with neither config.json",
@@ -192,9 +174,7 @@ BAD_CALLS = {
     "ask {picture} What? --explain /no/x.png": "The file '/no/x.png' cannot be written: there is no folder '/no'",
     "ask {picture} What? --option steps=8 --option steps=9": "'--option': steps is given twice",
     "ask {picture} What? --option output_history=true": "'output_history' changes nothing that a command shows",
-    "ask {picture} What? --option steps=0": "--steps is 0; allowed are whole numbers of at least 1",
     "ask {picture} What? --option steps=7": "--steps is 7, which is no multiple of the number of blocks (3 = --max",
-    "ask {picture} What? --option remasking=foo": "is 'foo'; allowed are low_confidence, random, margin, entropy.",
     "ask {picture} What? --option num_beams=4": "num_beams is 4, which masked diffusion does not have",
     "ask {picture} What? --option streamer=x": "Unknown generation arguments ['streamer']",
     "chat --option temperature=-1": "temperature is -1",
@@ -205,23 +185,17 @@ BAD_CALLS = {
     "analyze decoding --model demo --output o --option temperature=-1": "temperature is -1",
     "chat missing.png": "'missing.png' is a path that cannot be opened",
     "chat {picture} --window long": "--window is 'long'",
-    "chat {picture} --frame 1": "--frame is given, but '{picture}' is a picture file",
-    "chat --option step=3": "did you mean steps?",
     "demo --questions 2": "'--questions'",
-    "demo --questions many": "'many'",
     "demo --train": "'--train': removed; use: lladamedv train demo_full",
     "demo --output x.gif": "'--output': The file 'x.gif' cannot be written: its name must end in .png",
     "serve --model {folder}": "'--model': '{folder}' is a folder with neither",
-    "serve --host foo.invalid": "--host is 'foo.invalid', which cannot be listened on",
     "serve --host ''": "'--host': it is empty",
     "serve --port {port}": "--port is {port}, which cannot be listened on at 127.0.0.1: ",
     "app --port {port}": "--port is {port}, which cannot be listened on at 127.0.0.1: ",
     "app --host ::1": "--host is '::1'; allowed are names and IPv4 addresses",
     "app --host 203.0.113.1": "--port is 7860, which cannot be listened on at 203.0.113.1: ",
-    "app --host ''": "'--host': it is empty",
     "app --host foo.invalid": "--host is 'foo.invalid', which cannot be listened on",
     "app --device gpu": "'--device': 'gpu'",
-    "eval vqa --benchmark phantoms --model /no/such --output o": "'--model': '/no/such' is no folder",
     "convert nowhere {folder}/new": "SOURCE': 'nowhere' is no folder; allowed are a folder and a Hub id",
     "convert a/b {picture}": "OUT': The folder '{picture}' cannot be used",
     "convert a/b {parent}": "OUT': '{parent}' exists already; allowed is a new or an empty folder",
@@ -240,7 +214,6 @@ BAD_CALLS = {
     "push-dataset phantoms a/b --split other": "'--split': 'other'; allowed are train, validation, test",
     "push {folder} a--b/c": "REPO': 'a--b/c' is no Hub id",
     "space Name {folder}/new --model nowhere": "'--model': 'nowhere'; allowed are a Hub id",
-    "push-dataset phantoms 'not a name'": "REPO': 'not a name' is no Hub id",
     "space Name {parent}": "OUT': '{parent}' exists already",
     "train nothing": "RECIPE is 'nothing'; allowed are demo_full,",
     "train demo_lora --accelerate nothing": "--accelerate is 'nothing'; allowed are cpu,",
