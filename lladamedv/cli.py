@@ -611,14 +611,14 @@ def decoding(
     questions: Questions,
     generation: dict,
     output: Output,
-    steps: flag(list[int], "Z; several times.", min=1) = [256, 128, 64, 32, 16],  # noqa: B006
-    max_new_tokens: flag(list[int], "L; several times.", min=1) = [256],  # noqa: B006
-    block_length: flag(list[int], "B; several times.", min=1) = [64],  # noqa: B006
+    steps: flag(list[int], "Steps (Z); may be repeated.", min=1) = [256, 128, 64, 32, 16],  # noqa: B006
+    max_new_tokens: flag(list[int], "Length of the canvas (L); may be repeated.", min=1) = [256],  # noqa: B006
+    block_length: flag(list[int], "Length of a block (B); may be repeated.", min=1) = [64],  # noqa: B006
     full_canvas: flag(
-        bool, "Let nothing end an answer, which shows what ends hide: repetition.", "--full-canvas"
+        bool, "Denoise the whole canvas, also behind an end: shows repetition that ends hide.", "--full-canvas"
     ) = False,
     noise_pictures: flag(
-        bool, "Ask about pictures of noise: what it says where it sees nothing.", "--noise-pictures"
+        bool, "Ask about pictures of noise: what the model says where there is nothing to see.", "--noise-pictures"
     ) = False,
     batch_size: BatchSize = 1,
     example_id: flag(str | None, "Question whose answers are shown.") = None,

@@ -149,12 +149,8 @@ def calls(target: str) -> Callable[[Callable], Callable]:
             if as_json:
                 print_json(result)
 
-        parameters = inspect.signature(command).parameters.values()
-        parameters = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters]
-        parameters.append(
-            inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
-        )
-        _sign(wrapped, parameters)
+        as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
+        _sign(wrapped, [*inspect.signature(command).parameters.values(), as_json])
         return wrapped
 
     return decorate

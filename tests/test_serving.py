@@ -573,7 +573,7 @@ def test_foreign_names_are_kept_out(url, shipped):
 # Queue, and clients that leave
 
 
-def test_the_queue_is_bounded_and_who_leaves_it_takes_no_place(shipped, image, monkeypatch):
+def test_the_queue_is_bounded_and_cancelled_waiters_are_dropped(shipped, image, monkeypatch):
     truths = [expected(shipped, image, question).text for question in (QUESTION, "Is there a lesion?")]
     with served(shipped, max_queue=1) as url, ThreadPoolExecutor(4) as pool:
         gate = Gate(monkeypatch, shipped[0])
