@@ -1,5 +1,6 @@
 """What tests of commands, chat, app and server share: what `generate` keeps of an answer, and a model that waits."""
 
+import socket
 import struct
 import time
 import zlib
@@ -100,6 +101,11 @@ def until(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def black_png(width, height):

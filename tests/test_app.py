@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import time
 from contextlib import ExitStack
 from threading import Event, Thread
@@ -17,14 +16,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from lladamedv import cli, cli_common, loading
+from lladamedv import cli, cli_common
 from lladamedv.app import build_app
 from lladamedv.conversation import LEVELS
 from lladamedv.demo import answer
 from lladamedv.explanation import image_as_url
 from lladamedv.processing.medical_images import read_medical_image
 from tests.dicom_files import SECRET, dataset, item, sequence, to_bytes
-from tests.faces import Gate, black_png, conversation, generated, two_frames, until
+from tests.faces import Gate, black_png, conversation, free_port, generated, two_frames, until
 from tests.html_pages import Page, contrast
 
 
@@ -483,26 +482,6 @@ def command(*arguments, **environment):
     return CliRunner().invoke(cli.app, ["app", *arguments], env=environment)
 
 
-@pytest.fixture
-def unloaded(monkeypatch):
-    """What is wrong must be told before a model, which may be large, is loaded."""
-
-    def load(*arguments):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(loading, "load_model", load)
-
-
-@pytest.mark.usefixtures("unloaded")
-def test_without_gradio(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    with socket.create_server(("127.0.0.1", 0)) as taken:  # the usual port may be another test's
-        port = taken.getsockname()[1]
-    result = command("--port", str(port))
-    assert result.exit_code == 1
-    assert result.stderr == 'lladamedv: The app needs Gradio: pip install "lladamedv[app]".\n'
-
-
 @pytest.mark.parametrize(
     ("arguments", "launched", "warnings"),
     [
@@ -545,9 +524,7 @@ def pressed(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    serving, block = Event(), gradio.Blocks.block_thread
+    port, serving, block = free_port(), Event(), gradio.Blocks.block_thread
     monkeypatch.setattr(gradio.Blocks, "block_thread", lambda self: (serving.set(), block(self)))
     return run
 

@@ -14,12 +14,12 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import lladamedv
-from lladamedv import demo
+from lladamedv import demo, loading
 from lladamedv.cli import app
 from lladamedv.cli_common import DEBUG
 from lladamedv.conversation import DEMO_NOTICE
 from lladamedv.hub_cards import push as hub
-from tests.faces import medical_files
+from tests.faces import free_port, medical_files
 from tests.hub_folders import write_model
 
 
@@ -85,6 +85,21 @@ def test_ctrl_c(monkeypatch):
     monkeypatch.setattr(demo, "run_demo", interrupted)
     result = call("demo")
     assert result.exit_code == 130 and not result.output.strip()
+
+
+@pytest.mark.parametrize(
+    ("command", "library", "line"),
+    [
+        ("app", "gradio", 'The app needs Gradio: pip install "lladamedv[app]".'),
+        ("serve", "fastapi", 'The server needs libraries of its own: pip install "lladamedv[serve]".'),
+    ],
+)
+def test_a_missing_extra_is_named_before_a_model_is_loaded(monkeypatch, command, library, line):
+    monkeypatch.setattr(loading, "load_model", None)
+    monkeypatch.delitem(sys.modules, "lladamedv.serving", raising=False)
+    monkeypatch.setitem(sys.modules, library, None)
+    result = call(command, "--port", free_port())
+    assert result.exit_code == 1 and result.stderr == f"lladamedv: {line}\n"
 
 
 def test_json_of_a_push(tmp_path):

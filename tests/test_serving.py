@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import socket
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -687,14 +686,6 @@ def test_arguments(shipped, argument, value):
 
 def command(*arguments):
     return CliRunner().invoke(cli.app, ["serve", *map(str, arguments)])
-
-
-def test_without_the_extra(monkeypatch):
-    monkeypatch.delitem(sys.modules, "lladamedv.serving")
-    monkeypatch.setitem(sys.modules, "fastapi", None)
-    result = command("--port", 0)
-    assert result.exit_code == 1
-    assert result.stderr == 'lladamedv: The server needs libraries of its own: pip install "lladamedv[serve]".\n'
 
 
 @pytest.mark.parametrize(
