@@ -24,6 +24,7 @@ from threading import Event, Lock
 from markupsafe import Markup
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
+from lladamedv.modeling_lladamedv.generation_options_lladamedv import GenerationOptionError
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.medical_images import WINDOW_PRESETS, MedicalImage, MedicalImageError, read_medical_image
 from lladamedv.processing.nifti import AXES
@@ -45,6 +46,16 @@ _CONTROLS = {
     "axis": "Axis", "window": "Window", "full_range": f"Window ({_FULL_RANGE})", "background": "Background",
     "allow_burned_in": "Burned-in text",
 }  # fmt: skip
+# Options of `generate` that have a slider: what it is called, and what it says.
+_SLIDERS = {
+    "max_new_tokens": ("Canvas length", "The longest answer, in tokens."),
+    "block_length": ("Block length", "Must divide the canvas length."),
+    "steps": ("Steps", "Must be a multiple of the number of blocks. Fewer are faster."),
+    "confidence_threshold": (
+        "Confidence threshold",
+        "Commit all tokens that are at least this probable, instead of so many a step; 0 is off.",
+    ),
+}
 _BURNED_IN = (
     "The file says that text is burned into its pixels, which may identify the patient. If you know that it does not, "
     "tick Burned-in text."
@@ -243,6 +254,8 @@ def _explain(error: Exception) -> str:
     """An error in the names of the controls; a message of a library may quote what it was given, and is not shown."""
     if isinstance(error, MedicalImageError):
         return error.told(_CONTROLS.__getitem__)
+    if isinstance(error, GenerationOptionError) and error.options[0] in _SLIDERS:
+        return f"{_SLIDERS[error.options[0]][0]}: {error}"
     if isinstance(error, (ValueError, ImportError)):
         return str(error)
     logger.error("a question could not be answered: %s", type(error).__name__)
@@ -383,27 +396,13 @@ class _Page:
     def _place_options(self) -> None:
         """Sliders for options of `generate`."""
         gradio, longest, defaults = self._gradio, self._longest_canvas, self._resolve()
+        self.sliders = []
         with gradio.Accordion("How to denoise", open=False, elem_id="ldm-options") as self.options:
-            whole = partial(gradio.Slider, 1, longest, step=1, precision=0)
-            self.sliders = [
-                whole(
-                    value=defaults.max_new_tokens, label="Canvas length (max_new_tokens)",
-                    info="The longest answer, in tokens.",
-                ),
-                whole(
-                    value=defaults.block_length, label="Block length (block_length)",
-                    info="Must divide the canvas length.",
-                ),
-                whole(
-                    value=min(defaults.steps, longest), label="Steps (steps)",
-                    info="Must be a multiple of the number of blocks. Fewer are faster.",
-                ),
-                gradio.Slider(
-                    0, 1, defaults.confidence_threshold or 0, step=0.01,
-                    label="Confidence threshold (confidence_threshold)",
-                    info="Commit all tokens that are at least this probable, instead of so many a step; 0 is off.",
-                ),
-            ]  # fmt: skip
+            for name, (label, info) in _SLIDERS.items():
+                is_count = name != "confidence_threshold"
+                bounds, more = ((1, longest), {"step": 1, "precision": 0}) if is_count else ((0, 1), {"step": 0.01})
+                value = min(getattr(defaults, name) or 0, bounds[1])
+                self.sliders.append(gradio.Slider(*bounds, value, label=f"{label} ({name})", info=info, **more))
 
     def _connect(self) -> None:
         gradio, shown = self._gradio, [self.picture, self.log, self.alert, self.state]
