@@ -23,7 +23,7 @@ from naive_generation import generate as naive_generate
 from transformers import CompileConfig
 
 from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
-from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS
+from lladamedv.modeling_lladamedv.presets_lladamedv import PRESETS
 
 
 SIZES = {

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
-from lladamedv.modeling_lladamedv.released_lladamedv import SPECIAL_TOKENS
+from lladamedv.modeling_lladamedv.presets_lladamedv import SPECIAL_TOKENS
 
 
 _NAIVE = """

@@ -2,8 +2,8 @@
 
 Images may be of patients, so nothing is kept: an upload is deleted from the disk as soon as it is read, pictures travel
 to the browser inside the page, and neither images nor questions are logged, flagged, counted or saved in the browser.
-What a conversation is about stays in memory as long as it lasts. All HTML is made here, from templates that escape what
-a person, a file or the model says.
+A conversation and its picture stay in memory as long as it lasts. All HTML is made here, from templates that escape
+texts of people, files and the model.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from threading import Event, Lock
 from markupsafe import Markup
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
+from lladamedv.modeling_lladamedv.generation_options_lladamedv import GenerationOptionError
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.medical_images import WINDOW_PRESETS, MedicalImage, MedicalImageError, read_medical_image
 from lladamedv.processing.nifti import AXES
@@ -45,9 +46,19 @@ _CONTROLS = {
     "axis": "Axis", "window": "Window", "full_range": f"Window ({_FULL_RANGE})", "background": "Background",
     "allow_burned_in": "Burned-in text",
 }  # fmt: skip
+# Options of `generate` that have a slider: what it is called, and what it says.
+_SLIDERS = {
+    "max_new_tokens": ("Canvas length", "The longest answer, in tokens."),
+    "block_length": ("Block length", "Must divide the canvas length."),
+    "steps": ("Steps", "Must be a multiple of the number of blocks. Fewer are faster."),
+    "confidence_threshold": (
+        "Confidence threshold",
+        "Commit all tokens that are at least this probable, instead of so many a step; 0 is off.",
+    ),
+}
 _BURNED_IN = (
-    "The file says that text is burned into its pixels, which may tell who the patient is. If you know that it does "
-    "not, tick Burned-in text."
+    "The file says that text is burned into its pixels, which may identify the patient. If you know that it does not, "
+    "tick Burned-in text."
 )
 
 # Gradio sets the colour of all that is in its HTML, its subdued texts have too little contrast, and it does not show
@@ -243,6 +254,8 @@ def _explain(error: Exception) -> str:
     """An error in the names of the controls; a message of a library may quote what it was given, and is not shown."""
     if isinstance(error, MedicalImageError):
         return error.told(_CONTROLS.__getitem__)
+    if isinstance(error, GenerationOptionError) and error.options[0] in _SLIDERS:
+        return f"{_SLIDERS[error.options[0]][0]}: {error}"
     if isinstance(error, (ValueError, ImportError)):
         return str(error)
     logger.error("a question could not be answered: %s", type(error).__name__)
@@ -250,7 +263,7 @@ def _explain(error: Exception) -> str:
 
 
 class _StoppedError(Exception):
-    """Ends `generate` when its answer is not waited for any more."""
+    """Ends `generate` when its answer is no longer wanted."""
 
 
 def _denoise(lock: Lock, *asked, **options) -> Iterator[list[Token] | Reply]:
@@ -373,7 +386,7 @@ class _Page:
             label="Background (of transparent pixels)",
             info="A colour's name, or #rrggbb. The default shows the colours that transparency hid.",
         )  # fmt: skip
-        self.burned_in = gradio.Checkbox(label="Burned-in text: read the file nonetheless", visible=False)
+        self.burned_in = gradio.Checkbox(label="Burned-in text: read the file anyway", visible=False)
         self.volume, self.place = (
             gradio.Slider(0, 1, 0, step=1, precision=0, visible=False, label=label, buttons=[])
             for label in ("Volume", "Frame, page or slice")
@@ -383,27 +396,13 @@ class _Page:
     def _place_options(self) -> None:
         """Sliders for options of `generate`."""
         gradio, longest, defaults = self._gradio, self._longest_canvas, self._resolve()
+        self.sliders = []
         with gradio.Accordion("How to denoise", open=False, elem_id="ldm-options") as self.options:
-            whole = partial(gradio.Slider, 1, longest, step=1, precision=0)
-            self.sliders = [
-                whole(
-                    value=defaults.max_new_tokens, label="Canvas length (max_new_tokens)",
-                    info="The longest answer, in tokens.",
-                ),
-                whole(
-                    value=defaults.block_length, label="Block length (block_length)",
-                    info="Must divide the canvas length.",
-                ),
-                whole(
-                    value=min(defaults.steps, longest), label="Steps (steps)",
-                    info="Must be a multiple of the number of blocks. Fewer are faster.",
-                ),
-                gradio.Slider(
-                    0, 1, defaults.confidence_threshold or 0, step=0.01,
-                    label="Confidence threshold (confidence_threshold)",
-                    info="Commit all tokens that are at least this probable, instead of so many a step; 0 is off.",
-                ),
-            ]  # fmt: skip
+            for name, (label, info) in _SLIDERS.items():
+                is_count = name != "confidence_threshold"
+                bounds, more = ((1, longest), {"step": 1, "precision": 0}) if is_count else ((0, 1), {"step": 0.01})
+                value = min(getattr(defaults, name) or 0, bounds[1])
+                self.sliders.append(gradio.Slider(*bounds, value, label=f"{label} ({name})", info=info, **more))
 
     def _connect(self) -> None:
         gradio, shown = self._gradio, [self.picture, self.log, self.alert, self.state]
@@ -534,6 +533,22 @@ class _Page:
         return box | self._show(conversation) | self._show_choices(conversation)
 
 
+def _launch_options(gradio, given: dict) -> dict:
+    """What `launch` is called with: nothing is kept, and foreign names and pages are refused."""
+    from starlette.middleware import Middleware  # which Gradio brings
+
+    # Gradio's own fonts have no bold letters.
+    theme = gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
+    private = {"run_history": False, "enable_monitoring": False, "footer_links": [], "mcp_server": False}
+    options = private | {"theme": theme} | given
+    host = options.get("server_name") or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
+    if not options.get("share") and "SPACE_ID" not in os.environ:  # these have names that are not known here
+        own = Middleware(OwnPageOnly, hosts=LOOPBACK_HOSTS if host in LOOPBACK_HOSTS else None)
+        more = options.get("app_kwargs") or {}
+        options["app_kwargs"] = more | {"middleware": [own, *more.get("middleware", ())]}
+    return options
+
+
 def build_app(
     model: LLaDAMedVForConditionalGeneration,
     processor: LLaDAMedVProcessor,
@@ -567,8 +582,6 @@ def build_app(
         ValueError: if an argument is not allowed.
     """
     gradio = import_gradio()
-    from starlette.middleware import Middleware  # which Gradio brings
-
     own_canvas = model.resolve_generation_config(return_dict_in_generate=True).max_new_tokens
     if longest_canvas is None:
         longest_canvas = min(4 * own_canvas, model.config.get_text_config().max_position_embeddings)
@@ -581,21 +594,13 @@ def build_app(
 
     class App(gradio.Blocks):
         def launch(self, **options):
-            private = {"run_history": False, "enable_monitoring": False, "footer_links": [], "mcp_server": False}
             limits = {"max_file_size": max_file_size, "state_session_capacity": 4 * queue_size}
-            # Gradio's own fonts have no bold letters.
-            theme = gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
-            host = options.get("server_name") or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
-            if not options.get("share") and "SPACE_ID" not in os.environ:  # others have names that only they know
-                own = Middleware(OwnPageOnly, hosts=LOOPBACK_HOSTS if host in LOOPBACK_HOSTS else None)
-                more = options.get("app_kwargs") or {}
-                options["app_kwargs"] = more | {"middleware": [own, *more.get("middleware", ())]}
-            return super().launch(**(private | limits | {"theme": theme} | options))
+            return super().launch(**_launch_options(gradio, limits | options))
 
     with App(title=title, analytics_enabled=False, delete_cache=(60, 600)) as app:
         page = _Page(gradio, model, processor, title, longest_canvas, max_file_size)
         app.load(js=_TAKE_PASTED_FILES, api_visibility="private")
-        # Gradio's own button does not tell whether it is open.
+        # Gradio's own button does not say whether it is open.
         for event, expanded in ((app.load, "false"), (page.options.expand, "true"), (page.options.collapse, "false")):
             js = f"() => document.querySelector('#ldm-options button').setAttribute('aria-expanded', {expanded})"
             event(js=js, api_visibility="private")

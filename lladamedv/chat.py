@@ -77,7 +77,7 @@ class Chat:
         for stream in (sys.stdin, sys.stdout):
             stream.reconfigure(errors="replace")  # rather than end the chat
         for notice in filter(None, (NOTICE, demo_notice(self._model))):
-            say(notice)
+            _say(notice)
         if picture is not None:
             self._look_at(picture)
         typing = sys.stdin.isatty()
@@ -92,16 +92,16 @@ class Chat:
             try:
                 self._obey(line)
             except (ValueError, ImportError) as error:
-                say(f"{error} (/new forgets the conversation.)" if line[0] != "/" and self._turns else str(error))
+                _say(f"{error} (/new forgets the conversation.)" if line[0] != "/" and self._turns else str(error))
             except KeyboardInterrupt:
                 if not typing:
                     raise
-                say("stopped; this question is not part of the conversation")
+                _say("stopped; this question is not part of the conversation")
 
     def _look_at(self, picture: MedicalImage) -> None:
         self._picture, self._turns = picture.image, []
         height, width = picture.size
-        say("; ".join([f"image: {width} by {height} pixels", *map(str, picture.steps)]))
+        _say("; ".join([f"image: {width} by {height} pixels", *map(str, picture.steps)]))
 
     def _obey(self, line: str) -> None:
         command, _, argument = line.partition(" ")
@@ -169,9 +169,9 @@ def _shade(tokens: Iterable[Token], suffix: str) -> Text:
     return text[len(text.plain) - len(text.plain.lstrip()) :]
 
 
-def say(text: str) -> None:
+def _say(text: str) -> None:
     """Print one line on standard error."""
     typer.echo(printable(" ".join(text.split())), err=True)
 
 
-__all__ = ["Chat", "say"]
+__all__ = ["Chat"]

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import typer
 
 import lladamedv
+from lladamedv.modeling_lladamedv.presets_lladamedv import PRESETS
 from lladamedv.processing.medical_images import is_url
+from lladamedv.processing.vqa_sources import BENCHMARKS, SPLITS
 
 from .cli_common import (
     DEBUG,
@@ -47,10 +49,7 @@ from .paths import EXPLANATION_SUFFIXES, check_new_file, check_new_folder, check
 # Headings of `lladamedv --help`.
 USE, MEASURE, PUBLISH = "Ask a model", "Train and measure", "Make and publish models"
 INCOMPLETE = 3  # exit code: there is a report, but some questions have no answer
-# As `processing.datasets` and `modeling_lladamedv.released_lladamedv` have them, which are slow to import.
-BENCHMARKS, SPLITS = ("vqa-rad", "slake", "path-vqa", "phantoms"), ("train", "validation", "test")
-PRESETS = ("llada-medv", "llada-medv-vqa", "llada-v", "llada")
-# In a training's process: what versions to come will change, and that there is no GPU.
+# Warnings that a training hides: announced changes of libraries, and that there is no GPU.
 _IGNORED = "ignore::FutureWarning,ignore::DeprecationWarning,ignore:'pin_memory' argument:UserWarning"
 
 app = typer.Typer(cls=CommandLine, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -75,7 +74,7 @@ def main(
 
     Exit codes: 0 done, 1 an error, 2 wrong usage, 3 a report that lacks answers, 130 Ctrl-C.
 
-    Models and data from the Hub are kept in HF_HOME; HF_TOKEN lets into private ones, HF_HUB_OFFLINE=1 stays offline.
+    Models and data from the Hub are kept in HF_HOME; HF_TOKEN opens private ones, HF_HUB_OFFLINE=1 stays offline.
 
     \b
     Example:
@@ -226,14 +225,12 @@ def app_command(
     from lladamedv.app import build_app, import_gradio, own_temporary_files
 
     with own_temporary_files():
-        # All that can be wrong is tried before a large model is loaded.
+        # What can fail is tried before a large model is loaded.
         import_gradio()
         find_device(source.device)
         page = build_app(*source.load())
         if share:
-            typer.echo(
-                "Warning: anyone with the link can use the app, and uploads pass through Gradio.", err=True
-            )
+            typer.echo("Warning: anyone with the link can use the app, and uploads pass through Gradio.", err=True)
         _warn_of_others(host, "app")
         try:
             # Both addresses are given, so that no environment variable can open the app. Gradio's own lines advise to
@@ -242,7 +239,7 @@ def app_command(
                 server_name=host, server_port=port, share=share, inbrowser=False, quiet=True, prevent_thread_lock=True
             )
             typer.echo(f"The app is at {local}")
-            page.block_thread()  # until Ctrl-C, which it keeps to itself
+            page.block_thread()  # until Ctrl-C, which it swallows
         finally:
             page.close(verbose=False)
     raise typer.Exit(130)
@@ -266,7 +263,7 @@ def serve(
       lladamedv serve
       lladamedv serve --model path/or/hub-id
     """
-    # All that can be wrong is tried before a large model is loaded.
+    # What can fail is tried before a large model is loaded.
     listening = listen(host, port)
     quiet()
     from lladamedv.serving import build_api, make_server
@@ -566,19 +563,12 @@ def eval_chat(
     from lladamedv.evaluation.runs import process_state
     from lladamedv.processing.datasets import load_chat_benchmark
 
-    judge = None
-    if judge_model is not None:
-        judge = OpenAIJudge(judge_model, judge_url, key, reasoning_model=reasoning_judge)
+    # What can fail is tried before a large model answers for hours.
+    judge = judge_model and OpenAIJudge(judge_model, judge_url, key, reasoning_model=reasoning_judge)
     asked = load_chat_benchmark(questions)[0][:limit]
     if source.model is not None:
-        records, report = load_chat_benchmark(questions, image_folder)
-        known = {record["id"] for record in asked}
-        records = [record for record in records if record["id"] in known]
-        if not records:
-            raise ValueError(f"`image_folder` is {str(image_folder)!r}, which has none of the images.")
-        if report.missing_images:
-            typer.echo(report.summary(), err=True)
-            allow_partial = True  # the summary says how many are missing
+        records = _with_images(questions, image_folder, asked)
+        allow_partial = allow_partial or len(records) < len(asked)  # the summary says how many are missing
         answers = answer_chat_benchmark(
             *_load(source), records, output, model_name=source.model, options=generation, batch_size=batch_size
         )
@@ -596,6 +586,20 @@ def eval_chat(
         _finish(summary, to_markdown(summary), as_json, output)
 
 
+def _with_images(questions: Path, image_folder: Path, asked: list[dict]) -> list[dict]:
+    """The questions that are asked, as far as their images are there; a line says which are not."""
+    from lladamedv.processing.datasets import load_chat_benchmark
+
+    records, report = load_chat_benchmark(questions, image_folder)
+    ids = {record["id"] for record in asked}
+    records = [record for record in records if record["id"] in ids]
+    if not records:
+        raise ValueError(f"`image_folder` is {str(image_folder)!r}, which has none of the images.")
+    if report.missing_images:
+        typer.echo(report.summary(), err=True)
+    return records
+
+
 @analyze_app.command()
 @takes(
     source=model_options(..., "--model-revision"),
@@ -607,14 +611,14 @@ def decoding(
     questions: Questions,
     generation: dict,
     output: Output,
-    steps: flag(list[int], "Z; several times.", min=1) = [256, 128, 64, 32, 16],  # noqa: B006
-    max_new_tokens: flag(list[int], "L; several times.", min=1) = [256],  # noqa: B006
-    block_length: flag(list[int], "B; several times.", min=1) = [64],  # noqa: B006
+    steps: flag(list[int], "Steps (Z); may be repeated.", min=1) = [256, 128, 64, 32, 16],  # noqa: B006
+    max_new_tokens: flag(list[int], "Length of the canvas (L); may be repeated.", min=1) = [256],  # noqa: B006
+    block_length: flag(list[int], "Length of a block (B); may be repeated.", min=1) = [64],  # noqa: B006
     full_canvas: flag(
-        bool, "Let nothing end an answer, which shows what ends hide: repetition.", "--full-canvas"
+        bool, "Denoise the whole canvas, also behind an end: shows repetition that ends hide.", "--full-canvas"
     ) = False,
     noise_pictures: flag(
-        bool, "Ask about pictures of noise: what it says where it sees nothing.", "--noise-pictures"
+        bool, "Ask about pictures of noise: what the model says where there is nothing to see.", "--noise-pictures"
     ) = False,
     batch_size: BatchSize = 1,
     example_id: flag(str | None, "Question whose answers are shown.") = None,

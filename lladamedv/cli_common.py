@@ -25,7 +25,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from typer.core import TyperGroup
 
-from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
+from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS, GenerationOptionError
 from lladamedv.processing.medical_images import (
     READING_OPTIONS,
     MedicalImage,
@@ -40,7 +40,7 @@ from . import loading
 
 
 DEBUG = "LLADAMEDV_DEBUG"  # environment variable, so that processes that a command starts know of it, too
-# How libraries that are imported later are told to be quiet.
+# Variables that keep libraries quiet which are imported later.
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
@@ -152,12 +152,8 @@ def calls(target: str) -> Callable[[Callable], Callable]:
             if as_json:
                 print_json(result)
 
-        parameters = inspect.signature(command).parameters.values()
-        parameters = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters]
-        parameters.append(
-            inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
-        )
-        _sign(wrapped, parameters)
+        as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
+        _sign(wrapped, [*inspect.signature(command).parameters.values(), as_json])
         return wrapped
 
     return decorate
@@ -258,38 +254,21 @@ _PANEL = "Generation (by default as the model's own configuration says)"
 
 
 def _is_shown(name: str) -> bool:
-    """Whether an option changes anything that commands show: not objects of Python, and what only adds to a result."""
+    """Whether an option changes what commands show: Python objects, and what only adds to the output, do not."""
     return OPTIONS[name].types not in ((), (bool,)) or OPTIONS[name].role == "answer"
 
 
 def _read_option(name: str, text: str) -> Any:
-    """The value of an option of `generate`; of another name, which `generate` may know as autoregressive, as JSON.
-
-    Raises:
-        ValueError: if the name looks mistyped, the option changes nothing that a command shows, or `text` is no value.
-    """
+    """The value of an option of `generate`; of another name, which `generate` may know as autoregressive, as JSON."""
     if name not in OPTIONS:
         if meant := difflib.get_close_matches(name, OPTIONS, 1, cutoff=0.8):
-            raise ValueError(f"{name!r} is no option of generate; did you mean {meant[0]}?")
+            raise usage("'--option'", f"{name!r} is no option of generate; did you mean {meant[0]}?")
         with suppress(json.JSONDecodeError):
             return json.loads(text)
         return text
     if not _is_shown(name):
-        raise ValueError(f"{name!r} changes nothing that a command shows.")
+        raise usage("'--option'", f"{name!r} changes nothing that a command shows.")
     return OPTIONS[name].parse(text)
-
-
-def _read_options(given: list[str]) -> dict:
-    """Options of `generate` as NAME=VALUE."""
-    options = {}
-    for each in given:
-        name, separator, value = each.partition("=")
-        if not separator or not name:
-            raise ValueError(f"{each!r}; allowed is NAME=VALUE.")
-        if name in options:
-            raise ValueError(f"{name} is given twice.")
-        options[name] = _read_option(name, value)
-    return options
 
 
 def generation_options(without: Sequence[str] = (), **defaults: int) -> Group:
@@ -307,22 +286,19 @@ def generation_options(without: Sequence[str] = (), **defaults: int) -> Group:
             help = f"{option.meaning.partition('. ')[0].removesuffix('.')}."
             help += f" By default {defaults[name]}." if name in defaults else ""
             parameters[name] = (flag((bool if is_switch else str) | None, help, rich_help_panel=_PANEL, **more), None)
-    parameters["option"] = (flag(list[str] | None, "NAME=VALUE", "--option", check=_read_options, hidden=True), None)
+    parameters["option"] = (flag(list[str] | None, "NAME=VALUE", "--option", hidden=True), None)
 
     def read(own: dict, given: dict) -> dict:
-        words = _read_options(own.pop("option") or [])
+        words = own.pop("option") or []
+        if wrong := [each for each in words if "=" not in each[1:]]:
+            raise usage("'--option'", f"{wrong[0]!r}; allowed is NAME=VALUE.")
         options = {}
-        for name, value in own.items():
+        for name, value in (*own.items(), *(each.split("=", 1) for each in words)):
             if value is not None:
-                if name in words:
-                    raise usage("--option", f"{name} is given twice.")
-                try:
-                    options[name] = value if isinstance(value, bool) else _read_option(name, value)
-                    OPTIONS[name].check(options[name])
-                except ValueError as error:
-                    text = str(error).replace("`", "").removeprefix(f"{name} is ")
-                    raise usage(f"'--{name.replace('_', '-')}'", text) from error
-        options = defaults | options | words
+                if name in options:
+                    raise usage("'--option'", f"{name} is given twice.")
+                options[name] = value if isinstance(value, bool) else _read_option(name, value)
+        options = defaults | options
         check_generation(given.get("model"), options, partial=bool(without))
         return options
 
@@ -332,7 +308,7 @@ def generation_options(without: Sequence[str] = (), **defaults: int) -> Group:
 def check_generation(model: str | None, options: dict, partial: bool = False) -> None:
     """Check options of `generate` without PyTorch: by themselves, and with a model whether they suit its own.
 
-    The own of a model that is not here, or that is adapters or as released, are not known yet.
+    A model's own options are known here only if it is a folder in this package's own format.
 
     Args:
         partial: whether the command adds others, so that they cannot be checked together.
@@ -354,7 +330,7 @@ def check_generation(model: str | None, options: dict, partial: bool = False) ->
         return
     try:
         own = LLaDAMedVGenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError):  # loading the model tells what is wrong with it
+    except (OSError, ValueError):  # loading the model reports what is wrong with it
         return
     resolve_generation_config(own, own, options | {"return_dict_in_generate": True})
 
@@ -367,7 +343,7 @@ def _check_host_name(host: str) -> None:
         raise ValueError("it is empty; allowed are names and addresses of this computer.")
 
 
-Host = flag(str, "Address to listen on; others than 127.0.0.1 let others in.", check=_check_host_name)
+Host = flag(str, "Address to listen on; any but 127.0.0.1 is open to other computers.", check=_check_host_name)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -424,7 +400,7 @@ class CommandLine(TyperGroup):
             if not text or not isinstance(error, (ValueError, ImportError)):
                 text = ": ".join(part for part in (type(error).__name__, text) if part) + " (--debug shows where)"
             typer.echo(f"lladamedv: {' '.join(text.splitlines())}", err=True)
-            raise SystemExit(1) from error
+            raise SystemExit(2 if isinstance(error, GenerationOptionError) else 1) from error
 
     def _in_flags(self, text: str) -> str:
         """A message in the names of the command line: Python's messages name arguments in backticks."""

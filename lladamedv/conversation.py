@@ -185,7 +185,7 @@ class _Canvases:
         self._length, self._steps = length, {}
 
     def put(self, tokens: torch.Tensor) -> None:
-        """The prompt, whereupon the loop begins; then finished blocks, which are in the canvases, too."""
+        """First the prompt, when the loop begins; then finished blocks, which the canvases hold, too."""
         if not self._begun:
             self._begun = True
             self._show([self._mask] * self._length, [], [])

@@ -26,12 +26,8 @@ from lladamedv.hub_cards.checks import check_folder
 from lladamedv.hub_cards.push import check_target, push_folder
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
 from lladamedv.modeling_lladamedv.convert_checkpoint import plan_conversion, write_weights
-from lladamedv.modeling_lladamedv.released_lladamedv import (
-    PRESETS,
-    SPECIAL_TOKENS,
-    read_checkpoint,
-    resolve_source,
-)  # fmt: skip
+from lladamedv.modeling_lladamedv.presets_lladamedv import PRESETS, SPECIAL_TOKENS
+from lladamedv.modeling_lladamedv.released_lladamedv import read_checkpoint, resolve_source
 from lladamedv.modeling_lladamedv.stored_weights_lladamedv import KeyReport
 from lladamedv.processing.released import released_processor
 

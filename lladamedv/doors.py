@@ -1,7 +1,7 @@
 """Which requests the server and the app answer: those that call this computer by its name, and none of foreign pages.
 
-A web page can make a browser send requests to this computer. Their `Origin` tells so; and where a foreign name was made
-to lead here, their `Host` does.
+A web page can make a browser send requests to this computer, which their `Origin` shows. Where a foreign name resolves
+to this computer (DNS rebinding), their `Host` shows it.
 """
 
 from __future__ import annotations

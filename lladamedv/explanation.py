@@ -338,16 +338,20 @@ def draw_explanation(explanation: Explanation, scale: float = 2.0, note: str = "
             y += _ROW + 30 * (step == last)
         y += gap
     pen.text(_CELLS, y + 6, "step that committed the token; below it the confidence in %", 10)
+    _draw_legend(pen)
+    for number, line in enumerate(explanation.notices):
+        pen.text(_MARGIN, bottom + 16 + 14 * number, line, 10)
+    return pen.sheet
 
+
+def _draw_legend(pen: _Pen) -> None:
+    """What the looks of cells mean, below the picture."""
     swatches = [(_EMPTY, None, "mask"), ("white", _BLUE, "committed in this step")]
     swatches += [(level.color, None, f"confidence {level.name}") for level in LEVELS]
     for row, (fill, edge, name) in enumerate(swatches):
         y = _MARGIN + _PICTURE + 16 + row * _ROW
         pen.box(_MARGIN, y, 22, fill, edge)
         pen.text(_MARGIN + 30, y + _ROW / 2 - 1, name, 10)
-    for number, line in enumerate(explanation.notices):
-        pen.text(_MARGIN, bottom + 16 + 14 * number, line, 10)
-    return pen.sheet
 
 
 __all__ = ["Explanation", "draw_explanation", "explain_answer", "image_as_url", "render", "to_html"]

@@ -143,7 +143,7 @@ def _load_whole(folder: Path, name: str | Path, dtype: str):
     """A model that is no adapters, and its processor."""
     from lladamedv.hub_cards.checks import check_model
     from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
-    from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS
+    from lladamedv.modeling_lladamedv.presets_lladamedv import PRESETS, SPECIAL_TOKENS
     from lladamedv.processing.released import checkpoint_processor
 
     checkpoint = check_model(folder, name)

@@ -20,8 +20,9 @@ from PIL import Image, ImageFile
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
 from lladamedv.modeling_lladamedv.generation_config_lladamedv import FOREIGN_OPTIONS
-from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
+from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS, GenerationOptionError
 from lladamedv.processing.medical_images import READING_OPTIONS, MedicalImageError, read_data_url, read_medical_image
+from lladamedv.processing.processing_lladamedv import is_text
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can hold them alone, and no 
 
 
 class RequestError(Exception):
-    """A request that gets an error for an answer, in OpenAI's form.
+    """A request that is answered with an error, in OpenAI's form.
 
     Args:
         message: what is wrong; what is allowed.
@@ -159,7 +160,7 @@ class Question:
 
 
 def parse_body(body: bytes, limits: Limits) -> dict:
-    """The JSON object that a request holds, in which nothing stands twice."""
+    """The JSON object of a request, without repeated names."""
 
     def unite(pairs):
         fields = dict(pairs)
@@ -235,10 +236,6 @@ def _wrong(place: str, value: object, allowed: str, verb: str = "are ") -> Reque
     return RequestError(f"`{place}` is {shown}; allowed {verb}{allowed}.", place)
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and not _SURROGATES.search(value)
-
-
 def _check_fields(given: dict, known: Collection[str], neutral: Mapping[str, object], place: str = "") -> dict:
     """The known fields of an object that are not null, if all others ask for nothing."""
     fields = {name: value for name, value in given.items() if value is not None}
@@ -287,27 +284,21 @@ def _read_options(
     for name, value in given.items():
         if isinstance(value, int) and value > context:
             raise _wrong(names[name], value, f"at most {context}, the length of the model's context")
-        if isinstance(value, str) and not (_is_text(value) and len(value) <= limits.characters):
+        if isinstance(value, str) and not (is_text(value) and len(value) <= limits.characters):
             raise _wrong(names[name], value, f"texts of at most {limits.characters} characters")
     stop = given.get("stop_strings")
     stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > limits.stops or not all(map(_is_text, stop)) or "" in stop:
+    if not isinstance(stop, list) or len(stop) > limits.stops or not all(map(is_text, stop)) or "" in stop:
         raise _wrong(names["stop_strings"], stop, f"up to {limits.stops} texts that are not empty")
 
-    def resolve(options):
-        try:
-            return model.resolve_generation_config(**options, return_dict_in_generate=True), None
-        except (ValueError, TypeError) as error:
-            return None, error
-
-    options, error = resolve(given)
-    if error is not None:  # the option is wrong without which all would be right
-        alone = (name for name in given if resolve({key: given[key] for key in given if key != name})[0] is not None)
-        name = next(alone, next(iter(given), None))
+    try:
+        options = model.resolve_generation_config(**given, return_dict_in_generate=True)
+    except GenerationOptionError as error:
+        name = next((name for name in error.options if name in names), None)
         field, option = names.get(name, "generation_config"), _OFFERED.get(name)
         if option is not None and not option.accepts(given[name]):
-            raise _wrong(field, given[name], option.allowed, verb="")  # the table has it: "are whole numbers"
-        raise RequestError(f"`{field}` is not allowed: {error}", field)
+            raise _wrong(field, given[name], option.allowed, verb="") from None  # the table has it: "are whole numbers"
+        raise RequestError(f"`{field}` is not allowed: {error}", field) from None
     return options, stop, names.get("max_new_tokens", endpoint.messages)
 
 
@@ -319,7 +310,7 @@ def _read_chat(body: dict, endpoint: Endpoint) -> list[dict]:
     given, chat = body.get(endpoint.messages), []
     if endpoint is RESPONSES:
         instructions = body.get("instructions", "")
-        if not _is_text(instructions):
+        if not is_text(instructions):
             raise _wrong("instructions", instructions, _TYPES[str])
         if instructions:
             chat.append({"role": "system", "content": _read_content(instructions, "instructions")})
@@ -349,7 +340,7 @@ def _read_message(message: object, place: str) -> dict:
 
 
 def _read_content(content: object, place: str, may_be_empty: bool = False) -> list[dict]:
-    if not _is_text(content) and not isinstance(content, list):
+    if not is_text(content) and not isinstance(content, list):
         raise _wrong(place, content, "texts and lists of parts")
     if isinstance(content, str):
         parts = [{"type": "text", "text": content}]
@@ -371,7 +362,7 @@ def _read_part(part: object, place: str) -> dict:
     if kind not in _TEXT_PARTS:
         raise _wrong(f"{place}.type", kind, ", ".join(map(repr, _TEXT_PARTS + _IMAGE_PARTS)))
     text = _check_fields(part, ("type", "text"), _TEXT_NEUTRAL, place).get("text")
-    if not _is_text(text):
+    if not is_text(text):
         raise _wrong(f"{place}.text", text, _TYPES[str])
     return {"type": "text", "text": text}
 

@@ -69,7 +69,7 @@ class _EnoughError(Exception):
 
 
 def _refusal(error: Exception) -> RequestError:
-    """What the client gets to know of an error. A message of a library may quote what it was given."""
+    """An error as the client sees it; of an unforeseen one the type alone, whose message may quote the request."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, (ValueError, ImportError)):
@@ -96,7 +96,7 @@ class _Answer:
     server's.
 
     Attributes:
-        place: of the request among those that are inside; left as soon as the answer is complete.
+        place: the request's place inside, which is left as soon as the answer is complete.
         gone: set then, or when the client has left.
         num_prompt: tokens of the prompt, known once the answer has begun.
         tokens: of the answer so far.
@@ -145,13 +145,13 @@ class _Answer:
                 field,
             )
         if question.seed is None:
-            torch.seed()  # or the noise would go on where an earlier request's seed had led it
+            torch.seed()  # otherwise the noise would continue that of an earlier seed
         else:
             torch.manual_seed(question.seed)
         self._model.generate(**inputs, generation_config=question.options, tokenizer=tokenizer, streamer=self)
 
     def put(self, tokens: torch.Tensor) -> None:
-        """The prompt, whereupon all arguments are known to be right; then finished blocks, 1-D."""
+        """First the prompt, once `generate` has checked its arguments; then finished blocks, 1-D."""
         if self._begun:
             self.tokens += tokens.tolist()
             self._send_text()
@@ -195,7 +195,7 @@ class _Answer:
             if isinstance(piece, Exception):
                 raise piece
             yield piece
-        self.place.close()  # before the client knows, which may ask again at once
+        self.place.close()  # before the client sees the end, and may ask again at once
 
     @property
     def finish_reason(self) -> str:
@@ -337,7 +337,7 @@ class _Desk:
         self._inside: set[ExitStack] = set()
         self._uploads: dict[anyio.CancelScope, int] = {}  # bytes that have arrived of each, the oldest first
         self._preparing, self._turn = asyncio.Lock(), asyncio.Lock()
-        # Always the same ones: compiled models need that, and one that reads pictures bounds the memory for that.
+        # Always the same two: compiled models need one thread, and one reader bounds the memory that pictures take.
         self._thread, self._reader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.stopping = asyncio.Event()
 
@@ -354,7 +354,7 @@ class _Desk:
         """Read a request, wait for the model, and reply.
 
         Raises:
-            RequestError: for whatever keeps it from an answer.
+            RequestError: if it cannot be answered.
             ClientDisconnect: if the client leaves before.
         """
         self._check_room()  # before all of it is sent
@@ -385,7 +385,7 @@ class _Desk:
     async def _begin(self, answer: _Answer) -> None:
         """Wait for the model and have it begin."""
         loop = asyncio.get_running_loop()
-        async with self._preparing:  # so one that waits for the model holds pictures, and the others do not
+        async with self._preparing:  # so only the next in turn holds decoded pictures
             await loop.run_in_executor(self._reader, answer.read)
             await self._turn.acquire()
         started = time.monotonic()
@@ -399,7 +399,7 @@ class _Desk:
     async def _first(self, work: Coroutine, request: Request | None = None, stops: bool = False):
         """The result of `work`, unless the client of `request` leaves first or, if it `stops` then, the server ends."""
         ends = {asyncio.ensure_future(work): None}
-        if request is not None:  # there is nothing more to come but the client's leaving
+        if request is not None:  # its body is read, so only a disconnection can come
             ends[asyncio.ensure_future(request.receive())] = ClientDisconnect()
         if stops:
             ends[asyncio.ensure_future(self.stopping.wait())] = _stopping()
@@ -430,8 +430,8 @@ class _Desk:
             raise RequestError(message, "Content-Encoding", 415)
 
     async def _read(self, request: Request) -> bytes:
-        """The body, which must not arrive too slowly. If the bodies together take too much memory, the oldest is
-        given up."""
+        """The body, which must not arrive too slowly. If all bodies together take too much memory, the oldest upload
+        is cancelled."""
         limits, chunks, started = self._limits, [], anyio.current_time()
         with anyio.CancelScope(deadline=started + limits.first_seconds) as upload:
             self._uploads[upload] = 0
@@ -462,7 +462,7 @@ async def _join(pieces: AsyncIterator[str]) -> str:
 
 
 class _Door:
-    """ASGI middleware that refuses requests of web pages, which their `Origin` tells, and by foreign names."""
+    """ASGI middleware that refuses requests of web pages (those with an `Origin`) and under foreign host names."""
 
     def __init__(self, app, desk: _Desk, hosts: Sequence[str] | None):
         self._app, self._desk, self._hosts = app, desk, hosts
@@ -506,7 +506,7 @@ def build_api(
 
     `POST /v1/chat/completions` and `/v1/responses` follow the API of OpenAI (https://platform.openai.com/docs/api-reference)
     and take the options of [`LLaDAMedVGenerationConfig`] as a JSON object `generation_config` besides; the model's own
-    are the defaults. `GET /v1/models`, `/v1/models/NAME` and `/health` tell what is served and that it is.
+    are the defaults. `GET /v1/models`, `/v1/models/NAME` and `/health` describe the model and the server.
 
     Args:
         model: the model, on the device it is to run on.
@@ -514,7 +514,7 @@ def build_api(
         name: what requests call the model.
         max_queue: how many requests may wait while one is answered; more are turned away with status 429.
         max_upload_size: largest request, in bytes.
-        hosts: names in the `Host` header that the server answers to, so that no foreign name can be made to lead to it;
+        hosts: names that the `Host` header may have, which keeps out foreign names that resolve to this computer;
             `None` for any.
         limits: what one request may take.
 
@@ -533,7 +533,13 @@ def build_api(
 
     api = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     api.state.desk, api.state.limits = desk, limits
+    _add_routes(api, desk)
+    _add_errors(api)
+    api.add_middleware(_Door, desk=desk, hosts=hosts)
+    return api
 
+
+def _add_routes(api: FastAPI, desk: _Desk) -> None:
     @api.post(CHAT.path)
     async def complete_chat(request: Request) -> Response:
         return await desk.answer(request, _ChatReply)
@@ -554,6 +560,8 @@ def build_api(
     async def describe(model: str):
         return desk.describe(model)
 
+
+def _add_errors(api: FastAPI) -> None:
     @api.exception_handler(RequestError)
     async def refuse(request, error):
         return _reply(error)
@@ -565,9 +573,6 @@ def build_api(
     @api.exception_handler(ClientDisconnect)
     async def drop(request, error):
         return Response(status_code=499)  # which does not arrive
-
-    api.add_middleware(_Door, desk=desk, hosts=hosts)
-    return api
 
 
 class _Protocol(H11Protocol):
@@ -613,8 +618,8 @@ class _Server(uvicorn.Server):
 def make_server(api: FastAPI) -> uvicorn.Server:
     """A server that logs no requests and trusts no header about where a request comes from.
 
-    Told to end (`should_exit`, SIGTERM, SIGINT), it answers those that wait with status 503 and finishes the answer
-    under way, if that takes less than five minutes. `run(sockets=[…])` of it runs it on sockets that listen already.
+    When it ends (`should_exit`, SIGTERM, SIGINT), waiting requests get status 503, and the answer under way is finished
+    if that takes less than five minutes. `run(sockets=[…])` serves on sockets that listen already.
     """
     return _Server(
         uvicorn.Config(

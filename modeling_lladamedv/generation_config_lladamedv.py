@@ -5,7 +5,13 @@ import copy
 
 from transformers import GenerationConfig
 
-from .generation_options_lladamedv import ADAPTIVE_RULES, OPTIONS, check_options, describe_options
+from .generation_options_lladamedv import (
+    ADAPTIVE_RULES,
+    OPTIONS,
+    GenerationOptionError,
+    check_options,
+    describe_options,
+)  # fmt: skip
 
 
 _LARGEST_SCHEDULE = 2**28  # counts of a block's schedule, of 8 bytes each
@@ -14,8 +20,10 @@ _DEFAULT_BLOCK_LENGTH = 64
 # What Transformers' autoregressive `generate` takes besides …
 FOREIGN_OPTIONS = {
     *vars(GenerationConfig()), "assistant_model", "custom_generate", "inputs", "logits_processor",
-    "negative_prompt_attention_mask", "negative_prompt_ids", "prefix_allowed_tokens_fn", "stopping_criteria",
-    "synced_gpus", "inputs_embeds", "past_key_values", "position_ids", "token_type_ids",
+    "negative_prompt_attention_mask", "negative_prompt_ids", "prefix_allowed_tokens_fn",
+    "stopping_criteria",
+    "synced_gpus", "inputs_embeds", "past_key_values", "position_ids",
+    "token_type_ids",
 } - {*OPTIONS}  # fmt: skip
 # … the values that ask for nothing, beside None, False and what is empty: its defaults, but for two that do something …
 _NEUTRAL = GenerationConfig._get_default_generation_params() | {
@@ -46,11 +54,12 @@ def native_options(options: dict) -> dict:
     where it is no value of an option, and `do_sample=False` that the temperature is 0.
 
     Raises:
-        ValueError: for an option that does not exist, or an autoregressive one that asks for something.
+        GenerationOptionError: for an option that does not exist, or an autoregressive one that asks for something.
     """
     unknown = sorted(set(options) - {*OPTIONS} - FOREIGN_OPTIONS)
     if unknown:
-        raise ValueError(f"Unknown generation arguments {unknown}; allowed are {sorted(OPTIONS)}.")
+        message = f"Unknown generation arguments {unknown}; allowed are {sorted(OPTIONS)}."
+        raise GenerationOptionError(message, *unknown)
     # Numbers of NumPy and PyTorch are as good as Python's, for a file, too.
     options = {
         name: value.tolist() if callable(getattr(value, "tolist", None)) else value for name, value in options.items()
@@ -68,15 +77,15 @@ def native_options(options: dict) -> dict:
         empty = value is None or value is False or (isinstance(value, (dict, list, tuple)) and not value)
         if not empty and not (isinstance(value, (int, float)) and value == neutral):
             equivalent = f"; use `{_EQUIVALENTS[name]}` instead" if name in _EQUIVALENTS else ""
-            raise ValueError(
-                f"`{name}` is {value!r:.200}, which masked diffusion does not have: allowed is {neutral!r}{equivalent}."
-            )
+            message = f"`{name}` is {value!r:.200}, which masked diffusion does not have: allowed is {neutral!r}"
+            raise GenerationOptionError(f"{message}{equivalent}.", name)
     if options.get("do_sample") in (False, 0):
         if temperature not in (0, 1):  # 1 is Transformers' default
-            raise ValueError(
+            raise GenerationOptionError(
                 f"`temperature` is {temperature!r}, but `do_sample` is not True; allowed is temperature=0, or "
-                "do_sample=True."
-            )
+                "do_sample=True.",
+                "temperature", "do_sample",
+            )  # fmt: skip
         native["temperature"] = 0.0
     return native
 
@@ -87,8 +96,9 @@ class LLaDAMedVGenerationConfig(GenerationConfig):
     The options are those of the table in `generation_options_lladamedv.py`.
 
     Raises:
-        ValueError: for an argument that does not exist or a value that is not allowed. Autoregressive options of
-            Transformers are allowed where they ask for nothing, as `do_sample=False`, `num_beams=1` and `top_p=1.0` do.
+        GenerationOptionError: for an argument that does not exist or a value that is not allowed. Autoregressive
+            options of Transformers are allowed where they ask for nothing, as `do_sample=False`, `num_beams=1` and
+            `top_p=1.0` do.
     """
 
     def __init__(self, **kwargs):
@@ -143,7 +153,7 @@ def resolve_generation_config(
         anew: whether `base` is given: then its lengths are taken literally.
 
     Raises:
-        ValueError: for values that are not allowed, or do not go together.
+        GenerationOptionError: for values that are not allowed, or do not go together.
     """
     # Made anew, because anything can have been set on it; what is autoregressive is refused there.
     values = {name: value for name, value in vars(base).items() if not name.startswith("_")}
@@ -160,17 +170,18 @@ def resolve_generation_config(
         at_most = min(options.block_length or _DEFAULT_BLOCK_LENGTH, length)
         options.block_length = next(size for size in range(at_most, 0, -1) if length % size == 0)
     if length % options.block_length:
-        raise ValueError(
+        raise GenerationOptionError(
             f"`block_length` is {options.block_length}, which does not divide `max_new_tokens` ({length}); allowed "
-            f"are {[size for size in range(1, length + 1) if length % size == 0]}."
-        )
+            f"are {[size for size in range(1, length + 1) if length % size == 0]}.",
+            "block_length", "max_new_tokens",
+        )  # fmt: skip
     for name in ("min_new_tokens", "defer_eos"):
         if getattr(options, name) and options.eos_token_id is None:
-            raise ValueError(f"`{name}` is {getattr(options, name)}, but there is no `eos_token_id` to hold back.")
+            message = f"`{name}` is {getattr(options, name)}, but there is no `eos_token_id` to hold back."
+            raise GenerationOptionError(message, name)
     if (options.min_new_tokens or 0) > length:
-        raise ValueError(
-            f"`min_new_tokens` is {options.min_new_tokens}; it must be at most `max_new_tokens` ({length})."
-        )
+        message = f"`min_new_tokens` is {options.min_new_tokens}; it must be at most `max_new_tokens` ({length})."
+        raise GenerationOptionError(message, "min_new_tokens", "max_new_tokens")
     blocks = length // options.block_length
     if options.steps is None:
         options.steps = length
@@ -178,17 +189,19 @@ def resolve_generation_config(
         per_token = options.steps / (base.max_new_tokens or _DEFAULT_MAX_NEW_TOKENS)
         options.steps = max(1, round(per_token * options.block_length)) * blocks
     if options.steps % blocks:
-        raise ValueError(
+        raise GenerationOptionError(
             f"`steps` is {options.steps}, which is no multiple of the number of blocks ({blocks} = "
             f"`max_new_tokens` {length} / `block_length` {options.block_length}); allowed are {blocks}, "
-            f"{2 * blocks}, …"
-        )
+            f"{2 * blocks}, …",
+            "steps", "max_new_tokens", "block_length",
+        )  # fmt: skip
     # The schedule of a block is a table with a row for each number of masks and a column for each step.
     if (options.block_length + 1) * (options.steps // blocks) > _LARGEST_SCHEDULE:
-        raise ValueError(
+        raise GenerationOptionError(
             f"`steps` is {options.steps}, {options.steps // blocks} for each block of {options.block_length} "
-            f"(`block_length`); allowed are at most {_LARGEST_SCHEDULE} as the product of the two."
-        )
+            f"(`block_length`); allowed are at most {_LARGEST_SCHEDULE} as the product of the two.",
+            "steps", "block_length", "max_new_tokens",
+        )  # fmt: skip
     _check_combinations(options)
     return options
 
@@ -197,26 +210,29 @@ def _check_combinations(options) -> None:
     """What must fit together, once everything is filled in."""
     initial, block = options.initial_canvas_length, options.block_length
     if initial is not None and (initial % block or initial > options.max_new_tokens):
-        raise ValueError(
+        raise GenerationOptionError(
             f"`initial_canvas_length` is {initial}; allowed are multiples of `block_length` ({block}) up to "
-            f"`max_new_tokens` ({options.max_new_tokens})."
-        )
+            f"`max_new_tokens` ({options.max_new_tokens}).",
+            "initial_canvas_length", "block_length", "max_new_tokens",
+        )  # fmt: skip
     if options.abstention_threshold is not None and not options.return_dict_in_generate:
-        raise ValueError(
+        raise GenerationOptionError(
             f"`abstention_threshold` is {options.abstention_threshold}; it needs return_dict_in_generate=True: "
-            "only that output says which answers are below it."
-        )
+            "only that output says which answers are below it.",
+            "abstention_threshold",
+        )  # fmt: skip
     if options.no_repeat_ngram_size is not None:
         several = [name for name in ADAPTIVE_RULES if getattr(options, name) is not None]
         if options.steps < options.max_new_tokens:
             several.append("steps")
         if several:
-            raise ValueError(
+            raise GenerationOptionError(
                 f"`no_repeat_ngram_size` is {options.no_repeat_ngram_size} and `{several[0]}` is "
                 f"{getattr(options, several[0])}: tokens that are committed in one step do not know of each other. "
                 f"Allowed are steps of one token: `steps` of at least `max_new_tokens` ({options.max_new_tokens}) "
-                f"and no {', '.join(ADAPTIVE_RULES)}."
-            )
+                f"and no {', '.join(ADAPTIVE_RULES)}.",
+                "no_repeat_ngram_size", several[0],
+            )  # fmt: skip
 
 
 __all__ = ["FOREIGN_OPTIONS", "LLaDAMedVGenerationConfig", "native_options", "resolve_generation_config"]

@@ -17,6 +17,18 @@ _LARGEST_COUNT = 2**20  # beyond every context
 _PYTHON_NAMES = {"True": True, "False": False, "None": None}
 
 
+class GenerationOptionError(ValueError):
+    """Options of `generate` that are not allowed, or do not go together.
+
+    Attributes:
+        options: names of the options that the message is about, first the one to change.
+    """
+
+    def __init__(self, message: str, *options: str):
+        super().__init__(message)
+        self.options = options
+
+
 @dataclass(frozen=True)
 class GenerationOption:
     """One option of `generate`.
@@ -49,17 +61,19 @@ class GenerationOption:
         """Refuse a value that is not allowed.
 
         Raises:
-            ValueError: says which values are.
+            GenerationOptionError: says which values are.
         """
         fits = self.default is None or bool in self.types if value is None else self.accepts(value)
         if not fits:
-            raise ValueError(f"`{self.name}` is {value!r:.200}; allowed {self.allowed}.")
+            message = f"`{self.name}` is {value!r:.200}; allowed {self.allowed}."
+            raise GenerationOptionError(message, self.name)
 
     def parse(self, text: str) -> Any:
         """The value that a text stands for: JSON, Python's `True`, `False` and `None`, or the text itself.
 
         Raises:
-            ValueError: if the text is of none of the option's types; [`check`] says whether the value is allowed.
+            GenerationOptionError: if the text is of none of the option's types. Whether the value is allowed, [`check`]
+                says.
         """
         if text in _PYTHON_NAMES:
             value = _PYTHON_NAMES[text]
@@ -73,7 +87,7 @@ class GenerationOption:
             return value
         if str in kinds:  # a text that looks like something else
             return text
-        raise ValueError(f"{self.name} is {text}; allowed is {self.type_names}.")
+        raise GenerationOptionError(f"`{self.name}` is {text}; allowed is {self.type_names}.", self.name)
 
 
 def _is_whole(value: object, least: int = 0) -> bool:
@@ -287,7 +301,7 @@ def check_options(values: Mapping[str, Any]) -> None:
         values: of the options; those that are left out have their default.
 
     Raises:
-        ValueError: for a value that is not allowed, or options that exclude each other.
+        GenerationOptionError: for a value that is not allowed, or options that exclude each other.
     """
     values = {name: values.get(name, option.default) for name, option in OPTIONS.items()}
     for name, value in values.items():
@@ -295,23 +309,27 @@ def check_options(values: Mapping[str, Any]) -> None:
     adaptive = [name for name in ADAPTIVE_RULES if values[name] is not None]
     if len(adaptive) > 1:
         first, second = adaptive[:2]
-        raise ValueError(
+        raise GenerationOptionError(
             f"`{first}` is {values[first]} and `{second}` is {values[second]}; each is a rule of its own: only one is "
-            "allowed."
-        )
+            "allowed.",
+            first, second,
+        )  # fmt: skip
     if adaptive and values["remasking"] != OPTIONS["remasking"].default:
-        raise ValueError(
+        raise GenerationOptionError(
             f"`{adaptive[0]}` cannot be combined with remasking={values['remasking']!r}, which it does not rank by; "
-            f"use remasking={OPTIONS['remasking'].default!r}."
-        )
+            f"use remasking={OPTIONS['remasking'].default!r}.",
+            adaptive[0], "remasking",
+        )  # fmt: skip
     if adaptive and values["schedule_shift"] is not None:
-        raise ValueError(
+        raise GenerationOptionError(
             f"`schedule_shift` is {values['schedule_shift']}, but with `{adaptive[0]}` no schedule counts the tokens; "
-            "it must be None."
-        )
+            "it must be None.", "schedule_shift",
+            adaptive[0],
+        )  # fmt: skip
     for name in ("cache_implementation", "cache_refresh_interval", "cache_drift_bound", "output_cache_drift"):
         if values[name] and not values["use_cache"]:
-            raise ValueError(f"`{name}` is {values[name]!r}, which is allowed with use_cache=True only.")
+            message = f"`{name}` is {values[name]!r}, which is allowed with use_cache=True only."
+            raise GenerationOptionError(message, name, "use_cache")
 
 
 def describe_options(indent: str = "") -> str:
@@ -327,4 +345,6 @@ def describe_options(indent: str = "") -> str:
     return "\n".join(lines)
 
 
-__all__ = ["ADAPTIVE_RULES", "OPTIONS", "GenerationOption", "check_options", "describe_options"]
+__all__ = [
+    "ADAPTIVE_RULES", "OPTIONS", "GenerationOption", "GenerationOptionError", "check_options", "describe_options",
+]  # fmt: skip

@@ -300,7 +300,7 @@ class LLaDAMedVProcessor(ProcessorMixin):
         if text is not None:
             prompts = text if isinstance(text, (list, tuple)) else [text]
             for prompt in prompts or [""]:
-                if not _is_text(prompt) or not prompt.strip():
+                if not is_text(prompt) or not prompt.strip():
                     raise ValueError(
                         f"`text` is {prompt!r:.200}; allowed are non-empty texts (an empty prompt asks nothing) "
                         "without lone surrogates."
@@ -386,15 +386,15 @@ def normalize_chat(chat, argument: str = "conversation") -> list[dict]:
         images, text, beside = [], "", True
         for part in map(_as_dict, _as_parts(content)):
             kind, words = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
-            is_text = kind == "text" and _is_text(words)
+            fits = kind == "text" and is_text(words)
             is_image = kind in ("image", "image_url") and sum(part.get(key) is not None for key in IMAGE_KEYS) <= 1
-            if not is_text and not is_image:
+            if not fits and not is_image:
                 raise ValueError(
                     f"`{argument}` holds the content {part!r:.200}; allowed are texts without lone surrogates, and "
                     'lists of {"type": "text", "text": …} and of {"type": "image", …} with one of '
                     f"{IMAGE_KEYS}."
                 )
-            if is_text:
+            if fits:
                 between = bool(text and words) and not beside
                 text += "\n" * (between and not (text[-1].isspace() or words[0].isspace())) + words
             else:
@@ -407,7 +407,7 @@ def normalize_chat(chat, argument: str = "conversation") -> list[dict]:
                 if "base64" in part:
                     part = {"type": "image", "url": f"data:;base64,{part['base64'].rpartition(',')[2]}"}
                 images.append(part)
-            beside = is_text
+            beside = fits
         parts = [*images, {"type": "text", "text": text}] if text or not images else images
         normalized.append({**message, "content": content if isinstance(content, str) else parts})
     return normalized
@@ -428,11 +428,11 @@ def _as_parts(content) -> list:
     return list(content) if isinstance(content, (list, tuple)) else [content]
 
 
-def _is_text(value) -> bool:
+def is_text(value) -> bool:
     """Whether it is a text without lone surrogates, which no file and no tokenizer can hold."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 LLaDAMedVProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["CHAT_TEMPLATES", "LLaDAMedVProcessor", "get_training_chat_template", "normalize_chat"]
+__all__ = ["CHAT_TEMPLATES", "LLaDAMedVProcessor", "get_training_chat_template", "is_text", "normalize_chat"]

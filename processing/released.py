@@ -19,7 +19,7 @@ def checkpoint_processor(checkpoint, presets: dict, special_tokens: dict[str, in
 
     Args:
         checkpoint: a `Checkpoint`.
-        presets, special_tokens: `PRESETS` and `SPECIAL_TOKENS` of `released_lladamedv`.
+        presets, special_tokens: `PRESETS` and `SPECIAL_TOKENS` of `presets_lladamedv`.
 
     Raises:
         ValueError: for the reasons of [`released_processor`]; other errors as from `from_pretrained`.

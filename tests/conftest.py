@@ -16,6 +16,7 @@ import torch
 
 import lladamedv
 from lladamedv.demo import load_model
+from lladamedv.processing.phantoms import PhantomVQA
 from tests.tiny import tiny_model, tiny_processor
 
 
@@ -72,3 +73,17 @@ def processor() -> lladamedv.LLaDAMedVProcessor:
 def shipped() -> tuple[lladamedv.LLaDAMedVForConditionalGeneration, lladamedv.LLaDAMedVProcessor]:
     """The demo model and its processor."""
     return load_model(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def example():
+    """A phantom that the demo model describes."""
+    return PhantomVQA(5, 1, ("description",))[0]
+
+
+@pytest.fixture(scope="module")
+def picture(example, tmp_path_factory):
+    """The file of that phantom's picture."""
+    path = tmp_path_factory.mktemp("pictures") / "phantom.png"
+    example.image.save(path)
+    return path

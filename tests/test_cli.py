@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shlex
+import socket
 import subprocess
 import sys
 
@@ -12,11 +14,12 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import lladamedv
-from lladamedv import demo
+from lladamedv import demo, loading
 from lladamedv.cli import app
 from lladamedv.cli_common import DEBUG
 from lladamedv.conversation import DEMO_NOTICE
 from lladamedv.hub_cards import push as hub
+from tests.faces import free_port, medical_files
 from tests.hub_folders import write_model
 
 
@@ -84,15 +87,19 @@ def test_ctrl_c(monkeypatch):
     assert result.exit_code == 130 and not result.output.strip()
 
 
-def test_json_of_the_demo(tmp_path):
-    sheet = tmp_path / "sheet.png"
-    result = call("demo", "--questions", 12, "--output", sheet, "--json")
-    assert result.exit_code == 0, result.output
-    given = json.loads(result.stdout)
-    assert given["output"] == str(sheet) and sheet.is_file()
-    assert given["scores"]["looking at the picture"]["questions"] == 12
-    assert "closed accuracy" in result.stderr
-    assert f"{given['scores']['looking at the picture']['open']:.1%}" in result.stderr
+@pytest.mark.parametrize(
+    ("command", "library", "line"),
+    [
+        ("app", "gradio", 'The app needs Gradio: pip install "lladamedv[app]".'),
+        ("serve", "fastapi", 'The server needs libraries of its own: pip install "lladamedv[serve]".'),
+    ],
+)
+def test_a_missing_extra_is_named_before_a_model_is_loaded(monkeypatch, command, library, line):
+    monkeypatch.setattr(loading, "load_model", None)
+    monkeypatch.delitem(sys.modules, "lladamedv.serving", raising=False)
+    monkeypatch.setitem(sys.modules, library, None)
+    result = call(command, "--port", free_port())
+    assert result.exit_code == 1 and result.stderr == f"lladamedv: {line}\n"
 
 
 def test_json_of_a_push(tmp_path):
@@ -105,43 +112,38 @@ def test_json_of_a_push(tmp_path):
     assert "nothing was sent" in result.stderr
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["ask", "--help"], ["eval", "vqa", "--help"]])
-def test_help_does_not_wait_for_torch(words):
+def light(*words, **environment):
+    """The result of the command in a process of its own, which must not import PyTorch."""
     program = (
         f"import sys, atexit; sys.argv = {['lladamedv', *words]}\n"
         "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
-        "from lladamedv.cli import app; app()"
+        "from lladamedv.cli import app; app(prog_name='lladamedv')"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.stdout and result.returncode == (0 if words else 2)
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert result.stderr.strip() == "False"
+    return result
 
 
-# What the documentation of 0.1.0 shows, but for `demo --train`, which is removed.
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["ask", "--help"], ["eval", "vqa", "--help"]])
+def test_help_does_not_wait_for_torch(words):
+    result = light(*words)
+    assert result.stdout and result.returncode == (0 if words else 2)
+
+
+# What the documentation of 0.1.0 shows, as far as today's may not.
 COMMAND_LINES = """
 analyze decoding --model demo --output o --path 9000:60:description --steps 24 --steps 6 --full-canvas --noise-pictures
 ask picture.png "Describe the image." --option steps=8 --json
-ask picture.png "Describe the image." --explain denoising.html
 ask scan.dcm "Is there a fracture?" --model path/or/hub-id --window bone --json
 ask volume.nii.gz "What is shown?" --axis coronal --slice 6 --time 0 --window 40/80
-chat
-chat picture.png --show-steps
 chat scan.dcm --window bone --model path/or/hub-id --option confidence_threshold=0.9
 convert LLaDAMedV-2A4E converted --dtype bfloat16 --preset llada-medv --push ME/REPO
-demo --questions 1000
 eval chat --questions qa50.jsonl --image-folder images --model hub/id --output o --judge-model NAME --judge-url URL
 eval vqa --benchmark phantoms --path 9000:9:new --model demo --output o --max-new-tokens 24 --block-length 8 --steps 9
-eval vqa --benchmark slake --model path/or/hub-id --output runs/slake --dtype bfloat16
-eval vqa --data questions.csv --image-folder images --model path/or/hub-id --output runs/own
-init new --language-model LLaDA-8B-Instruct --vision-tower siglip2-so400m-patch14-384
 push ADAPTERS OWNER/NAME --base-model OWNER/MODEL --merge
 push OUT OWNER/NAME --public --branch BRANCH --replace --leave-out 'checkpoint-*' --dry-run
-push-dataset slake OWNER/NAME
-serve --model path/or/hub-id
-space "My demo" FOLDER --model OWNER/NAME
-train demo_lora -- --help
 train lora_one_gpu --model_name_or_path FOLDER --train_data DATA.csv --eval_split 0.1 --output_dir OUT
-train stage2_instruct --accelerate fsdp2
 """
 
 
@@ -163,21 +165,22 @@ BAD_CALLS = {
     "ask {picture} ' '": "QUESTION: it is empty",
     "ask {picture}": "Missing argument 'QUESTION'",
     "ask {picture} What? --window long": "--window is 'long'; allowed are lung,",
-    "ask {picture} What? --window 1/x": "--window is '1/x'",
-    "ask {picture} What? --window 40/0": "--window is '40/0'",
     "ask {picture} What? --window 40/400 --full-range": "--window and --full-range are both given",
-    "ask {picture} What? --background pinkish": "--background is 'pinkish'",
     "ask {picture} What? --slice 3": "--slice is given, but '{picture}' is a picture file",
     "ask {picture} What? --frame x": "'--frame': ",
+    "ask {picture} What? --frame 2": "--frame is given, but '{picture}' is a picture file; allowed for it are --page",
+    "ask {folder}/burned.dcm What?": "'{folder}/burned.dcm' says that text is burned into its pixels",
+    "ask {folder}/burned.dcm What? --slice 0": "--slice is given, but '{folder}/burned.dcm' is a DICOM file",
+    "ask {folder}/series.nii What?": "--time is not given, but there are 3 volumes; allowed are 0 to 2.",
+    "ask {folder}/series.nii What? --time 3": "--time is 3; allowed are whole numbers from 0 to 2.",
+    "ask {folder}/pages.tif What?": "--page is not given, but there are 2 pages",
     "eval vqa --benchmark phantoms --model demo --output o --limit 0": "0",
-    "ask {picture} What? --steps many": "'--steps': many; allowed is int",
-    "ask {picture} What? --steps 8 --option steps=9": "--option: steps is given twice",
-    "ask {picture} What? --confidence-threshold 2": "'--confidence-threshold': 2; allowed are numbers in (0, 1]",
+    "ask {picture} What? --steps many": "--steps is many; allowed is int",
+    "ask {picture} What? --steps 8 --option steps=9": "'--option': steps is given twice",
+    "ask {picture} What? --confidence-threshold 2": "--confidence-threshold is 2; allowed are numbers in (0, 1]",
     "ask {picture} What? --factor 1 --entropy-bound 1": "--factor is 1 and --entropy-bound is 1; each is a rule",
     "ask {picture} What? --option steps": "'--option': 'steps'; allowed is NAME=VALUE",
     "ask {picture} What? --option stepps=3": "'--option': 'stepps' is no option of generate; did you mean steps?",
-    "ask {picture} What? --option steps=many": "'--option': steps is many; allowed is int",
-    "ask {picture} What? --option temperature=true": "'--option': temperature is true; allowed is float",
     "ask {picture} What? --dtype int8": "'--dtype': 'int8'; allowed are auto, float32, bfloat16, float16",
     "ask {picture} What? --device gpu": "'--device': 'gpu'; allowed are auto, cpu, cuda",
     "ask {picture} What? --model {folder}": "'--model': '{folder}' is a folder with neither config.json",
@@ -186,9 +189,7 @@ BAD_CALLS = {
     "ask {picture} What? --explain /no/x.png": "The file '/no/x.png' cannot be written: there is no folder '/no'",
     "ask {picture} What? --option steps=8 --option steps=9": "'--option': steps is given twice",
     "ask {picture} What? --option output_history=true": "'output_history' changes nothing that a command shows",
-    "ask {picture} What? --option steps=0": "steps is 0; allowed are whole numbers of at least 1",
     "ask {picture} What? --option steps=7": "--steps is 7, which is no multiple of the number of blocks (3 = --max",
-    "ask {picture} What? --option remasking=foo": "is 'foo'; allowed are low_confidence, random, margin, entropy.",
     "ask {picture} What? --option num_beams=4": "num_beams is 4, which masked diffusion does not have",
     "ask {picture} What? --option streamer=x": "Unknown generation arguments ['streamer']",
     "chat --option temperature=-1": "temperature is -1",
@@ -199,18 +200,17 @@ BAD_CALLS = {
     "analyze decoding --model demo --output o --option temperature=-1": "temperature is -1",
     "chat missing.png": "'missing.png' is a path that cannot be opened",
     "chat {picture} --window long": "--window is 'long'",
-    "chat --option step=3": "did you mean steps?",
     "demo --questions 2": "'--questions'",
-    "demo --questions many": "'many'",
     "demo --train": "'--train': removed; use: lladamedv train demo_full",
     "demo --output x.gif": "'--output': The file 'x.gif' cannot be written: its name must end in .png",
     "serve --model {folder}": "'--model': '{folder}' is a folder with neither",
-    "serve --host foo.invalid": "--host is 'foo.invalid', which cannot be listened on",
     "serve --host ''": "'--host': it is empty",
-    "app --host ''": "'--host': it is empty",
+    "serve --port {port}": "--port is {port}, which cannot be listened on at 127.0.0.1: ",
+    "app --port {port}": "--port is {port}, which cannot be listened on at 127.0.0.1: ",
+    "app --host ::1": "--host is '::1'; allowed are names and IPv4 addresses",
+    "app --host 203.0.113.1": "--port is 7860, which cannot be listened on at 203.0.113.1: ",
     "app --host foo.invalid": "--host is 'foo.invalid', which cannot be listened on",
     "app --device gpu": "'--device': 'gpu'",
-    "eval vqa --benchmark phantoms --model /no/such --output o": "'--model': '/no/such' is no folder",
     "convert nowhere {folder}/new": "SOURCE': 'nowhere' is no folder; allowed are a folder and a Hub id",
     "convert a/b {picture}": "OUT': The folder '{picture}' cannot be used",
     "convert a/b {parent}": "OUT': '{parent}' exists already; allowed is a new or an empty folder",
@@ -229,7 +229,6 @@ BAD_CALLS = {
     "push-dataset phantoms a/b --split other": "'--split': 'other'; allowed are train, validation, test",
     "push {folder} a--b/c": "REPO': 'a--b/c' is no Hub id",
     "space Name {folder}/new --model nowhere": "'--model': 'nowhere'; allowed are a Hub id",
-    "push-dataset phantoms 'not a name'": "REPO': 'not a name' is no Hub id",
     "space Name {parent}": "OUT': '{parent}' exists already",
     "train nothing": "RECIPE is 'nothing'; allowed are demo_full,",
     "train demo_lora --accelerate nothing": "--accelerate is 'nothing'; allowed are cpu,",
@@ -241,9 +240,13 @@ BAD_CALLS = {
 def bad_calls(tmp_path_factory):
     """What each said, from one process that has asked for no PyTorch, and the places that the calls name."""
     parent = tmp_path_factory.mktemp("bad")
-    places = {"parent": parent, "folder": parent / "empty", "picture": parent / "picture.png"}
-    places["folder"].mkdir()
-    Image.new("RGB", (64, 64)).save(places["picture"])
+    folder = parent / "folder"
+    folder.mkdir()
+    medical_files(folder)
+    taken = socket.create_server(("127.0.0.1", 0))
+    places = {
+        "parent": parent, "folder": folder, "picture": folder / "picture.png", "port": taken.getsockname()[1],
+    }  # fmt: skip
     calls = [shlex.split(each.format_map(places)) for each in BAD_CALLS]
     program = (
         "import sys, json\n"
@@ -251,7 +254,8 @@ def bad_calls(tmp_path_factory):
         f"results = [CliRunner().invoke(app, words) for words in {calls!r}]\n"
         "print(json.dumps(['torch' in sys.modules, [(each.exit_code, each.stdout, each.stderr) for each in results]]))"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    with taken:
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     heavy, results = json.loads(run.stdout)
     return heavy, dict(zip(BAD_CALLS, results)), places
 
@@ -265,7 +269,7 @@ def test_bad_calls_are_one_line_in_the_names_of_the_command(bad_calls, words):
     code, stdout, stderr = bad_calls[1][words]
     assert code in (1, 2) and not stdout and stderr.startswith("lladamedv: ") and stderr.count("\n") == 1
     assert BAD_CALLS[words].format_map(bad_calls[2]) in stderr
-    assert "`" not in stderr and "None" not in stderr and "Traceback" not in stderr
+    assert not re.search("`|None|Traceback|slice_index|time_index|full_range|allow_burned_in", stderr)
 
 
 def test_nothing_of_other_libraries_is_printed(tmp_path):
@@ -282,17 +286,6 @@ def test_nothing_of_other_libraries_is_printed(tmp_path):
     [("lladamedv pu", ["push", "push-dataset"]), ("lladamedv train demo_l", ["demo_lora"])],
 )
 def test_completion_does_not_wait_for_torch(words, expected):
-    environment = {
-        **os.environ,
-        "_LLADAMEDV_COMPLETE": "complete_bash",
-        "COMP_WORDS": words,
-        "COMP_CWORD": str(len(words.split()) - 1),
-    }
-    program = (
-        "import sys, atexit\n"
-        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
-        "from lladamedv.cli import app; app(prog_name='lladamedv')"
-    )
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    completing = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    result = light(_LLADAMEDV_COMPLETE="complete_bash", **completing)
     assert result.stdout.split() == expected
-    assert result.stderr.strip() == "False"

@@ -2,9 +2,7 @@
 
 import base64
 import json
-import re
 
-import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,20 +13,7 @@ from lladamedv.conversation import DEMO_NOTICE
 from lladamedv.demo import answer, load_model
 from lladamedv.processing.phantoms import PhantomVQA
 from tests.dicom_files import SECRET, dataset, to_bytes
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A DICOM file with text in its pixels, a NIfTI file of three volumes, a TIFF of two pages, and a picture."""
-    folder = tmp_path_factory.mktemp("files")
-    pixels = np.arange(64, dtype=np.uint16).reshape(8, 8)
-    (folder / "burned.dcm").write_bytes(to_bytes(dataset(pixels, bits=12, BurnedInAnnotation="YES")))
-    volumes = np.arange(4 * 4 * 4 * 3, dtype=np.int16).reshape(4, 4, 4, 3)
-    nibabel.Nifti1Image(volumes, np.eye(4)).to_filename(folder / "series.nii")
-    pages = [Image.new("L", (8, 8), level) for level in (10, 200)]
-    pages[0].save(folder / "pages.tif", save_all=True, append_images=pages[1:])
-    pages[0].save(folder / "picture.png")
-    return folder
+from tests.faces import medical_files
 
 
 @pytest.fixture(scope="module")
@@ -71,39 +56,19 @@ def test_options_of_generate(example, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "message"),
-    [
-        ("picture.png", ["--frame", 2], "--frame is given, but '{file}' is a picture file; allowed for it are --page"),
-        ("burned.dcm", [], "'{file}' says that text is burned into its pixels"),
-        ("burned.dcm", ["--slice", 0], "--slice is given, but '{file}' is a DICOM file"),
-        ("series.nii", ["--axis", "oblique"], "--axis is 'oblique'; allowed are"),
-        ("series.nii", [], "--time is not given, but there are 3 volumes; allowed are 0 to 2."),
-        ("series.nii", ["--time", 3], "--time is 3; allowed are whole numbers from 0 to 2."),
-        ("pages.tif", [], "--page is not given, but there are 2 pages"),
-    ],
-)
-def test_what_the_reader_refuses_is_told_in_flags(files, name, words, message):
-    result = call(files / name, "What?", *words)
-    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
-    assert message.format(file=files / name) in result.stderr
-    assert not re.search("`|slice_index|time_index|full_range|allow_burned_in|None|source", result.stderr)
-
-
-@pytest.mark.parametrize(
     ("name", "words", "steps"),
     [
         ("burned.dcm", ["--allow-burned-in"], []),
         ("burned.dcm", ["--allow-burned-in", "--full-range"], ["0"]),
         (
-            "series.nii",
-            ["--time", 1, "--axis", "coronal", "--slice", 2, "--window", "40/400"],
+            "series.nii", ["--time", 1, "--axis", "coronal", "--slice", 2, "--window", "40/400"],
             ["coronal", "2 of", "1 of 3"],
         ),
         ("pages.tif", ["--page", 1, "--background", "#102030"], ["page 1 of 2"]),
     ],
-)
-def test_every_option_of_the_reader(files, name, words, steps):
-    result = call(files / name, "What?", *words, "--json")
+)  # fmt: skip
+def test_every_option_of_the_reader(tmp_path, name, words, steps):
+    result = call(medical_files(tmp_path) / name, "What?", *words, "--json")
     assert result.exit_code == 0, result.stderr
     said = " ".join(json.loads(result.stdout)["image"])
     assert all(step in said for step in steps), said

@@ -12,11 +12,11 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from lladamedv.chat import say
 from lladamedv.cli import app
 from lladamedv.conversation import DEMO_NOTICE, MASK
 from lladamedv.evaluation.answering import answer_batch
 from lladamedv.processing.phantoms import PhantomVQA
+from tests.faces import conversation, generated
 
 
 DESCRIBE, CLOSED = "Describe the image.", "Is there a lesion?"
@@ -29,21 +29,9 @@ def example():
     return PhantomVQA(9000, 60, ("description",))[15]
 
 
-@pytest.fixture(scope="module")
-def picture(example, tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "phantom.png"
-    example.image.save(path)
-    return path
-
-
 def ask(shipped, image, *texts, **options):
     """Answer the last question of a conversation, asked in one go."""
-    chat = []
-    for index, text in enumerate(texts):
-        content = [{"type": "image", "image": image}] if index == 0 else []
-        role = "assistant" if index % 2 else "user"
-        chat.append({"role": role, "content": [*content, {"type": "text", "text": text}]})
-    return answer_batch(*shipped, [chat], **options)[0]
+    return answer_batch(*shipped, [conversation(image, *texts)], **options)[0]
 
 
 def chat(*words, lines):
@@ -80,31 +68,19 @@ def test_json(shipped, example, picture):
     ]
 
 
-def canvases(shipped, example, question, **options):
-    """The canvas after every step, up to its end, as text without spaces, from the history that `generate` keeps."""
-    model, processor = shipped
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image", "image": example.image}, {"type": "text", "text": question}]}],
-        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-    )  # fmt: skip
-    output = model.generate(**inputs, **options, return_dict_in_generate=True, output_history=True)
-    ends = set(model.generation_config.eos_token_id)
-    texts = []
-    for canvas in output.history[:, 0].tolist():
-        end = next((place for place, token in enumerate(canvas) if token in ends), len(canvas))
-        tokens = (MASK if token == model.config.mask_token_id else processor.decode([token]) for token in canvas[:end])
-        texts.append("".join(tokens).replace(" ", ""))
-    return texts
+def canvases(shipped, example, **options):
+    """The canvas after every step, up to its end, as text without spaces."""
+    shown = generated(shipped, example.image, DESCRIBE, **options).canvases[1:]
+    return ["".join(text for text, _, _ in canvas).replace(" ", "") for canvas in shown]
 
 
-@pytest.mark.parametrize(
-    ("as_json", "block_length"), [(False, 8), (True, 1)]
-)  # with 1 the last step finds the end alone
+# With blocks of 1 the last step finds the end alone.
+@pytest.mark.parametrize(("as_json", "block_length"), [(False, 8), (True, 1)])
 def test_steps(shipped, example, picture, as_json, block_length):
     words = ["--show-steps", "--option", f"block_length={block_length}", *["--json"] * as_json]
     result = chat(picture, *words, lines=[DESCRIBE])
     lines = result.stderr.splitlines()[3:] if as_json else result.stdout.splitlines()[:-1]
-    expected = canvases(shipped, example, DESCRIBE, block_length=block_length)
+    expected = canvases(shipped, example, block_length=block_length)
     assert [line.split()[0] for line in lines] == [str(step) for step in range(1, len(expected) + 1)]
     assert [line[4:].replace(" ", "") for line in lines] == expected
     assert len(result.stdout.splitlines()) == (1 if as_json else len(expected) + 1)
@@ -125,25 +101,13 @@ def test_what_is_wrong_is_said_in_one_line_and_the_chat_goes_on(shipped, example
     assert "/image FILE" in chat(picture, lines=["/help"]).stderr
 
 
-def test_messages_are_one_harmless_line(capsys):
-    say("\x1b[2J \n\n [red]no\x07")
-    assert capsys.readouterr() == ("", "\\x1b[2J [red]no\\x07\n")
-
-
 def test_a_hostile_model_in_a_pipe(picture, shipped, monkeypatch):
     decode = type(shipped[1]).decode
-    monkeypatch.setattr(
-        type(shipped[1]), "decode", lambda *words, **options: decode(*words, **options).replace("lesion", HOSTILE)
-    )
+    hostile = lambda *words, **options: decode(*words, **options).replace("lesion", HOSTILE)  # noqa: E731
+    monkeypatch.setattr(type(shipped[1]), "decode", hostile)
     result = chat(picture, "--show-steps", lines=[DESCRIBE])
-    assert SHOWN in result.stdout.splitlines()[-1] and SHOWN in result.stdout.splitlines()[-2]
+    assert all(SHOWN in line for line in result.stdout.splitlines()[-2:])
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", result.output)
-
-
-def test_wrong_usage_ends_before_the_chat(picture):
-    result = chat(picture, "--frame", 1, lines=[CLOSED])
-    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1 and not result.stdout
-    assert f"--frame is given, but '{picture}' is a picture file" in result.stderr
 
 
 class Screen:
@@ -249,7 +213,7 @@ app(["chat", {picture!r}])
 
 def test_in_a_terminal(shipped, example, picture):
     given = ask(shipped, example.image, DESCRIBE)
-    expected = [canvas.replace("lesion", SHOWN) for canvas in canvases(shipped, example, DESCRIBE)]
+    expected = [canvas.replace("lesion", SHOWN) for canvas in canvases(shipped, example)]
     script = SCRIPT.format(passes=given.num_forwards, hostile=HOSTILE, picture=str(picture))
     terminal = Terminal(sys.executable, "-c", script)
     try:

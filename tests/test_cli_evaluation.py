@@ -9,11 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lladamedv import cli
 from lladamedv.cli import app
-from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS
-from lladamedv.processing.datasets import BENCHMARKS
-from lladamedv.processing.datasets.vqa_sources import SPLITS
 from lladamedv.processing.phantoms import PhantomVQA
 from tests.judge_stub import Fault, benchmark_row, running_judge, write_rows
 
@@ -65,8 +61,8 @@ def test_one_and_two_processes_give_the_same(tmp_path):
         (["--benchmark", "phantoms", "--option", "step=7"], 2, "did you mean steps"),
         (["--benchmark", "phantoms", "--scoring", "x"], 2, "'--scoring': 'x'; allowed are generate, likelihood"),
         (["--benchmark", "phantoms", "--dtype", "float8"], 2, "'--dtype'"),
-        (["--benchmark", "phantoms", "--limit", "2", "--steps", "7"], 1, "--steps is 7"),
-        (["--benchmark", "phantoms", "--steps", "0"], 2, "'--steps'"),
+        (["--benchmark", "phantoms", "--limit", "2", "--steps", "7"], 2, "--steps is 7"),
+        (["--benchmark", "phantoms", "--steps", "0"], 2, "--steps is 0"),
         (["--benchmark", "phantoms", "--output", __file__], 2, "'--output'"),
         (["--benchmark", "phantoms", "--data", "."], 2, "--benchmark, --data: both given; exactly one is needed"),
         ([], 2, "--benchmark, --data: none given; exactly one is needed"),
@@ -81,11 +77,6 @@ def test_bad_input_is_one_line(tmp_path, words, code, message):
     assert result.exit_code == code, result.output
     assert message in result.stderr and "Traceback" not in result.output
     assert not (tmp_path / "run" / "predictions.jsonl").exists()
-
-
-def test_names_are_those_of_the_loaders():
-    assert cli.PRESETS == tuple(PRESETS)
-    assert cli.BENCHMARKS == BENCHMARKS and cli.SPLITS == SPLITS
 
 
 def test_own_data(tmp_path):

@@ -2,11 +2,12 @@
 
 import pytest
 
-from lladamedv.conversation import MASK, printable, reply_to
-from lladamedv.evaluation.answering import question_about
+from lladamedv.conversation import demo_notice, printable, reply_to
 from lladamedv.processing.phantoms import PhantomVQA
+from tests.faces import generated
 
 
+@pytest.mark.parametrize("of_one_block", [True, False])
 @pytest.mark.parametrize(
     "options",
     [
@@ -17,32 +18,17 @@ from lladamedv.processing.phantoms import PhantomVQA
         {"initial_canvas_length": 8},
     ],
 )
-def test_every_canvas_is_shown(shipped, options):
-    """Against the history that `generate` itself keeps, up to the first end that is in it, and what it returns."""
-    model, processor = shipped
-    ends, mask = set(model.generation_config.eos_token_id), model.config.mask_token_id
-    for example in [PhantomVQA(11, 1)[0], PhantomVQA(5, 1, ("description",))[0]]:  # of one block and of several
-        seen = []
-        reply = reply_to(model, processor, example.image, example.question, show=seen.append, **options)
-        inputs = processor.apply_chat_template(
-            question_about(example.image, example.question), add_generation_prompt=True, tokenize=True,
-            return_dict=True, return_tensors="pt",
-        )  # fmt: skip
-        output = model.generate(**inputs, return_dict_in_generate=True, output_history=True, **options)
-        sure, step = output.commit_confidence[0].tolist(), output.commit_step[0].tolist()
-        expected = [[(MASK, None, None)] * 24]
-        for canvas in output.history[:, 0].tolist():
-            end = next((place for place, token in enumerate(canvas) if token in ends), len(canvas))
-            expected.append([
-                (MASK, None, None) if token == mask else (processor.decode([token]), step[place] + 1, sure[place])
-                for place, token in enumerate(canvas[:end])
-            ])  # fmt: skip
-        assert seen == expected
-        assert reply.num_forwards == len(seen) - 1 and reply.confidence == output.answer_confidence[0]
-        assert reply.text == example.answer and "".join(token.text or "" for token in reply.tokens) == reply.text
+def test_every_canvas_is_shown(shipped, example, options, of_one_block):
+    """As in the history that `generate` itself keeps, up to the first end that is in it."""
+    example, seen = PhantomVQA(11, 1)[0] if of_one_block else example, []
+    reply = reply_to(*shipped, example.image, example.question, show=seen.append, **options)
+    expected = generated(shipped, example.image, example.question, **options)
+    assert seen == expected.canvases
+    assert reply.num_forwards == len(seen) - 1 and reply.confidence == expected.output.answer_confidence[0]
+    assert reply.text == example.answer and "".join(token.text or "" for token in reply.tokens) == reply.text
 
 
-def test_what_shows_a_canvas_can_end_it(shipped):
+def test_what_shows_a_canvas_can_end_it(shipped, example):
     class EnoughError(Exception):
         pass
 
@@ -51,13 +37,13 @@ def test_what_shows_a_canvas_can_end_it(shipped):
         if len(shown) == 3:
             raise EnoughError
 
-    shown, example = [], PhantomVQA(5, 1, ("description",))[0]
+    shown = []
     with pytest.raises(EnoughError):
         reply_to(*shipped, example.image, example.question, show=show)
     assert [sum(token.step is None for token in tokens) for tokens in shown] == [24, 23, 22]
 
 
-def test_characters_of_several_tokens_stay_whole(shipped, monkeypatch):
+def test_characters_of_several_tokens_stay_whole(shipped, example, monkeypatch):
     """The model is made to say bytes."""
     model, processor = shipped
     text = "A lésion – 😀 of 3 µm."
@@ -70,8 +56,7 @@ def test_characters_of_several_tokens_stay_whole(shipped, monkeypatch):
         return output
 
     monkeypatch.setattr(type(model), "generate", say)
-    example = PhantomVQA(5, 1)[0]
-    tokens = [token.text for token in reply_to(model, processor, example.image, example.question).tokens]
+    tokens = [token.text for token in reply_to(model, processor, example.image, "What?").tokens]
     assert "".join(tokens).startswith(text) and {"é", "–", "😀", "µ"} < set(tokens)
 
 
@@ -80,3 +65,7 @@ def test_nothing_acts_on_a_terminal():
     assert printable(harmless) == harmless
     assert printable("\x1b[2J\r\x07\x9b1m\u202e\ud800\u2028") == r"\x1b[2J\r\x07\x9b1m\u202e\ud800\u2028"
     assert printable("one\ntwo", keep="") == r"one\ntwo"
+
+
+def test_other_models_are_not_taken_for_the_demo(model):
+    assert demo_notice(model) is None

@@ -9,7 +9,7 @@ import torch
 from transformers import CompileConfig, GenerationConfig
 
 from lladamedv import LLaDAMedVGenerationConfig
-from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
+from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS, GenerationOptionError
 from tests.test_generation_lladamedv import _Tokenizer, generate
 
 
@@ -82,8 +82,27 @@ CACHE, EIGHT, SIXTEEN = {"use_cache": True}, {"max_new_tokens": 8}, {"max_new_to
 def test_bad_options_fail_before_the_first_forward(model, monkeypatch, options, message):
     for part in (model.model.language_model, model.model.vision_tower):
         monkeypatch.setattr(part, "forward", lambda *a, **k: pytest.fail("a forward pass was made"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         generate(model, **options)
+    assert all(name in str(caught.value) for name in getattr(caught.value, "options", ()))
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"gen_length": 8}, ("gen_length",)),
+        ({"num_beams": 2}, ("num_beams",)),
+        ({"steps": 0}, ("steps",)),
+        ({"factor": 1, "entropy_bound": 1}, ("factor", "entropy_bound")),
+        ({"cache_drift_bound": 0.1}, ("cache_drift_bound", "use_cache")),
+        ({"max_new_tokens": 10, "block_length": 4}, ("block_length", "max_new_tokens")),
+        ({**SIXTEEN, "steps": 3}, ("steps", "max_new_tokens", "block_length")),
+    ],
+)
+def test_errors_name_their_options_the_one_to_change_first(model, options, names):
+    with pytest.raises(GenerationOptionError) as caught:
+        model.resolve_generation_config(**options)
+    assert caught.value.options == names
 
 
 @pytest.mark.parametrize(
@@ -105,10 +124,10 @@ def test_what_texts_stand_for(name, text, value):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("steps", "many", "steps is many; allowed is int"),
-        ("steps", "2.5", "steps is 2.5"),
-        ("temperature", "true", "temperature is true; allowed is float"),
-        ("eos_token_id", "x", r"eos_token_id is x; allowed is int or list\[int\]"),
+        ("steps", "many", "`steps` is many; allowed is int"),
+        ("steps", "2.5", "`steps` is 2.5"),
+        ("temperature", "true", "`temperature` is true; allowed is float"),
+        ("eos_token_id", "x", r"`eos_token_id` is x; allowed is int or list\[int\]"),
     ],
 )
 def test_texts_of_no_value(name, text, message):

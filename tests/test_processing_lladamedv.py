@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from lladamedv import LLaDAMedVProcessor
-from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATE, MEDICAL_SYSTEM_PROMPT, get_training_chat_template
+from lladamedv.processing.processing_lladamedv import (
+    CHAT_TEMPLATE,
+    MEDICAL_SYSTEM_PROMPT,
+    get_training_chat_template,
+    normalize_chat,
+)
 from tests.tiny import random_image, tiny_processor
 
 
@@ -57,6 +62,11 @@ def test_system_message(processor):
     own = [{"role": "system", "content": "Be brief."}, *chat("Hi")]
     rendered = processor.apply_chat_template(own)
     assert "Be brief." in rendered and MEDICAL_SYSTEM_PROMPT not in rendered
+
+
+def test_texts_around_an_image_are_lines_of_their_own():
+    (message,) = normalize_chat(chat("a", "b", IMAGE, "c"))
+    assert message["content"] == [{"type": "image", "image": IMAGE}, {"type": "text", "text": "ab\nc"}]
 
 
 def test_training_template_marks_the_assistants_tokens(processor):

@@ -7,15 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration, LLaDAMedVModel
-from lladamedv.modeling_lladamedv.released_lladamedv import (
-    PRESETS,
-    SPECIAL_TOKENS,
-    choose_preset,
-    convert_config,
-    read_checkpoint,
-    rename,
-    resolve_source,
-)
+from lladamedv.modeling_lladamedv.presets_lladamedv import PRESETS, SPECIAL_TOKENS, choose_preset
+from lladamedv.modeling_lladamedv.released_lladamedv import convert_config, read_checkpoint, rename, resolve_source
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
 from tests import released
 from tests.parity.fixtures import FIXTURES

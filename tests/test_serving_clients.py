@@ -1,47 +1,54 @@
 """The server and real clients: recorded requests, fields that ask for nothing, data URLs, readers' options, limits."""
 
 import base64
+import gzip
 import io
 import json
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
 
-from lladamedv.evaluation.answering import answer_batch, question_about
-from lladamedv.processing.medical_images import READING_OPTIONS, read_medical_image
+from lladamedv.evaluation.answering import answer_batch
+from lladamedv.processing.medical_images import READING_OPTIONS, read_data_url, read_medical_image
 from lladamedv.processing.phantoms import PhantomVQA
 from tests.dicom_files import dataset, to_bytes
+from tests.faces import Gate, conversation, until
 
 
 pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
-from lladamedv import openai_requests, serving  # noqa: E402 - needs the above
+from lladamedv import openai_requests  # noqa: E402 - needs the above
 from lladamedv.openai_requests import Limits  # noqa: E402
 from tests.test_serving import (  # noqa: E402
     CHAT,
+    HEAD,
     IMAGE,
     QUESTION,
     RESPONSES,
     TEXT,
-    Gate,
-    chat,
-    client_of,
+    chat_about,
+    connect,
     content,
     data_url,
     http,
+    image_part,
+    received,
     refused,
     served,
-    until,
+    serving_thread,
 )
 
 
+ASKED = {"type": "text", "text": QUESTION}
 REQUESTS = {
     f"{file.stem} {number}": request
     for file in sorted((Path(__file__).parent / "cases" / "requests").glob("*.json"))
@@ -50,15 +57,8 @@ REQUESTS = {
 
 
 @pytest.fixture(scope="module")
-def image():
-    return next(iter(PhantomVQA(5, 1, ("description",)))).image
-
-
-@pytest.fixture(scope="module")
-def png(image):
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+def image(example):
+    return example.image
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,11 @@ FAST = {"max_new_tokens": 8, "block_length": 8, "steps": 2}  # options of a quic
 
 @pytest.fixture(scope="module")
 def truth(shipped, image):
-    return answer_batch(*shipped, [question_about(image, QUESTION)], **FAST)[0].text
+    return quick_truth(shipped, image)
+
+
+def quick_truth(shipped, image):
+    return answer_batch(*shipped, [conversation(image, QUESTION)], **FAST)[0].text
 
 
 def quick(url, body):
@@ -129,19 +133,17 @@ def test_requests_of_real_clients(url, shipped, image, name):
         {"logprobs": False, "logit_bias": {}, "functions": [], "function_call": "auto", "store": False, "user": "u"},
         {"response_format": {"type": "text"}, "metadata": {"a": "b"}, "stream_options": {"include_obfuscation": False}},
         {"text": {"format": {"type": "text"}, "verbosity": "medium"}, "truncation": "disabled", "modalities": ["text"]},
-        dict.fromkeys(("seed", "stop", "temperature", "logprobs", "response_format", "tools", "n", "audio")),
+        dict.fromkeys(
+            ("model", "stream", "max_tokens", "max_completion_tokens", "temperature", "stop", "seed", "n", "tools",
+             "top_p", "user", "logit_bias", "logprobs", "response_format", "audio")
+        ),
         {"temperature": 0, "stop": [], "reasoning_effort": "none", "reasoning": {"effort": "none"}},
         {"generation_config": FAST | {"do_sample": False, "num_beams": 1}},
     ],
     ids=str,
 )  # fmt: skip
 def test_values_that_ask_for_nothing_pass(url, image, truth, fields):
-    assert quick(url, {"messages": chat(image)} | fields) == truth
-
-
-@pytest.mark.parametrize("field", ["n", "top_p", "best_of"])
-def test_true_is_no_number(url, field):
-    assert refused(url, json=TEXT | {field: True})["message"].startswith(f"`{field}` is true; allowed are ")
+    assert quick(url, {"messages": chat_about(image)} | fields) == truth
 
 
 @pytest.mark.parametrize(
@@ -152,53 +154,41 @@ def test_true_is_no_number(url, field):
 )  # fmt: skip
 def test_an_empty_answer_can_be_sent_back(url, shipped, image, said):
     """As clients send it; the model sees an empty turn."""
-    question = {"role": "user", "content": QUESTION}
-    turns = [*question_about(image, QUESTION), {"role": "assistant", "content": ""}, question]
-    truth = answer_batch(*shipped, [turns], **FAST)[0].text
-    assert quick(url, {"messages": [*chat(image), {"role": "assistant"} | said, question]}) == truth
+    truth = answer_batch(*shipped, [conversation(image, QUESTION, "", QUESTION)], **FAST)[0].text
+    messages = [*chat_about(image), {"role": "assistant"} | said, {"role": "user", "content": QUESTION}]
+    assert quick(url, {"messages": messages}) == truth
 
 
-def test_developer_is_system(url, shipped, image):
-    given = [{"role": "system", "content": "You answer in one word."}, *chat(image)]
-    truth = answer_batch(*shipped, [[given[0], *question_about(image, QUESTION)]])[0].text
-    given[0] = {"role": "developer", "content": "You answer in one word."}
-    reply = client_of(url).chat.completions.create(model="lladamedv-demo", messages=given)
-    assert reply.choices[0].message.content.strip() == truth
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n" + bytes(range(256)) + bytes(more) for more in range(3)])
+def test_data_urls_in_every_spelling(content):
+    """One of the contents needs each padding."""
+    plain = base64.b64encode(content).decode()
+    escaped = plain.replace("+", "%2B").replace("/", "%2f").replace("=", "%3D")
+    for address in (
+        f"DATA:IMAGE/PNG;BASE64,{plain}",
+        f"data:image/png;name=a.png;charset=utf-8;base64,{plain}",
+        f"data:;base64,{plain}",
+        f"data:application/octet-stream;base64,{plain}",
+        f" data:image/png; base64 ,{plain}\n",
+        f"data:image/png;base64,{plain.rstrip('=')}",
+        "data:image/png;base64," + "\r\n ".join(textwrap.wrap(plain, 76)),
+        f"data:image/png;base64,{base64.urlsafe_b64encode(content).decode()}",
+        f"data:image/png;base64,{escaped}",
+        f"data:image/png,{quote_from_bytes(content)}",
+    ):
+        assert read_data_url(address) == content
 
 
-@pytest.mark.parametrize("role", ["system", "developer", "assistant"])
-def test_images_are_the_users(url, image, role):
-    body = {"messages": [{"role": role, "content": chat(image)[0]["content"]}, *TEXT["messages"]]}
-    assert refused(url, json=body)["param"] == f"{IMAGE}.url"
-
-
-def spellings(png):
-    plain = base64.b64encode(png).decode()
-    lines = "\r\n ".join(plain[start : start + 76] for start in range(0, len(plain), 76))
-    return {
-        "upper case": f"DATA:IMAGE/PNG;BASE64,{plain}",
-        "parameters": f"data:image/png;name=a.png;charset=utf-8;base64,{plain}",
-        "no type": f"data:;base64,{plain}",
-        "any type": f"data:application/octet-stream;base64,{plain}",
-        "spaces": f" data:image/png; base64 ,{plain}\n",
-        "no padding": f"data:image/png;base64,{plain.rstrip('=')}",
-        "lines": f"data:image/png;base64,{lines}",
-        "base64url": f"data:image/png;base64,{base64.urlsafe_b64encode(png).decode()}",
-        "escaped base64": f"data:image/png;base64,{plain.replace('+', '%2B').replace('/', '%2f').replace('=', '%3D')}",
-        "no base64": f"data:image/png,{quote_from_bytes(png)}",
-    }
-
-
-@pytest.mark.parametrize("name", spellings(b""))
-def test_data_urls_in_every_spelling(url, png, truth, name):
-    forms = (
-        lambda address: {"type": "image_url", "image_url": {"url": address}},
+@pytest.mark.parametrize(
+    "form",
+    [
+        image_part,
         lambda address: {"type": "image_url", "image_url": address},
         lambda address: {"type": "input_image", "image_url": address, "detail": "high"},
-    )
-    for extra, form in zip((b"", b"\0", b"\0\0"), forms):  # behind a PNG's end: one of them needs each padding
-        body = content(form(spellings(png + extra)[name]), {"type": "text", "text": QUESTION})
-        assert quick(url, body) == truth
+    ],
+)
+def test_images_in_every_form(url, image, truth, form):
+    assert quick(url, content(form(data_url(image)), ASKED)) == truth
 
 
 # Options of the reader
@@ -212,8 +202,6 @@ def tiff():
 
 
 def nifti():
-    import nibabel
-
     volume = np.random.default_rng(0).integers(0, 100, (16, 16, 16, 2)).astype(np.int16)
     volume[4:12, 4:12, 3, 1] = 100
     return nibabel.Nifti1Image(volume, np.eye(4)).to_bytes()
@@ -224,9 +212,17 @@ def dicom():
     return to_bytes(dataset(grey * 16, bits=12, BurnedInAnnotation="YES"))
 
 
+def sixteen_bits():
+    """Not to be clipped: Pillow's own conversion would show white."""
+    file, gradient = io.BytesIO(), np.linspace(20_000, 60_000, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(gradient).save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("make", "fields"),
     [
+        (sixteen_bits, {}),
         (tiff, {"page": 2}),
         (nifti, {"time": 1, "slice": 3, "axis": "coronal", "window": "50/40"}),
         (dicom, {"allow_burned_in": True, "frame": 0, "full_range": True}),
@@ -236,13 +232,10 @@ def dicom():
 @pytest.mark.parametrize("beside", [False, True], ids=["in image_url", "beside it"])
 def test_options_of_the_reader(url, shipped, make, fields, beside):
     arguments = {option.argument: fields[option.name] for option in READING_OPTIONS if option.name in fields}
-    image = read_medical_image(make(), **arguments).image
-    truth = answer_batch(*shipped, [question_about(image, QUESTION)], **FAST)[0].text
+    truth = quick_truth(shipped, read_medical_image(make(), **arguments).image)
     address = data_url(make(), "x-any")
-    picture = {"type": "input_image", "image_url": address} | fields if beside else {
-        "type": "image_url", "image_url": {"url": address} | fields
-    }  # fmt: skip
-    assert quick(url, content(picture, {"type": "text", "text": QUESTION})) == truth
+    picture = {"type": "input_image", "image_url": address} | fields if beside else image_part(address, **fields)
+    assert quick(url, content(picture, ASKED)) == truth
 
 
 @pytest.mark.parametrize(
@@ -260,7 +253,7 @@ def test_options_of_the_reader(url, shipped, make, fields, beside):
     ],
 )
 def test_messages_name_the_field_of_the_request(url, make, fields, param):
-    error = refused(url, json=content({"type": "image_url", "image_url": {"url": data_url(make())} | fields}))
+    error = refused(url, json=content(image_part(data_url(make()), **fields)))
     assert error["param"] == f"{IMAGE}.{param}" and f"`{IMAGE}.{param}`" in error["message"]
     body = {"input": [{"type": "input_image", "image_url": data_url(make())} | fields]}
     assert refused(url, path=RESPONSES, json=body)["param"] == f"input[0].{param}"
@@ -297,8 +290,7 @@ def test_a_request_takes_bounded_memory(url, mode, side, count, status):
     picture = Image.new("L", (side, side), 7).convert(mode) if mode != "I;16" else Image.fromarray(
         np.full((side, side), 7_000, np.uint16)
     )  # fmt: skip
-    body = content(*[{"type": "image_url", "image_url": {"url": data_url(picture)}}] * count,
-                   {"type": "text", "text": QUESTION})  # fmt: skip
+    body = content(*[image_part(data_url(picture))] * count, ASKED)
     del picture
     http.post(f"{url}{CHAT}", json=TEXT)
     replies = []
@@ -309,32 +301,30 @@ def test_a_request_takes_bounded_memory(url, mode, side, count, status):
 
 def test_long_pictures_are_no_large_squares(url, shipped):
     """Images that share a prompt are padded to squares: 30 000 by 1 pixels would become 900 million."""
-    part = {"type": "image_url", "image_url": {"url": data_url(Image.new("L", (30_000, 1), 7))}}
-    reply = http.post(f"{url}{CHAT}", json=content(part, part, {"type": "text", "text": QUESTION}))
+    part = image_part(data_url(Image.new("L", (30_000, 1), 7)))
+    reply = http.post(f"{url}{CHAT}", json=content(part, part, ASKED))
     assert reply.status_code == 200, reply.text
 
 
-def test_reading_that_takes_too_long(shipped):
-    import gzip
-
-    import nibabel
-
-    volume = nibabel.Nifti1Image(np.zeros((256, 256, 800), np.uint8), np.eye(4)).to_bytes()
-    address = data_url(gzip.compress(volume, 1))
-    picture = {"type": "image_url", "image_url": {"url": address, "slice": 799}}
-    with served(shipped, limits=Limits(reading_seconds=0.03)) as url:
-        assert "takes more than 0.03 seconds" in refused(url, json=content(picture))["message"]
+def large_volume():
+    volume = nibabel.Nifti1Image(np.zeros((256, 256, 800), np.uint8), np.eye(4))
+    return image_part(data_url(gzip.compress(volume.to_bytes(), 1)), slice=799)
 
 
-def test_a_jpeg_of_a_thousand_scans_is_not_read_to_its_end(shipped):
+def jpeg_of_a_thousand_scans():
     file = io.BytesIO()
     Image.new("L", (1_600, 1_600), 7).save(file, "JPEG", progressive=True)
     whole = file.getvalue()
     scan = whole[whole.rindex(b"\xff\xda") : -2]
-    part = {"type": "image_url", "image_url": {"url": data_url(whole[:-2] + scan * 1_000 + whole[-2:])}}
-    with served(shipped, limits=Limits(reading_seconds=0.3)) as url:
+    return image_part(data_url(whole[:-2] + scan * 1_000 + whole[-2:]))
+
+
+@pytest.mark.parametrize(("make", "seconds"), [(large_volume, 0.03), (jpeg_of_a_thousand_scans, 0.3)])
+def test_pictures_that_take_long_are_not_read_to_their_end(shipped, make, seconds):
+    part = make()
+    with served(shipped, limits=Limits(reading_seconds=seconds)) as url:
         started = time.process_time()
-        assert "takes more than 0.3 seconds" in refused(url, json=content(part))["message"]
+        assert f"takes more than {seconds} seconds" in refused(url, json=content(part))["message"]
         taken = time.process_time() - started
     assert taken < 1.5, "all scans take more than 2 seconds"
 
@@ -346,8 +336,8 @@ def test_the_model_is_not_held_by_reading(shipped, image, monkeypatch):
         gate = Gate(monkeypatch, shipped[0])
         real = openai_requests.read_medical_image
         monkeypatch.setattr(openai_requests, "read_medical_image", lambda *a, **k: (read.append(0), real(*a, **k))[1])
-        replies = [pool.submit(http.post, f"{url}{CHAT}", json={"messages": chat(image)}) for _ in range(2)]
-        until(lambda: len(read) == 2 and len(gate.begun) == 1)
+        replies = [pool.submit(http.post, f"{url}{CHAT}", json={"messages": chat_about(image)}) for _ in range(2)]
+        until(lambda: len(read) == 2 and gate.begun == 1)
         gate.let(1_000)
         assert [reply.result(60).status_code for reply in replies] == [200, 200]
 
@@ -357,30 +347,19 @@ def test_the_model_is_not_held_by_reading(shipped, image, monkeypatch):
 
 @pytest.mark.parametrize("finishes", [True, False])
 def test_waiting_requests_get_503_at_the_end_and_what_runs_is_finished(shipped, image, truth, monkeypatch, finishes):
-    import socket
-    from threading import Thread
-
-    from tests.test_serving import HEAD, connect, received
-
-    listening = socket.create_server(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     limits = Limits() if finishes else Limits(stopping_seconds=2)
-    server = serving.make_server(serving.build_api(*shipped, limits=limits))
-    thread = Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    gate = Gate(monkeypatch, shipped[0])
-    with ThreadPoolExecutor(4) as pool:
-        body = {"messages": chat(image), "generation_config": FAST}
+    with serving_thread(shipped, limits=limits) as (url, server), ThreadPoolExecutor(4) as pool:
+        gate = Gate(monkeypatch, shipped[0])
+        body = {"messages": chat_about(image), "generation_config": FAST}
         running = pool.submit(http.post, f"{url}{CHAT}", json=body)
-        until(lambda: len(gate.begun) == 1)
-        waiting = [pool.submit(http.post, f"{url}{CHAT}", json={"messages": chat(image)}) for _ in range(3)]
+        until(lambda: gate.begun == 1)
+        waiting = [pool.submit(http.post, f"{url}{CHAT}", json={"messages": chat_about(image)}) for _ in range(3)]
         with connect(url, HEAD + b"Content-Length: 99\r\n\r\n{") as uploading:
             time.sleep(0.5)
             server.should_exit = True  # as SIGTERM does
             assert b" 503 " in received(uploading)
         replies = [reply.result(30) for reply in waiting]
-        assert [reply.status_code for reply in replies] == [503] * 3
-        assert all(reply.json()["error"]["type"] == "server_error" for reply in replies)
+        assert [(reply.status_code, reply.json()["error"]["type"]) for reply in replies] == [(503, "server_error")] * 3
         assert not running.done()
         if finishes:
             gate.let(1_000)
@@ -388,5 +367,3 @@ def test_waiting_requests_get_503_at_the_end_and_what_runs_is_finished(shipped, 
         else:
             assert running.result(60).status_code == 503
             gate.let(1_000)
-    thread.join(30)
-    assert not thread.is_alive()

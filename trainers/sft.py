@@ -31,7 +31,8 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from lladamedv.hub_cards import is_hub_id
 from lladamedv.hub_cards.checks import PROJECTOR, check_model
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
-from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS, Checkpoint, resolve_source
+from lladamedv.modeling_lladamedv.presets_lladamedv import PRESETS, SPECIAL_TOKENS
+from lladamedv.modeling_lladamedv.released_lladamedv import Checkpoint, resolve_source
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES

@@ -1,5 +1,6 @@
 """Data sets as they are published, into rows of messages and images, or of questions and answers."""
 
+from ..vqa_sources import BENCHMARKS, SOURCES, VQASource
 from .chat_benchmark import load_chat_benchmark
 from .columns import InvalidRecordError
 from .messages import ROW_FEATURES, image_source, record_to_row
@@ -14,7 +15,6 @@ from .vqa import (
     record_to_messages,
     training_open_answers,
 )  # fmt: skip
-from .vqa_sources import BENCHMARKS, SOURCES, VQASource
 
 
 __all__ = [

@@ -10,7 +10,7 @@ import math
 import re
 import unicodedata
 
-from .vqa_sources import SPLITS
+from ..vqa_sources import SPLITS
 
 
 # Of each column the first name that a record has counts: for questions and answers whatever stands there, and for all

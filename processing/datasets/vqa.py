@@ -25,6 +25,7 @@ from huggingface_hub import HfApi, hf_hub_download
 
 from lladamedv.processing.phantoms import PhantomVQA, parse_phantoms
 
+from ..vqa_sources import BENCHMARKS, COUNTED, LEAKAGE, LLAVA_MED, PHANTOMS, SOURCES, SPLITS, TEST, VQASource
 from .columns import (
     ANSWER_TYPES,
     COLUMNS,
@@ -49,7 +50,6 @@ from .readers import (
     open_records,
     undecoded,
 )  # fmt: skip
-from .vqa_sources import BENCHMARKS, COUNTED, LEAKAGE, LLAVA_MED, PHANTOMS, SOURCES, SPLITS, TEST, VQASource
 
 
 logger = logging.getLogger(__name__)
