@@ -28,12 +28,16 @@ class ForwardPass:
     Args:
         numbers: of the rows, ascending.
         rows (`(rows,)`): the same on the device.
+        end: up to where the longest canvas of them takes part.
+        attends_everywhere: whether no row has a place that is not attended to.
         partial: whether it runs a part of each row, on cached states of the rest.
         start: where in the canvas that part begins, if all rows begin at one place (the prefix cache).
     """
 
     numbers: list[int]
     rows: torch.LongTensor
+    end: int
+    attends_everywhere: bool
     partial: bool = False
     start: int | None = None
 
@@ -95,8 +99,10 @@ class Progress:
         self.copies = 0  # from the device, each of which waits for it
         self._flag = None
 
-    def update(self, state: DenoisingState) -> None:
+    def update(self, state: DenoisingState, passes: list[ForwardPass]) -> None:
         """Follow what a step has done. Raises ValueError as [`Progress.read`]."""
+        renewed = {row for each in passes if not each.partial for row in each.numbers}
+        self.age = [1 if row in renewed else age + 1 for row, age in enumerate(self.age)]
         if self.foreseen and not self._seen(state):
             for row, step in enumerate(self.step):
                 block_is_done = step + 1 >= self.steps_in_block
@@ -200,8 +206,9 @@ class DenoisingState:
         self.drift = None
         if options.output_cache_drift or options.cache_drift_bound is not None:
             self.drift = CacheDrift(options.output_cache_drift, options.cache_drift_bound)
-        # Where few logits are cheaper than many, only candidates get them; elsewhere shapes stay what they are.
-        self.packs = device.type == "cpu" and options.compile_config is None
+        self.packs = model.packs_candidates
+        if self.packs is None:
+            self.packs = device.type == "cpu" and options.compile_config is None
         self.progress = Progress(self)
         self.kept = list(range(batch))  # rows that passes run
         self._indices: dict[tuple[int, ...], torch.LongTensor] = {}
@@ -264,25 +271,11 @@ class DenoisingState:
             there = there & ~self.absent[rows]
         return torch.cat([there, there.new_ones(len(rows), len(self.suffix))], dim=1)
 
-    def tail_columns(self, each: ForwardPass):
-        """The places of canvas and suffix that any row of a whole pass needs, 1-D, ascending."""
+    def tail_columns(self, start: int, end: int):
+        """The places of canvas and suffix that a pass runs if the canvas takes part from `start` to `end`, 1-D."""
         length = len(self.positions)
-        end = max(self._ends(each))
-        columns = torch.arange(length + len(self.suffix), device=self.canvas.device)
-        return columns if end >= length else torch.cat([columns[:end], columns[length:]])
-
-    def attends_everywhere(self, each: ForwardPass) -> bool:
-        """Whether no row of a pass has a place that is not attended to."""
-        if self.is_padded or self.absent is not None:
-            return False
-        ends = self._ends(each)
-        return len(ends) == 1 and (not each.partial or ends == {len(self.positions)})
-
-    def _ends(self, each: ForwardPass) -> set[int]:
-        """Up to where the canvases of a pass's rows take part; finished rows do not count."""
-        progress = self.progress
-        rows = [row for row in each.numbers if not progress.finished[row]] or each.numbers
-        return {self.canvas_in_row(progress.block[row]) for row in rows}
+        columns = torch.arange(start, length + len(self.suffix), device=self.canvas.device)
+        return columns if end >= length else torch.cat([columns[: end - start], columns[length - start :]])
 
     # What a step runs
 
@@ -295,21 +288,29 @@ class DenoisingState:
         progress = self.progress
         rows = [row for row in self.kept if not progress.finished[row]]
         if not self.options.use_cache:
-            return [ForwardPass(self.kept, self.index(self.kept))]
+            return [self._pass(self.kept)]
         full = [row for row in rows if progress.step[row] == 0 or progress.age[row] >= progress.interval[row]]
         rest = [row for row in rows if row not in full]
         if rest and not self.packs and self.options.cache_implementation == "dual" and self.drift is None:
             rest = self.kept  # one shape; what it says of the others is overwritten by the full pass
-        return self.partial_passes(rest) + ([ForwardPass(full, self.index(full))] if full else [])
+        return self.partial_passes(rest) + ([self._pass(full)] if full else [])
 
     def partial_passes(self, rows: list[int]) -> list[ForwardPass]:
         """Partial passes that run all of `rows`."""
         if self.options.cache_implementation != "prefix":
-            return [ForwardPass(rows, self.index(rows), partial=True)] if rows else []
+            return [self._pass(rows, True)] if rows else []
         last = self.num_blocks - 1
         starts = [min(self.progress.block[row], last) * self.block_length for row in rows]
         groups = {start: [row for row, own in zip(rows, starts) if own == start] for start in sorted(set(starts))}
-        return [ForwardPass(group, self.index(group), True, start) for start, group in groups.items()]
+        return [self._pass(group, True, start) for start, group in groups.items()]
+
+    def _pass(self, numbers: list[int], partial: bool = False, start: int | None = None) -> ForwardPass:
+        progress = self.progress
+        counted = [row for row in numbers if not progress.finished[row]] or numbers
+        ends = {self.canvas_in_row(progress.block[row]) for row in counted}
+        everywhere = not self.is_padded and self.absent is None
+        everywhere &= len(ends) == 1 and (not partial or ends == {len(self.positions)})
+        return ForwardPass(numbers, self.index(numbers), max(ends), everywhere, partial, start)
 
     @property
     def window(self):
@@ -349,18 +350,15 @@ class DenoisingState:
         low, high = found.logits.aminmax(dim=1)
         bad = ~(low.isfinite() & high.isfinite()) & found.valid
         broken = torch.zeros_like(self.broken).index_add_(0, found.rows, bad.long()) > 0
-        self.broken = torch.where(broken & (self.broken < 0), self.num_forwards, self.broken)
+        self.broken.copy_(torch.where(broken & (self.broken < 0), self.num_forwards, self.broken))
 
     def note_passes(self, passes, candidates):
-        """Count the passes, and how old the cached states of each row are."""
+        """Count the passes of each row."""
         active = candidates.any(dim=1).long()
-        self.num_forwards = self.num_forwards + active
+        self.num_forwards += active
         for each in passes:
             if not each.partial:
                 self.num_full_forwards.index_add_(0, each.rows, active[each.rows])
-                for row in each.numbers:
-                    self.progress.age[row] = 0
-        self.progress.age = [age + 1 for age in self.progress.age]
 
     def commit(self, window, committed, proposed, confidences):
         """Write the committed proposals into the canvas and take note of when and how sure; all `(batch, window)`."""
@@ -387,7 +385,7 @@ class DenoisingState:
             matches = (self.canvas.unfold(1, len(sequence), 1) == sequence).all(dim=-1)  # (batch, places)
             places = torch.where(matches, self.positions[: matches.shape[1]], len(self.positions)).amin(dim=1)
             stop = torch.where(unstopped | (index <= len(self.eos)), torch.minimum(stop, places), stop)
-        self.stop = torch.where(self.finished, self.stop, stop)
+        self.stop.copy_(torch.where(self.finished, self.stop, stop))
 
     def advance(self):
         """Leave blocks that are done, and see which rows are finished."""
@@ -404,21 +402,18 @@ class DenoisingState:
         following = torch.where(later.any(dim=1), later.byte().argmax(dim=1), self.num_blocks)
         block = torch.where(done, following, self.block)
         begin = masks.gather(1, block[:, None].clamp(max=self.num_blocks - 1))[:, 0]
-        self.block = torch.where(self.finished, self.block, block)
-        self.step = torch.where(done, 0, step)
-        self.masks_at_start = torch.where(done, begin, self.masks_at_start)
-        self.finished = (
-            self.finished | (block >= self.num_blocks)
-            | ((self.stop < len(self.positions)) & ~masked.any(dim=1))
-        )  # fmt: skip
-        self.progress.update(self)
-        self._leave()
+        self.block.copy_(torch.where(self.finished, self.block, block))
+        self.step.copy_(torch.where(done, 0, step))
+        self.masks_at_start.copy_(torch.where(done, begin, self.masks_at_start))
+        self.finished |= (block >= self.num_blocks) | ((self.stop < len(self.positions)) & ~masked.any(dim=1))
 
-    def _leave(self):
-        """Run finished rows no longer: at once where fewer rows are cheaper, or else, so that shapes stay what they
-        are, once when half of them are finished."""
+    def follow(self, passes):
+        """Let the host catch up with a step, and stop running finished rows: at once where fewer rows are cheaper,
+        elsewhere once, when half of them are finished, and never in a compiled step, which has one shape."""
+        self.progress.update(self, passes)
         left = [row for row in self.kept if not self.progress.finished[row]]
-        if left and (len(left) < len(self.kept) if self.packs else 2 * len(left) <= len(self.kept) == len(self.canvas)):
+        half = 2 * len(left) <= len(self.kept) == len(self.canvas) and self.options.compile_config is None
+        if left and (len(left) < len(self.kept) if self.packs else half):
             self.kept = left
             if self.cache is not None:
                 batch, sides = len(self.canvas), 2 if self.options.cfg_scale > 0 else 1  # the unconditional rows follow

@@ -70,6 +70,11 @@ class LLaDAMedVGenerationOutput(ModelOutput):
 class LLaDAMedVGenerationMixin:
     """`generate` for a model whose `forward` is bidirectional and whose config has a `mask_token_id`."""
 
+    # Whether only candidates get logits, which needs a look at them, or every place of a block, which keeps shapes.
+    # `None`: as is faster, that is on CPUs, uncompiled.
+    packs_candidates: bool | None = None
+    _step_compiled_with = _step_as_compiled = None
+
     @torch.no_grad()
     def generate(
         self,
@@ -173,13 +178,16 @@ class LLaDAMedVGenerationMixin:
             row_length = input_ids.shape[1] + state.canvas.shape[1] + len(state.suffix)
             text_config = self.config.get_text_config()
             state.cache = DenoisingCache(text_config.num_hidden_layers, num_rows, row_length)
-        if options.compile_config is not None:
-            self._compile_language_model(options.compile_config)
-            if options.use_cache:  # inside the graph it would make a first pass unlike all others
+            if options.compile_config is not None:  # inside the graph it would make a first pass unlike all others
                 state.cache.early_initialization(
                     num_rows, text_config.num_key_value_heads, text_config.head_dim, state.prompt_embeds.dtype,
                     state.prompt_embeds.device,
                 )  # fmt: skip
+        if options.compile_config is not None:  # a captured graph finds what it changes where it was
+            layers = state.cache.layers if options.use_cache else ()
+            for tensor in [*vars(state).values(), *(each for layer in layers for each in (layer.keys, layer.values))]:
+                if isinstance(tensor, torch.Tensor):
+                    torch._dynamo.mark_static_address(tensor, guard=False)
         if streamer is not None:
             streamer.put(input_ids.cpu())
 
@@ -196,16 +204,24 @@ class LLaDAMedVGenerationMixin:
         return torch.stack(history) if options.output_history else None
 
     def _denoising_step(self, state: DenoisingState) -> None:
-        """One forward pass: steps 1.a to 1.e of [`generate`]."""
+        """One forward pass: planned by the host, run on the device, followed by the host."""
+        passes = state.plan_passes()
+        compiled = state.options.compile_config is not None and [each.numbers for each in passes] == [state.kept]
+        (self._compiled_step(state.options.compile_config) if compiled else self._run_step)(state, passes)
+        state.follow(passes)
+
+    def _run_step(self, state: DenoisingState, passes: list[ForwardPass]) -> None:
+        """Steps 1.a to 1.e of [`generate`], without a look at what is on the device."""
         options = state.options
 
         # 1.a. Find the candidates: masked positions up to the end of the row's block and left of its stop.
-        passes, window = state.plan_passes(), state.window  # (batch, window): where they may be
+        window = state.window  # (batch, window): where they may be
         candidates = state.candidates(window, passes)
         proposed = state.canvas.gather(1, window)
-        names = {"confidence", *state.rule.needs}
-        scores = CandidateScores(**{name: torch.zeros_like(proposed, dtype=torch.float64) for name in names})
-        if "noise" in names:
+        scores = CandidateScores(torch.zeros_like(proposed, dtype=torch.float64))
+        for name in state.rule.needs:
+            setattr(scores, name, torch.zeros_like(scores.confidence))
+        if "noise" in state.rule.needs:
             scores.noise = self._random_scores(state.canvas).gather(1, window)
 
         # 1.b. Compute logits at the candidates only, guided if asked for. With a cache, rows that need no refresh run
@@ -258,7 +274,7 @@ class LLaDAMedVGenerationMixin:
             columns = first + torch.arange(options.block_length, device=rows.device)
         else:
             first = each.start if partial else 0
-            columns = state.tail_columns(each)[first:].expand(len(rows), -1)
+            columns = state.tail_columns(first, each.end).expand(len(rows), -1)
         position_ids = state.tail_position_ids(rows).gather(1, columns)
         inputs_embeds = embed(state.tail_ids(rows).gather(1, columns))  # (rows, columns, hidden)
         places = columns + prompt_length  # within the row
@@ -294,7 +310,7 @@ class LLaDAMedVGenerationMixin:
             cache = state.cache.select(cached_rows, None if everywhere else places, partial)
         logits = self(
             inputs_embeds=inputs_embeds,
-            attention_mask=None if state.attends_everywhere(each) else self._attention_mask(visible, inputs_embeds),
+            attention_mask=None if each.attends_everywhere else self._attention_mask(visible, inputs_embeds),
             position_ids=position_ids,
             cache=cache,
             logits_to_keep=wanted,
@@ -447,12 +463,13 @@ class LLaDAMedVGenerationMixin:
         tokens = tokenizer(options.generation_suffix, add_special_tokens=False).input_ids
         return torch.tensor(tokens, dtype=torch.long)
 
-    def _compile_language_model(self, compile_config) -> None:
-        """Compile what a denoising step runs most; again only if the options differ."""
-        settings = compile_config.to_dict()
-        if getattr(self, "_language_model_compiled_with", None) != settings:
-            self.model.language_model.compile(**settings)
-            self._language_model_compiled_with = settings
+    def _compiled_step(self, compile_config):
+        """`_run_step` compiled into one graph for each shape; compiled again only if the options differ."""
+        settings = compile_config.to_dict() | {"fullgraph": True}
+        if self._step_compiled_with != settings:
+            self._step_compiled_with = settings
+            self._step_as_compiled = torch.compile(self._run_step, **settings)
+        return self._step_as_compiled
 
     def _check_prompt(self, input_ids, attention_mask) -> torch.Tensor:
         """The attention mask to use, after checks that need no forward pass."""

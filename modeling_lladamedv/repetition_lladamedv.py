@@ -25,7 +25,7 @@ def ban_repeated_ngrams(logits: torch.Tensor, rows: torch.LongTensor, places: to
     for offset in range(size):  # of the candidate within the n-gram that it would complete
         first = places - offset
         own = windows[rows, first.clamp(0, last)]  # (candidates, size)
-        others = torch.arange(size, device=canvas.device) != offset
+        others = [each for each in range(size) if each != offset]
         possible = (first >= 0) & (first <= last) & (own[:, others] >= 0).all(dim=-1)
         same = (windows[rows][..., others] == own[:, None, others]).all(dim=-1) & whole[rows]  # (candidates, windows)
         _ban(logits, windows[rows][..., offset], same & possible[:, None])
