@@ -1,76 +1,47 @@
 """DICOM files into 8-bit pixels, in the order that the standard fixes: modality LUT, VOI LUT or window, inversion.
 
-Only the elements that say how pixels are shown are read from a file; who the patient is, when and where, never is.
+Only the elements that say how pixels are shown are read from a file, and none that identifies a patient, place or time.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from PIL import Image
 
-from .medical_shared import (
-    WINDOW_FUNCTIONS,
-    WINDOW_PRESETS,
-    MedicalImageError,
-    apply_percentiles,
-    apply_range,
-    apply_window,
-    arg,
-    check_bytes,
-    check_size,
-    check_window,
-    choose_index,
-    describe_window,
-    logger,
-    require,
-)
+from .gdcm_process import decode_with_gdcm
+from .grey_levels_lladamedv import PERCENTILES, WINDOW_FUNCTIONS, Window, apply_percentiles, apply_range, apply_window
+from .medical_shared import MedicalImageError, Steps, arg, check_bytes, check_size, choose_index, require, to_scale
 
 
-PERCENTILES = (0.5, 99.5)
 _GREY, _COLOUR = ("MONOCHROME1", "MONOCHROME2"), ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _PALETTE = "PALETTE COLOR"
-_PALETTE_TABLES = [
-    f"{segmented}{colour}PaletteColorLookupTable{part}"
-    for colour in ("Red", "Green", "Blue")
-    for segmented, part in (("", "Descriptor"), ("", "Data"), ("Segmented", "Data"))
-]
+_PALETTES = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
 # Distances of rows and of columns, or their ratio, in the order in which they count.
 _SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
 _OVERLAYS = [(group, 0x0010) for group in range(0x6000, 0x6020, 2)]  # the rows of each
 _NEEDED = ("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated")
 _NEEDED_FOR_WHOLE_NUMBERS = ("BitsStored", "PixelRepresentation")
 _PIXEL_DATA = (b"\xe0\x7f\x10\0", b"\x7f\xe0\0\x10")  # its tag; floating-point pixels have others
-_ELEMENTS = [
-    *("SOPClassUID", "Modality", "BurnedInAnnotation", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel"),
-    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PlanarConfiguration"),
-    *("PhotometricInterpretation", "PresentationLUTShape"),
+_FUNCTIONAL_GROUPS = ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence")
+# All that is read of a file but its pixels.
+ELEMENTS = [
+    *("SOPClassUID", "Modality", "BurnedInAnnotation", "Rows", "Columns", "NumberOfFrames", "HighBit"),
+    *("PlanarConfiguration", "PresentationLUTShape"),
+    *_NEEDED,
+    *_NEEDED_FOR_WHOLE_NUMBERS,
     *(f"{kind}PixelPadding{end}" for kind in ("", "Float", "DoubleFloat") for end in ("Value", "RangeLimit")),
     *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType"),
     *("ICCProfile", "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "TotalPixelMatrixRows"),
     *_SPACINGS,
-    *_PALETTE_TABLES,
+    *(f"{name}{part}" for name in _PALETTES for part in ("Descriptor", "Data")),
+    *(f"Segmented{name}Data" for name in _PALETTES),
 ]
-# What gdcm itself prints must not come between.
-_DECODE_WITH_GDCM = """
-import io, os, sys
-import numpy
-from pydicom.pixels import pixel_array
-output = os.fdopen(os.dup(1), "wb")
-os.dup2(2, 1)
-pixels = pixel_array(io.BytesIO(sys.stdin.buffer.read()), index=int(sys.argv[1]), decoding_plugin="gdcm")
-whole = io.BytesIO()
-numpy.save(whole, pixels)
-output.write(whole.getvalue())
-"""
-_DECODING_SECONDS = 60
 
 
 def is_dicom(head: bytes) -> bool:
@@ -80,120 +51,54 @@ def is_dicom(head: bytes) -> bool:
 
 def read_dicom(
     file: BinaryIO,
-    steps: list[str],
+    steps: Steps,
     *,
     frame: int | None,
-    window,
+    window: Window | None,
     full_range: bool,
     allow_burned_in: bool,
     max_pixels: int,
-) -> tuple[np.ndarray, tuple[float, float] | None]:
-    """One frame as 8-bit pixels, and how high and how wide a pixel is, in any unit, if the file says it.
-
-    Args:
-        file: open binary file.
-        steps: what is done is added to it.
-        frame, window, full_range, allow_burned_in, max_pixels: see [`read_medical_image`].
-
-    Returns:
-        `uint8` `(height, width)`, or `(height, width, 3)` for colour; and (height, width) of a pixel, or `None`.
-
-    Raises:
-        MedicalImageError, ImportError: see [`read_medical_image`].
-    """
-    header = _read_header(file)
-    # pydicom reads single frames only from files whose elements are written as the transfer syntax says; some are not.
-    as_stated = header.get_item("Rows").is_implicit_VR == header.file_meta.TransferSyntaxUID.is_implicit_VR
-    if str(header.get("BurnedInAnnotation")).strip().upper() == "YES" and not allow_burned_in:
-        raise MedicalImageError(
-            f"{arg('source')} says that text is burned into its pixels (BurnedInAnnotation is YES), which may tell who "
-            f"the patient is; allowed are files that do not say so, or {arg('allow_burned_in')}.",
-            missing="allow_burned_in",
-        )
-    check_size(header.Rows, header.Columns, max_pixels)
+) -> tuple[Image.Image, tuple[int, int]]:
+    """One frame, with square pixels."""
+    # 1. What the header says, and whether that can be shown.
+    header, as_stated = _read_header(file)
+    _check_shown(header, window, full_range, allow_burned_in, max_pixels)
     photometric = header.PhotometricInterpretation
-    if photometric not in (*_GREY, _PALETTE, *_COLOUR):
-        raise MedicalImageError(
-            f"PhotometricInterpretation of the file is {photometric!r}; allowed are "
-            f"{', '.join(map(repr, (*_GREY, _PALETTE, *_COLOUR)))}."
-        )
-    if photometric not in _GREY and (window is not None or full_range):
-        raise MedicalImageError(
-            f"{arg('full_range' if window is None else 'window')} is given, but {arg('source')} is in colour; it is "
-            "allowed for grey images."
-        )
-    if not header.file_meta.TransferSyntaxUID.is_compressed:
-        check_bytes(file, header.Rows * header.Columns * header.BitsAllocated // 8, compressed=False)
-    source = file if as_stated else require("pydicom").dcmread(file, specific_tags=[*_ELEMENTS, "PixelData"])
+    # 2. One frame of the stored values.
     frames = int(header.get("NumberOfFrames") or 1)
     chosen = choose_index("frame", frame, frames, "frame", steps)
     if frames > 1 and (header.get("TotalPixelMatrixRows") or 0) > header.Rows:
-        steps.append("the frame is one tile of a larger picture")
-        logger.warning("the DICOM file is a picture cut into tiles: only one of them is shown")
+        steps.add("left out", "the frame is one tile of a larger picture: only one of them is shown", warns=True)
     _apply_functional_groups(header, chosen)
-    _check_preset(window, header)
-    pixels = _decode(source, header, chosen)
+    if window is not None and window.preset:
+        _check_hounsfield(window, header)
+    pixels = _decode(file, as_stated, header, chosen)
     if (pixels.ndim == 3) != (photometric in _COLOUR):
         raise MedicalImageError(
             f"{arg('source')} is {photometric}, but has {header.SamplesPerPixel} samples per pixel; allowed are 3 for "
             "colour and 1 for grey and palettes."
         )
-    return _to_8_bits(pixels, header, window, full_range, steps), _spacing(header, steps)
-
-
-def _to_8_bits(pixels: np.ndarray, header, window, full_range: bool, steps: list[str]) -> np.ndarray:
-    """Stored values of one frame as they are shown."""
+    # 3. These as 8 bits.
     overlays = sum(tag in header for tag in _OVERLAYS)
-    if overlays:
-        steps.append(f"overlays of the file not shown: {overlays}")
-    photometric = header.PhotometricInterpretation
-    if photometric in _GREY and "RedPaletteColorLookupTableDescriptor" in header:
-        steps.append("supplemental colours of the file not shown")
-    if "ICCProfile" in header:
-        steps.append("colour profile of the file not applied")
-    if photometric == _PALETTE:
-        steps.append("palette colour to RGB")
-        return _apply_palette(pixels, header)
-    if photometric in _COLOUR:
-        if photometric != "RGB":
-            steps.append(f"{photometric} to RGB")
-        as_it_is = pixels.dtype == np.uint8 and header.BitsStored == 8
-        return pixels if as_it_is else apply_range(pixels, 0, 2**header.BitsStored - 1)
-    steps.choices |= dict.fromkeys(("window",) if pixels.dtype.kind == "f" else ("window", "full_range"))
-    padding = _padding(pixels, header)
-    if full_range:
-        if pixels.dtype.kind == "f":
-            raise MedicalImageError(
-                f"{arg('full_range')} is given, but {arg('source')} has floating-point values; it is allowed for whole "
-                "numbers."
-            )
-        low = -(2 ** (header.BitsStored - 1)) if header.PixelRepresentation else 0
-        steps.append(f"full range of {header.BitsStored} bits: {low} to {low + 2**header.BitsStored - 1}")
-        grey = apply_range(pixels, low, low + 2**header.BitsStored - 1)
+    left_out = {
+        f"overlays of the file not shown: {overlays}": overlays,
+        "supplemental colours of the file not shown": photometric in _GREY and f"{_PALETTES[0]}Descriptor" in header,
+        "colour profile of the file not applied": "ICCProfile" in header,
+    }
+    for text, there in left_out.items():
+        if there:
+            steps.add("left out", text)
+    if photometric in _GREY:
+        shown = _show_grey(pixels, header, window, full_range, steps)
+    elif photometric == _PALETTE:
+        steps.add("colour", "palette colour to RGB")
+        shown = _apply_palette(pixels, header)
     else:
-        grey = _apply_voi(_apply_modality(pixels, header, steps), ~padding, header, window, steps)
-    # Each of the two says that the least value is white; said twice it still means one inversion.
-    for reason in (f"{photometric}", f"PresentationLUTShape {header.get('PresentationLUTShape')}"):
-        if reason in ("MONOCHROME1", "PresentationLUTShape INVERSE"):
-            steps.append(f"inverted: {reason}")
-            grey = 255 - grey
-            break
-    if padding.any():
-        steps.append(f"{int(padding.sum())} padding pixels left out: black")
-    return np.where(padding, np.uint8(0), grey)
-
-
-def _check_preset(window, header) -> None:
-    """Refuse a window in Hounsfield units for a file whose values are, as far as it says, in others."""
-    if not isinstance(window, str) or window not in WINDOW_PRESETS:
-        return
-    unit = header.get("RescaleType") or ("HU" if header.get("Modality") == "CT" else None)
-    rescaled = header.get("ModalityLUTSequence") or any(_rescaling(header))
-    if unit not in ("HU", "HU_MOD") or not rescaled:
-        raise MedicalImageError(
-            f"{arg('window')} is {window!r}, a window in Hounsfield units, but {arg('source')} is not a CT image "
-            "whose values are rescaled to them; allowed is LEVEL/WIDTH in the image's units."
-        )
+        if photometric != "RGB":
+            steps.add("colour", f"{photometric} to RGB")
+        as_it_is = pixels.dtype == np.uint8 and header.BitsStored == 8
+        shown = pixels if as_it_is else apply_range(pixels, 0, 2**header.BitsStored - 1)
+    return to_scale(shown, _spacing(header, steps), max_pixels, steps), shown.shape[:2]
 
 
 def read_dicom_series(folder: str | Path) -> list[Path]:
@@ -222,11 +127,11 @@ def read_dicom_series(folder: str | Path) -> list[Path]:
                 continue
             file.seek(0)
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=wanted)
-            if not header.get("ImagePositionPatient") or not header.get("ImageOrientationPatient"):
-                raise MedicalImageError(
-                    "`folder` holds a DICOM file without ImagePositionPatient and ImageOrientationPatient; allowed are "
-                    "folders with the single-frame slices of one series."
-                )
+        if not header.get("ImagePositionPatient") or not header.get("ImageOrientationPatient"):
+            raise MedicalImageError(
+                "`folder` holds a DICOM file without ImagePositionPatient and ImageOrientationPatient; allowed are "
+                "folders with the single-frame slices of one series."
+            )
         series.add(header.get("SeriesInstanceUID"))
         orientations.append([float(number) for number in header.ImageOrientationPatient])
         found.append((path, [float(number) for number in header.ImagePositionPatient]))
@@ -242,7 +147,7 @@ def read_dicom_series(folder: str | Path) -> list[Path]:
 
 
 def _read_header(file: BinaryIO):
-    """The elements that are needed, without the pixels.
+    """The elements that are needed, without the pixels; and whether they are written as the transfer syntax says.
 
     A deflated data set can only be read as a whole, however much comes out of it, so it is refused.
     """
@@ -260,9 +165,10 @@ def _read_header(file: BinaryIO):
     if syntax.is_deflated:
         raise MedicalImageError(f"{arg('source')} is deflated as a whole; allowed are the transfer syntaxes of images.")
     file.seek(0)
-    header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_ELEMENTS, *_OVERLAYS])
+    header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*ELEMENTS, *_OVERLAYS])
     tag = file.read(4)  # it stopped at the pixels, or at the end
-    if "Rows" not in header or "Columns" not in header or not tag:
+    rows = header.get_item("Rows")  # raw: once an element is accessed, how it was written is lost
+    if rows is None or "Columns" not in header or not tag:
         kind = header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")
         name = kind.name if kind and kind.type else "an unknown class"
         raise MedicalImageError(
@@ -274,8 +180,53 @@ def _read_header(file: BinaryIO):
         raise MedicalImageError(
             f"{arg('source')} is a DICOM file without {', '.join(missing)}; allowed are whole files."
         )
+    if not syntax.is_compressed:
+        check_bytes(file, header.Rows * header.Columns * header.BitsAllocated // 8, compressed=False)
     file.seek(0)
-    return header
+    return header, rows.is_implicit_VR == syntax.is_implicit_VR
+
+
+def _check_shown(header, window: Window | None, full_range: bool, allow_burned_in: bool, max_pixels: int) -> None:
+    """Refuse what must not or cannot be shown, before pixels are decoded."""
+    if str(header.get("BurnedInAnnotation")).strip().upper() == "YES" and not allow_burned_in:
+        raise MedicalImageError(
+            f"{arg('source')} says that text is burned into its pixels (BurnedInAnnotation is YES), which may identify "
+            f"the patient; allowed are files that do not say so, or {arg('allow_burned_in')}.",
+            missing="allow_burned_in",
+        )
+    check_size(header.Rows, header.Columns, max_pixels)
+    photometric = header.PhotometricInterpretation
+    if photometric not in (*_GREY, _PALETTE, *_COLOUR):
+        raise MedicalImageError(
+            f"PhotometricInterpretation of the file is {photometric!r}; allowed are "
+            f"{', '.join(map(repr, (*_GREY, _PALETTE, *_COLOUR)))}."
+        )
+    if photometric not in _GREY and (window is not None or full_range):
+        raise MedicalImageError(
+            f"{arg('full_range' if window is None else 'window')} is given, but {arg('source')} is in colour; it is "
+            "allowed for grey images."
+        )
+
+
+def _apply_functional_groups(header, frame: int) -> None:
+    """Slope, window and spacing of a frame of an enhanced file, kept in functional groups, into the header itself."""
+    shared = header.get("SharedFunctionalGroupsSequence") or []
+    per_frame = header.get("PerFrameFunctionalGroupsSequence") or []
+    for group in (*shared, *([per_frame[frame]] if per_frame else [])):
+        for macro in _FUNCTIONAL_GROUPS:
+            for item in group.get(macro) or []:
+                header.update(item)
+
+
+def _check_hounsfield(window: Window, header) -> None:
+    """Refuse a window in Hounsfield units for a file whose values are, as far as it says, in others."""
+    unit = header.get("RescaleType") or ("HU" if header.get("Modality") == "CT" else None)
+    rescaled = header.get("ModalityLUTSequence") or any(_rescaling(header))
+    if unit not in ("HU", "HU_MOD") or not rescaled:
+        raise MedicalImageError(
+            f"{arg('window')} is {window.preset!r}, a window in Hounsfield units, but {arg('source')} is not a CT "
+            "image whose values are rescaled to them; allowed is LEVEL/WIDTH in the image's units."
+        )
 
 
 def _numbers(header, name: str) -> list[float] | None:
@@ -288,35 +239,34 @@ def _numbers(header, name: str) -> list[float] | None:
     return numbers if all(map(math.isfinite, numbers)) else None
 
 
-def _spacing(header, steps: list[str]) -> tuple[float, float] | None:
+def _rescaling(header) -> tuple[list[float], list[float]]:
+    """RescaleSlope and RescaleIntercept, each empty if it is missing."""
+    slopes, intercepts = (_numbers(header, name) for name in ("RescaleSlope", "RescaleIntercept"))
+    if slopes is None or intercepts is None:
+        raise MedicalImageError(
+            f"{arg('source')} states a RescaleSlope or RescaleIntercept that is not a number, so the units of its "
+            "values are unknown; allowed are decimal numbers with a point."
+        )
+    return slopes, intercepts
+
+
+def _spacing(header, steps: Steps) -> tuple[float, float] | None:
+    """How high and how wide a pixel is, in any unit, if the file says it."""
     for name in _SPACINGS:
         numbers = _numbers(header, name)
         if numbers and len(numbers) == 2 and min(numbers) > 0:
             return numbers[0], numbers[1]
         if numbers != []:
-            steps.append(f"{name} of the file left out: it is no pair of numbers above 0")
+            steps.add("geometry", f"{name} of the file left out: it is no pair of numbers above 0")
     return None
 
 
-def _apply_functional_groups(header, frame: int) -> None:
-    """Slope, window and spacing of a frame of an enhanced file, kept in functional groups, into the header itself."""
-    shared = header.get("SharedFunctionalGroupsSequence") or []
-    per_frame = header.get("PerFrameFunctionalGroupsSequence") or []
-    for group in (*shared, *([per_frame[frame]] if per_frame else [])):
-        for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence"):
-            for item in group.get(macro) or []:
-                header.update(item)
-
-
-def _decode(source, header, frame: int) -> np.ndarray:
-    """Stored values of one frame, `(height, width)` or `(height, width, 3)`; YBR is RGB afterwards.
-
-    Args:
-        source: the open file, or the data set with its pixels.
-    """
-    library = require("pydicom.pixels")
+def _decode(file: BinaryIO, as_stated: bool, header, frame: int) -> np.ndarray:
+    """Stored values of one frame, `(height, width)` or `(height, width, 3)`; YBR is RGB afterwards."""
+    library, syntax = require("pydicom.pixels"), header.file_meta.TransferSyntaxUID
     pixel_array = library.pixel_array
-    syntax = header.file_meta.TransferSyntaxUID
+    # pydicom reads single frames only from files whose elements are written as the transfer syntax says; some are not.
+    source = file if as_stated else require("pydicom").dcmread(file, specific_tags=[*ELEMENTS, "PixelData"])
     try:
         decoder = library.get_decoder(syntax)
     except NotImplementedError:
@@ -336,12 +286,12 @@ def _decode(source, header, frame: int) -> np.ndarray:
         # Where the stored bits are not the lowest ones, which pydicom takes; below them may be overlays.
         pixels = pixel_array(source, index=frame, correct_unused_bits=False)
         return pixels << (header.BitsAllocated - 1 - high) >> (header.BitsAllocated - stored)
-    plugins = sorted(decoder.available_plugins, key="gdcm".__eq__)  # gdcm last, and for files alone
-    for plugin in plugins if isinstance(source, io.IOBase) else (each for each in plugins if each != "gdcm"):
+    for plugin in sorted(decoder.available_plugins, key="gdcm".__eq__):  # gdcm last, and for files alone
         try:
-            if plugin == "gdcm":
-                return _decode_with_gdcm(source, frame)
-            return pixel_array(source, index=frame, decoding_plugin=plugin)
+            if plugin != "gdcm":
+                return pixel_array(source, index=frame, decoding_plugin=plugin)
+            if as_stated:
+                return decode_with_gdcm(file, frame)
         except RuntimeError:
             continue
     if syntax == require("pydicom.uid").JPEGExtended12Bit and header.BitsStored > 8:
@@ -353,98 +303,32 @@ def _decode(source, header, frame: int) -> np.ndarray:
     raise MedicalImageError(f"the pixels of {arg('source')}, stored as {syntax.name}, cannot be decoded: {reason}.")
 
 
-def _decode_with_gdcm(file: BinaryIO, frame: int) -> np.ndarray:
-    """As `pydicom.pixels.pixel_array`, in a process of its own: some broken files abort the one that gdcm runs in.
-
-    Raises:
-        RuntimeError: if that process fails, or takes longer than a minute.
-    """
-    file.seek(0)
-    command = [sys.executable, "-P", "-c", _DECODE_WITH_GDCM, str(frame)]
-    try:
-        done = subprocess.run(command, input=file.read(), capture_output=True, check=True, timeout=_DECODING_SECONDS)
-    except subprocess.SubprocessError as error:
-        raise RuntimeError(str(error)) from error
-    return np.load(io.BytesIO(done.stdout))
-
-
-def _look_up(values: np.ndarray, first: int, table: np.ndarray) -> np.ndarray:
-    """Values through a table that begins at `first`; beyond its ends its first and last entry count."""
-    return table[np.clip(values.astype(np.int64) - first, 0, len(table) - 1)]
-
-
-def _table(item, values: np.ndarray, signed: bool, header, name: str = "LUT") -> tuple[int, np.ndarray, int]:
-    """First value mapped, entries, and bits per entry of a look-up table (PS3.3, C.11.1.1.1 and C.11.2.1.1).
-
-    Args:
-        values: what is to be mapped.
-        signed: whether such values can be negative. The standard ties the first value mapped to that, but implicit VR
-            does not tell it, and files write it the other way, too: 64512 for −1024.
-        name: what the elements' names begin with.
-    """
-    count, first, bits = (int(number) for number in item[f"{name}Descriptor"].value)
-    data = item[f"{name}Data"].value
-    count = count % 2**16 or 2**16
-    if signed and first >= 2**15 and first > values.max():
-        first -= 2**16
-    elif not signed and first + count <= 0:
-        first += 2**16
-    order = "<" if header.file_meta.TransferSyntaxUID.is_little_endian else ">"
-    if not isinstance(data, bytes):
-        data = (np.atleast_1d(data).astype(np.int64) % 2**16).astype(f"{order}u2").tobytes()
-    kind = np.dtype(np.uint8 if bits <= 8 and len(data) < 2 * count else f"{order}u2")
-    return first, np.frombuffer(data, kind, len(data) // kind.itemsize)[:count], bits
-
-
-def _apply_palette(pixels: np.ndarray, header) -> np.ndarray:
-    names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
-    segmented = "SegmentedRedPaletteColorLookupTableData" in header
-    needed = [f"{name}Descriptor" for name in names] + [f"{'Segmented' * segmented}{name}Data" for name in names]
-    if not all(header.get(element) for element in needed):
+def _show_grey(pixels: np.ndarray, header, window: Window | None, full_range: bool, steps: Steps) -> np.ndarray:
+    """Stored grey values as they are shown: padding is always black."""
+    whole = pixels.dtype.kind != "f"
+    steps.choices |= dict.fromkeys(("window", "full_range") if whole else ("window",))
+    padding = _padding(pixels, header)
+    if full_range and not whole:
         raise MedicalImageError(
-            f"{arg('source')} is PALETTE COLOR, but holds no whole palette; allowed are files that hold it."
+            f"{arg('full_range')} is given, but {arg('source')} has floating-point values; it is allowed for whole "
+            "numbers."
         )
-    if segmented:
-        count, first, bits = header.RedPaletteColorLookupTableDescriptor
-        # pydicom wraps around beyond the end of the table, where the last entry counts.
-        within = np.clip(pixels, first, first + (count or 2**16) - 1)
-        colours = require("pydicom.pixels").apply_color_lut(within, header)
-        return apply_range(colours, 0, 2**bits - 1)
-    tables = [_table(header, pixels, pixels.dtype.kind == "i", header, name) for name in names]
-    bits, greatest = tables[0][2], max(int(table.max()) for _, table, _ in tables)
-    # 8 bits that are written in words of 16, the lower or the upper half of them, whatever was declared.
-    bits = 16 if greatest >= 2**bits else 8 if greatest < 2**8 else bits
-    channels = [apply_range(_look_up(pixels, first, table), 0, 2**bits - 1) for first, table, _ in tables]
-    return np.stack(channels, axis=-1)
-
-
-def _apply_modality(pixels: np.ndarray, header, steps: list[str]) -> np.ndarray:
-    """Stored values into the units of the modality, such as Hounsfield units (PS3.3, C.11.1)."""
-    if header.get("ModalityLUTSequence"):
-        first, table, _ = _table(header.ModalityLUTSequence[0], pixels, pixels.dtype.kind == "i", header)
-        steps.append(f"modality LUT: table of {len(table)} entries")
-        return _look_up(pixels, first, table)
-    slopes, intercepts = _rescaling(header)
-    if not slopes and not intercepts:
-        return pixels
-    slope, intercept = slopes[0] if slopes else 1.0, intercepts[0] if intercepts else 0.0
-    notes = " (not stated)" if not slopes else " (the file says 0)" if not slope else ""
-    slope = slope or 1.0
-    steps.append(
-        f"modality LUT: slope {slope:g}{notes}, intercept {intercept:g}{'' if intercepts else ' (not stated)'}"
-    )
-    return pixels.astype(np.float64) * slope + intercept
-
-
-def _rescaling(header) -> tuple[list[float], list[float]]:
-    """RescaleSlope and RescaleIntercept, each empty if it is missing."""
-    slopes, intercepts = (_numbers(header, name) for name in ("RescaleSlope", "RescaleIntercept"))
-    if slopes is None or intercepts is None:
-        raise MedicalImageError(
-            f"{arg('source')} states a RescaleSlope or RescaleIntercept that is not a number, so the units of its "
-            "values are unknown; allowed are decimal numbers with a point."
-        )
-    return slopes, intercepts
+    if full_range:
+        low = -(2 ** (header.BitsStored - 1)) if header.PixelRepresentation else 0
+        high = low + 2**header.BitsStored - 1
+        steps.add("levels", f"full range of {header.BitsStored} bits: {low} to {high}")
+        grey = apply_range(pixels, low, high)
+    else:
+        grey = _apply_voi(_apply_modality(pixels, header, steps), ~padding, header, window, steps)
+    # Each of the two says that the least value is white; said twice it still means one inversion.
+    for reason in (header.PhotometricInterpretation, f"PresentationLUTShape {header.get('PresentationLUTShape')}"):
+        if reason in ("MONOCHROME1", "PresentationLUTShape INVERSE"):
+            steps.add("levels", f"inverted: {reason}")
+            grey = 255 - grey
+            break
+    if padding.any():
+        steps.add("levels", f"{int(padding.sum())} padding pixels left out: black")
+    return np.where(padding, np.uint8(0), grey)
 
 
 def _padding(pixels: np.ndarray, header) -> np.ndarray:
@@ -458,16 +342,30 @@ def _padding(pixels: np.ndarray, header) -> np.ndarray:
     return (pixels >= low) & (pixels <= high)
 
 
-def _apply_voi(values: np.ndarray, used: np.ndarray, header, window, steps: list[str]) -> np.ndarray:
+def _apply_modality(pixels: np.ndarray, header, steps: Steps) -> np.ndarray:
+    """Stored values into the units of the modality, such as Hounsfield units (PS3.3, C.11.1)."""
+    if header.get("ModalityLUTSequence"):
+        values, table, _ = _look_up(pixels, header.ModalityLUTSequence[0], pixels.dtype.kind == "i", header)
+        steps.add("levels", f"modality LUT: table of {len(table)} entries")
+        return values
+    slopes, intercepts = _rescaling(header)
+    if not slopes and not intercepts:
+        return pixels
+    slope, intercept = (*slopes, 1.0)[0] or 1.0, (*intercepts, 0.0)[0]
+    note = " (not stated)" if not slopes else " (the file says 0)" if not slopes[0] else ""
+    other = "" if intercepts else " (not stated)"
+    steps.add("levels", f"modality LUT: slope {slope:g}{note}, intercept {intercept:g}{other}")
+    return pixels.astype(np.float64) * slope + intercept
+
+
+def _apply_voi(values: np.ndarray, used: np.ndarray, header, window: Window | None, steps: Steps) -> np.ndarray:
     """Values into 8 bits: by the caller's window, the file's table, the file's window, or percentiles."""
     function = str(header.get("VOILUTFunction") or "LINEAR").strip().upper()
     if window is not None:
-        level, width = check_window(window)
         function = function if function in WINDOW_FUNCTIONS else "LINEAR"
-        if function == "LINEAR" and (width < 1 or (values % 1).any()):  # it is made for whole numbers
+        if function == "LINEAR" and (window.width < 1 or (values % 1).any()):  # it is made for whole numbers
             function = "LINEAR_EXACT"
-        steps.append(describe_window(window, level, width, function))
-        return apply_window(values, level, width, function)
+        return apply_window(values, window, steps, function)
     if header.get("VOILUTSequence"):
         return _apply_voi_table(values, header, steps)
     levels, widths = (_numbers(header, name) for name in ("WindowCenter", "WindowWidth"))
@@ -481,33 +379,77 @@ def _apply_voi(values: np.ndarray, used: np.ndarray, header, window, steps: list
     elif levels and function not in WINDOW_FUNCTIONS:
         unusable = "its function (VOILUTFunction) is not known"
     elif levels:
-        level, width = levels[0], widths[0]
-        exact = function == "LINEAR" and width < 1
-        function = "LINEAR_EXACT" if exact else function
-        note = " (LINEAR needs a width of at least 1)" if exact else ""
-        steps.append(
-            f"window {level:g}/{width:g} (level/width) from the file{_first_of(len(levels))}, {function}{note}"
-        )
-        return apply_window(values, level, width, function)
+        note, origin = "", f" from the file{_first_of(len(levels))}"
+        if function == "LINEAR" and widths[0] < 1:
+            function, note = "LINEAR_EXACT", " (LINEAR needs a width of at least 1)"
+        return apply_window(values, Window(levels[0], widths[0]), steps, function, origin, note)
     if unusable:
-        steps.append(f"window of the file not applied: {unusable}")
-        logger.warning("the window of the DICOM file is not applied: %s", unusable)
+        steps.add("levels", f"window of the file not applied: {unusable}", warns=True)
     return apply_percentiles(values, steps, PERCENTILES, used)
 
 
-def _apply_voi_table(values: np.ndarray, header, steps: list[str]) -> np.ndarray:
+def _apply_voi_table(values: np.ndarray, header, steps: Steps) -> np.ndarray:
     items = header.VOILUTSequence
     slopes, intercepts = _rescaling(header)
     signed = header.get("PixelRepresentation") == 1 or any(number < 0 for number in (*slopes[:1], *intercepts[:1]))
     signed = signed and not header.get("ModalityLUTSequence")  # whose output is unsigned
-    first, table, bits = _table(items[0], values, signed, header)
+    levels, table, bits = _look_up(np.rint(values), items[0], signed, header)
     greatest, most = 2**bits - 1, int(table.max())
     note = ""
     if most > greatest or (bits > 8 and most <= greatest // 2):
         note = f", {bits} bits declared, but scaled by its greatest value {most}"
         greatest = most
-    steps.append(f"VOI LUT of the file: table of {len(table)} entries{_first_of(len(items))}{note}")
-    return apply_range(_look_up(np.rint(values), first, table), 0, greatest)
+    steps.add("levels", f"VOI LUT of the file: table of {len(table)} entries{_first_of(len(items))}{note}")
+    return apply_range(levels, 0, greatest)
+
+
+def _apply_palette(pixels: np.ndarray, header) -> np.ndarray:
+    segmented = f"Segmented{_PALETTES[0]}Data" in header
+    kind = "Segmented" if segmented else ""
+    if not all(header.get(f"{name}Descriptor") and header.get(f"{kind}{name}Data") for name in _PALETTES):
+        raise MedicalImageError(
+            f"{arg('source')} is PALETTE COLOR, but holds no whole palette; allowed are files that hold it."
+        )
+    if segmented:
+        count, first, bits = header.RedPaletteColorLookupTableDescriptor
+        # pydicom wraps around beyond the end of the table, where the last entry counts.
+        within = np.clip(pixels, first, first + (count or 2**16) - 1)
+        return apply_range(require("pydicom.pixels").apply_color_lut(within, header), 0, 2**bits - 1)
+    found = [_look_up(pixels, header, pixels.dtype.kind == "i", header, name) for name in _PALETTES]
+    bits, greatest = found[0][2], max(int(table.max()) for _, table, _ in found)
+    # 8 bits that are written in words of 16, in the lower or the upper half of them, despite what is declared.
+    bits = 16 if greatest >= 2**bits else 8 if greatest < 2**8 else bits
+    return apply_range(np.stack([levels for levels, _, _ in found], axis=-1), 0, 2**bits - 1)
+
+
+def _look_up(values, item, signed: bool, header, name: str = "LUT") -> tuple[np.ndarray, np.ndarray, int]:
+    """Values through a look-up table (PS3.3, C.11.1.1.1 and C.11.2.1.1); beyond its ends its outermost entries count.
+
+    pydicom's own functions take tables as they are declared; files declare first values and bits wrongly.
+
+    Args:
+        values: what is to be mapped, whole numbers.
+        item: what holds the table.
+        signed: whether such values can be negative. The standard ties the first value mapped to that, but implicit VR
+            does not state it, and files write it the other way, too: 64512 for −1024.
+        name: what the elements' names begin with.
+
+    Returns:
+        The values mapped, the table, and its bits per entry as declared.
+    """
+    count, first, bits = (int(number) for number in item[f"{name}Descriptor"].value)
+    data = item[f"{name}Data"].value
+    count = count % 2**16 or 2**16
+    if signed and first >= 2**15 and first > values.max():
+        first -= 2**16
+    elif not signed and first + count <= 0:
+        first += 2**16
+    order = "<" if header.file_meta.TransferSyntaxUID.is_little_endian else ">"
+    if not isinstance(data, bytes):
+        data = (np.atleast_1d(data).astype(np.int64) % 2**16).astype(f"{order}u2").tobytes()
+    kind = np.dtype(np.uint8 if bits <= 8 and len(data) < 2 * count else f"{order}u2")
+    table = np.frombuffer(data, kind, len(data) // kind.itemsize)[:count]
+    return table[np.clip(values.astype(np.int64) - first, 0, len(table) - 1)], table, bits
 
 
 def _first_of(count: int) -> str:

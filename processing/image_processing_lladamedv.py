@@ -1,6 +1,7 @@
 """From a picture to tiles: the three ways in which LLaVA-style models cut an image, on the PIL backend."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from .medical_images import fetch_url, is_url, read_medical_image
 from .medical_shared import MAX_IMAGE_PIXELS, MedicalImageError
 
 
+_GRIDS = re.compile(r"[ (]*(\d+)x(\d+)[ )]*,\.\.\.,[ (]*(\d+)x(\d+)[ )]*")
 _MAX_GRIDS, _MAX_TILES = 4096, 1024  # of a list, and of a grid
 _MAX_IMAGE_TOKENS = 2**20
 
@@ -55,8 +57,8 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
     tiles, `image_sizes` `(num_images, 2)` (original height, width) and `batch_num_images` (images per prompt).
 
     Raises:
-        ValueError: for an image that cannot be read, has no pixels or more than about 179 million (padded to a square,
-            where that is done), or an array or tensor that is not 8-bit.
+        ValueError: for an image that cannot be read, or has no pixels or more than about 179 million (padded to a
+            square, where that is done).
         TypeError: for something that is no image.
     """
 
@@ -89,7 +91,7 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         self.image_grid_pinpoints = parse_grid_pinpoints(self.image_grid_pinpoints, side)
 
     def fetch_images(self, images):
-        """Open whatever stands for an image, as an 8-bit RGB `PIL.Image`; lists keep their structure.
+        """Open an image of any accepted kind as an 8-bit RGB `PIL.Image`; lists keep their structure.
 
         Training, evaluation, the server and every command see a picture through this or through
         [`read_medical_image`], which it calls: grey values of more than 8 bits are spread between percentiles; 8-bit
@@ -113,9 +115,8 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         images = self.fetch_images(images)
         if not isinstance(images, list):
             images = [images]
-        nested = any(isinstance(image, list) for image in images)
-        counts = [len(row) if isinstance(row, list) else 1 for row in images] if nested else [1] * len(images)
-        flat = [image for row in images for image in (row if isinstance(row, list) else [row])]
+        rows = [row if isinstance(row, list) else [row] for row in images]
+        counts, flat = [len(row) for row in rows], [image for row in rows for image in row]
         if not flat:
             raise ValueError("`images` is empty; allowed are an image, or a list with at least one.")
         if not kwargs.pop("return_pixel_values", True):
@@ -124,22 +125,9 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         return super(LlavaOnevisionImageProcessorPil, self).preprocess(flat, counts, **kwargs)
 
     def _preprocess(
-        self,
-        images,
-        batch_num_images,
-        size,
-        vision_aspect_ratio,
-        image_grid_pinpoints,
-        resample,
-        do_resize,
-        do_rescale,
-        rescale_factor,
-        do_normalize,
-        image_mean,
-        image_std,
-        return_tensors,
-        **kwargs,
-    ) -> BatchFeature:
+        self, images, batch_num_images, size, vision_aspect_ratio, image_grid_pinpoints, resample, do_resize,
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std, return_tensors, **kwargs
+    ) -> BatchFeature:  # fmt: skip
         pinpoints = parse_grid_pinpoints(image_grid_pinpoints, size.height)
         alone = [count == 1 for count in batch_num_images for _ in range(count)]
         prepared, image_sizes = [], []
@@ -148,7 +136,11 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
             if vision_aspect_ratio == "square":
                 tiles = [image]
             elif vision_aspect_ratio == "pad" or not tiled:
-                _check_padded_size(*image.shape[-2:])
+                if max(image.shape[-2:]) ** 2 > MAX_IMAGE_PIXELS:
+                    raise ValueError(
+                        f"`images` holds an image of {image.shape[-1]} by {image.shape[-2]} pixels, which is to be "
+                        f"padded to a square; allowed are at most {MAX_IMAGE_PIXELS} pixels with the padding."
+                    )
                 tiles = [self.pad_to_square(image, tuple(int(mean * 255) for mean in image_mean))]
             else:
                 tiles = self.get_image_patches(image, pinpoints, (size.height, size.width), size.height, resample)
@@ -162,11 +154,9 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
                 pixels -= mean  # in place: the tiles of one picture take 65 MB
                 pixels /= std
             prepared.append(pixels)
-        data = {
-            "pixel_values": self._pad_for_batching(prepared),
-            "image_sizes": image_sizes,
-            "batch_num_images": batch_num_images,
-        }
+        most = max(map(len, prepared))
+        padded = [np.pad(tiles, [(0, most - len(tiles)), *[(0, 0)] * 3]) for tiles in prepared]
+        data = {"pixel_values": padded, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def get_number_of_image_tokens(self, height: int, width: int, alone: bool = True) -> int:
@@ -179,7 +169,10 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         Raises:
             ValueError: for more than about a million.
         """
-        tokens = self._count_image_tokens(height, width, alone)
+        side = self.size["height"] // self.patch_size
+        tokens = side * side
+        if self.vision_aspect_ratio.startswith("anyres"):
+            tokens += self._count_tile_tokens(height, width, side) if alone else 1
         if tokens > _MAX_IMAGE_TOKENS:
             raise ValueError(
                 f"`patch_size` is {self.patch_size} and `size` {self.size['height']}, which makes {tokens} tokens of "
@@ -187,12 +180,8 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
             )
         return tokens
 
-    def _count_image_tokens(self, height, width, alone) -> int:
-        side = self.size["height"] // self.patch_size
-        if not self.vision_aspect_ratio.startswith("anyres"):
-            return side * side
-        if not alone:
-            return side * side + 1
+    def _count_tile_tokens(self, height: int, width: int, side: int) -> int:
+        """The tokens of the tiles behind the overview, `side` by `side` a tile."""
         best_height, best_width = select_best_resolution((height, width), self.image_grid_pinpoints)
         rows, columns = (best // self.size["height"] * side for best in (best_height, best_width))
         # The padding that made the image fit the grid is cut off again …
@@ -204,7 +193,7 @@ class LLaDAMedVImageProcessor(LlavaOnevisionImageProcessorPil):
         shrink = math.sqrt(rows * columns / (int(self.vision_aspect_ratio.removeprefix("anyres_max_")) * side**2))
         if shrink > 1.1:
             rows, columns = int(rows // shrink), int(columns // shrink)
-        return side * side + rows * (columns + 1)  # overview, and a newline behind every row
+        return rows * (columns + 1)  # a newline behind every row
 
 
 def parse_grid_pinpoints(pinpoints, tile_size: int) -> list[list[int]]:
@@ -222,10 +211,10 @@ def parse_grid_pinpoints(pinpoints, tile_size: int) -> list[list[int]]:
     if pinpoints is None:
         pinpoints = "(1x1),...,(6x6)"
     if isinstance(pinpoints, str):
-        ends = [part.strip(" ()").split("x") for part in pinpoints.split(",...,")]
-        if len(ends) != 2 or not all(len(end) == 2 and end[0].isdecimal() and end[1].isdecimal() for end in ends):
+        match = _GRIDS.fullmatch(pinpoints)
+        if match is None:
             raise ValueError(f"`image_grid_pinpoints` is {pinpoints!r}; a text must look like '(1x1),...,(6x6)'.")
-        (first_column, first_row), (last_column, last_row) = [map(int, end) for end in ends]
+        first_column, first_row, last_column, last_row = map(int, match.groups())
         if (last_column - first_column + 1) * (last_row - first_row + 1) > _MAX_GRIDS:
             raise ValueError(f"`image_grid_pinpoints` is {pinpoints!r}; allowed are at most {_MAX_GRIDS} grids.")
         pinpoints = [
@@ -253,8 +242,8 @@ def parse_grid_pinpoints(pinpoints, tile_size: int) -> list[list[int]]:
 
 
 def _read(image) -> Image.Image:
-    """One image of any accepted kind as 8-bit RGB, by the one way that there is for it."""
-    # Nothing is left to do for what comes from here.
+    """One image of any accepted kind as 8-bit RGB."""
+    # Nothing is left to do for a picture that was read before.
     if type(image) is Image.Image and image.mode == "RGB" and not image.info and not image.getexif():
         if 0 < image.width * image.height <= MAX_IMAGE_PIXELS:
             return image
@@ -285,14 +274,6 @@ def _read(image) -> Image.Image:
     except Exception as error:  # of the network and of URLs
         reason = f"{' '.join(str(error).split()):.300}"
     raise ValueError(f"`images` holds an image {described} that cannot be read: {reason}")
-
-
-def _check_padded_size(height: int, width: int) -> None:
-    if max(height, width) ** 2 > MAX_IMAGE_PIXELS:
-        raise ValueError(
-            f"`images` holds an image of {width} by {height} pixels, which is to be padded to a square; allowed are at "
-            f"most {MAX_IMAGE_PIXELS} pixels with the padding."
-        )
 
 
 LLaDAMedVImageProcessor.register_for_auto_class("AutoImageProcessor")

@@ -1,7 +1,7 @@
 """Medical image files into 8-bit RGB pictures: DICOM, NIfTI slices, TIFF, 16-bit PNG and common picture formats.
 
 `Image.open(...).convert("RGB")` clips 16 bits at 255, shows what transparency hid and knows no Hounsfield units, all
-without a word. [`read_medical_image`] does each of these things on purpose and tells in `steps` what was done.
+silently. [`read_medical_image`] does each of these things on purpose, and its `steps` say what was done.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import base64
 import io
 import logging
-import math
 import os
 import re
 import stat
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from typing import BinaryIO, NamedTuple
@@ -23,17 +23,21 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from .dicom import is_dicom, read_dicom, read_dicom_series
-from .medical_shared import MAX_IMAGE_PIXELS, WINDOW_PRESETS, MedicalImageError, Steps, arg, check_size, check_window
+from .grey_levels_lladamedv import WINDOW_PRESETS, check_window
+from .medical_shared import MAX_IMAGE_PIXELS, MedicalImageError, Step, Steps, arg
 from .nifti import is_nifti, read_nifti
-from .pictures import convert_array, convert_picture, read_picture
+from .pictures import read_decoded, read_picture
 
 
 logger = logging.getLogger(__name__)
 _URL_HEADERS = {"User-Agent": "lladamedv"}  # hosts refuse Python's own
 _BASE64 = re.compile(r";\s*base64\s*$", re.IGNORECASE)  # at the end of what stands before a data URL's data
-_URL_TIMEOUT = 60  # seconds; without one, a server that says nothing is waited for for ever
+_URL_TIMEOUT = 60  # seconds; without a limit, a silent server blocks the process
 _DICOM, _NIFTI, _PICTURE, _DECODED = "DICOM file", "NIfTI volume", "picture file", "decoded picture"
-_MOST_STRETCHED = 100  # what is stated beyond is hardly meant
+_DECODED_TYPES = (Image.Image, np.ndarray)
+# Each takes the open binary file or the decoded picture, the steps, to which it adds what it does, `max_pixels` and the
+# options of its kind. It returns a picture in 8 bits that `convert("RGB")` treats well, and the (height, width) it had.
+_READERS = {_DICOM: read_dicom, _NIFTI: read_nifti, _PICTURE: read_picture, _DECODED: read_decoded}
 
 
 class ReadingOption(NamedTuple):
@@ -57,41 +61,21 @@ class ReadingOption(NamedTuple):
 # Not given is `None`, or `False`.
 READING_OPTIONS = (
     ReadingOption("frame", "frame", int, (_DICOM,), "Frame of a DICOM file, from 0; by default the middle one."),
-    ReadingOption(
-        "slice_index", "slice", int, (_NIFTI,), "Slice of a NIfTI volume, from 0; by default the middle one."
-    ),
+    ReadingOption("slice_index", "slice", int, (_NIFTI,),
+                  "Slice of a NIfTI volume, from 0; by default the middle one."),
     ReadingOption("axis", "axis", str, (_NIFTI,), "How to cut a NIfTI volume: axial (the default), coronal, sagittal."),
     ReadingOption("time_index", "time", int, (_NIFTI,), "Which volume of a NIfTI file with several, from 0."),
     ReadingOption("page", "page", int, (_PICTURE,), "Page of a TIFF file or frame of an animation, from 0."),
-    ReadingOption(
-        "window",
-        "window",
-        str,
-        (_DICOM, _NIFTI, _PICTURE, _DECODED),
-        f"Grey values to show: LEVEL/WIDTH such as 40/400, or a window of CT: {', '.join(WINDOW_PRESETS)}.",
-    ),
-    ReadingOption(
-        "full_range",
-        "full_range",
-        bool,
-        (_DICOM, _PICTURE, _DECODED),
-        "Show the whole range of the stored bits, from black to white.",
-    ),
-    ReadingOption(
-        "background",
-        "background",
-        str,
-        (_PICTURE, _DECODED),
-        "Colour behind transparent pictures: a name such as white, or #rrggbb; by default transparency is left out.",
-    ),
-    ReadingOption(
-        "allow_burned_in",
-        "allow_burned_in",
-        bool,
-        (_DICOM,),
-        "Read DICOM files that say that text is burned into their pixels, too.",
-    ),
-)
+    ReadingOption("window", "window", str, (_DICOM, _NIFTI, _PICTURE, _DECODED),
+                  f"Grey values to show: LEVEL/WIDTH such as 40/400, or a window of CT: {', '.join(WINDOW_PRESETS)}."),
+    ReadingOption("full_range", "full_range", bool, (_DICOM, _PICTURE, _DECODED),
+                  "Show the whole range of the stored bits, from black to white."),
+    ReadingOption("background", "background", str, (_PICTURE, _DECODED),
+                  "Colour behind transparent pictures: a name such as white, or #rrggbb; by default transparency is "
+                  "left out."),
+    ReadingOption("allow_burned_in", "allow_burned_in", bool, (_DICOM,),
+                  "Read DICOM files that say that text is burned into their pixels, too."),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,14 +85,14 @@ class MedicalImage:
     Attributes:
         image: RGB `PIL.Image`, upright, without metadata.
         size: original (height, width) in pixels, upright, before any reduction or stretching.
-        steps: what was done, in order; never anything that identifies a patient.
+        steps: what was done, in order, as [`Step`]s; never anything that identifies a patient.
         choices: the arguments of [`read_medical_image`] by which another picture can be read from the same source.
             Those of an index have what is counted, the index from 0, and how many there are; the others have `None`.
     """
 
     image: Image.Image
     size: tuple[int, int]
-    steps: list[str]
+    steps: tuple[Step, ...]
     choices: dict[str, tuple[str, int, int] | None]
 
 
@@ -161,79 +145,62 @@ def read_medical_image(
 
     Sources: DICOM PS3.3, C.7.6.3, C.11.1 and C.11.2, and PS3.4, N.2; NIfTI-1 (https://nifti.nimh.nih.gov/nifti-1).
     """
-    check_options(window=window, background=background, full_range=full_range)
-    background = _check_background(background)
+    # 1. The options, as far as they can be checked without the image.
+    options = {
+        **{"frame": frame, "slice_index": slice_index, "axis": axis, "time_index": time_index, "page": page},
+        **check_options(window=window, background=background, full_range=full_range),
+        "allow_burned_in": allow_burned_in,
+    }
     if not isinstance(max_pixels, int) or not 1 <= max_pixels <= MAX_IMAGE_PIXELS:
         raise MedicalImageError(
             f"{arg('max_pixels')} is {max_pixels!r}; allowed are whole numbers from 1 to {MAX_IMAGE_PIXELS}."
         )
-    decoded = isinstance(source, (Image.Image, np.ndarray))
-    file = None if decoded else _open(source)
-    shown = {"window": window, "full_range": full_range, "max_pixels": max_pixels}
-    steps = Steps()
-    kind = "file"
-    try:
-        kind = _DECODED if decoded else _kind(file)
-        given = {
-            **{"frame": frame, "slice_index": slice_index, "axis": axis, "time_index": time_index, "page": page},
-            **{"window": window, "full_range": full_range or None, "background": background},
-            "allow_burned_in": allow_burned_in or None,
-        }
-        for option in READING_OPTIONS:
-            if given[option.argument] is not None and kind not in option.kinds:
-                allowed = ", ".join(arg(other.argument) for other in READING_OPTIONS if kind in other.kinds)
-                raise MedicalImageError(
-                    f"{arg(option.argument)} is given, but {arg('source')} is a {kind}; allowed for it are {allowed}."
-                )
-        if kind == _DICOM:
-            pixels, spacing = read_dicom(file, steps, frame=frame, allow_burned_in=allow_burned_in, **shown)
-            image, size = _to_scale(pixels, spacing, max_pixels, steps), pixels.shape[:2]
-        elif kind == _NIFTI:
-            pixels, spacing = read_nifti(
-                file,
-                steps,
-                slice_index=slice_index,
-                time_index=time_index,
-                axis="axial" if axis is None else axis,
-                window=window,
-                max_pixels=max_pixels,
-            )
-            image, size = _to_scale(pixels, spacing, max_pixels, steps), pixels.shape[:2]
-        else:
-            shown["background"] = background
-            if kind == _PICTURE:
-                image, size = read_picture(file, steps, page=page, **shown)
-            elif isinstance(source, np.ndarray):
-                image, size = convert_array(source, steps, **shown)
-            else:
-                check_size(source.height, source.width, shown.pop("max_pixels"))
-                image, size = convert_picture(source, steps, **shown)
-        # Through an array, so that no metadata comes along.
-        image = Image.fromarray(np.asarray(image.convert("RGB")))
-    except (MedicalImageError, ImportError, MemoryError):
-        raise
-    except Exception as error:  # the libraries raise many kinds; their messages may quote what is in the file
-        raise MedicalImageError(
-            f"{arg('source')} is a {kind} that cannot be read ({type(error).__name__}): it is broken, or of a variant "
-            "that is not supported."
-        ) from None
-    finally:
-        if isinstance(source, (str, PathLike)):
-            file.close()
-    logger.info("medical image, %d by %d pixels (height by width): %s", *size, "; ".join(steps) or "as it is")
-    return MedicalImage(image, size, list(steps), steps.choices)
+    steps, kind = Steps(), "file"
+    with _open(source) as content:
+        try:
+            # 2. What the source is, and whether the options suit it.
+            kind = _DECODED if isinstance(content, _DECODED_TYPES) else _kind(content)
+            fitting = [option.argument for option in READING_OPTIONS if kind in option.kinds]
+            for name, value in options.items():
+                if value is not None and value is not False and name not in fitting:
+                    raise MedicalImageError(
+                        f"{arg(name)} is given, but {arg('source')} is a {kind}; allowed for it are "
+                        f"{', '.join(map(arg, fitting))}."
+                    )
+            # 3. The pixels, in 8 bits, by the reader of that kind.
+            fitting = {name: options[name] for name in fitting}
+            image, size = _READERS[kind](content, steps, max_pixels=max_pixels, **fitting)
+            # 4. As RGB, through an array, so that no metadata comes along.
+            image = Image.fromarray(np.asarray(image.convert("RGB")))
+        except (MedicalImageError, ImportError, MemoryError):
+            raise
+        except Exception as error:  # the libraries raise many kinds; their messages may quote what is in the file
+            raise MedicalImageError(
+                f"{arg('source')} is a {kind} that cannot be read ({type(error).__name__}): it is broken, or of a "
+                "variant that is not supported."
+            ) from None
+    # 5. What was done.
+    for step in steps:
+        if step.warns:
+            logger.warning("medical image: %s", step)
+    done = "; ".join(map(str, steps)) or "as it is"
+    logger.info("medical image, %d by %d pixels (height by width): %s", *size, done)
+    return MedicalImage(image, size, tuple(steps), steps.choices)
 
 
-def check_options(*, window=None, background=None, full_range: bool = False, **others) -> None:
+def check_options(*, window=None, background=None, full_range: bool = False, **others) -> dict:
     """Check what can be known of the options of [`read_medical_image`] without the image.
+
+    Returns:
+        The three that are named here, as the readers take them.
 
     Raises:
         MedicalImageError: for a value that is not allowed, or two that exclude each other.
     """
-    check_window(window)
-    _check_background(background)
+    checked = {"window": check_window(window), "full_range": full_range, "background": _check_background(background)}
     if window is not None and full_range:
         raise MedicalImageError(f"{arg('window')} and {arg('full_range')} are both given; allowed is one of the two.")
+    return checked
 
 
 def is_url(source: object) -> bool:
@@ -263,7 +230,7 @@ def fetch_url(url: str) -> bytes:
     """The content of a URL: `http`, `https` or `data`.
 
     Raises:
-        MedicalImageError: if it cannot be had.
+        MedicalImageError: if it cannot be fetched.
     """
     try:
         if url.strip()[:5].lower() == "data:":
@@ -275,8 +242,10 @@ def fetch_url(url: str) -> bytes:
         raise MedicalImageError(f"{arg('source')} is a URL that cannot be fetched ({reason}).") from None
 
 
-def _open(source) -> BinaryIO:
-    """A seekable binary file, at its beginning."""
+def _open(source) -> AbstractContextManager:
+    """A seekable binary file, at its beginning, or what is decoded already; files that were opened here are closed."""
+    if isinstance(source, _DECODED_TYPES):
+        return nullcontext(source)
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if isinstance(source, (str, PathLike)):
@@ -297,7 +266,7 @@ def _open(source) -> BinaryIO:
     if not source.seekable():
         return io.BytesIO(source.read())
     source.seek(0)
-    return source
+    return nullcontext(source)
 
 
 def _kind(file: BinaryIO) -> str:
@@ -307,33 +276,6 @@ def _kind(file: BinaryIO) -> str:
     if is_dicom(head):
         return _DICOM
     return _NIFTI if is_nifti(file) else _PICTURE
-
-
-def _to_scale(
-    pixels: np.ndarray, spacing: tuple[float, float] | None, max_pixels: int, steps: list[str]
-) -> Image.Image:
-    """A picture with square pixels, stretched along the side of which there are too few of them.
-
-    Args:
-        pixels: `uint8` `(height, width)` or `(height, width, 3)`.
-        spacing: how high and how wide a pixel is.
-    """
-    levels = pixels.min(), pixels.max()
-    if levels[0] == levels[1]:
-        steps.append(f"the picture has one grey value only: {levels[0]}")
-        logger.warning("the picture has one grey value only, %d: nothing can be seen in it", levels[0])
-    image = Image.fromarray(pixels)
-    if spacing is None or not spacing[0] > 0 < spacing[1] or math.isclose(*spacing, rel_tol=0.01):
-        return image
-    ratio = spacing[0] / spacing[1]
-    width, height = round(image.width * max(1 / ratio, 1)), round(image.height * max(ratio, 1))
-    described = "pixels are {:g} high and {:g} wide".format(*spacing)
-    if not 1 / _MOST_STRETCHED <= ratio <= _MOST_STRETCHED or width * height > max_pixels:
-        steps.append(f"{described}, and stay so: the picture is not to scale")
-        logger.warning("the picture is not to scale: its %s", described)
-        return image
-    steps.append(f"{described}: stretched to {height} by {width} (height by width)")
-    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _check_background(background) -> tuple[int, int, int] | None:
@@ -360,6 +302,7 @@ __all__ = [
     "MedicalImage",
     "MedicalImageError",
     "ReadingOption",
+    "Step",
     "check_options",
     "fetch_url",
     "is_url",

@@ -1,4 +1,4 @@
-"""One slice of a NIfTI volume into 8-bit pixels, turned the way radiologists look at it, whatever the file's axes.
+"""One slice of a NIfTI volume into 8-bit pixels, turned the way radiologists look at it.
 
 Only that slice is read, not the volume, and none of the header's free texts.
 """
@@ -10,21 +10,10 @@ import math
 from typing import BinaryIO
 
 import numpy as np
+from PIL import Image
 
-from .medical_shared import (
-    WINDOW_PRESETS,
-    MedicalImageError,
-    apply_percentiles,
-    apply_window,
-    arg,
-    check_bytes,
-    check_size,
-    check_window,
-    choose_index,
-    describe_window,
-    logger,
-    require,
-)
+from .grey_levels_lladamedv import Window, apply_percentiles, apply_window
+from .medical_shared import MedicalImageError, Steps, arg, check_bytes, check_size, choose_index, require, to_scale
 
 
 # Canonical axis (right, anterior, superior) that each view looks along.
@@ -47,31 +36,55 @@ def is_nifti(file: BinaryIO) -> bool:
 
 def read_nifti(
     file: BinaryIO,
-    steps: list[str],
+    steps: Steps,
     *,
     slice_index: int | None,
     time_index: int | None,
-    axis: str,
-    window,
+    axis: str | None,
+    window: Window | None,
     max_pixels: int,
-) -> tuple[np.ndarray, tuple[float, float]]:
-    """One slice as 8-bit pixels, and how high and how wide a pixel is.
-
-    Args:
-        file: open binary file.
-        steps: what is done is added to it.
-        slice_index, time_index, axis, window, max_pixels: see [`read_medical_image`].
-
-    Returns:
-        `uint8` `(height, width)`, and (height, width) of a pixel. Axial and coronal slices have the patient's right on
-        the left, sagittal ones the front on the left; anterior or superior is up.
-
-    Raises:
-        MedicalImageError, ImportError: see [`read_medical_image`].
-    """
+) -> tuple[Image.Image, tuple[int, int]]:
+    """One slice of a volume, with square pixels."""
     nibabel = require("nibabel")
+    axis = "axial" if axis is None else axis
     if axis not in AXES:
         raise MedicalImageError(f"{arg('axis')} is {axis!r}; allowed are {', '.join(AXES)}.")
+    volume, header = _open_volume(file)
+    shape = volume.shape
+    steps.choices |= {"axis": None, "window": None}
+    times = shape[3] if len(shape) > 3 else 1
+    time = choose_index("time_index", time_index, times, "volume", steps, required=True)
+
+    affine = _affine(header, steps)
+    orientation = nibabel.io_orientation(affine)  # (array axes, [canonical axis, direction])
+    # The array axes that run along, across and up the view.
+    along, across, up = (
+        int(np.flatnonzero(orientation[:, 0] == canonical)[0])
+        for canonical in (AXES[axis], *(other for other in range(3) if other != AXES[axis]))
+    )
+    chosen = choose_index("slice_index", slice_index, shape[along], f"{axis} slice", steps)
+    # Counted along the canonical axis: from the patient's left, back or feet.
+    stored = chosen if orientation[along, 1] > 0 else shape[along] - 1 - chosen
+    check_size(shape[up], shape[across], max_pixels)
+    needed = volume.offset + math.prod(shape) * volume.dtype.itemsize
+    check_bytes(file, needed, compressed=volume.file_like is not file)
+    values = nibabel.apply_orientation(_read_slice(volume, along, stored, time, max_pixels), orientation)
+    steps.add("geometry", "oriented to the closest right-anterior-superior axes")
+    # Rows downwards and columns to the right, from superior (or anterior) and from the patient's right (or front).
+    values = values.take(0, axis=AXES[axis])[::-1, ::-1].T
+    if window is None:
+        pixels = apply_percentiles(values, steps, PERCENTILES, foreground=True)
+    else:
+        pixels = apply_window(values, window, steps)
+        if window.preset:
+            steps.add("levels", "values taken as Hounsfield units: NIfTI does not say what they are")
+    sizes = nibabel.affines.voxel_sizes(affine)
+    return to_scale(pixels, (float(sizes[up]), float(sizes[across])), max_pixels, steps), pixels.shape
+
+
+def _open_volume(file: BinaryIO):
+    """The volume, of which nothing is read yet, and the header that describes it."""
+    nibabel = require("nibabel")
     stream = _uncompressed(file)
     head = stream.read(_HEADER_BYTES)
     if _is_header(head):
@@ -84,44 +97,16 @@ def read_nifti(
     header = version.header_class.from_fileobj(stream)
     volume = version.ImageArrayProxy(stream, header.copy())  # an image would need an orientation to be there
     shape = volume.shape
-    if len(shape) < 3 or math.prod(shape[4:]) > 1 or not np.issubdtype(volume.dtype, np.number) or 0 in shape:
+    # Not booleans, complex numbers or colours.
+    if len(shape) < 3 or math.prod(shape[4:]) > 1 or volume.dtype.kind not in "iuf" or 0 in shape:
         raise MedicalImageError(
             f"{arg('source')} is a NIfTI array of shape {shape} and type {volume.dtype}; allowed are "
             "volumes of real numbers with 3 dimensions, or 4 with time."
         )
-    if np.issubdtype(volume.dtype, np.complexfloating):
-        raise MedicalImageError(f"{arg('source')} is a NIfTI volume of complex numbers; allowed are real ones.")
-    times = shape[3] if len(shape) > 3 else 1
-    steps.choices |= {"axis": None, "window": None}
-    time = choose_index("time_index", time_index, times, "volume", steps, required=True)
-
-    affine = _affine(header, steps)
-    orientation = nibabel.io_orientation(affine)  # (array axes, [canonical axis, direction])
-    array_axis = int(np.flatnonzero(orientation[:, 0] == AXES[axis])[0])
-    chosen = choose_index("slice_index", slice_index, shape[array_axis], f"{axis} slice", steps)
-    # Counted along the canonical axis: from the patient's left, back or feet.
-    stored = chosen if orientation[array_axis, 1] > 0 else shape[array_axis] - 1 - chosen
-    across, up = (int(np.flatnonzero(orientation[:, 0] == other)[0]) for other in range(3) if other != AXES[axis])
-    check_size(shape[up], shape[across], max_pixels)
-    needed = volume.offset + math.prod(shape) * volume.dtype.itemsize
-    check_bytes(file, needed, compressed=stream is not file)
-    values = _read_slice(volume, array_axis, stored, time, max_pixels)
-    values = nibabel.apply_orientation(values, orientation)
-    steps.append("oriented to the closest right-anterior-superior axes")
-    # Rows downwards and columns to the right, from superior (or anterior) and from the patient's right (or front).
-    values = values.take(0, axis=AXES[axis])[::-1, ::-1].T
-    sizes = nibabel.affines.voxel_sizes(affine)
-    spacing = float(sizes[up]), float(sizes[across])
-    if window is not None:
-        level, width = check_window(window)
-        steps.append(describe_window(window, level, width))
-        if isinstance(window, str) and window in WINDOW_PRESETS:
-            steps.append("values taken as Hounsfield units: NIfTI does not say what they are")
-        return apply_window(values, level, width), spacing
-    return apply_percentiles(values, steps, PERCENTILES, foreground=True), spacing
+    return volume, header
 
 
-def _affine(header, steps: list[str]) -> np.ndarray:
+def _affine(header, steps: Steps) -> np.ndarray:
     """From indices to millimetres, right-anterior-superior: by sform or qform, the first that the file has in order."""
     nibabel = require("nibabel")
     found = []
@@ -135,14 +120,15 @@ def _affine(header, steps: list[str]) -> np.ndarray:
         if np.isfinite(affine).all() and np.isfinite(nibabel.io_orientation(affine)).all():
             found.append(affine)
         else:
-            steps.append(f"{name} of the file left out: it is no orientation")
+            steps.add("geometry", f"{name} of the file left out: it is no orientation")
+    exchanged = "left and right may be exchanged"
     if len({nibabel.aff2axcodes(affine) for affine in found}) > 1:
-        steps.append("sform and qform of the file disagree about its axes: sform used")
-        logger.warning("sform and qform of the NIfTI file disagree about its axes: left and right may be exchanged")
+        disagree = "sform and qform of the file disagree about its axes: sform used"
+        steps.add("geometry", f"{disagree}, {exchanged}", warns=True)
     if found:
         return found[0]
-    steps.append("no orientation in the file (sform and qform): axes taken as left, anterior, superior")
-    logger.warning("the NIfTI file has no orientation (sform and qform): left and right may be exchanged")
+    none = "no orientation in the file (sform and qform): axes taken as left, anterior, superior"
+    steps.add("geometry", f"{none}, {exchanged}", warns=True)
     sizes = np.abs(header["pixdim"][1:4].astype(float))
     return np.diag([-1, 1, 1, 1] * np.append(np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1), 1))
 

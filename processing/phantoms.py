@@ -10,7 +10,8 @@ The drawings are cartoons; nothing here says anything about how a model does on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,6 +68,8 @@ _TOPICS = {
     NEW_KIND: ("free_side",),
 }
 _KIND_OF = {topic: kind for kind, topics in _TOPICS.items() for topic in topics}
+# `SEED:COUNT`, `SEED:COUNT:KINDS` or `SEED:COUNT:KINDS:QUESTIONS`.
+_SETS = re.compile(r"(\d+):(\d+)(?::([^:]*)(?::(0*[1-9]\d*))?)?", re.ASCII)
 _NEED_A_LESION = ("on_left", "several", "is_large", "side", "shape", "free_side")
 
 
@@ -136,13 +139,10 @@ class PhantomExample:
     topic: str
     attributes: PhantomAttributes
 
-    def messages(self, with_answer: bool = False) -> list[dict]:
-        """The example as chat messages for `processor.apply_chat_template`."""
+    def messages(self) -> list[dict]:
+        """The question as chat messages for `processor.apply_chat_template`."""
         content = [{"type": "image", "image": self.image}, {"type": "text", "text": self.question}]
-        messages = [{"role": "user", "content": content}]
-        if with_answer:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": self.answer}]})
-        return messages
+        return [{"role": "user", "content": content}]
 
 
 def parse_phantoms(text: str) -> dict:
@@ -152,21 +152,15 @@ def parse_phantoms(text: str) -> dict:
     Raises:
         ValueError: for other texts; the message says what is allowed.
     """
-    parts, allowed = text.split(":"), tuple(dict.fromkeys((*_TOPICS, *_KIND_OF)))
-    kinds = parts[2].split(",") if len(parts) > 2 else list(KINDS)
-    numbers = [part for place, part in enumerate(parts) if place != 2]
-    if (
-        not 2 <= len(parts) <= 4
-        or not all(part.isdecimal() and part.isascii() for part in numbers)
-        or not set(kinds) <= set(allowed)
-        or int(numbers[-1] if len(parts) == 4 else 1) < 1
-    ):
+    match, allowed = _SETS.fullmatch(text), tuple(dict.fromkeys((*_TOPICS, *_KIND_OF)))
+    kinds = list(KINDS) if match is None or match[3] is None else match[3].split(",")
+    if match is None or not set(kinds) <= set(allowed):
         raise ValueError(
             f"allowed is SEED:COUNT, SEED:COUNT:KINDS or SEED:COUNT:KINDS:QUESTIONS, with kinds of {allowed}, "
             "separated by commas, and 1 or more questions about each picture"
         )
-    names = ("seed", "length", "questions_per_picture")
-    return dict(zip(names, map(int, numbers))) | {"kinds": kinds}
+    numbers = {"seed": match[1], "length": match[2], "questions_per_picture": match[4]}
+    return {name: int(number) for name, number in numbers.items() if number is not None} | {"kinds": kinds}
 
 
 class PhantomVQA(Sequence):
@@ -182,8 +176,6 @@ class PhantomVQA(Sequence):
         kinds (sequence of `str`): which kinds of question, or single topics, drawn with equal probability per
             repetition, so that `("closed", "closed", "open")` asks closed questions twice as often as open ones.
         image_size (`int`): side of the pictures in pixels, at least 16.
-        topic_weights (`dict[str, int]`, *optional*): how many times as often as the other topics of its kind a topic
-            is asked about; only with one question about each picture.
         questions_per_picture (`int`): how many examples in a row are about the same picture. With more than one, each
             topic that a picture allows is asked about once before any is a second time.
 
@@ -197,7 +189,6 @@ class PhantomVQA(Sequence):
         length: int,
         kinds: Sequence[str] = KINDS,
         image_size: int = 64,
-        topic_weights: dict[str, int] | None = None,
         questions_per_picture: int = 1,
     ):
         unknown = set(kinds) - set(_TOPICS) - set(_KIND_OF)
@@ -209,20 +200,11 @@ class PhantomVQA(Sequence):
             raise ValueError(f"`seed` is {seed} and `length` is {length}; both must be 0 or more.")
         if image_size < 16:
             raise ValueError(f"`image_size` is {image_size}; at least 16 pixels are needed.")
-        weights = topic_weights or {}
-        if not set(weights) <= set(_WORDINGS) or not all(weight >= 1 for weight in weights.values()):
-            raise ValueError(f"`topic_weights` is {weights}; allowed are weights of at least 1 for {tuple(_WORDINGS)}.")
-        if questions_per_picture < 1 or (questions_per_picture > 1 and weights):
-            raise ValueError(
-                f"`questions_per_picture` is {questions_per_picture} and `topic_weights` is {weights}; allowed "
-                "is 1, or more without weights."
-            )
+        if questions_per_picture < 1:
+            raise ValueError(f"`questions_per_picture` is {questions_per_picture}; it must be 1 or more.")
         self.seed, self.length, self.kinds, self.image_size = seed, length, tuple(kinds), image_size
         self.questions_per_picture = questions_per_picture
-        self.topics = {topic: (topic,) for topic in _KIND_OF} | {
-            kind: tuple(topic for topic in topics for _ in range(weights.get(topic, 1)))
-            for kind, topics in _TOPICS.items()
-        }
+        self.topics = {topic: (topic,) for topic in _KIND_OF} | _TOPICS
 
     def __len__(self) -> int:
         return self.length
@@ -256,9 +238,6 @@ class PhantomVQA(Sequence):
         image = draw_phantom(attributes, rng, self.image_size)
         return PhantomExample(image, question, _answer(topic, attributes, filler), _KIND_OF[topic], topic, attributes)
 
-    def __iter__(self) -> Iterator[PhantomExample]:
-        return (self[index] for index in range(self.length))
-
 
 def sample_attributes(rng: np.random.Generator) -> PhantomAttributes:
     """Draw independent attributes; 40 % of the phantoms have no lesion."""
@@ -286,23 +265,19 @@ def _choose_picture(topic, rng):
     yes = bool(rng.integers(2))
     with_lesion = replace(attributes, count=int(rng.integers(1, 4)))
     filler = _fill_in(topic, attributes, yes, rng)
+    if topic in _NEED_A_LESION:
+        attributes = with_lesion
     if topic == "any_lesion":
         attributes = with_lesion if yes else replace(attributes, count=0)
-    elif topic == "sign":
-        attributes = replace(attributes, sign=yes)
-    elif topic == "on_left":
-        attributes = replace(with_lesion, side="left" if yes else "right")
-    elif topic == "several":
-        attributes = replace(attributes, count=int(rng.integers(2, 4)) if yes else 1)
-    elif topic == "is_large":
-        attributes = replace(with_lesion, size="large" if yes else "small")
-    elif topic == "which_plane":
-        attributes = replace(attributes, domain=_pick(rng, ("mri", "ct")))
-    elif topic == "count":
-        attributes = replace(attributes, count=int(rng.integers(4)))
-    elif topic in _NEED_A_LESION:
-        attributes = with_lesion
-    return attributes, filler
+    changes = {
+        "sign": lambda: {"sign": yes},
+        "on_left": lambda: {"side": "left" if yes else "right"},
+        "several": lambda: {"count": int(rng.integers(2, 4)) if yes else 1},
+        "is_large": lambda: {"size": "large" if yes else "small"},
+        "which_plane": lambda: {"domain": _pick(rng, ("mri", "ct"))},
+        "count": lambda: {"count": int(rng.integers(4))},
+    }
+    return replace(attributes, **changes.get(topic, dict)()), filler
 
 
 def _can_be_asked(topic, attributes) -> bool:
@@ -320,28 +295,26 @@ def _fill_in(topic, attributes, yes, rng) -> str | None:
 
 
 def _answer(topic, attributes, filler) -> str:
-    verdicts = {
-        "is_domain": filler == _MODALITY[attributes.domain],
+    modality = _MODALITY[attributes.domain]
+    answer = {
+        "is_domain": filler == modality,
         "any_lesion": attributes.count > 0,
         "sign": attributes.sign,
         "on_left": attributes.side == "left",
         "several": attributes.count > 1,
         "is_large": attributes.size == "large",
-    }
-    if topic in verdicts:
-        return "Yes" if verdicts[topic] else "No"
-    modality = _MODALITY[attributes.domain]
-    answers = {
-        "which_plane": attributes.plane.capitalize(),
-        "modality": modality[0].upper() + modality[1:],
-        "side": attributes.side.capitalize(),
-        "free_side": SIDES[1 - SIDES.index(attributes.side)].capitalize(),
-        "count": ("None", "One", "Two", "Three")[attributes.count],
-        "shape": attributes.shape.capitalize(),
-        "organ": _ORGAN[attributes.domain].capitalize(),
+        "which_plane": attributes.plane,
+        "modality": modality,
+        "side": attributes.side,
+        "free_side": SIDES[1 - SIDES.index(attributes.side)],
+        "count": ("none", *_COUNT[1:])[attributes.count],
+        "shape": attributes.shape,
+        "organ": _ORGAN[attributes.domain],
         "description": attributes.describe(),
-    }
-    return answers[topic]
+    }[topic]
+    if isinstance(answer, bool):
+        return "Yes" if answer else "No"
+    return answer[0].upper() + answer[1:]
 
 
 def draw_phantom(attributes: PhantomAttributes, rng: np.random.Generator, image_size: int = 64) -> Image.Image:

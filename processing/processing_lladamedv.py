@@ -371,7 +371,7 @@ def normalize_chat(chat, argument: str = "conversation") -> list[dict]:
         argument: how errors call it.
 
     Raises:
-        ValueError: for anything that chat templates do not expect.
+        ValueError: for messages that chat templates do not expect.
     """
     chat = getattr(chat, "messages", chat)
     if not isinstance(chat, (list, tuple)) or not chat:
@@ -414,7 +414,7 @@ def normalize_chat(chat, argument: str = "conversation") -> list[dict]:
 
 
 def _as_dict(value):
-    """A message or a part of one as a dict, of a dataclass or a pydantic model, too; anything else as it is."""
+    """A message or a part of one as a dict, of a dataclass or a pydantic model, too; other values as they are."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if callable(getattr(value, "model_dump", None)):

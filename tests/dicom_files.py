@@ -5,8 +5,9 @@ import io
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 
 SECRET = "9SECRET9"
@@ -47,10 +48,25 @@ def dataset(pixels, photometric="MONOCHROME2", bits=None, **elements) -> FileDat
     return data
 
 
-def to_bytes(data: Dataset) -> bytes:
+def encapsulated(pixels, photometric, syntax, frame: bytes, **elements) -> FileDataset:
+    """A data set whose only frame is compressed; `pixels` give its size and type."""
+    data = dataset(pixels, photometric, **elements)
+    data.PixelData = encapsulate([frame])
+    data["PixelData"].VR = "OB"
+    data.file_meta.TransferSyntaxUID = syntax
+    return data
+
+
+def to_bytes(data: Dataset, **options) -> bytes:
     file = io.BytesIO()
-    pydicom.dcmwrite(file, data, enforce_file_format=True)
+    pydicom.dcmwrite(file, data, **(options or {"enforce_file_format": True}))
     return file.getvalue()
+
+
+def implicit(data: Dataset) -> bytes:
+    """The file with elements whose types are not written."""
+    data.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    return to_bytes(data, implicit_vr=True, little_endian=True)
 
 
 def item(**elements) -> Dataset:

@@ -150,20 +150,14 @@ def test_length_is_that_of_the_batch(orientation, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "row", "message"),
+    ("options", "message"),
     [
-        ({"max_length": 50}, chat("a", "b " * 60, images=[], id="x1"), "Row 'x1' has \\d+ tokens; `max_length` allows"),
-        ({}, chat("<image> <image>", "b", images=[random_image()]), "2 <image> for 1 images"),
-        ({}, chat("a <image>", "b", images=[]), "1 <image> for 0 images"),
+        ({"max_length": 50}, "Row 'x1' has \\d+ tokens; `max_length` allows"),
+        ({"eos_padding_token": "<nothing>"}, "`eos_padding_token` is '<nothing>'"),
+        ({"chat_template": "{{ messages }}"}, "marks no answers"),
     ],
 )
-def test_bad_rows(processor, options, row, message):
+def test_what_is_refused(processor, options, message):
+    """Bad rows: tests/test_masked_diffusion_sft_trainer.py."""
     with pytest.raises(ValueError, match=message):
-        DataCollatorForMaskedDiffusion(processor=processor, **options)([row])
-
-
-def test_bad_options(processor):
-    with pytest.raises(ValueError, match="`eos_padding_token` is '<nothing>'"):
-        DataCollatorForMaskedDiffusion(processor=processor, eos_padding_token="<nothing>")
-    with pytest.raises(ValueError, match="marks no answers"):
-        DataCollatorForMaskedDiffusion(processor=processor, chat_template="{{ messages }}")
+        DataCollatorForMaskedDiffusion(processor=processor, **options)([chat("a", "b " * 60, images=[], id="x1")])

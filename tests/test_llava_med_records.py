@@ -114,6 +114,7 @@ def test_the_records_of_a_list(tmp_path, indent):
         ('[{"a": 1}]\n[{"a": 1}]', "is no JSON at line 2: Extra data"),
         ('[{"a": 1},]', "is no JSON at line 1: (Expecting value|Illegal trailing comma)"),
         ('[\n{"a": "\\ud800"}]', "has a lone surrogate, which is no character, at record 1"),
+        ('{"a": "\\ud83e\\udebb"}\n{"a": "\\uDFFF"}', "has a lone surrogate, which is no character, at line 2"),
         ("nothing\n", "is no JSON at line 1"),
         ('[{"a": ' + "9" * 5000 + "}]", "is no JSON at line 1: Exceeds the limit"),
         ("[" * 100_000, "is no JSON at line 1: it is nested too deeply"),

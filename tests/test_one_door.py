@@ -4,13 +4,9 @@ import base64
 import io
 import json
 import random
-import socket
-from contextlib import contextmanager
-from threading import Thread
 
 import numpy as np
 import pytest
-import tifffile
 import torch
 from PIL import Image, ImageOps
 from typer.testing import CliRunner
@@ -18,24 +14,15 @@ from typer.testing import CliRunner
 from lladamedv import cli
 from lladamedv.evaluation.answering import answer_batch, question_about
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
-from lladamedv.processing.medical_images import read_medical_image
 from lladamedv.trainers.data_collator import DataCollatorForMaskedDiffusion
 from tests.dicom_files import dataset, to_bytes
+from tests.reading import encoded, read, tiff
 
 
 SHORT = {"max_new_tokens": 1, "block_length": 1, "steps": 1}
 FLAGS = [flag for name, value in SHORT.items() for flag in ("--option", f"{name}={value}")]
 QUESTION = "Is there a lesion?"
-
-
-def encoded(image, kind="PNG", **options):
-    image.save(file := io.BytesIO(), kind, **options)
-    return file.getvalue()
-
-
-def tiff(array):
-    tifffile.imwrite(file := io.BytesIO(), array)
-    return file.getvalue()
+PROMPT = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
 
 
 def make_pictures():
@@ -74,6 +61,7 @@ def make_pictures():
 
 
 FILES, PLAIN = make_pictures()
+MISREAD = ("DICOM", "signed TIFF", "16-bit colour")  # by Pillow, or not read at all
 
 
 @pytest.fixture
@@ -90,10 +78,38 @@ def seen(monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    for number, file in enumerate(FILES.values()):
-        (tmp_path / f"{number}").write_bytes(file)
-    return tmp_path
+def paths(tmp_path):
+    found = [tmp_path / str(number) for number in range(len(FILES))]
+    for path, file in zip(found, FILES.values()):
+        path.write_bytes(file)
+    return found
+
+
+@pytest.fixture
+def command(shipped, monkeypatch):
+    """Runs a command line with the demo model, which is loaded already."""
+    monkeypatch.setattr("lladamedv.loading.load_model", lambda *arguments, **options: shipped)
+
+    def run(*arguments, **options):
+        done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], **options)
+        assert done.exit_code == 0, done.output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ask_server(shipped):
+    """Sends messages to the server."""
+    testclient = pytest.importorskip("fastapi.testclient")
+    from lladamedv import serving
+
+    def ask(messages):
+        body = {"model": "demo", "messages": messages, "generation_config": json.dumps(SHORT)}
+        assert client.post("/v1/chat/completions", json=body).raise_for_status()
+
+    api = serving.build_api(*shipped, name="demo")
+    with testclient.TestClient(api, base_url="http://127.0.0.1") as client:
+        yield ask
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +129,11 @@ def check(seen, truth):
         assert torch.equal(call["pixel_values"].float(), expected), name
 
 
-def data_url(file):
-    return f"data:image/png;base64,{base64.b64encode(file).decode()}"
+def image_part(file):
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file).decode()}"}}
+
+
+# Pictures
 
 
 def test_eight_bit_pictures_are_the_authors(shipped, truth):
@@ -122,116 +141,67 @@ def test_eight_bit_pictures_are_the_authors(shipped, truth):
         assert torch.equal(truth[name], pixels(shipped[1], image)), name
 
 
-def test_forms_of_a_picture(shipped, truth, folder):
-    for number, (name, file) in enumerate(FILES.items()):
-        path = folder / str(number)
-        for form in (
-            str(path),
-            path,
-            data_url(file),
-            {"bytes": file, "path": None},
-            {"bytes": None, "path": str(path)},
-        ):
+def test_forms_of_a_picture(shipped, truth, paths):
+    for path, (name, file) in zip(paths, FILES.items()):
+        url = image_part(file)["image_url"]["url"]
+        forms = [str(path), path, url, {"bytes": file, "path": None}, {"bytes": None, "path": str(path)}]
+        for form in (*forms, read(file).image, *([] if name in MISREAD else [Image.open(path)])):
             assert torch.equal(pixels(shipped[1], form), truth[name]), (name, form)
-        assert torch.equal(pixels(shipped[1], read_medical_image(file).image), truth[name]), name
-        if name not in (
-            "DICOM",
-            "signed TIFF",
-            "16-bit colour",
-        ):  # which Pillow does not read, or not as they are meant
-            assert torch.equal(pixels(shipped[1], Image.open(path)), truth[name]), name
 
 
 @pytest.mark.parametrize("mode", sorted(Image.MODES))
 def test_every_mode_in_memory(shipped, mode):
-    """Whatever the mode, a picture, its array and its tensor are one, and no mode is refused."""
+    """Of any mode, a picture, its array and its tensor are one, and no mode is refused."""
     rng = np.random.default_rng(1)
     image = Image.frombytes(mode, (6, 4), rng.integers(0, 256, len(Image.new(mode, (6, 4)).tobytes())).astype(np.uint8))
     if mode == "F":
         image = Image.fromarray(rng.random((4, 6)).astype(np.float32))
-    expected = pixels(shipped[1], image)
-    assert torch.equal(expected, pixels(shipped[1], read_medical_image(image).image))
+    expected, forms = pixels(shipped[1], image), [read(image).image]
     if mode in ("L", "RGB", "RGBA", "LA", "F", "I", "I;16"):
-        array = np.asarray(image)
-        assert torch.equal(expected, pixels(shipped[1], array))
-        assert torch.equal(expected, pixels(shipped[1], torch.from_numpy(array.copy())))
+        forms += [np.asarray(image), torch.from_numpy(np.asarray(image).copy())]
+    for form in forms:
+        assert torch.equal(expected, pixels(shipped[1], form))
 
 
 def test_the_collator(shipped, truth):
     collator = DataCollatorForMaskedDiffusion(processor=shipped[1])
     turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "Yes"}]
-    check(
-        [collator([{"messages": turns, "images": [{"bytes": file, "path": None}]}]) for file in FILES.values()], truth
-    )
+    check([collator([{"messages": turns, "images": [{"bytes": file}]}]) for file in FILES.values()], truth)
 
 
-def test_evaluation(shipped, truth, seen, folder):
-    for number in range(len(FILES)):
-        answer_batch(*shipped, [question_about(str(folder / str(number)), QUESTION)], **SHORT)
+def test_evaluation(shipped, truth, seen, paths):
+    for path in paths:
+        answer_batch(*shipped, [question_about(str(path), QUESTION)], **SHORT)
     check(seen, truth)
 
 
-def test_own_data(shipped, truth, seen, folder, monkeypatch):
-    rows = [{"image": str(number), "question": QUESTION, "answer": "yes"} for number in range(len(FILES))]
-    (folder / "data.json").write_text(json.dumps(rows))
-    monkeypatch.setattr("lladamedv.loading.load_model", lambda *arguments, **options: shipped)
-    command = ["eval", "vqa", "--data", str(folder / "data.json"), "--output", str(folder / "run"), "--model", "demo"]
-    command += ["--batch-size", "1", "--max-new-tokens", "1", "--block-length", "1", "--steps", "1"]
-    run = CliRunner().invoke(cli.app, command)
-    assert run.exit_code == 0, run.output
+def test_own_data(command, truth, seen, paths, tmp_path):
+    rows = [{"image": path.name, "question": QUESTION, "answer": "yes"} for path in paths]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    source = ["--data", tmp_path / "data.json", "--output", tmp_path / "run", "--model", "demo", "--batch-size", 1]
+    command("eval", "vqa", *source, "--max-new-tokens", 1, "--block-length", 1, "--steps", 1)
     check(seen, truth)
 
 
-def test_ask(shipped, truth, seen, folder, monkeypatch):
-    monkeypatch.setattr("lladamedv.loading.load_model", lambda *arguments, **options: shipped)
-    for number in range(len(FILES)):
-        run = CliRunner().invoke(cli.app, ["ask", str(folder / str(number)), QUESTION, *FLAGS])
-        assert run.exit_code == 0, run.output
+def test_ask(command, truth, seen, paths):
+    for path in paths:
+        command("ask", path, QUESTION, *FLAGS)
     check(seen, truth)
 
 
-def test_chat(shipped, truth, seen, folder, monkeypatch):
-    monkeypatch.setattr("lladamedv.loading.load_model", lambda *arguments, **options: shipped)
-    lines = "".join(f"/image {folder / str(number)}\n{QUESTION}\n" for number in range(len(FILES)))
-    run = CliRunner().invoke(cli.app, ["chat", *FLAGS], input=lines)
-    assert run.exit_code == 0, run.output
+def test_chat(command, truth, seen, paths):
+    command("chat", *FLAGS, input="".join(f"/image {path}\n{QUESTION}\n" for path in paths))
     check(seen, truth)
 
 
-@contextmanager
-def served(shipped):
-    pytest.importorskip("fastapi")
-    from lladamedv import serving
-
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = serving.make_server(serving.build_api(*shipped, name="demo"))
-    thread = Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield pytest.importorskip("openai").OpenAI(
-            base_url=f"http://127.0.0.1:{listening.getsockname()[1]}/v1", api_key="none", max_retries=0, timeout=60
-        )
-    finally:
-        server.should_exit = True
-        thread.join(timeout=30)
-        listening.close()
-
-
-def test_the_server(shipped, truth, seen):
-    with served(shipped) as client:
-        for file in FILES.values():
-            content = [
-                {"type": "text", "text": QUESTION},
-                {"type": "image_url", "image_url": {"url": data_url(file)}},
-            ]
-            client.chat.completions.create(
-                model="demo", messages=[{"role": "user", "content": content}],
-                extra_body={"generation_config": json.dumps(SHORT)},
-            )  # fmt: skip
+def test_the_server(ask_server, truth, seen):
+    for file in FILES.values():
+        content = [{"type": "text", "text": QUESTION}, image_part(file)]
+        ask_server([{"role": "user", "content": content}])
     check(seen, truth)
 
 
-def test_the_app(shipped, truth, seen, tmp_path, monkeypatch):
+def test_the_app(shipped, truth, seen, paths, tmp_path, monkeypatch):
     pytest.importorskip("gradio")
     from gradio_client import Client, handle_file
 
@@ -241,11 +211,10 @@ def test_the_app(shipped, truth, seen, tmp_path, monkeypatch):
     app = build_app(*shipped)
     try:
         _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
-        for number, file in enumerate(FILES.values()):
-            (tmp_path / f"{number}.png").write_bytes(file)
-            client = Client(url, verbose=False)
-            message = {"text": QUESTION, "files": [handle_file(str(tmp_path / f"{number}.png"))]}
-            client.submit(message, 8, 8, 1, 0, api_name="/ask").result(timeout=60)
+        for path in paths:
+            file = path.rename(path.with_suffix(".png"))
+            message = {"text": QUESTION, "files": [handle_file(str(file))]}
+            Client(url, verbose=False).submit(message, 8, 8, 1, 0, api_name="/ask").result(timeout=60)
     finally:
         app.close()
     check(seen, truth)
@@ -272,52 +241,43 @@ def random_conversation(random, image):
     return chat
 
 
-def test_token_ids_of_conversations(shipped, seen):
+def with_images(chat, change):
+    """The same chat with another form of its images."""
+    return [
+        turn if isinstance(turn["content"], str) else
+        {**turn, "content": [change(part) if "image" in part else part for part in turn["content"]]}
+        for turn in chat
+    ]  # fmt: skip
+
+
+def test_token_ids_of_conversations(shipped, ask_server, seen):
     """Those of the processor, the collator and the server."""
     model, processor = shipped
     image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     collator = DataCollatorForMaskedDiffusion(processor=processor)
-    chats = [random_conversation(random.Random(seed), image) for seed in range(50)]
     special = {model.config.mask_token_id, processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")}
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-    with served(shipped) as client:
-        for chat in chats:
-            ids = processor.apply_chat_template(chat, **options)["input_ids"][0]
-            # Each turn before the answer ends once, and nothing that a text says is a control token.
-            turns = len(chat) + (chat[0]["role"] != "system")
-            assert sum(token in special for token in ids) == turns
+    for seed in range(50):
+        chat = random_conversation(random.Random(seed), image)
+        ids = processor.apply_chat_template(chat, **PROMPT)["input_ids"][0]
+        # Each turn before the answer ends once, and nothing that a text says is a control token.
+        turns = len(chat) + (chat[0]["role"] != "system")
+        assert sum(token in special for token in ids) == turns
 
-            images = [
-                part["image"] for m in chat for part in m["content"] if isinstance(part, dict) and "image" in part
-            ]
-            messages = json.loads(json.dumps(chat, default=lambda _: None))
-            row = {"messages": [*messages, {"role": "assistant", "content": "Yes"}], "images": images}
-            batch = collator([row])
-            assert batch["input_ids"][0, : len(ids)].tolist() == ids
-            assert (batch["labels"][0, len(ids) :] != -100).all()
+        images = [
+            part["image"] for turn in chat for part in turn["content"] if isinstance(part, dict) and "image" in part
+        ]
+        messages = [*with_images(chat, lambda part: {"type": "image"}), {"role": "assistant", "content": "Yes"}]
+        batch = collator([{"messages": messages, "images": images}])
+        assert batch["input_ids"][0, : len(ids)].tolist() == ids
+        assert (batch["labels"][0, len(ids) :] != -100).all()
 
-            url = {"url": data_url(encoded(image))}
-            request = [
-                message if isinstance(message["content"], str) else
-                {**message, "content": [{"type": "image_url", "image_url": url} if "image" in part else part
-                                        for part in message["content"]]}
-                for message in chat
-            ]  # fmt: skip
-            seen.clear()
-            client.chat.completions.create(
-                model="demo", messages=request, extra_body={"generation_config": json.dumps(SHORT)}
-            )
-            assert seen[0]["input_ids"][0].tolist() == ids
-
-
-def test_token_ids_of_ask(shipped, seen, folder, monkeypatch):
-    processor = shipped[1]
-    monkeypatch.setattr("lladamedv.loading.load_model", lambda *arguments, **options: shipped)
-    for text in TEXTS:
-        chat = [{"role": "user", "content": [{"type": "text", "text": text}, {"type": "image", "image": FILES["RGB"]}]}]
-        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-        ids = processor.apply_chat_template(chat, **options)["input_ids"][0]
         seen.clear()
-        path = str(folder / str(list(FILES).index("RGB")))
-        assert CliRunner().invoke(cli.app, ["ask", path, text, *FLAGS]).exit_code == 0
+        ask_server(with_images(chat, lambda part: image_part(encoded(image))))
         assert seen[0]["input_ids"][0].tolist() == ids
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_token_ids_of_ask(shipped, command, seen, paths, text):
+    chat = [{"role": "user", "content": [{"type": "text", "text": text}, {"type": "image", "image": FILES["RGB"]}]}]
+    command("ask", paths[list(FILES).index("RGB")], text, *FLAGS)
+    assert seen[0]["input_ids"].tolist() == shipped[1].apply_chat_template(chat, **PROMPT)["input_ids"]

@@ -4,20 +4,17 @@ import base64
 import csv
 import io
 import json
-import logging
-import shutil
 import zipfile
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 from PIL import Image
-from pydicom.data import get_testdata_file
 
 from lladamedv.evaluation import vqa
 from lladamedv.hub_cards.results import EvaluationResults
 from lladamedv.processing.datasets import load_own_vqa, load_vqa
+from lladamedv.processing.datasets.columns import derived_answer_type
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -148,20 +145,17 @@ def test_what_tables_mean_by_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "message"),
+    ("record", "message"),
     [
-        (CASES / "rad" / "latin.json", "latin.json' is not in UTF-8 .*; save it in that encoding"),
         ({"frage": "?", "answer": "a", "image": "a"}, "none of its columns .*'frage'.* is its question; such"),
         ({"question": "?", "image": "a"}, "is its answer; such are called answer, answers, ground_truth"),
         ({"question": "?", "answer": "yes"}, "is its image; such are called image"),
     ],
 )
-def test_files_that_are_refused(tmp_path, file, message):
-    if isinstance(file, dict):
-        (tmp_path / "own.json").write_text(json.dumps([file]))
-        file = tmp_path / "own.json"
+def test_columns_that_are_missing(tmp_path, record, message):
+    (tmp_path / "own.json").write_text(json.dumps([record]))
     with pytest.raises(ValueError, match=message):
-        load_own_vqa(file)
+        load_own_vqa(tmp_path / "own.json")
 
 
 @pytest.mark.parametrize(
@@ -174,10 +168,8 @@ def test_files_that_are_refused(tmp_path, file, message):
         ("nodule", "open"), ("true lumen", "open"), ("", "open"),
     ],
 )  # fmt: skip
-def test_answer_types_that_are_not_given(tmp_path, answer, answer_type):
-    (tmp_path / "a.png").write_bytes(picture())
-    (tmp_path / "own.json").write_text(json.dumps([{"question": "?", "answer": answer, "image": "a.png"}]))
-    assert rows_of(tmp_path / "own.json")[0][0][3] == answer_type
+def test_answer_types_that_are_not_given(answer, answer_type):
+    assert derived_answer_type(answer) == answer_type
 
 
 def test_pictures_in_other_places(tmp_path):
@@ -236,40 +228,3 @@ def test_local_files_are_no_benchmark_because_they_are_called_so(shipped, tmp_pa
     assert results.to_eval_results() == results.to_entries() == []
     assert results.title == "Own data, read as VQA-RAD (test)" and results.warning.startswith("Own data")
     assert results.protocol["test images in train"] == "not known" and summary["complete"]
-
-
-def test_own_pictures_are_seen_as_everywhere(shipped, tmp_path):
-    """A DICOM file, a 16-bit picture and one in an archive are answered as when the processor is asked directly."""
-    model, processor = shipped
-    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    shutil.copy(get_testdata_file("CT_small.dcm"), tmp_path / "ct.dcm")
-    names = ["ramp.png", "ct.dcm"]
-    (tmp_path / "own.json").write_text(
-        json.dumps([{"question": "Describe the image.", "answer": "a", "image": name} for name in names])
-    )
-    options = {"max_new_tokens": 24, "block_length": 8, "steps": 24}
-    data = load_own_vqa(tmp_path / "own.json")
-    summary = vqa.evaluate_vqa(*shipped, *data, tmp_path / "run", **SHORT | {"options": options}, batch_size=1)
-    assert summary["complete"] and summary["benchmark"] == "own-data"
-    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").open()]
-    for name, line in zip(names, lines, strict=True):
-        content = [{"type": "image", "image": str(tmp_path / name)}, {"type": "text", "text": "Describe the image."}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
-            return_tensors="pt",
-        )  # fmt: skip
-        output = model.generate(**inputs, tokenizer=processor.tokenizer, **options)
-        answer = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
-        assert line["prediction"] == answer.strip()
-
-
-def test_what_was_left_out_makes_a_report_incomplete(shipped, tmp_path, caplog):
-    caplog.set_level(logging.ERROR)
-    data = load_own_vqa(CASES / "pq" / "odd.json")
-    summary = vqa.evaluate_vqa(*shipped, *data, tmp_path, **SHORT)
-    assert not summary["complete"] and summary["left_out"] == ["4"]
-    for asked in (4, 1):  # all that are left, or a part of them
-        text = vqa.render_summary(summary | {"num_questions": asked})
-        assert "**INCOMPLETE: 1 of 5 records were not asked: no image, or invalid (4).**" in text
-    assert not EvaluationResults.from_file(tmp_path / "summary.json").complete

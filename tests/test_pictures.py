@@ -8,138 +8,85 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import tifffile
 from PIL import Image, ImageCms
 
 from lladamedv.processing.medical_images import MedicalImageError, read_medical_image
+from tests.reading import assert_shows, encoded, grey, pixels, ramp, read, said, tiff
 
 
 VALUES = np.array([[0, 255, 256, 1000, 65535]], np.uint16)
 RNG = np.random.default_rng(0)
+UPPER_BITS = "16 bits per channel: the upper 8 are used"
 
 
-def encode(image, kind="PNG", **options):
-    file = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, kind, **options)
-    return file.getvalue()
+# Grey
 
 
-def encode_tiff(*pages, **options):
-    file = io.BytesIO()
-    with tifffile.TiffWriter(file, **options.pop("file", {})) as writer:
-        for page in pages:
-            writer.write(page, contiguous=False, **options)
-    return file.getvalue()
-
-
-def pixels(source, **options):
-    return np.asarray(read_medical_image(source, **options).image)
-
-
-def grey(source, **options):
-    rgb = pixels(source, **options)
-    assert (rgb == rgb[..., :1]).all()
-    return rgb[..., 0]
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        VALUES,
-        VALUES.astype(np.int64),
-        Image.fromarray(VALUES),
-        encode(VALUES),
-        encode(VALUES, "TIFF"),
-        encode_tiff(VALUES),
-        encode_tiff(VALUES, file={"byteorder": ">"}),
-        encode_tiff(VALUES.astype(np.uint32)),
-        encode_tiff(VALUES.astype(np.int32)),
-        encode_tiff(VALUES.astype(np.uint64)),
-        b"P5 5 1 65535\n" + VALUES.astype(">u2").tobytes(),
-    ],
-    ids="array int64 pil png tiff tiff_little tiff_big uint32 int32 uint64 pgm".split(),
-)
+@pytest.mark.parametrize("source", [
+    VALUES,
+    VALUES.astype(np.int64),
+    Image.fromarray(VALUES),
+    encoded(VALUES),
+    encoded(VALUES, "TIFF"),
+    tiff(VALUES),
+    tiff(VALUES, byteorder=">"),
+    tiff(VALUES.astype(np.uint32)),
+    tiff(VALUES.astype(np.int32)),
+    tiff(VALUES.astype(np.uint64)),
+    b"P5 5 1 65535\n" + VALUES.astype(">u2").tobytes(),
+], ids="array int64 pil png tiff tiff_little tiff_big uint32 int32 uint64 pgm".split())  # fmt: skip
 def test_sixteen_bits_are_not_clipped(source):
     assert grey(source, full_range=True).tolist() == [[0, 1, 1, 4, 255]]
     assert grey(source, window=(628, 744)).tolist() == [[0, 0, 0, 255, 255]]
     assert grey(source, window=(500, 1000)).tolist() == [[0, 65, 65, 255, 255]]
     low, high = np.percentile(VALUES, [0.5, 99.5])
-    result = read_medical_image(source)
-    expected = np.clip((VALUES - low) / (high - low), 0, 1) * 255
-    assert np.abs(np.asarray(result.image)[..., 0] - expected).max() <= 0.501
-    assert result.steps[-1] == f"percentiles 0.5-99.5: {low:g} to {high:g}"
-    assert result.size == (1, 5)
+    picture = assert_shows(source, ramp(VALUES, low, high))
+    assert said(picture)[-1] == f"percentiles 0.5-99.5: {low:g} to {high:g}" and picture.size == (1, 5)
 
 
+@pytest.mark.parametrize("make", [np.asarray, tiff])
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
-def test_floating_point(kind):
-    values = np.array([[-1.5, 0, 0.25, 1, np.nan]], kind)
-    for source in (values, encode_tiff(values)):
-        assert grey(source, window=(0.5, 1)).tolist() == [[0, 0, 64, 255, 0]]
-        result = read_medical_image(source)
-        assert "1 values are not finite" in result.steps
-        assert np.asarray(result.image)[0, :, 0].tolist()[0::4] == [0, 0]
-        with pytest.raises(ValueError, match="`full_range` is given, but `source` has values other than"):
-            read_medical_image(source, full_range=True)
+def test_floating_point(kind, make):
+    source = make(np.array([[-1.5, 0, 0.25, 1, np.nan]], kind))
+    assert grey(source, window=(0.5, 1)).tolist() == [[0, 0, 64, 255, 0]]
+    assert grey(source)[0, [0, 4]].tolist() == [0, 0] and "1 values are not finite" in said(read(source))
+    with pytest.raises(MedicalImageError, match="`full_range` is given, but `source` has values other than"):
+        read(source, full_range=True)
 
 
-def test_signed_values_are_signed():
-    values = np.array([[-1000, 0, 1000]], np.int16)
-    for source in (values, encode_tiff(values), encode_tiff(values, file={"byteorder": ">"})):
-        assert grey(source, window=(0, 2000)).tolist() == [[0, 128, 255]]
-    small = np.array([[-100, 0, 100]], np.int8)
-    for source in (small, encode_tiff(small)):
-        assert grey(source, window=(0, 200)).tolist() == [[0, 128, 255]]
+@pytest.mark.parametrize(("source", "options", "expected"), [
+    (np.array([[-1000, 0, 1000]], np.int16), {"window": (0, 2000)}, [[0, 128, 255]]),
+    (tiff(np.array([[-1000, 0, 1000]], np.int16)), {"window": (0, 2000)}, [[0, 128, 255]]),
+    (tiff(np.array([[-1000, 0, 1000]], np.int16), byteorder=">"), {"window": (0, 2000)}, [[0, 128, 255]]),
+    (np.array([[-100, 0, 100]], np.int8), {"window": (0, 200)}, [[0, 128, 255]]),
+    (tiff(np.array([[-100, 0, 100]], np.int8)), {"window": (0, 200)}, [[0, 128, 255]]),
+    (tiff(VALUES, photometric="miniswhite"), {"full_range": True}, [[255, 254, 254, 251, 0]]),
+    (tiff(VALUES.astype(np.uint64), photometric="miniswhite"), {"full_range": True}, [[255, 254, 254, 251, 0]]),
+    (tiff(np.array([[0, 1, 200]], np.uint8), photometric="miniswhite"), {}, [[255, 254, 55]]),
+    (np.array([[False, True]]), {}, [[0, 255]]),
+    (encoded(Image.fromarray(np.array([[False, True]]))), {}, [[0, 255]]),
+    (np.full((1, 2), 7, np.uint16), {}, [[255, 255]]),  # within a mask
+    (np.zeros((1, 2), np.uint16), {}, [[0, 0]]),
+    (np.full((1, 2), np.nan, np.float32), {}, [[0, 0]]),
+    (np.ma.masked_greater([[0, 1, 2, 3, 60000]], 50000), {"window": (1.5, 3)}, [[0, 85, 170, 255, 0]]),
+])  # fmt: skip
+def test_grey_values(source, options, expected):
+    assert grey(source, **options).tolist() == expected
 
 
-def test_few_marked_pixels_are_seen():
-    mask = np.zeros((100, 100), np.uint16)
-    mask[50, 50] = 1
-    assert np.argwhere(grey(mask)).tolist() == [[50, 50]] and grey(mask).max() == 255
-    mask[0, 0] = 2
-    assert (grey(mask)[50, 50], grey(mask)[0, 0]) == (128, 255)
-    assert (grey(np.full((3, 3), 7, np.uint16)) == 255).all()  # within a mask
-    assert (grey(np.zeros((3, 3), np.uint16)) == 0).all()
-    assert (grey(np.full((3, 3), np.nan, np.float32)) == 0).all()
+@pytest.mark.parametrize("kind", ["array", "open", "PNG", "BMP", "TIFF"])
+def test_eight_bits_stay_as_they_are(kind):
+    make = {"array": np.asarray, "open": Image.fromarray}.get(kind, lambda values: encoded(values, kind))
+    values, rgb = RNG.integers(0, 256, (5, 7), dtype=np.uint8), RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    for options in ({}, {"full_range": True}, {"window": (127.5, 255)}):
+        assert np.array_equal(grey(make(values), **options), values)
+    assert grey(make(values), window=(0, 1)).min() in (128, 255)  # 0 is the middle of this window
+    assert np.array_equal(pixels(make(rgb)), rgb)
+    with pytest.raises(MedicalImageError, match=r"`window` is given, but `source` is a picture of mode 'RGB'"):
+        read(make(rgb), window=(40, 80))
 
 
-def test_white_is_zero():
-    for values in (VALUES, VALUES.astype(np.uint64)):
-        source = encode_tiff(values, photometric="miniswhite")
-        assert grey(source, full_range=True).tolist() == [[255, 254, 254, 251, 0]]
-    small = np.array([[0, 1, 200]], np.uint8)
-    assert grey(encode_tiff(small, photometric="miniswhite")).tolist() == [[255, 254, 55]]
-
-
-def test_eight_bits_stay_as_they_are():
-    values = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
-    for source in (values, Image.fromarray(values), encode(values), encode_tiff(values), encode(values, "BMP")):
-        assert np.array_equal(grey(source), values)
-        assert np.array_equal(grey(source, full_range=True), values)
-        assert np.array_equal(grey(source, window=(127.5, 255)), values)
-        assert grey(source, window=(0, 1)).min() in (128, 255)  # 0 is the middle of this window
-    assert grey(values > 100).tolist() == ((values > 100) * 255).tolist()
-    assert grey(encode(Image.fromarray(values > 100))).tolist() == ((values > 100) * 255).tolist()
-    rgb = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    for source in (rgb, Image.fromarray(rgb), encode(rgb), encode_tiff(rgb, photometric="rgb")):
-        assert np.array_equal(pixels(source), rgb)
-        with pytest.raises(ValueError, match=r"`window` is given, but `source` is a picture of mode 'RGB'"):
-            read_medical_image(source, window=(40, 80))
-
-
-def test_deep_colour():
-    deep = RNG.integers(0, 65536, (4, 5, 3)).astype(np.uint16)
-    upper = "16 bits per channel: the upper 8 are used"
-    planes = encode_tiff(np.moveaxis(deep, -1, 0), photometric="rgb", planarconfig="separate")
-    for source, steps in (
-        (deep, [upper]),
-        (np.moveaxis(deep, -1, 0), [upper]),
-        (encode_tiff(deep, photometric="rgb"), [upper]),
-        (planes, ["TIFF of uint16", upper]),
-    ):
-        result = read_medical_image(source)
-        assert np.array_equal(np.asarray(result.image), deep >> 8)
-        assert result.steps == steps
+# TIFF
 
 
 @pytest.mark.parametrize("byteorder", ["<", ">"])
@@ -149,7 +96,7 @@ def test_deep_colour():
 def test_tiff_files_show_what_their_array_shows(dtype, tile, compression, byteorder):
     """Pillow alone swaps the bytes of big-endian signed and floating-point numbers again after libtiff has."""
     values = (RNG.random((20, 24)) * 100).astype(dtype)
-    file = encode_tiff(values, file={"byteorder": byteorder}, compression=compression, tile=tile)
+    file = tiff(values, byteorder=byteorder, compression=compression, tile=tile)
     assert np.array_equal(pixels(file), pixels(values))
 
 
@@ -161,24 +108,43 @@ def test_colour_tiff_files_show_what_their_array_shows(compression, dtype, sampl
     values = RNG.integers(0, np.iinfo(dtype).max, (20, 24, samples)).astype(dtype)
     shown = values if planes == "contig" else np.moveaxis(values, -1, 0)
     extra = {"extrasamples": ["unspecified"]} if samples == 4 else {}  # neither colour nor transparency
-    file = encode_tiff(shown, photometric="rgb", planarconfig=planes, compression=compression, **extra)
+    file = tiff(shown, photometric="rgb", planarconfig=planes, compression=compression, **extra)
     assert np.array_equal(pixels(file), values[..., :3] >> (8 if dtype == "uint16" else 0))
 
 
+def test_deep_colour_is_said():
+    deep = RNG.integers(0, 65536, (4, 5, 3)).astype(np.uint16)
+    for source, more in (
+        (deep, []),
+        (np.moveaxis(deep, -1, 0), []),
+        (tiff(deep, photometric="rgb"), []),
+        (tiff(np.moveaxis(deep, -1, 0), photometric="rgb", planarconfig="separate"), ["TIFF of uint16"]),
+    ):
+        picture = read(source)
+        assert np.array_equal(np.asarray(picture.image), deep >> 8) and said(picture) == [*more, UPPER_BITS]
+
+
+def test_an_open_tiff_that_pillow_misreads_is_refused():
+    image = Image.open(io.BytesIO(tiff(np.zeros((3, 4, 5), np.uint16), photometric="rgb", planarconfig="separate")))
+    for _ in range(2):  # not loaded yet, and loaded
+        with pytest.raises(MedicalImageError, match="misreads; give its path or bytes"):
+            read(image)
+        image.load()
+
+
 def test_broken_tiff_files_print_nothing(capfd):
-    picture = Image.fromarray(RNG.integers(0, 255, (64, 64, 3)).astype(np.uint8))
-    picture.save(file := io.BytesIO(), "TIFF", compression="tiff_lzw")
-    broken = bytearray(file.getvalue())
+    file = encoded(RNG.integers(0, 255, (64, 64, 3)).astype(np.uint8), "TIFF", compression="tiff_lzw")
+    broken = bytearray(file)
     broken[200:5000:37] = bytes(255 ^ value for value in broken[200:5000:37])
-    for data in (bytes(broken), file.getvalue()[:6000]):
-        with pytest.raises(ValueError, match="broken"):
-            read_medical_image(data)
+    for data in (bytes(broken), file[:6000]):
+        with pytest.raises(MedicalImageError, match="broken"):
+            read(data)
     assert capfd.readouterr() == ("", "")
 
 
 def test_readers_in_threads_leave_the_warnings_of_others_alone():
     """As rows are checked; a reader that ends last must not bring back the silence that another one made."""
-    file, before, interval = encode_tiff(VALUES), warnings.filters[:], sys.getswitchinterval()
+    file, before, interval = tiff(VALUES), warnings.filters[:], sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(8) as pool:
@@ -189,51 +155,63 @@ def test_readers_in_threads_leave_the_warnings_of_others_alone():
     assert after == before
 
 
-def test_avif():
-    Image.new("RGB", (8, 6), (10, 200, 30)).save(file := io.BytesIO(), "AVIF", quality=100)
-    assert np.abs(pixels(file.getvalue()).astype(int) - (10, 200, 30)).max() <= 2
+# Colour and transparency
+
+RGBA = np.array([[[10, 20, 30, 0], [10, 20, 30, 255], [200, 100, 0, 51]]], np.uint8)
+GREY_ALPHA = np.array([[[100, 0], [100, 255], [100, 51]]], np.uint8)
+PALETTE = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
+PALETTE.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+KEYED = encoded(np.array([[7, 8]], np.uint8), transparency=7)
+LEFT_OUT = "transparency left out, as in the released models' training: the colours that it hid are shown"
 
 
-def test_transparency():
-    rgba = np.array([[[10, 20, 30, 0], [10, 20, 30, 255], [200, 100, 0, 51]]], np.uint8)
-    white = [[255, 255, 255], [10, 20, 30], [244, 224, 204]]  # a fifth of the colour, four fifths of white
-    left_out = "transparency left out, as in the released models' training: the colours that it hid are shown"
-    for source in (rgba, Image.fromarray(rgba), encode(rgba), encode_tiff(rgba, photometric="rgb", extrasamples=[2])):
-        assert pixels(source)[0].tolist() == rgba[0, :, :3].tolist()  # as in tests/parity
-        assert left_out in read_medical_image(source).steps
-        assert pixels(source, background="white")[0].tolist() == white
-        assert pixels(source, background="black")[0].tolist() == [[0, 0, 0], [10, 20, 30], [40, 20, 0]]
-        assert pixels(source, background=(255, 0, 0))[0, 0].tolist() == [255, 0, 0]
-    grey_alpha = np.array([[[100, 0], [100, 255], [100, 51]]], np.uint8)
-    for source in (grey_alpha, encode(grey_alpha)):
-        assert grey(source).tolist() == [[100, 100, 100]]
-        assert grey(source, background="black").tolist() == [[0, 100, 20]]
-        assert grey(source, background="white").tolist() == [[255, 100, 224]]
-    palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
-    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    assert pixels(encode(palette))[0].tolist() == [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
-    transparent = encode(palette, transparency=1)
-    assert pixels(transparent)[0].tolist() == [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
-    assert pixels(transparent, background="white")[0].tolist() == [[10, 20, 30], [255, 255, 255], [70, 80, 90]]
-    keyed = encode(np.array([[7, 8]], np.uint8), transparency=7)
-    assert grey(keyed).tolist() == [[7, 8]]
-    assert grey(keyed, background="black").tolist() == [[0, 8]]
-    opaque = read_medical_image(np.full((2, 2, 4), 255, np.uint8))
-    assert opaque.steps == ["transparency left out: everything is opaque"]
-    for background in ("transparent thing", (0, 0), (0, 0, 256), 0):
-        with pytest.raises(ValueError, match="`background` is "):
-            read_medical_image(rgba, background=background)
+@pytest.mark.parametrize("make", [
+    np.asarray,
+    Image.fromarray,
+    encoded,
+    lambda rgba: tiff(rgba, photometric="rgb", extrasamples=[2]),
+    lambda rgba: tiff(np.moveaxis(rgba, -1, 0), photometric="rgb", planarconfig="separate", extrasamples=[2]),
+])  # fmt: skip
+def test_transparency_of_colours(make):
+    source = make(RGBA)
+    assert pixels(source)[0].tolist() == RGBA[0, :, :3].tolist()  # as in tests/parity
+    assert LEFT_OUT in said(read(source))
+    # A fifth of the last colour, four fifths of white.
+    assert pixels(source, background="white")[0].tolist() == [[255, 255, 255], [10, 20, 30], [244, 224, 204]]
+    assert pixels(source, background=(255, 0, 0))[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(("source", "background", "expected"), [
+    (GREY_ALPHA, None, [100, 100, 100]),
+    (GREY_ALPHA, "black", [0, 100, 20]),
+    (encoded(GREY_ALPHA), "white", [255, 100, 224]),
+    (encoded(PALETTE), None, [[10, 20, 30], [40, 50, 60], [70, 80, 90]]),
+    (encoded(PALETTE, transparency=1), None, [[10, 20, 30], [40, 50, 60], [70, 80, 90]]),
+    (encoded(PALETTE, transparency=1), "white", [[10, 20, 30], [255, 255, 255], [70, 80, 90]]),
+    (KEYED, None, [7, 8]),
+    (KEYED, "black", [0, 8]),
+])  # fmt: skip
+def test_transparency_of_other_modes(source, background, expected):
+    expected = np.array(expected)
+    expected = expected[:, None] if expected.ndim == 1 else expected
+    assert (pixels(source, background=background)[0] == expected).all()
+
+
+def test_opaque_pictures_have_no_transparency():
+    picture = read(np.full((2, 2, 4), 255, np.uint8))
+    assert said(picture) == ["transparency left out: everything is opaque"] and not picture.choices
 
 
 def test_cmyk():
     cmyk = Image.fromarray(np.array([[[0, 0, 0, 0], [255, 255, 0, 0], [0, 0, 0, 255]]], np.uint8), "CMYK")
     expected = [[255, 255, 255], [0, 0, 255], [0, 0, 0]]
-    assert pixels(cmyk)[0].tolist() == pixels(encode(cmyk, "TIFF"))[0].tolist() == expected
+    unusable = encoded(cmyk, "TIFF", icc_profile=b"no profile")
+    for source in (cmyk, encoded(cmyk, "TIFF"), unusable):
+        assert pixels(source)[0].tolist() == expected
+    assert "unusable" in said(read(unusable))[0]
     wide = cmyk.resize((48, 16), Image.Resampling.NEAREST)  # blocks of JPEG
-    jpeg = encode(wide, "JPEG", quality=100, subsampling=0)
+    jpeg = encoded(wide, "JPEG", quality=100, subsampling=0)
     assert np.abs(pixels(jpeg)[8, 8::16].astype(int) - expected).max() <= 3
-    unusable = read_medical_image(encode(cmyk, "TIFF", icc_profile=b"no profile"))
-    assert np.asarray(unusable.image)[0].tolist() == expected and "unusable" in unusable.steps[0]
 
 
 def test_colour_profile_of_cmyk_applies(monkeypatch):
@@ -246,147 +224,130 @@ def test_colour_profile_of_cmyk_applies(monkeypatch):
 
     monkeypatch.setattr(ImageCms, "profileToProfile", convert)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    result = read_medical_image(encode(Image.new("CMYK", (2, 2)), "TIFF", icc_profile=profile))
-    assert np.asarray(result.image)[0, 0].tolist() == [1, 2, 3]
+    assert pixels(encoded(Image.new("CMYK", (2, 2)), "TIFF", icc_profile=profile))[0, 0].tolist() == [1, 2, 3]
     ((mode, description, target, output),) = asked
     assert (mode, output) == ("CMYK", {"outputMode": "RGB"}) and "Lab" in description
     assert ImageCms.ImageCmsProfile(target).profile.profile_description.startswith("sRGB")
-    rgb = read_medical_image(encode(np.zeros((2, 2, 3), np.uint8), icc_profile=profile))
-    assert rgb.steps == ["colour profile of the file not applied"]
+    rgb = read(encoded(np.zeros((2, 2, 3), np.uint8), icc_profile=profile))
+    assert said(rgb) == ["colour profile of the file not applied"]
 
 
+# Orientation, pages, size
+
+TURNS = {  # how a camera stores what is seen upright: the inverse of what the tag asks for
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "float64"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotates_once(orientation):
+def test_exif_rotates_once(orientation, kind):
     upright = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40)
-    # How a camera stores what is seen upright: the inverse of what the tag asks for.
-    stored = {
-        1: lambda image: image,
-        2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-        3: lambda image: image.transpose(Image.Transpose.ROTATE_180),
-        4: lambda image: image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
-        5: lambda image: image.transpose(Image.Transpose.TRANSPOSE),
-        6: lambda image: image.transpose(Image.Transpose.ROTATE_90),
-        7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
-        8: lambda image: image.transpose(Image.Transpose.ROTATE_270),
-    }[orientation](upright)
+    stored = upright.transpose(TURNS[orientation]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for kind in ("PNG", "TIFF"):
-        file = encode(stored, kind, exif=exif)
-        for source in (file, Image.open(io.BytesIO(file))):
-            result = read_medical_image(source)
-            assert np.array_equal(np.asarray(result.image)[..., 0], np.asarray(upright))
-            assert result.size == (2, 3)
-            assert result.steps == ([f"turned upright (EXIF orientation {orientation})"] if orientation > 1 else [])
-            assert np.array_equal(grey(result.image), np.asarray(upright))  # not again
-            assert not result.image.info and not result.image.getexif()
+    if kind == "float64":  # which tifffile reads
+        sources = [tiff(np.asarray(stored, np.float64), extratags=[(0x0112, "H", 1, orientation, True)])]
+    else:
+        file = encoded(stored, kind, exif=exif)
+        sources = [file, Image.open(io.BytesIO(file))]
+    for source in sources:
+        picture = read(source, window=(127.5, 255))  # as it is
+        assert np.array_equal(np.asarray(picture.image)[..., 0], np.asarray(upright)) and picture.size == (2, 3)
+        turned = [step.text for step in picture.steps if step.kind == "geometry"]
+        assert turned == ([f"turned upright (EXIF orientation {orientation})"] if orientation > 1 else [])
+        assert np.array_equal(grey(picture.image), np.asarray(upright))  # not again
 
 
-def test_pages():
-    pages = [np.full((2, 3), 10 * number, np.uint16) for number in range(3)]
-    small, double = encode_tiff(*pages), encode_tiff(*(page.astype(np.float64) for page in pages))
-    for file in (small, double):
-        result = read_medical_image(file, page=2, window=(20, 40))
-        assert (np.asarray(result.image) == 128).all() and "page 2 of 3 (from 0)" in result.steps
-        with pytest.raises(ValueError, match="`page` is not given, but there are 3 pages; allowed are 0 to 2"):
-            read_medical_image(file)
-        for page in (3, -1, "0"):
-            with pytest.raises(ValueError, match=r"`page` is .*; allowed are whole numbers from 0 to 2"):
-                read_medical_image(file, page=page)
-    first, *others = [Image.fromarray(page.astype(np.uint8)) for page in pages]
-    animation = encode(first, "GIF", save_all=True, append_images=others)
-    assert (pixels(animation, page=1) == 10).all()
+@pytest.mark.parametrize("kind", [np.uint16, np.float64])
+def test_pages(kind):
+    file = tiff(*(np.full((2, 3), 10 * number, kind) for number in range(3)))
+    picture = assert_shows(file, np.full((2, 3), 127.5), page=2, window=(20, 40))
+    assert "page 2 of 3 (from 0)" in said(picture)
+    with pytest.raises(MedicalImageError, match="`page` is not given, but there are 3 pages; allowed are 0 to 2"):
+        read(file)
+    for page in (3, -1, "0"):
+        with pytest.raises(MedicalImageError, match=r"`page` is .*; allowed are whole numbers from 0 to 2"):
+            read(file, page=page)
 
 
-def test_large_files_are_reduced_while_decoding():
-    blocks = RNG.integers(0, 256, (6, 8), dtype=np.uint8)
-    large = np.kron(blocks, np.ones((64, 64), np.uint8))  # 384 by 512
-    for kind, options in (("JPEG", {"quality": 95}), ("JPEG2000", {"irreversible": False})):
-        file = encode(large, kind, **options)
-        result = read_medical_image(file, max_pixels=20_000)
-        assert result.image.size == (128, 96) and result.size == (384, 512)
-        assert result.steps == ["reduced by 4 while decoding, from 384 by 512 pixels (height by width)"]
-        assert np.abs(np.asarray(result.image)[8::16, 8::16, 0].astype(int) - blocks).max() <= 4
-        with pytest.raises(ValueError, match="512 by 384 pixels; allowed are 1 to 3000"):
-            read_medical_image(file, max_pixels=3000)
+def test_frames_of_an_animation():
+    first, *others = [Image.fromarray(np.full((2, 3), 10 * number, np.uint8)) for number in range(3)]
+    assert (pixels(encoded(first, "GIF", save_all=True, append_images=others), page=1) == 10).all()
+
+
+BLOCKS = RNG.integers(0, 256, (6, 8), dtype=np.uint8)
+LARGE = np.kron(BLOCKS, np.ones((64, 64), np.uint8))  # 384 by 512
+
+
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 95}), ("JPEG2000", {"irreversible": False})])
+def test_large_files_are_reduced_while_decoding(kind, options):
+    file = encoded(LARGE, kind, **options)
+    picture = read(file, max_pixels=20_000)
+    assert picture.image.size == (128, 96) and picture.size == (384, 512)
+    assert said(picture) == ["reduced by 4 while decoding, from 384 by 512 pixels (height by width)"]
+    assert np.abs(np.asarray(picture.image)[8::16, 8::16, 0].astype(int) - BLOCKS).max() <= 4
+    with pytest.raises(MedicalImageError, match="512 by 384 pixels; allowed are 1 to 3000"):
+        read(file, max_pixels=3000)
+
+
+def test_size_of_a_picture_that_is_turned_and_reduced():
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = read_medical_image(encode(large, "JPEG", exif=exif), max_pixels=100_000)
-    assert turned.image.size == (192, 256) and turned.size == (512, 384)
-    for source in (encode(large, "JPEG", progressive=True), encode(large), large, Image.fromarray(large)):
-        with pytest.raises(ValueError, match="512 by 384 pixels; allowed are 1 to 100000"):
-            read_medical_image(source, max_pixels=100_000)
-    with pytest.raises(ValueError, match="512 by 384 pixels"):
-        read_medical_image(encode_tiff(large.astype(np.float64)), max_pixels=100_000)
+    picture = read(encoded(LARGE, "JPEG", exif=exif), max_pixels=100_000)
+    assert picture.image.size == (192, 256) and picture.size == (512, 384)
 
 
-def test_bombs_are_not_decoded(monkeypatch):
-    header = bytearray(encode(np.zeros((1, 1), np.uint8)))
-    header[16:24] = (60_000).to_bytes(4, "big") * 2  # says that it has 3.6 thousand million pixels
-    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
-    with pytest.raises(ValueError, match="more pixels than Pillow allows"):
-        read_medical_image(bytes(header))
-    with pytest.raises(ValueError, match=r"`max_pixels` is 10000000000; allowed are whole numbers from 1 to"):
-        read_medical_image(bytes(header), max_pixels=10**10)
-    # A JPEG file beyond Pillow's own limit is still opened, to be reduced.
+# What is refused
+
+BOMB = bytearray(encoded(np.zeros((1, 1), np.uint8)))
+BOMB[16:24] = (60_000).to_bytes(4, "big") * 2  # says that it has 3.6 thousand million pixels
+BOMB[29:33] = zlib.crc32(BOMB[12:29]).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize(("source", "max_pixels", "message"), [
+    (encoded(LARGE, "JPEG", progressive=True), 100_000, "512 by 384 pixels; allowed are 1 to 100000"),
+    (encoded(LARGE)[:200], 100_000, "512 by 384 pixels; allowed are 1 to 100000"),  # before it is decoded
+    (LARGE, 100_000, "512 by 384 pixels; allowed are 1 to 100000"),
+    (Image.fromarray(LARGE), 100_000, "512 by 384 pixels; allowed are 1 to 100000"),
+    (tiff(LARGE.astype(np.float64)), 100_000, "512 by 384 pixels; allowed are 1 to 100000"),
+    (bytes(BOMB), 100_000, "more pixels than Pillow allows"),
+    (LARGE, 10**10, "`max_pixels` is 10000000000; allowed are whole numbers from 1 to"),
+    (np.zeros((3, 4, 4), np.float32), 100, "`source` is an array of shape"),
+    (np.zeros((2, 2, 5), np.uint8), 100, "`source` is an array of shape"),
+    (np.zeros(4, np.uint8), 100, "`source` is an array of shape"),
+    (np.zeros((2, 2), complex), 100, "`source` is an array of shape"),
+    (np.array([["a"]]), 100, "`source` is an array of shape"),
+    (np.zeros((3, 0), np.uint16), 100, "0 by 3 pixels"),
+    (tiff(np.zeros((4, 4, 4)), photometric="rgb", extrasamples=["assocalpha"]), 100, "RGB samples as float64"),
+])  # fmt: skip
+def test_refused(source, max_pixels, message):
+    with pytest.raises(MedicalImageError, match=message):
+        read(source, max_pixels=max_pixels)
+
+
+def test_jpeg_beyond_pillows_own_limit_is_still_reduced(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert read_medical_image(encode(np.zeros((80, 80), np.uint8), "JPEG"), max_pixels=2000).image.size == (40, 40)
+    assert read(encoded(np.zeros((80, 80), np.uint8), "JPEG"), max_pixels=2000).image.size == (40, 40)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "JPEG2000", "BMP", "WEBP"])
 def test_truncated_files(kind):
-    file = encode(RNG.integers(0, 256, (60, 60, 3), dtype=np.uint8), kind)
-    read_medical_image(file)
+    file = encoded(RNG.integers(0, 256, (60, 60, 3), dtype=np.uint8), kind)
+    read(file)
     for length in (len(file) // 2, 30):
         with pytest.raises(MedicalImageError, match="`source` is"):
-            read_medical_image(file[:length])
+            read(file[:length])
 
 
-def test_arrays_that_are_no_pictures():
-    for array in (
-        np.zeros((3, 4, 4), np.float32),
-        np.zeros((2, 2, 5), np.uint8),
-        np.zeros(4, np.uint8),
-        np.zeros((2, 2), complex),
-        np.array([["a"]]),
-    ):
-        with pytest.raises(ValueError, match="`source` is an array of shape"):
-            read_medical_image(array)
-    with pytest.raises(ValueError, match="0 by 3 pixels"):
-        read_medical_image(np.zeros((3, 0), np.uint16))
-
-
-def test_tiff_that_pillow_does_not_read_is_treated_as_others_are():
-    rgba = RNG.integers(0, 256, (4, 3, 5)).astype(np.uint8)
-    planar = encode_tiff(rgba, photometric="rgb", planarconfig="separate", extrasamples=["unassalpha"])
-    picture = Image.fromarray(np.moveaxis(rgba, 0, -1))
-    expected = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    assert np.array_equal(pixels(planar, background="white"), np.asarray(expected))
-    assert np.array_equal(pixels(planar), np.moveaxis(rgba[:3], 0, -1))
-
-    values = np.arange(600, dtype=np.float64).reshape(20, 30)
-    upright = grey(encode_tiff(values))
-    turns = (0, upright), (3, upright[::-1, ::-1]), (6, np.rot90(upright, -1)), (8, np.rot90(upright))
-    for orientation, expected in turns:
-        tags = [(0x0112, "H", 1, orientation, True)]
-        for kind in (np.float64, np.float32):  # tifffile, Pillow
-            read = read_medical_image(encode_tiff(values.astype(kind), extratags=tags))
-            assert np.array_equal(np.asarray(read.image)[..., 0], expected) and read.size == expected.shape
-
-
-def test_an_open_tiff_that_pillow_misreads_is_refused():
-    deep = RNG.integers(0, 65536, (3, 4, 5)).astype(np.uint16)
-    planar = encode_tiff(deep, photometric="rgb", planarconfig="separate")
-    image = Image.open(io.BytesIO(planar))
-    for _ in range(2):  # not loaded yet, and loaded
-        with pytest.raises(MedicalImageError, match="misreads; give its path or bytes"):
-            pixels(image)
-        image.load()
-    assert np.array_equal(pixels(planar), np.moveaxis(deep >> 8, 0, -1))
-
-
-def test_what_an_array_masks_is_black():
-    values = np.arange(1000, 1600).reshape(20, 30)
-    values[0, 0] = 60000
-    masked = np.ma.masked_greater(values, 50000)
-    assert grey(masked)[0, 0] == 0 and grey(masked)[-1, -1] == 255 and grey(masked)[10, 0] == pytest.approx(128, abs=2)
+def test_avif():
+    assert (
+        np.abs(pixels(encoded(Image.new("RGB", (8, 6), (10, 200, 30)), "AVIF", quality=100)) - [10.0, 200, 30]).max()
+        <= 2
+    )

@@ -24,19 +24,25 @@ from tests.tiny import random_image
 MESSAGES = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
 
 
-def make_trainer(shipped, folder, dataset, **options):
-    options = {"max_steps": 2, "per_device_train_batch_size": 2, "disable_tqdm": True, **options}
-    args = MaskedDiffusionSFTConfig(
-        str(folder), report_to=[], bf16=False, use_cpu=True, save_strategy="no", activation_checkpointing=False,
-        **options,
-    )  # fmt: skip
-    return MaskedDiffusionSFTTrainer(model=shipped[0], args=args, train_dataset=dataset, processing_class=shipped[1])
+@pytest.fixture
+def make_trainer(shipped, tmp_path):
+    def make(dataset, **options):
+        args = MaskedDiffusionSFTConfig(
+            str(tmp_path), report_to=[], bf16=False, use_cpu=True, save_strategy="no", activation_checkpointing=False,
+            max_steps=2, per_device_train_batch_size=2, disable_tqdm=True, **options,
+        )  # fmt: skip
+        return MaskedDiffusionSFTTrainer(shipped[0], args, train_dataset=dataset, processing_class=shipped[1])
+
+    return make
 
 
-def file(picture=None, form="PNG", part=1.0, **options):
+def stream(content):
+    return datasets.IterableDataset.from_generator(lambda: iter(content))
+
+
+def file(form="PNG", part=1.0):
     """The bytes of a picture file, or the first part of them."""
-    stored = io.BytesIO()
-    (random_image(64, 64) if picture is None else picture).save(stored, form, **options)
+    random_image(64, 64).save(stored := io.BytesIO(), form)
     return stored.getvalue()[: int(len(stored.getvalue()) * part)]
 
 
@@ -44,49 +50,35 @@ def chat(question="Is there a lesion?", answer="Yes"):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def row(images=None, messages=None, **others):
-    images = [{"bytes": file(), "path": None}] if images is None else images
-    return {"messages": chat() if messages is None else messages, "images": images, **others}
-
-
 def of_bytes(*contents):
     return [{"bytes": content, "path": None} for content in contents]
 
 
-GOOD = row()
-BROKEN_IMAGES = {
-    "a JPEG cut short": of_bytes(file(form="JPEG", part=0.6)),
-    "a PNG cut short": of_bytes(file(part=0.6)),
-    "a TIFF cut short": of_bytes(file(form="TIFF", part=0.6)),
-    "a WebP cut short": of_bytes(file(form="WEBP", part=0.6)),
-    "the second of two": of_bytes(file(), file(part=0.5)),
-    "no picture": of_bytes(b"no picture"),
-    "nothing": [{"bytes": None, "path": None}],
-    "no bytes": of_bytes(b""),
-    "a file that is not there": [{"bytes": None, "path": "gone.png"}],
-    "a URL": [{"bytes": None, "path": "https://example.org/a.png"}],
-}
+def row(images=None, messages=None, **others):
+    images = of_bytes(file()) if images is None else images
+    return {"messages": chat() if messages is None else messages, "images": images, **others}
+
+
+BROKEN_IMAGES = [
+    *(of_bytes(file(form, part=0.6)) for form in ("JPEG", "PNG", "TIFF", "WEBP")),
+    of_bytes(file(), file(part=0.5)), of_bytes(b"no picture"), [{"bytes": None, "path": "gone.png"}],
+    [{"bytes": None, "path": None}], of_bytes(b""), [{"bytes": None, "path": "https://example.org/a.png"}],
+]  # fmt: skip
+REASONS = {"an image cannot be read": 7, "an image is missing": 2, "an image is a URL": 1}
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
-def test_broken_images_are_named_and_left_out(shipped, tmp_path, streaming):
-    content = [each for images in BROKEN_IMAGES.values() for each in (GOOD, row(images, id=f"scan {len(images)}"))]
-    dataset = datasets.Dataset.from_list([{"id": None, **each} for each in content])
-    for number in range(1, len(content), 2):
-        alone = dataset.select([0, number])
-        with pytest.raises(ValueError, match=r"row 1 \(scan \d\) has a problem: an image (cannot|is).*invalid_rows='s"):
-            if streaming:
-                list(make_trainer(shipped, tmp_path, alone.to_iterable_dataset()).train_dataset)
-            else:
-                make_trainer(shipped, tmp_path, alone)
-    if streaming:
-        dataset = dataset.to_iterable_dataset()
-    trainer = make_trainer(shipped, tmp_path, dataset, invalid_rows="skip", max_steps=len(content) // 4)
-    trainer.train()
+def test_broken_images_are_named_and_left_out(make_trainer, streaming):
+    content = [each for images in BROKEN_IMAGES for each in (row(id=None), row(images, id="scan"))]
+    dataset = datasets.Dataset.from_list(content)
+    dataset = dataset.to_iterable_dataset() if streaming else dataset
+    with pytest.raises(ValueError, match=r"row 1 \(scan\) has a problem: an image cannot .*invalid_rows='skip'"):
+        list(make_trainer(dataset).train_dataset)
+    trainer = make_trainer(dataset, invalid_rows="skip")
+    assert len(list(trainer.train_dataset)) == len(BROKEN_IMAGES)
     report = trainer.row_reports["train_dataset"]
-    assert report.kept == sum(report.left_out.values()) == len(BROKEN_IMAGES)
-    assert report.left_out == {"an image cannot be read": 7, "an image is missing": 2, "an image is a URL": 1}
-    assert "row 1 (scan 1), row 3 (scan 1)" in report.summary()
+    assert report.kept == len(BROKEN_IMAGES) and report.left_out == REASONS
+    assert "row 1 (scan), row 3 (scan)" in report.summary()
 
 
 ODD_MESSAGES = [
@@ -105,56 +97,51 @@ ODD_IMAGES = [
 ]  # fmt: skip
 
 
-def test_odd_rows_are_named_and_left_out(shipped, tmp_path):
+def test_odd_rows_are_named_and_left_out(make_trainer):
     """A stream of anything at all: as many rows are left out as are odd, each by its number, and none stops the run."""
     odd = [row(messages=messages) | {"messages": messages} for messages in ODD_MESSAGES]
-    odd += [row(images) for images in ODD_IMAGES] + [row(image=GOOD["images"][0]), row(tools=["look"])]
+    odd += [row(images) for images in ODD_IMAGES] + [row(image=row()["images"][0]), row(tools=["look"])]
     odd.append(row(chat_template_kwargs={"thinking": True}))
-    content = [each for pair in zip(odd, [GOOD] * len(odd)) for each in pair]
-    stream = datasets.IterableDataset.from_generator(lambda: iter(content))
-    trainer = make_trainer(shipped, tmp_path, stream, invalid_rows="skip")
+    trainer = make_trainer(stream([each for one in odd for each in (one, row())]), invalid_rows="skip")
     assert len(list(trainer.train_dataset)) == len(odd)
     report = trainer.row_reports["train_dataset"]
     names = [name for names in report.rows.values() for name in names]
-    assert sorted(names) == sorted(f"row {number}" for number in range(0, len(content), 2))
+    assert sorted(names) == sorted(f"row {number}" for number in range(0, 2 * len(odd), 2))
     assert report.kept == len(odd), "the trainer's look at the first row is no row of its own"
 
 
-def test_a_stream_without_a_good_row(shipped, tmp_path):
-    for content in ([], [row([5])] * 3):
-        with pytest.raises(ValueError, match=r"`train_dataset` is (a stream of which no row|empty)"):
-            make_trainer(shipped, tmp_path, datasets.IterableDataset.from_generator(lambda c=content: iter(c)),
-                         invalid_rows="skip")  # fmt: skip
+@pytest.mark.parametrize("content", [[], [row([5])] * 3])
+def test_a_stream_without_a_good_row(make_trainer, content):
+    with pytest.raises(ValueError, match=r"`train_dataset` is (a stream of which no row|empty)"):
+        make_trainer(stream(content), invalid_rows="skip")
 
 
 Message = pydantic.create_model("Message", role=str, content=str)
 PlainMessage = dataclasses.make_dataclass("PlainMessage", ["role", "content"])
 
 
-def test_rows_that_are_as_good(shipped, tmp_path):
+def test_rows_that_are_as_good(make_trainer, tmp_path):
     """The same picture and words in every other form make the same batch."""
-    picture, channels_first = np.asarray(random_image(64, 64)), np.asarray(random_image(64, 64)).transpose(2, 0, 1)
-    random_image(64, 64).save(tmp_path / "a.png")
-    path = str(tmp_path / "a.png")
+    picture, path = np.asarray(random_image(64, 64)), str(tmp_path / "a.png")
+    random_image(64, 64).save(path)
     images = [
         path, Path(path), [path], file(), {"bytes": file(), "path": None}, {"bytes": None, "path": path}, picture,
         [picture], picture[None], picture.tolist(), [picture.tolist()], torch.tensor(picture), random_image(64, 64),
-        [channels_first],
+        [picture.transpose(2, 0, 1)],
     ]  # fmt: skip
+    messages = [
+        *([kind(**message) for message in chat()] for kind in (Message, PlainMessage)),
+        [dict(message, content=[{"type": "text", "text": message["content"]}]) for message in chat()],
+        chat("Is there a lesion?\n<image>"),
+    ]
     content = [
         {"messages": chat(), "image" if np.ndim(image) == 3 or number == 9 else "images": image}
         for number, image in enumerate(images)
     ]
-    for kind in (Message, PlainMessage):
-        content.append(row([path], [kind(**message) for message in chat()]))
-    content.append(row([path], [dict(message, content=[{"type": "text", "text": message["content"]}])
-                                for message in chat()]))  # fmt: skip
-    content.append(row([path], chat("Is there a lesion?\n<image>")))
-    stream = datasets.IterableDataset.from_generator(lambda: iter(content))
-    trainer = make_trainer(shipped, tmp_path, stream)
+    trainer = make_trainer(stream(content + [row([path], each) for each in messages]))
     wanted = trainer.data_collator([row([random_image(64, 64)])])
     rows = list(trainer.train_dataset)
-    assert len(rows) == len(content)
+    assert len(rows) == len(images) + len(messages)
     for number, each in enumerate(rows):
         batch = trainer.data_collator([each])
         for name in ("input_ids", "labels", "pixel_values"):
@@ -163,29 +150,26 @@ def test_rows_that_are_as_good(shipped, tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("form", ["numpy", "torch", "array", "list of arrays"])
-def test_formats_and_arrays(shipped, tmp_path, form, streaming):
+def test_formats_and_arrays(shipped, make_trainer, form, streaming):
     picture = np.asarray(random_image(64, 64))
+    content, features = row([random_image(64, 64)]), None
     if form == "array":
+        content = {"messages": chat(), "image": picture}
         features = datasets.Features({"messages": MESSAGES, "image": datasets.Array3D((64, 64, 3), "uint8")})
-        dataset = datasets.Dataset.from_list([{"messages": chat(), "image": picture}] * 4, features)
     elif form == "list of arrays":
-        dataset = datasets.Dataset.from_list([row([picture])] * 4)
-    else:
-        dataset = datasets.Dataset.from_list([row([random_image(64, 64)])] * 4).with_format(form)
-    if streaming:
-        dataset = dataset.to_iterable_dataset()
-        dataset = dataset.with_format(form) if form in ("numpy", "torch") else dataset
-    trainer = make_trainer(shipped, tmp_path, dataset)
+        content = row([picture])
+    dataset = datasets.Dataset.from_list([content] * 4, features)
+    dataset = dataset.to_iterable_dataset() if streaming else dataset
+    trainer = make_trainer(dataset.with_format(form) if form in ("numpy", "torch") else dataset)
     batch = trainer.data_collator([next(iter(trainer.train_dataset))])
     wanted = shipped[1].image_processor(random_image(64, 64), return_tensors="pt")["pixel_values"]
     assert torch.equal(batch["pixel_values"], wanted)
 
 
-def test_placeholders_of_others_are_text(shipped, tmp_path):
+def test_placeholders_of_others_are_text(shipped, make_trainer):
     """`<image>` in an answer or a system text shows no image."""
     messages = [{"role": "system", "content": "Say <image>."}, *chat(answer="It is <image> here")]
-    dataset = datasets.Dataset.from_list([row(messages=messages)] * 2)
-    trainer = make_trainer(shipped, tmp_path, dataset)
+    trainer = make_trainer(datasets.Dataset.from_list([row(messages=messages)] * 2))
     batch = trainer.data_collator([trainer.train_dataset[0]])
     image_token = shipped[1].image_token_id
     assert (batch["input_ids"] == image_token).sum() == 64 and not (batch["labels"] == image_token).any()
@@ -194,20 +178,21 @@ def test_placeholders_of_others_are_text(shipped, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "texts", "shown"),
+    ("content", "text", "shown"),
     [
-        ("Look at\n<image>\nWhat?", ["Look at\n\nWhat?"], 1),  # LLaVA: text.replace("<image>", "").strip()
-        ("<image> or <image>?", ["or ?"], 2),
-        ([{"type": "text", "text": "A"}, {"type": "image"}, {"type": "text", "text": "B"}], ["A\nB"], 1),
+        ("Look at\n<image>\nWhat?", "Look at\n\nWhat?", 1),  # LLaVA: text.replace("<image>", "").strip()
+        ("<image> or <image>?", "or ?", 2),
+        ("<ima<image>ge> or?", "or?", 2),
+        ([{"type": "text", "text": "A"}, {"type": "image"}, {"type": "text", "text": "B"}], "A\nB", 1),
     ],
 )
-def test_images_of_a_turn(content, texts, shown):
-    """Which come first, once the processor has put them there: tests/test_one_door.py. More forms of a question:
+def test_images_of_a_turn(content, text, shown):
+    """A turn's images come first, and what is normalised stays so. More forms of a question:
     tests/test_llava_med_records.py."""
-    question, answer = normalize_messages(chat(content), shown)
-    parts = [{"type": "image", "text": None}] * shown + [{"type": "text", "text": text} for text in texts]
-    assert sorted(question["content"], key=lambda part: part["type"]) == parts
+    question, answer = normalized = normalize_messages(chat(content), shown)
+    assert question["content"] == [{"type": "image", "text": None}] * shown + [{"type": "text", "text": text}]
     assert answer == {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}
+    assert normalize_messages(normalized, shown) == normalized
 
 
 # A part of the rows to evaluate on
@@ -216,35 +201,30 @@ def test_images_of_a_turn(content, texts, shown):
 def test_no_picture_is_on_both_sides(shipped, tmp_path):
     """… under whatever name and in whatever file; and rows that show two pictures keep both on one side."""
     pictures = [random_image(32, 32, seed=number) for number in range(12)]
-    content, shown = [], []
+    content, shown = [{"messages": chat(), "images": pictures[:2]}], [{0, 1}]
     for number, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{number}.png")
-        picture.save(tmp_path / f"copy of {number}.bmp")
-        for images in ([str(tmp_path / f"{number}.png")], [str(tmp_path / f"copy of {number}.bmp")], [picture]):
-            content.append({"messages": chat(f"Q{len(content)}?"), "images": images})
+        names = [str(tmp_path / f"{number}.png"), str(tmp_path / f"copy of {number}.bmp")]
+        for image in (*names, picture):
+            content.append({"messages": chat(f"Q{len(content)}?"), "images": [image]})
             shown.append({number})
-    content.append({"messages": chat(), "images": [pictures[0], pictures[1]]})
-    shown.append({0, 1})
-    dataset = datasets.Dataset.from_list(content, datasets.Features({"messages": MESSAGES,
-                                         "images": datasets.List(datasets.Image())}))  # fmt: skip
-    open_image = shipped[1].image_processor.fetch_images
-    numbered = dataset.add_column("number", list(range(len(dataset))))
-    sides = set()
-    for seed in range(5):
-        *halves, counts = split_by_image(numbered, 0.25, seed, open_image)
-        numbers = [list(half["number"]) for half in halves]
-        assert sorted(numbers[0] + numbers[1]) == list(range(37))
-        train_pictures, eval_pictures = (set().union(*(shown[number] for number in side)) for side in numbers)
-        assert not train_pictures & eval_pictures
-        assert counts == [len(train_pictures), len(eval_pictures)] and 8 <= len(numbers[1]) <= 10
-        assert split_by_image(numbered, 0.25, seed, open_image)[1]["number"] == numbers[1]
-        sides.add(tuple(numbers[1]))
-    assert len(sides) > 1
+        for name in names:
+            picture.save(name)
+    features = datasets.Features({"messages": MESSAGES, "images": datasets.List(datasets.Image())})
+    dataset = datasets.Dataset.from_list(content, features).add_column("number", list(range(37)))
+    open_image, drawn = shipped[1].image_processor.fetch_images, {}
+    for seed in (*range(5), 0):
+        *halves, counts = split_by_image(dataset, 0.25, seed, open_image)
+        sides = [list(half["number"]) for half in halves]
+        assert sorted(sides[0] + sides[1]) == list(range(37)) and 8 <= len(sides[1]) <= 10
+        on_sides = [set().union(*(shown[number] for number in side)) for side in sides]
+        assert not on_sides[0] & on_sides[1] and counts == [len(side) for side in on_sides]
+        assert drawn.setdefault(seed, tuple(sides[1])) == tuple(sides[1])
+    assert len({*drawn.values()}) > 1
     texts = datasets.Dataset.from_list([{"messages": chat(f"Q{number // 2}?"), "images": []} for number in range(8)])
-    halves = [list(half["messages"]) for half in split_by_image(texts, 0.5, 0, open_image)[:2]]
-    assert [len(half) for half in halves] == [4, 4] and not any(each in halves[0] for each in halves[1])
-    with pytest.raises(ValueError, match=r"`eval_split` is 0.5, but all rows show the same images"):
-        split_by_image(dataset.select([0, 1, 2]), 0.5, 0, open_image)
+    train, held_out, _ = split_by_image(texts, 0.5, 0, open_image)
+    assert len(train) == len(held_out) == 4 and not any(each in train["messages"] for each in held_out["messages"])
+    with pytest.raises(ValueError, match=r"--eval_split is 0.5, but all rows show the same images"):
+        split_by_image(dataset.select([1, 2, 3]), 0.5, 0, open_image)
 
 
 def test_a_run_holds_rows_out_and_says_so(tmp_path):
@@ -259,36 +239,23 @@ def test_a_run_holds_rows_out_and_says_so(tmp_path):
     assert "3 were held out and used for evaluation only: all rows about 3 of 10 pictures, drawn with seed 5" in card
 
 
+PHANTOMS = "phantoms:5001:32:new,closed,open,description"
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("words", "expected"),
     [
-        ({"eval_split": 0.1}, "`eval_split` is given, but `eval_strategy` is 'no'"),
-        ({"eval_data": "phantoms:2:3"}, "`eval_data` is given, but `eval_strategy` is 'no'"),
-        ({"eval_split": 1.5}, "`eval_split` is 1.5; allowed are numbers between 0 and 1"),
-        ({"eval_split": 0.1, "streaming": True}, "`eval_split` is 0.1 and `streaming` is True"),
-        ({"eval_split": 0.1, "eval_data": "phantoms:2:3", "eval_strategy": "epoch"}, "`eval_data` is given, too"),
+        ([], ([PHANTOMS], "steps", 3)),
+        (["--train_data", "mine.json"], ([], "no", 0)),
+        (["--train_data=mine.json", "--eval_data", "held.json"], (["held.json"], "steps", 3)),
+        (["--train-data", "mine.json", "--eval_split", "0.1"], ([], "steps", 3)),
     ],
 )
-def test_evaluations_that_contradict(tmp_path, options, message):
-    with pytest.raises(SystemExit, match=message):
-        train(tmp_path, **options)
-
-
-def parsed(tmp_path, *words):
-    config = ["--config", str(sft.files("lladamedv.trainers") / "recipes" / "demo_lora.yaml")]
-    script, training, _ = sft.make_parser().parse_args_and_config([*config, "--use_cpu", *words])
-    return [str(source) for source in script.eval_data], str(training.eval_strategy.value), training.log_answers
-
-
-def test_a_recipe_evaluates_on_its_own_data_only_with_its_own_training_data(tmp_path, caplog):
-    phantoms = "phantoms:5001:32:new,closed,open,description"
-    assert parsed(tmp_path) == ([phantoms], "steps", 3) and not caplog.records
-    assert parsed(tmp_path, "--train_data", "mine.json") == ([], "no", 0)
-    assert "belongs to its own `train_data`, so nothing is evaluated" in caplog.text
-    assert parsed(tmp_path, "--train_data=mine.json", "--eval_data", "held.json") == (["held.json"], "steps", 3)
-    assert parsed(tmp_path, "--train-data", "mine.json", "--eval_split", "0.1") == ([], "steps", 3)
-    with pytest.raises(ValueError, match="`eval_data` is empty, but `eval_strategy` is 'epoch'"):
-        parsed(tmp_path, "--train_data", "mine.json", "--eval_strategy", "epoch")
+def test_a_recipe_evaluates_on_its_own_data_only_with_its_own_training_data(caplog, words, expected):
+    recipe = str(sft.files("lladamedv.trainers") / "recipes" / "demo_lora.yaml")
+    script, training, _ = sft.make_parser().parse_args_and_config(["--config", recipe, "--use_cpu", *words])
+    found = [str(source) for source in script.eval_data], str(training.eval_strategy.value), training.log_answers
+    assert found == expected and ("so nothing is evaluated" in caplog.text) == (found[1] == "no")
 
 
 # What a run says about a stream, a terminal, a disk
@@ -300,13 +267,10 @@ def test_rows_of_a_stream_are_counted_once_or_not_at_all(tmp_path, workers):
     options = {"streaming": True, "train_data": file, "image_folder": tmp_path / "images", "max_steps": 4}
     out = train(tmp_path, dataloader_num_workers=workers, shuffle_buffer=2, per_device_train_batch_size=2, **options)
     source, checked = json.loads((out / "data_report.json").read_text())
-    card = (out / "README.md").read_text()
-    if workers:
-        assert source["rows"] is source["missing_images"] is checked["kept"] is None
-        assert "| local data | streamed, not counted | not counted |" in card
-    else:
-        assert (source["rows"], source["missing_images"], checked["kept"]) == (7, [["pair 2", "2.png"]], 7)
-        assert "| local data | 7 read | 1 |" in card
+    counts = (source["rows"], source["missing_images"], checked["kept"])
+    assert counts == ((None, None, None) if workers else (7, [["pair 2", "2.png"]], 7))
+    said = "streamed, not counted | not counted" if workers else "7 read | 1"
+    assert f"| local data | {said} |" in (out / "README.md").read_text()
 
 
 PACKED = {"train_data": "phantoms:1:8:closed,open:2", "pack_questions": 2, "eval_data": "phantoms:2:4:closed,open:2"}
@@ -324,7 +288,7 @@ def test_answers_are_printed_in_full(tmp_path, capsys, more):
 
 def test_a_logger_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "get_available_reporting_integrations", list)
-    with pytest.raises(SystemExit, match=r"lladamedv: `report_to` holds 'tensorboard', .*pip install tensorboard"):
+    with pytest.raises(SystemExit, match=r"lladamedv: --report_to holds 'tensorboard', .*pip install tensorboard"):
         train(tmp_path, report_to="tensorboard", model_name_or_path="none/at-all")
 
 

@@ -1,9 +1,6 @@
 """Everything that TRL's SFTTrainer and SFTConfig take: it works as TRL says, or it is refused before any work."""
 
 import inspect
-import os
-import subprocess
-import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -21,13 +18,15 @@ from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
 from lladamedv.trainers import DataCollatorForMaskedDiffusion, MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer
 from lladamedv.trainers.masked_diffusion_sft_config import NOT_APPLICABLE
 from tests.test_masked_diffusion_sft_trainer import (
-    QUESTIONS,
+    LORA,
     arguments,
     losses,
     make_trainer,
     rows,
+    seen_by,
     tiny_model,
     tiny_processor,
+    trained,
 )
 
 
@@ -65,11 +64,13 @@ ASKED = {
 }  # fmt: skip
 
 
-def test_every_field_is_known():
-    """Without this a field that TRL adds would be accepted and do nothing."""
+def test_everything_is_known():
+    """Without this a field or an argument that TRL adds would be accepted and do nothing."""
     inherited = {each.name for each in fields(SFTConfig)}
     assert not WORKS & NOT_APPLICABLE.keys() and inherited <= WORKS | NOT_APPLICABLE.keys()
     assert ASKED.keys() == NOT_APPLICABLE.keys()
+    ours, theirs = (inspect.signature(each.__init__) for each in (MaskedDiffusionSFTTrainer, SFTTrainer))
+    assert list(ours.parameters) == list(theirs.parameters)
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -89,26 +90,31 @@ def test_neutral_values_pass(tmp_path):
     neutral |= {"eval_packing": False, "router_aux_loss_coef": 0.0, "include_num_input_tokens_seen": "non_padding"}
     neutral |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
     neutral |= {"assistant_only_loss": True, "prediction_loss_only": True}
-    plain, other = make_trainer(tmp_path, max_steps=1), make_trainer(tmp_path, max_steps=1, **neutral)
-    for trainer in (plain, other):
-        trainer.train()
-    assert losses(other) == losses(plain)
-
-
-def test_the_constructor_is_that_of_trl():
-    """In names and order, so that nothing is taken for something else, and nothing new is passed on unseen."""
-    ours, theirs = (inspect.signature(each.__init__) for each in (MaskedDiffusionSFTTrainer, SFTTrainer))
-    assert list(ours.parameters) == list(theirs.parameters)
+    assert losses(trained(tmp_path, max_steps=1, **neutral)) == losses(trained(tmp_path, max_steps=1))
 
 
 VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+STREAM = rows(2).to_iterable_dataset()
 
 
-def refused(tmp_path, error, message, model=None, **options):
-    defaults = {"args": arguments(tmp_path / "out"), "train_dataset": rows(2), "processing_class": tiny_processor()}
-    options = defaults | options
-    with pytest.raises(error, match=message):
-        MaskedDiffusionSFTTrainer(tiny_model() if model is None else model, **options)
+def given(**options):
+    return lambda folder: {"args": arguments(folder, **options), "train_dataset": STREAM}
+
+
+def adapted(**options):
+    return get_peft_model(tiny_model(), LoraConfig(**LORA, **options))
+
+
+def projector_unfrozen():
+    model = adapted()
+    model.get_base_model().model.multi_modal_projector.requires_grad_(True)
+    return model
+
+
+def injected():
+    model = tiny_model()
+    model._hf_peft_config_loaded = True  # what `AutoModel.from_pretrained(adapters)` leaves
+    return model
 
 
 @pytest.mark.parametrize(
@@ -139,25 +145,35 @@ def refused(tmp_path, error, message, model=None, **options):
             {"optimizers": (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), None)}, ValueError,
             "`optimizers` holds an optimizer of none of the weights",
         ),
+        (given(chat_template_path="Qwen/Qwen3"), ValueError, "`chat_template_path` is 'Qwen/Qwen3'; allowed is a Jinj"),
+        (given(train_sampling_strategy="group_by_length"), ValueError, "but `train_dataset` is a stream"),
+        # Weights that could not be trained, or would not be saved.
+        ({"model": adapted().requires_grad_(False)}, ValueError, "adapters, all of them frozen; .*is_trainable=True"),
+        ({"model": projector_unfrozen()}, ValueError, "projector.* is trainable, but not saved .*`modules_to_save`"),
+        ({"model": injected()}, ValueError, "`model` holds adapters of its own; .*`PeftModel.from_pretrained"),
+        (
+            lambda folder: {"model": adapted(), "args": arguments(folder, trainable="projector")}, ValueError,
+            "`trainable` is 'projector', but adapters are trained instead",
+        ),
+        (
+            {"model": adapted(), "peft_config": LoraConfig(**LORA)}, ValueError,
+            "`PeftModel` instance together with a `peft_config`",
+        ),
+        ({"model": tiny_model().requires_grad_(False)}, ValueError, "comes with a projector that is frozen; .*require"),
+        (
+            lambda folder: {
+                "data_collator": DataCollatorForMaskedDiffusion(processor=tiny_processor(), max_length=400),
+                "args": arguments(folder, eos_padding=4),
+            },
+            ValueError, "`args` ask for eos_padding=4, but `data_collator` has 0",
+        ),
     ],
 )  # fmt: skip
 def test_what_the_constructor_refuses(tmp_path, options, error, message):
-    refused(tmp_path, error, message, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"chat_template_path": "Qwen/Qwen3"}, "`chat_template_path` is 'Qwen/Qwen3'; allowed is a Jinja file"),
-        ({"dataset_kwargs": {"text": "a"}}, "`dataset_kwargs` is .*; allowed is 'skip_prepare_dataset'"),
-        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True, which would part images"),
-        ({"activation_offloading": True}, "`activation_offloading` is True, but there is no GPU"),
-        ({"train_sampling_strategy": "group_by_length", "max_steps": 1}, "but `train_dataset` is a stream"),
-    ],
-)
-def test_values_that_are_refused(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, dataset=rows(2).to_iterable_dataset(), **options)
+    options = options(tmp_path) if callable(options) else options
+    defaults = {"args": arguments(tmp_path), "train_dataset": rows(2), "processing_class": tiny_processor()}
+    with pytest.raises(error, match=message):
+        MaskedDiffusionSFTTrainer(**{"model": tiny_model(), **defaults, **options})
 
 
 # What TRL accepts instead of our own classes
@@ -181,43 +197,31 @@ def test_arguments_of_others(tmp_path, kind):
     given |= {"per_device_train_batch_size": 2, "lr_scheduler_type": "constant", "warmup_steps": 0, "report_to": []}
     args = kind(str(tmp_path), use_cpu=True, save_strategy="no", **given)
     theirs = MaskedDiffusionSFTTrainer(tiny_model(), args, train_dataset=rows(4), processing_class=tiny_processor())
-    kept = {name: getattr(theirs.args, name) for name in given}
-    assert kept == given and theirs.args.max_length is None and theirs.args.hub_private_repo is True
-    ours = make_trainer(tmp_path, dataset=rows(4), **given)
-    for trainer in (theirs, ours):
-        trainer.train()
-    assert losses(theirs) == pytest.approx(losses(ours), rel=1e-5)
+    assert {name: getattr(theirs.args, name) for name in given} == given
+    assert theirs.args.max_length is None and theirs.args.hub_private_repo is True
+    theirs.train()
+    assert losses(theirs) == pytest.approx(losses(trained(tmp_path, dataset=rows(4), **given)), rel=1e-5)
 
 
-def test_a_collator_of_ones_own_must_not_contradict(tmp_path):
+def test_a_collator_of_ones_own(tmp_path):
     collator = DataCollatorForMaskedDiffusion(processor=tiny_processor(), max_length=400, eos_padding=2)
-    trainer = MaskedDiffusionSFTTrainer(
-        tiny_model(), arguments(tmp_path), collator, rows(2), processing_class=tiny_processor()
-    )
-    assert trainer.data_collator is collator
-    refused(
-        tmp_path, ValueError, "`args` ask for eos_padding=4, but `data_collator` has 2", data_collator=collator,
-        args=arguments(tmp_path / "out", eos_padding=4),
-    )  # fmt: skip
+    options = {"train_dataset": rows(2), "processing_class": tiny_processor()}
+    assert MaskedDiffusionSFTTrainer(tiny_model(), arguments(tmp_path), collator, **options).data_collator is collator
 
 
 def test_the_template_of_a_file_is_trained_with_and_saved(tmp_path):
-    """The tokens of a batch are those that the template renders, as plain Jinja would."""
-    template = next(text for name, text in CHAT_TEMPLATES.items() if text != tiny_processor().chat_template)
-    file = tmp_path / "chat.jinja"
-    file.write_text(template)
-    trainer = make_trainer(tmp_path, chat_template_path=str(file), max_steps=1, dataset=rows(1))
-    processor = tiny_processor()
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0][0]}]},
-        {"role": "assistant", "content": [{"type": "text", "text": QUESTIONS[0][1]}]},
-    ]
-    text = processor.apply_chat_template(messages, chat_template=template, tokenize=False)
+    """The tokens of a batch are those that the template renders."""
+    processor, file = tiny_processor(), tmp_path / "chat.jinja"
+    file.write_text(next(text for text in CHAT_TEMPLATES.values() if text != processor.chat_template))
+    trainer = make_trainer(tmp_path, chat_template_path=str(file), dataset=rows(1))
+    messages = [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]}
+                for turn in rows(1)[0]["messages"]]  # fmt: skip
+    messages[0]["content"].insert(0, {"type": "image"})
+    text = processor.apply_chat_template(messages, chat_template=file.read_text(), tokenize=False)
     expected = processor(text=text, images=rows(1)[0]["images"], add_special_tokens=False, return_tensors="pt")
-    batch = trainer.data_collator([trainer.train_dataset[0]])
-    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(trainer.data_collator([trainer.train_dataset[0]])["input_ids"], expected["input_ids"])
     trainer.save_model()
-    assert type(processor).from_pretrained(tmp_path).chat_template == template
+    assert type(processor).from_pretrained(tmp_path).chat_template == file.read_text()
 
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
@@ -230,12 +234,11 @@ def test_rows_of_a_length_come_together(tmp_path, strategy):
         tmp_path, dataset=datasets.Dataset.from_list(data), train_sampling_strategy=strategy, num_train_epochs=1,
         max_steps=-1, gradient_accumulation_steps=4, eval_dataset=rows(4),
     )  # fmt: skip
-    collate, seen = trainer.data_collator.torch_call, []
-    assert trainer.train_dataset["length"] == [len(collate([row])["input_ids"][0]) for row in data]
-    trainer.data_collator.torch_call = lambda batch: seen.append({row["id"] for row in batch}) or collate(batch)
+    assert trainer.train_dataset["length"] == [len(trainer.data_collator([row])["input_ids"][0]) for row in data]
+    seen = seen_by(trainer)
     trainer.train()
-    assert {"row-1", "row-6"} in seen
-    assert sorted(name for batch in seen for name in batch) == [f"row-{number}" for number in range(8)]
+    assert {"row-1", "row-6"} in [{*seen[start : start + 2]} for start in range(0, 8, 2)]
+    assert sorted(seen) == [f"row-{number}" for number in range(8)]
     trainer.evaluate()
 
 
@@ -252,33 +255,6 @@ def test_rows_given_to_evaluate_are_looked_at(tmp_path):
 
 
 # Processes that do not know of each other
-
-
-SCRIPT = """
-from lladamedv.trainers import MaskedDiffusionSFTConfig
-MaskedDiffusionSFTConfig("out", bf16=False, use_cpu=USE_CPU)
-"""
-MULTI_CPU = "distributed_type: MULTI_CPU\nnum_machines: 1\nnum_processes: 2\nuse_cpu: true\n"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "use_cpu", "processes"),
-    [
-        (["torch.distributed.run", "--standalone", "--nproc_per_node=2"], False, 2),
-        (["accelerate.commands.launch", "--config_file", "multi_cpu.yaml"], True, "several"),
-    ],
-)
-def test_processes_that_would_train_apart(tmp_path, launcher, use_cpu, processes):
-    if not use_cpu and torch.accelerator.is_available():
-        pytest.skip("two processes find each other on GPUs")
-    (tmp_path / "script.py").write_text(SCRIPT.replace("USE_CPU", str(use_cpu)))
-    (tmp_path / "multi_cpu.yaml").write_text(MULTI_CPU)
-    result = subprocess.run(
-        [sys.executable, "-m", *launcher, "script.py"], capture_output=True, text=True, cwd=tmp_path, timeout=240,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-    )  # fmt: skip
-    assert result.returncode and f"one of {processes}, but trains as one of 1" in result.stderr
 
 
 # Older versions of accelerate have such processes find each other, and wait for each other here.
@@ -303,42 +279,3 @@ def test_an_environment_of_several_processes(tmp_path, monkeypatch, environment,
     else:
         with pytest.raises(ValueError, match=message):
             MaskedDiffusionSFTConfig(str(tmp_path), bf16=False)
-
-
-# Adapters and frozen weights that come with the model
-
-
-def lora(**options):
-    return LoraConfig(r=4, target_modules=r".*language_model.*\.(q|v)_proj", task_type="CAUSAL_LM", **options)
-
-
-def adapted(**options):
-    return get_peft_model(tiny_model(), lora(**options))
-
-
-def projector_unfrozen():
-    model = adapted()
-    model.get_base_model().model.multi_modal_projector.requires_grad_(True)
-    return model
-
-
-def injected():
-    model = tiny_model()
-    model._hf_peft_config_loaded = True  # what `AutoModel.from_pretrained(adapters)` leaves
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make", "options", "message"),
-    [
-        (lambda: adapted().requires_grad_(False), {}, "adapters, all of them frozen; .*is_trainable=True"),
-        (projector_unfrozen, {}, "multi_modal_projector.* is trainable, but not saved .*`modules_to_save`"),
-        (injected, {}, "`model` holds adapters of its own; .*`PeftModel.from_pretrained"),
-        (adapted, {"trainable": "projector"}, "`trainable` is 'projector', but adapters are trained instead"),
-        (adapted, {"peft_config": lora()}, "`PeftModel` instance together with a `peft_config`"),
-        (lambda: tiny_model().requires_grad_(False), {}, "comes with a projector that is frozen; .*requires_grad_"),
-    ],
-)
-def test_weights_that_could_not_be_trained_or_saved(tmp_path, make, options, message):
-    with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, model=make(), **options)

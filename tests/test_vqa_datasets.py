@@ -11,7 +11,6 @@ from huggingface_hub import DatasetInfo, HfApi
 from PIL import Image
 
 from lladamedv.processing.datasets import (
-    BENCHMARKS,
     SOURCES,
     VQA_FEATURES,
     check_image_overlap,
@@ -30,23 +29,27 @@ NEWEST = "0123456789abcdef0123456789abcdef01234567"
 WHOLE_AND_STREAMED = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 
 
+def stored(image, kind="PNG"):
+    image.save(file := io.BytesIO(), kind)
+    return file.getvalue()
+
+
 def png(number=0):
     """The bytes of a picture that is `30 + number` pixels wide."""
-    file = io.BytesIO()
-    random_image(30 + number, 20, seed=number).save(file, "PNG")
-    return file.getvalue()
-
-
-def cmyk():
-    file = io.BytesIO()
-    Image.new("CMYK", (1, 1), (0, 255, 0, 0)).save(file, "JPEG")
-    return file.getvalue()
+    return stored(random_image(30 + number, 20, seed=number))
 
 
 def embedded(records):
     """A table as the Hub has them, with the pictures in it."""
     records = [{**each, "image": each["image"] and {"bytes": each["image"], "path": "image.png"}} for each in records]
     return datasets.Dataset.from_list(records).cast_column("image", datasets.Image())
+
+
+def read(dataset):
+    """What its rows say, and how wide their pictures are."""
+    rows = list(dataset)
+    said = [(row["id"], row["question"], row["answer"], row["answer_type"]) for row in rows]
+    return said, [(row["image_id"], row["image"].size[0]) for row in rows]
 
 
 def octomed(number, picture, answer, answer_type, **fields):
@@ -104,42 +107,37 @@ def slake_folder(tmp_path, request):
 
 
 def check_slake(dataset, report):
-    rows = list(dataset)
-    assert [(row["id"], row["question"], row["answer"], row["answer_type"]) for row in rows] == [
-        ("0", "Q0?", "Yes", "closed"), ("2", "Q2?", "Lung", "open"), ("7", "Q7?", "", "open"),
-    ]  # fmt: skip
-    assert [row["image"].size[0] for row in rows] == [30, 31, 31]
-    assert [row["image_id"] for row in rows] == [f"xmlab{number}/source.jpg" for number in (0, 1, 1)]
-    assert rows[0]["meta"] == {
-        "modality": "X-Ray", "location": "Lung", "content_type": "Position", "base_type": "vqa", "organ": None,
-        "phrase_type": None, "question_type": None,
-    }  # fmt: skip
-    assert {row["language"] for row in rows} == {"en"} and {row["dataset"] for row in rows} == {"slake"}
+    assert read(dataset) == (
+        [("0", "Q0?", "Yes", "closed"), ("2", "Q2?", "Lung", "open"), ("7", "Q7?", "", "open")],
+        [(f"xmlab{number}/source.jpg", 30 + number) for number in (0, 1, 1)],
+    )
+    first = next(iter(dataset))
+    stated = {"modality": "X-Ray", "location": "Lung", "content_type": "Position", "base_type": "vqa"}
+    assert first["meta"] == stated | dict.fromkeys(("organ", "phrase_type", "question_type"))
+    assert first["language"] == "en" and first["dataset"] == "slake" and dataset.features == VQA_FEATURES
     assert report.counts == {"images": 2, "questions": 3, "open": 2, "closed": 1}
-    assert report.other_languages == 1 and report.empty_answers == ["7"] and not report.derived_answer_types
+    assert report.missing_images == SLAKE_MISSING and report.other_languages == 1
+    assert report.empty_answers == ["7"] and not report.derived_answer_types
 
 
 @WHOLE_AND_STREAMED
 def test_slake_is_read_from_its_archive(slake_folder, streaming):
     before = sorted(slake_folder.rglob("*"))
     dataset, report = load_vqa("slake", path=slake_folder, streaming=streaming)
-    assert dataset.features == VQA_FEATURES
     check_slake(dataset, report)
-    assert report.missing_images == SLAKE_MISSING and sorted(slake_folder.rglob("*")) == before
+    assert sorted(slake_folder.rglob("*")) == before
     held = next(iter(dataset.cast_column("image", datasets.Image(decode=False))))["image"]
     assert held["bytes"] is None and held["path"].endswith(f"xmlab0/source.jpg::{slake_folder / 'imgs.zip'}")
-    archive = load_vqa("slake", path=slake_folder / "train.json", image_folder=slake_folder / "imgs.zip")
-    check_slake(*archive)
 
 
-def test_slake_is_read_from_unpacked_images(slake_folder):
+def test_slake_is_read_from_other_places(slake_folder):
+    """An archive that is named, and unpacked images."""
+    check_slake(*load_vqa("slake", path=slake_folder / "train.json", image_folder=slake_folder / "imgs.zip"))
     (slake_folder / "imgs.zip").unlink()
     for number in (0, 1):
         (slake_folder / f"imgs/xmlab{number}").mkdir(parents=True)
         (slake_folder / f"imgs/xmlab{number}/source.jpg").write_bytes(png(number))
-    dataset, report = load_vqa("slake", path=slake_folder)
-    check_slake(dataset, report)
-    assert report.missing_images == SLAKE_MISSING
+    check_slake(*load_vqa("slake", path=slake_folder))
 
 
 def test_slake_of_the_hub(slake_folder, monkeypatch):
@@ -153,7 +151,6 @@ def test_slake_of_the_hub(slake_folder, monkeypatch):
     monkeypatch.setattr(vqa, "hf_hub_download", hf_hub_download)
     dataset, report = load_vqa("slake", "validation", revision="abc")
     check_slake(dataset, report)
-    assert report.missing_images == SLAKE_MISSING
     wanted = ("validation.json", "imgs.zip")
     assert asked == [("BoKelvin/SLAKE", name, "dataset", "abc") for name in wanted]
     assert report.source == "BoKelvin/SLAKE@abc" and report.revision == "abc" and "CC BY 4.0" in report.licence
@@ -168,34 +165,30 @@ def test_an_archive_that_is_none(slake_folder):
 
 
 @WHOLE_AND_STREAMED
-@pytest.mark.parametrize("kind", ["parquet", "saved splits", "without features"])
-def test_vqa_rad_from_tables(tmp_path, kind, streaming):
-    table, path = embedded(VQA_RAD), tmp_path / "data"
-    if kind in ("parquet", "without features"):
-        path = tmp_path / "data.parquet"
-        if kind == "without features":
-            table = datasets.Dataset.from_list([{**each, "image": {"bytes": each["image"]}} for each in VQA_RAD])
-        table.to_parquet(path)
-    else:
-        datasets.DatasetDict({"test": table}).save_to_disk(path)
-    dataset, report = load_vqa("vqa-rad", path=path, streaming=streaming)
+@pytest.mark.parametrize("with_features", [True, False])
+def test_vqa_rad_from_a_table(tmp_path, with_features, streaming):
+    without = datasets.Dataset.from_list([{**each, "image": {"bytes": each["image"]}} for each in VQA_RAD])
+    (embedded(VQA_RAD) if with_features else without).to_parquet(tmp_path / "data.parquet")
+    dataset, report = load_vqa("vqa-rad", path=tmp_path / "data.parquet", streaming=streaming)
     assert isinstance(dataset, datasets.IterableDataset) == streaming and dataset.features == VQA_FEATURES
-    rows = list(dataset)
-    assert [(row["id"], row["question"], row["answer"], row["answer_type"]) for row in rows] == [
-        ("100", "Q0?", "Yes", "closed"), ("101", "Q1?", "left lung", "open"), ("102", "Q2?", "left", "closed"),
-    ]  # fmt: skip
-    assert [row["image_id"] for row in rows] == ["synpic1.jpg", "synpic1.jpg", "synpic2.jpg"]
-    assert [row["image"].size[0] for row in rows] == [31, 31, 32]
-    assert rows[0]["meta"]["organ"] == "CHEST" and rows[0]["meta"]["phrase_type"] == "freeform"
+    assert read(dataset) == (
+        [("100", "Q0?", "Yes", "closed"), ("101", "Q1?", "left lung", "open"), ("102", "Q2?", "left", "closed")],
+        [("synpic1.jpg", 31), ("synpic1.jpg", 31), ("synpic2.jpg", 32)],
+    )
+    meta = next(iter(dataset))["meta"]
+    assert meta["organ"] == "CHEST" and meta["phrase_type"] == "freeform"
     assert report.counts == {"images": 2, "questions": 3, "open": 1, "closed": 2}
     assert report.differences == {"images": -201, "questions": -448, "open": -178, "closed": -270}
-    text = report.summary()
-    assert "vqa-rad test: 2 images, 3 questions, 1 open, 2 closed" in text
-    assert "here: -201 images, -448 questions, -178 open, -270 closed" in text
-    assert "published for OctoMed/VQA-RAD: 203 images, 451 questions, 179 open, 272 closed" in text
-    assert "derived" not in text and "these are not the published questions of vqa-rad" in text
-    assert "CC0" not in text and "202 of the 203" not in text
-    as_dict = json.loads(json.dumps(report.as_dict()))
+    text, as_dict = report.summary(), json.loads(json.dumps(report.as_dict()))
+    for said in (
+        "vqa-rad test: 2 images, 3 questions, 1 open, 2 closed",
+        "here: -201 images, -448 questions, -178 open, -270 closed",
+        "published for OctoMed/VQA-RAD: 203 images, 451 questions, 179 open, 272 closed",
+        "these are not the published questions of vqa-rad",
+    ):
+        assert said in text
+    for claim in ("derived", "CC0", "202 of the 203"):
+        assert claim not in text
     assert as_dict["licence"] == as_dict["leakage"] == "not known" and not as_dict["is_published"]
     assert as_dict["questions"] == 3 and as_dict["differences"] == report.differences and as_dict["published"]
 
@@ -213,7 +206,8 @@ def test_what_was_loaded_can_be_saved_and_loaded(tmp_path):
 @WHOLE_AND_STREAMED
 def test_nothing_is_decoded_while_rows_are_counted(tmp_path, monkeypatch, streaming):
     """… of a table with CMYK pictures, as PathVQA's, one missing and one that cannot be decoded at all."""
-    pictures = [cmyk(), png(), cmyk(), None, b"no picture"]
+    cmyk = stored(Image.new("CMYK", (1, 1), (0, 255, 0, 0)), "JPEG")
+    pictures = [cmyk, png(), cmyk, None, b"no picture"]
     answers = ["yes", "in the lung", " No ", "yes", "yes it is"]
     table = embedded([plain(picture, answer) for picture, answer in zip(pictures, answers)])
     table.to_parquet(tmp_path / "test.parquet")
@@ -263,23 +257,24 @@ def test_llava_med_files(tmp_path, streaming):
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(each) + "\n" for each in [*LLAVA, several]))
     for path in (tmp_path / "test.jsonl", tmp_path):
         dataset, report = load_vqa("path-vqa", path=path, streaming=streaming)
-        rows = list(dataset)
-        assert [(row["id"], row["question"], row["answer"], row["answer_type"]) for row in rows] == [
-            ("300", "Where is it?", "urinary", "open"), ("301", "Where is it?", "yes", "closed"),
-            ("302", "Where is it?", "lung", "open"), ("303", "Where is it?", "2", "open"),
-            ("304", "Where is it?", "no", "closed"), ("305", "Where is it?", "No", "closed"),
-            ("306/0", "Where is it?", "yes", "closed"), ("306/1", "And here?", "no", "closed"),
-        ]  # fmt: skip
-        assert [row["image_id"] for row in rows] == [*["test/0.png", "test/1.png"] * 3, *["test/0.png"] * 2]
-        assert [row["image"].size[0] for row in rows] == [*[30, 31] * 3, 30, 30]
-        assert rows[0]["meta"]["question_type"] == "where" and report.derived_answer_types == 1
+        answers = ["urinary", "yes", "lung", "2", "no", "No"]
+        types = ["open", "closed", "open", "open", "closed", "closed"]
+        assert read(dataset) == (
+            [
+                *((f"{300 + number}", "Where is it?", *each) for number, each in enumerate(zip(answers, types))),
+                ("306/0", "Where is it?", "yes", "closed"), ("306/1", "And here?", "no", "closed"),
+            ],
+            [(f"test/{number}.png", 30 + number) for number in (0, 1, 0, 1, 0, 1, 0, 0)],
+        )  # fmt: skip
+        assert next(iter(dataset))["meta"]["question_type"] == "where" and report.derived_answer_types == 1
         assert report.reference == "llava-med" and report.published["closed"] == 3391
         assert report.counts == {"images": 2, "questions": 8, "open": 3, "closed": 5}
 
 
 @WHOLE_AND_STREAMED
-def test_malformed_records(tmp_path, streaming):
-    bad = [
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"answer": ["Yes", "No"]}, "`answer` holds 2 answers; allowed is one"),
         ({"answer": {"text": "Yes"}}, "`answer` is {'text': 'Yes'}; allowed are text, numbers and truth values"),
         ({"question": "<image> or <image>?"}, "its question is about 2 images; allowed is one"),
@@ -288,16 +283,16 @@ def test_malformed_records(tmp_path, streaming):
         ({"answer_type": "maybe"}, "`answer_type` is 'maybe', not one of"),
         ({"image": ["a.png", "a.png"]}, "it has 2 images; allowed is one"),
         ({"conversations": [{"from": "gpt", "value": "x"}]}, "its turns are not questions and answers by turns"),
-    ]
+    ],
+)
+def test_malformed_records(tmp_path, changes, message, streaming):
     (tmp_path / "a.png").write_bytes(png())
-    for changes, message in bad:
-        records = [plain("a.png", "Yes"), plain("a.png", "Yes") | changes]
-        (tmp_path / "flat.json").write_text(json.dumps(records))
-        with pytest.raises(ValueError, match=f"vqa-rad/test/1 at record 2: {message}"):
-            list(load_vqa("vqa-rad", path=tmp_path / "flat.json", streaming=streaming)[0])
-        options = {"path": tmp_path / "flat.json", "streaming": streaming, "invalid_records": "skip"}
-        dataset, report = load_vqa("vqa-rad", **options)
-        assert len(list(dataset)) == report.rows == 1 and len(report.invalid) == 1
+    (tmp_path / "flat.json").write_text(json.dumps([plain("a.png", "Yes"), plain("a.png", "Yes") | changes]))
+    options = {"path": tmp_path / "flat.json", "streaming": streaming}
+    with pytest.raises(ValueError, match=f"vqa-rad/test/1 at record 2: {message}"):
+        list(load_vqa("vqa-rad", **options)[0])
+    dataset, report = load_vqa("vqa-rad", **options, invalid_records="skip")
+    assert len(list(dataset)) == report.rows == 1 and len(report.invalid) == 1
 
 
 @WHOLE_AND_STREAMED
@@ -342,11 +337,10 @@ def test_hub_ids_are_asked_for_by_revision(monkeypatch, revision, asked_for):
 
 
 def test_published_counts_add_up():
-    assert tuple(SOURCES) == BENCHMARKS
-    for sources in SOURCES.values():
-        for source in sources.values():
-            for _, questions, open_, closed in source.published.values():
-                assert None in (open_, closed) or open_ + closed == questions
+    for _, questions, open_, closed in (
+        counts for sources in SOURCES.values() for source in sources.values() for counts in source.published.values()
+    ):
+        assert None in (open_, closed) or open_ + closed == questions
 
 
 @WHOLE_AND_STREAMED

@@ -41,7 +41,7 @@ class DataSource:
             `vqa:BENCHMARK:SPLIT:PATH`, as in `vqa:slake` and `vqa:slake:train:/data/SLAKE`.
         name: configuration of a data set on the Hub; of a benchmark, the publication, as in `OctoMed/SLAKE`.
         revision: of a data set on the Hub; the full hash of a commit pins it. Benchmarks pin their own where they can.
-        split: which split of a Hub id, a folder, or a benchmark whose `path` does not say so.
+        split: of a Hub id, a folder, or a benchmark whose `path` names no split.
         image_folder: folder, or zip archive, that names of image files are relative to; by default where the data file
             lies, and imgs/ and images/ or their zip archives beside it.
         weight: share of the mixture, relative to the other weights; all sources of a mixture have one, or none.
@@ -65,7 +65,7 @@ def load_dataset_mixture(
     seed: int = 0,
     stopping_strategy: str = "first_exhausted",
     invalid_records: str = "error",
-    argument: str = "sources",
+    argument: str = "`sources`",
 ) -> tuple[Dataset | IterableDataset, list[LoadReport]]:
     """Load sources and mix them.
 
@@ -81,7 +81,7 @@ def load_dataset_mixture(
             comes exactly once.
         invalid_records: what to do with records that cannot become rows: stop (`"error"`) or leave them out and report
             how many (`"skip"`). A record whose image file is missing is always left out and reported.
-        argument: how error messages call `sources`.
+        argument: what error messages call `sources`.
 
     Returns:
         A data set with `ROW_FEATURES`, and a report per source.
@@ -92,14 +92,14 @@ def load_dataset_mixture(
     """
     sources = [_as_source(source, image_folder, argument) for source in sources]
     if not sources:
-        raise ValueError(f"`{argument}` is empty; at least one source is needed.")
+        raise ValueError(f"{argument} is empty; at least one source is needed.")
     if stopping_strategy not in STOPPING_STRATEGIES:
         raise ValueError(f"`stopping_strategy` is {stopping_strategy!r}; allowed are {STOPPING_STRATEGIES}.")
     weights = [source.weight for source in sources]
     if weighted := any(weight is not None for weight in weights):
         if not all(isinstance(weight, (int, float)) and weight > 0 for weight in weights):
             raise ValueError(
-                f"`weight` of `{argument}` is {weights}; allowed are numbers above 0 for all, or for none."
+                f"`weight` of {argument} is {weights}; allowed are numbers above 0 for all, or for none."
             )
         weights = [weight / sum(weights) for weight in weights]
     parts, reports = zip(*(_load(source, streaming, invalid_records, argument) for source in sources))
@@ -115,7 +115,7 @@ def _as_source(source, image_folder: str | None, argument: str) -> DataSource:
         known = set(DataSource.__dataclass_fields__)
         if set(source) - known or "path" not in source:
             raise ValueError(
-                f"`{argument}` holds {source}; allowed are `path` and, if need be, {sorted(known - {'path'})}."
+                f"{argument} holds {source}; allowed are `path` and, if need be, {sorted(known - {'path'})}."
             )
         source = DataSource(**source)
     elif not isinstance(source, DataSource):
@@ -130,7 +130,7 @@ def _as_source(source, image_folder: str | None, argument: str) -> DataSource:
 
 def _load(source: DataSource, streaming: bool, invalid_records: str, argument: str):
     """The rows of a source, and the report that they fill."""
-    report, called = LoadReport(str(source), invalid_records), f"`{argument}` holds {str(source)!r}"
+    report, called = LoadReport(str(source), invalid_records), f"{argument} holds {str(source)!r}"
     name, images = Path(source.path).stem, ImageFiles()
     if source.path.startswith((_VQA, _PHANTOMS)):
         try:
@@ -152,7 +152,7 @@ def _load(source: DataSource, streaming: bool, invalid_records: str, argument: s
     maker = RowMaker(partial(_rows, images=images), report, name)
     dataset = load_rows(records, maker, ROW_FEATURES, streaming)
     if isinstance(dataset, Dataset) and not len(dataset):
-        raise ValueError(f"`{argument}` holds a source without a row to train on: {report.summary()}.")
+        raise ValueError(f"{argument} holds a source without a row to train on: {report.summary()}.")
     return dataset, report
 
 

@@ -234,7 +234,7 @@ class MaskedDiffusionSFTConfig(LossArguments, SFTConfig):
         `hub_private_repo`.
 
         Raises:
-            TypeError: for anything else.
+            TypeError: for arguments of another type.
             ValueError: as for new arguments.
         """
         if not isinstance(args, TrainingArguments):
@@ -250,7 +250,7 @@ class MaskedDiffusionSFTConfig(LossArguments, SFTConfig):
 
 
 def _check_processes(num_processes: int) -> None:
-    """Processes that do not know of each other would train apart, and write into one folder."""
+    """Refuse processes that do not find each other: they would train apart, and write into one folder."""
     asked = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 0)
     # `accelerate launch` with a configuration of several processes on CPUs starts one, and says nothing but this.
     alone = not asked and "MASTER_ADDR" in os.environ

@@ -7,7 +7,7 @@ import logging
 import platform
 from dataclasses import fields
 from functools import partial
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 
 import datasets
@@ -115,37 +115,18 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         for name, (value, instead) in refused.items():
             if value is not None:
                 raise ValueError(f"`{name}` does not apply to masked diffusion: {instead}.")
-        if isinstance(model, PathLike):
-            model = fspath(model)
-        if args is None:
-            name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
-            name = f"{Path(name).name or 'LLaDA-MedV'}-SFT"
-            args = MaskedDiffusionSFTConfig(name, use_cpu=not torch.accelerator.is_available())
-        elif not isinstance(args, MaskedDiffusionSFTConfig):
-            args = MaskedDiffusionSFTConfig.from_arguments(args)
         if train_dataset is None:
             raise ValueError("`train_dataset` is required.")
-        if isinstance(model, str):
-            options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
-            if quantization_config is not None:
-                options["quantization_config"] = quantization_config
-            model = LLaDAMedVForConditionalGeneration.from_pretrained(model, **options)
-            args.model_init_kwargs = quantization_config = None  # TRL would say that they are ignored
-        config = getattr(model, "config", None)
-        if getattr(config, "model_type", None) != LLaDAMedVForConditionalGeneration.config_class.model_type:
+        args = _arguments(args, model)
+        if isinstance(model, (str, PathLike)):
+            model, quantization_config = _load(model, args, quantization_config), None
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type != LLaDAMedVForConditionalGeneration.config_class.model_type:
             raise ValueError(f"`model` is a {type(model).__name__}; needed is a LLaDAMedVForConditionalGeneration.")
-        if processing_class is None:
-            processing_class = LLaDAMedVProcessor.from_pretrained(model.config._name_or_path)
-        elif type(processing_class).__name__ != LLaDAMedVProcessor.__name__:  # remote code has a class of its own
-            raise TypeError(
-                f"`processing_class` is a {type(processing_class).__name__}; needed is the processor with tokenizer "
-                "and image processor, which `AutoProcessor.from_pretrained` loads."
-            )
-        if args.chat_template_path is not None:  # TRL sets it, too, but only when the rows are already looked at
-            processing_class.chat_template = _read_template(args.chat_template_path)
+        processing_class = _processor(processing_class, model, args)
         _freeze(model, args.trainable, peft_config)
-        data_collator = _collator(data_collator, processing_class, args, model.config)
-        self.args, self.data_collator, self.row_reports = args, data_collator, {}
+        self.args, self.row_reports = args, {}
+        self.data_collator = _collator(data_collator, processing_class, args, model.config)
         train_dataset = self._prepare_rows(train_dataset, "train_dataset")
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepare_rows(rows, f"eval_dataset[{name!r}]")
@@ -154,18 +135,30 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
         self.noise = AnswerNoise(args.seed if args.noise_seed is None else args.noise_seed, args.time_sampling)
         super().__init__(
-            model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
+            model=model, args=args, data_collator=self.data_collator, train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks, optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs, quantization_config=quantization_config,
             peft_config=peft_config,
         )  # fmt: skip
+        trained = {part_of(name) for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self.trained_parts = [part for part in _PARTS if part in trained]
+        self._check_what_is_trained()
+        if args.log_answers:
+            rows = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
+            if rows is None:
+                raise ValueError(f"`log_answers` is {args.log_answers}, but there is no `eval_dataset`.")
+            self.add_callback(AnswerTableCallback(self, list(rows.take(args.log_answers))))
+
+    def _check_what_is_trained(self) -> None:
+        """
+        Raises:
+            ValueError: for arguments that mean weights which are not trained, or are not whole in a process.
+        """
         parallel = self.accelerator.parallelism_config
         if parallel is not None and max(parallel.tp_size, parallel.cp_size, parallel.sp_size) > 1:
             raise ValueError(f"`parallelism_config` is {parallel}; rows and layers cannot be split, dp_* may be > 1.")
-        trained = {part_of(name) for name, weight in self.model.named_parameters() if weight.requires_grad}
-        self.trained_parts = [part for part in _PARTS if part in trained]
         for part in _PARTS:
-            if (rate := getattr(args, f"{part}_learning_rate")) is not None and part not in trained:
+            if (rate := getattr(self.args, f"{part}_learning_rate")) is not None and part not in self.trained_parts:
                 raise ValueError(
                     f"`{part}_learning_rate` is {rate}, but nothing of that part is trained, only "
                     f"{' and '.join(self.trained_parts)}; leave it out, or see `trainable`."
@@ -177,11 +170,6 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
                     "`optimizers` holds an optimizer of none of the weights that are trained; make it of these, or "
                     "leave it to `args`."
                 )
-        if args.log_answers:
-            rows = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
-            if rows is None:
-                raise ValueError(f"`log_answers` is {args.log_answers}, but there is no `eval_dataset`.")
-            self.add_callback(AnswerTableCallback(self, list(rows.take(args.log_answers))))
 
     @property
     def _base_model(self) -> LLaDAMedVForConditionalGeneration:
@@ -203,14 +191,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             raise ValueError(f"`{name}` is empty; at least one row is needed.")
         if "messages" not in columns:
             raise ValueError(f"`{name}` has the columns {sorted(columns)}; needed are `messages` and `images`.")
-        length_of = data_collator.row_length
-        if args.pack_questions is not None:
-            alone = DataCollatorForMaskedDiffusion(
-                processor=data_collator.processor, eos_padding=args.eos_padding,
-                eos_padding_to_multiple_of=args.eos_padding_to_multiple_of,
-            )  # fmt: skip
-            length_of = alone.row_length
-        dataset, report = prepare_rows(dataset, name, length_of, data_collator, args)
+        dataset, report = prepare_rows(dataset, name, data_collator, args)
         if args.pack_questions is not None:
             dataset = pack_rows(dataset, args.pack_questions)
             report.packed_into = len(dataset)
@@ -234,13 +215,13 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         self._signature_columns = ["messages", "image", "images", "id", self.args.length_column_name]
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
-        """As in `Trainer`; rows that are given here are looked at, as those given to the trainer were."""
+        """As in `Trainer`; rows that are given here are checked, as those given to the trainer were."""
         if eval_dataset is not None and not isinstance(eval_dataset, (dict, str)):  # of a dict, each comes by itself
             eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def predict(self, test_dataset, *args, **kwargs):
-        """As in `Trainer`, of rows that are looked at; there are metrics and no predictions."""
+        """As in `Trainer`, of rows that are checked; it returns metrics and no predictions."""
         return super().predict(self._prepare_rows(test_dataset, "test_dataset"), *args, **kwargs)
 
     # How a run begins, goes on and ends
@@ -296,7 +277,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
     # Noise and loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As in `Trainer`; every batch learns its place in, and the size of, the whole batch of this optimizer step."""
+        """As in `Trainer`; each batch gets its place in the whole batch of this optimizer step, and its size."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:  # the end of a stream
             return batches, num_items_in_batch
@@ -483,6 +464,46 @@ def part_of(name: str) -> str:
     raise ValueError(f"{name!r} is no parameter of a LLaDA-MedV model.")
 
 
+def _arguments(args, model) -> MaskedDiffusionSFTConfig:
+    """The arguments as ours; by default those for `output_dir=NAME-SFT`, as in TRL."""
+    if isinstance(args, MaskedDiffusionSFTConfig):
+        return args
+    if args is not None:
+        return MaskedDiffusionSFTConfig.from_arguments(args)
+    is_name = isinstance(model, (str, PathLike))
+    name = model if is_name else getattr(getattr(model, "config", None), "_name_or_path", "")
+    return MaskedDiffusionSFTConfig(
+        f"{Path(name).name or 'LLaDA-MedV'}-SFT", use_cpu=not torch.accelerator.is_available()
+    )
+
+
+def _load(name: str | PathLike, args: MaskedDiffusionSFTConfig, quantization_config):
+    options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    args.model_init_kwargs = None  # TRL would say that they are ignored
+    return LLaDAMedVForConditionalGeneration.from_pretrained(name, **options)
+
+
+def _processor(processor, model, args: MaskedDiffusionSFTConfig) -> LLaDAMedVProcessor:
+    """The processor, by default the one beside the model, with the template that the arguments name."""
+    if processor is None:
+        processor = LLaDAMedVProcessor.from_pretrained(model.config._name_or_path)
+    elif type(processor).__name__ != LLaDAMedVProcessor.__name__:  # remote code has a class of its own
+        raise TypeError(
+            f"`processing_class` is a {type(processor).__name__}; needed is the processor with tokenizer and image "
+            "processor, which `AutoProcessor.from_pretrained` loads."
+        )
+    if (path := args.chat_template_path) is not None:  # TRL reads it, too, but only after the rows were looked at
+        if not path.endswith((".jinja", ".j2")) or not Path(path).is_file():
+            raise ValueError(
+                f"`chat_template_path` is {path!r}; allowed is a Jinja file, .jinja or .j2. The template of another "
+                "tokenizer would need tokens that the model does not have."
+            )
+        processor.chat_template = Path(path).read_text(encoding="utf-8")
+    return processor
+
+
 def _freeze(model, trainable: str, peft_config) -> None:
     """Freeze what is not trained.
 
@@ -547,15 +568,6 @@ def _collator(collator, processor, args: MaskedDiffusionSFTConfig, config) -> Da
     if collator.max_length is None or collator.max_length > context:
         raise ValueError(f"`max_length` is {collator.max_length}; the model's context allows {context}.")
     return collator
-
-
-def _read_template(path: str) -> str:
-    if not path.endswith((".jinja", ".j2")) or not Path(path).is_file():
-        raise ValueError(
-            f"`chat_template_path` is {path!r}; allowed is a Jinja file, .jinja or .j2. The template of another "
-            "tokenizer would need tokens that the model does not have."
-        )
-    return Path(path).read_text(encoding="utf-8")
 
 
 __all__ = ["MaskedDiffusionSFTTrainer"]

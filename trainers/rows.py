@@ -1,4 +1,4 @@
-"""Rows before they are trained on: every one is looked at, some are held out by image, questions about an image packed.
+"""Rows before training: each is checked, some are held out by image, questions about one image are packed.
 
 A row is what TRL calls conversational: `messages`, `images` (or `image`), and perhaps an `id`.
 """
@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,8 +33,8 @@ _CHUNK = 256  # rows in memory at a time
 class RowReport:
     """What became of the rows of a data set.
 
-    Of a streamed data set it tells what was read so far, in the longest of its passes. It counts nothing where
-    dataloader workers read the stream: that happens in other processes.
+    Of a streamed data set it counts what was read so far, in the longest of its passes; nothing is counted where
+    dataloader workers read the stream, in other processes.
 
     Attributes:
         kept, without_images: number of rows to train on, and of those of them without an image; `kept` is `None` if
@@ -70,7 +70,7 @@ class RowReport:
 
 
 def image_key(image) -> str:
-    """What tells images apart without decoding them: their path, or a digest of their bytes."""
+    """The same for the same image, which is not decoded: its path, or a digest of its bytes."""
     if isinstance(image, (str, Path)):
         return str(image)
     if isinstance(image, Image.Image):
@@ -109,7 +109,7 @@ def pixels_of(row: dict, open_image: Callable, seen: dict[str, tuple | Exception
 
 @lru_cache(maxsize=16)
 def _blank(size: tuple[int, int]) -> Image.Image:
-    """Stands for an image of which nothing but the size matters."""
+    """A black image in place of one of which only the size matters."""
     return Image.new("RGB", size)
 
 
@@ -128,15 +128,13 @@ def _in_parallel(function, dataset: datasets.Dataset, title: str, disable_tqdm: 
 # Every row
 
 
-def prepare_rows(dataset, name: str, length_of: Callable, collator, args):
-    """Look at every row, and decode every image once, before anything is trained.
+def prepare_rows(dataset, name: str, collator, args):
+    """Check every row, and decode every image once, before training starts.
 
     Args:
-        dataset: `datasets.Dataset`; of an `IterableDataset` the rows are looked at as they come, and counted if they
+        dataset: `datasets.Dataset`; of an `IterableDataset` the rows are checked as they come, and counted if they
             are read in this process.
         name: of the data set, for messages.
-        length_of: function from a row to its number of tokens; it refuses rows that cannot be trained on, as
-            `messages.check_row` does.
         collator, args: of the trainer.
 
     Returns:
@@ -145,10 +143,11 @@ def prepare_rows(dataset, name: str, length_of: Callable, collator, args):
     Raises:
         ValueError: for a bad row, if that is what the options say, or if no row is left.
     """
-    dataset = undecoded(dataset)
-    streamed = isinstance(dataset, datasets.IterableDataset)
-    report, read, seen = RowReport(None if streamed and args.dataloader_num_workers else 0), 0, {}
-    open_image, max_length = collator.processor.image_processor.fetch_images, collator.max_length
+    dataset, open_image = undecoded(dataset), collator.processor.image_processor.fetch_images
+    streamed, seen = isinstance(dataset, datasets.IterableDataset), {}
+    report = RowReport(None if streamed and args.dataloader_num_workers else 0)
+    alone = replace(collator, packed=False)  # rows are checked before they are packed
+    check = _RowCheck(name, alone.row_length, collator.max_length, args, report)
 
     def look_at(row) -> list | Exception:
         try:
@@ -156,48 +155,65 @@ def prepare_rows(dataset, name: str, length_of: Callable, collator, args):
         except Exception as error:  # a stream's rows may hold anything
             return error
 
-    def good(row, number, pixels) -> bool:
-        nonlocal read
-        option, value, problem = "invalid_rows", "skip", None
-        try:
-            if isinstance(pixels, Exception):
-                raise pixels
-            length = length_of({**row, "image": None, "images": [_blank(size) for _, size in pixels]})
-            if length > max_length:
-                option, value = "long_rows", "drop"
-                problem = InvalidRecordError(f"more than {max_length} tokens", str(length))
-        except InvalidRecordError as error:
-            problem = error
-        except Exception as error:  # whatever it is, training would end with it
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            problem = InvalidRecordError("it cannot be read", kind + one_line(error))
-        if problem is not None and getattr(args, option) != value:
+    if streamed:
+        dataset = dataset.filter(lambda row, number: check(row, number, look_at(row)), with_indices=True)
+        if next(iter(dataset), None) is None:
+            raise ValueError(f"`{name}` is a stream of which no row can be trained on: {report.summary()}.")
+        return dataset, report
+    looked_at = _in_parallel(look_at, dataset, f"Checking {name}", args.disable_tqdm)
+    keep = [number for number, row, pixels in looked_at if check(row, number, pixels)]
+    if not keep:
+        raise ValueError(f"`{name}` has {len(dataset)} rows, of which none can be trained on: {report.summary()}.")
+    return (dataset if len(keep) == len(dataset) else dataset.select(keep)), report
+
+
+@dataclass
+class _RowCheck:
+    """Whether a row is trained on; the report is kept up to date."""
+
+    name: str
+    length_of: Callable
+    max_length: int
+    args: object
+    report: RowReport
+    num_read: int = 0  # a look at the first rows, or another epoch, counts nothing twice
+
+    def __call__(self, row: dict, number: int, pixels: list | Exception) -> bool:
+        problem, option, value = self._problem(row, pixels)
+        named = _row_name(row, number)
+        if problem is not None and getattr(self.args, option) != value:
             raise ValueError(
-                f"`{name}` cannot be trained on: {_row_name(row, number)} has a problem: {problem}. Correct it, or "
-                f"leave such rows out with {option}={value!r}."
+                f"`{self.name}` cannot be trained on: {named} has a problem: {problem}. Correct it, or leave such "
+                f"rows out with {option}={value!r}."
             ) from problem
-        if report.kept is not None and number >= read:  # not read before, by a look at the first rows or an epoch
-            read = number + 1
+        report = self.report
+        if report.kept is not None and number >= self.num_read:
+            self.num_read = number + 1
             if problem is None:
                 report.kept += 1
                 report.without_images += not pixels
             else:
                 report.left_out[problem.reason] += 1
-                report.rows.setdefault(problem.reason, []).append(_row_name(row, number))
+                report.rows.setdefault(problem.reason, []).append(named)
         if problem is not None:
-            logger.warning("%s: %s left out, %s", name, _row_name(row, number), problem)
+            logger.warning("%s: %s left out, %s", self.name, named, problem)
         return problem is None
 
-    if streamed:
-        dataset = dataset.filter(lambda row, number: good(row, number, look_at(row)), with_indices=True)
-        if next(iter(dataset), None) is None:
-            raise ValueError(f"`{name}` is a stream of which no row can be trained on: {report.summary()}.")
-        return dataset, report
-    looked_at = _in_parallel(look_at, dataset, f"Checking {name}", args.disable_tqdm)
-    keep = [number for number, row, pixels in looked_at if good(row, number, pixels)]
-    if not keep:
-        raise ValueError(f"`{name}` has {len(dataset)} rows, of which none can be trained on: {report.summary()}.")
-    return (dataset if len(keep) == len(dataset) else dataset.select(keep)), report
+    def _problem(self, row: dict, pixels: list | Exception) -> tuple[InvalidRecordError | None, str, str]:
+        """What is wrong with a row, and the option that leaves such rows out, with its value."""
+        problem = None
+        try:
+            if isinstance(pixels, Exception):
+                raise pixels
+            length = self.length_of({**row, "image": None, "images": [_blank(size) for _, size in pixels]})
+            if length > self.max_length:
+                return InvalidRecordError(f"more than {self.max_length} tokens", str(length)), "long_rows", "drop"
+        except InvalidRecordError as error:
+            problem = error
+        except Exception as error:  # whatever it is, training would end with it
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            problem = InvalidRecordError("it cannot be read", kind + one_line(error))
+        return problem, "invalid_rows", "skip"
 
 
 def _row_name(row: dict, number: int) -> str:
@@ -227,9 +243,8 @@ def split_by_image(
         The rows to train on and those to evaluate on, in their order, and the number of different pictures in each.
 
     Raises:
-        ValueError: for a streamed data set, or one whose rows all belong together.
+        ValueError: if all rows belong together.
     """
-    _refuse_streams(dataset, "eval_split")
     plain, seen = undecoded(dataset), {}
 
     def content_of(row) -> list[str]:
@@ -249,7 +264,7 @@ def split_by_image(
             members.setdefault(id(groups[content[0]]), []).append(number)
     if len(members) < 2:
         raise ValueError(
-            f"`eval_split` is {share}, but all rows show the same images; to hold some out, at least two images that "
+            f"--eval_split is {share}, but all rows show the same images; to hold some out, at least two images that "
             "no row shows together are needed."
         )
     held_out, wanted = [], share * len(plain)
@@ -270,7 +285,8 @@ def pack_rows(dataset: datasets.Dataset, max_questions: int) -> datasets.Dataset
     Raises:
         ValueError: for a row with more or less than one image or one answer, or a streamed data set.
     """
-    _refuse_streams(dataset, "pack_questions")
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError("`pack_questions` needs to see the whole data set, and this one is streamed.")
     open_groups, groups = {}, []  # a row of a group: its number, name and messages
     for number, row in enumerate(undecoded(dataset)):
         images, name = images_of(row), str(row["id"] if row.get("id") is not None else f"row {number}")
@@ -294,11 +310,6 @@ def pack_rows(dataset: datasets.Dataset, max_questions: int) -> datasets.Dataset
     packed = packed.remove_columns([name for name in ("messages", "id") if name in packed.column_names])
     packed = packed.add_column("messages", [[turn for _, _, turns in group for turn in turns] for group in groups])
     return packed.add_column("id", [" + ".join(name for _, name, _ in group) for group in groups])
-
-
-def _refuse_streams(dataset, option: str) -> None:
-    if not isinstance(dataset, datasets.Dataset):
-        raise ValueError(f"`{option}` needs to see the whole data set, and this one is streamed.")
 
 
 __all__ = ["RowReport", "pack_rows", "prepare_rows", "split_by_image"]

@@ -1,7 +1,7 @@
 """Fine-tuning from the command line: `accelerate launch -m lladamedv.trainers.sft --config RECIPE --flag value`.
 
 `lladamedv train RECIPE --flag value` is the same, with the recipes of this package by name. A recipe is a YAML file of
-the arguments below; flags have the last word, and messages name both alike.
+the arguments below; flags have the last word. Messages name an argument by its flag.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import set_seed
+from transformers import AutoModelForImageTextToText, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
@@ -31,7 +31,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from lladamedv.hub_cards import is_hub_id
 from lladamedv.hub_cards.checks import PROJECTOR, check_model
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
-from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS, resolve_source
+from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS, Checkpoint, resolve_source
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
@@ -107,24 +107,24 @@ class SFTScriptArguments:
             value = getattr(self, name)
             setattr(self, name, list(value) if isinstance(value, (list, tuple)) else [value])
         if self.eval_split is not None and not 0 < self.eval_split < 1:
-            raise ValueError(f"`eval_split` is {self.eval_split}; allowed are numbers between 0 and 1, as in 0.1.")
+            raise ValueError(f"--eval_split is {self.eval_split}; allowed are numbers between 0 and 1, as in 0.1.")
         if self.eval_split is not None and self.streaming:
             raise ValueError(
-                f"`eval_split` is {self.eval_split} and `streaming` is True; to be split, data must be read as a whole."
+                f"--eval_split is {self.eval_split} and --streaming is given; to be split, data must be read whole."
             )
         if self.shuffle_buffer < 1:
-            raise ValueError(f"`shuffle_buffer` is {self.shuffle_buffer}; allowed are whole numbers of at least 1.")
+            raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; allowed are whole numbers of at least 1.")
 
 
 class _Parser(TrlParser):
-    """Ends on wrong flags with one line and exit code 2: their usage alone would fill some screens."""
+    """Wrong flags end in one line and exit code 2: the usage that argparse prints would fill some screens."""
 
     def error(self, message: str):
         self.exit(2, f"lladamedv: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:  # Transformers would say so only after it has taken up the others
+        if unknown:  # Transformers refuses them only after the others are parsed
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown
 
@@ -136,8 +136,8 @@ class _Parser(TrlParser):
         adapters = sorted(flags & _ADAPTER_FLAGS)
         if adapters and not model.use_peft:
             raise ValueError(
-                f"`{adapters[0]}` is given, but `use_peft` is False, so that the weights themselves would be trained; "
-                "add --use_peft, or leave it out."
+                f"--{adapters[0]} is given without --use_peft, so that the weights themselves would be trained; add "
+                "--use_peft, or leave it out."
             )
         return script, training, model
 
@@ -155,21 +155,21 @@ def _settle_evaluation(script: SFTScriptArguments, training: MaskedDiffusionSFTC
             if "log_answers" not in flags:
                 training.log_answers = 0
             logger.warning(
-                "`eval_data` of the recipe belongs to its own `train_data`, so nothing is evaluated. To evaluate, add "
+                "The recipe's own eval_data belongs to its train_data, so nothing is evaluated. To evaluate, add "
                 "--eval_data DATA, or --eval_split 0.1 to hold rows out."
             )
     if script.eval_data and script.eval_split is not None:
-        raise ValueError(f"`eval_split` is {script.eval_split}, but `eval_data` is given, too; allowed is one of them.")
+        raise ValueError(f"--eval_split is {script.eval_split}, but --eval_data is given, too; allowed is one of them.")
     for name in flags & {"eval_data", "eval_split"}:
         if training.eval_strategy == IntervalStrategy.NO:
             raise ValueError(
-                f"`{name}` is given, but `eval_strategy` is 'no', so that nothing would be evaluated; add "
+                f"--{name} is given, but --eval_strategy is 'no', so that nothing would be evaluated; add "
                 "--eval_strategy epoch, or steps."
             )
     if training.eval_strategy != IntervalStrategy.NO and not script.eval_data and script.eval_split is None:
         raise ValueError(
-            f"`eval_data` is empty, but `eval_strategy` is {training.eval_strategy.value!r}; name data, or hold rows "
-            "out with `eval_split`."
+            f"--eval_data is empty, but --eval_strategy is {training.eval_strategy.value!r}; name data, or hold rows "
+            "out with --eval_split."
         )
 
 
@@ -201,11 +201,11 @@ def _run(arguments: Sequence[str] | None) -> None:
         sys.exit(f"lladamedv: {' '.join(str(error).splitlines())}")
     try:
         if not script_args.streaming:
-            _tell_reports(trainer, script_args, reports)
+            _write_reports(trainer, script_args, reports)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(_internal_call=True)  # not pushed yet
-        if script_args.streaming:  # only now is it known what became of the data
-            _tell_reports(trainer, script_args, reports)
+        if script_args.streaming:  # the reports are complete only now
+            _write_reports(trainer, script_args, reports)
         trainer.create_model_card(Path(training_args.output_dir).name)
         if training_args.should_save and training_args.trainable == "projector" and not model_args.use_peft:
             _write_projector(training_args.output_dir)
@@ -232,7 +232,7 @@ def _check_loggers(names: Sequence[str]) -> None:
     missing = set(names) & set(INTEGRATION_TO_CALLBACK) - set(get_available_reporting_integrations())
     for name in sorted(missing):
         raise ValueError(
-            f"`report_to` holds {name!r}, whose package is not installed; install it (pip install {name}), or report "
+            f"--report_to holds {name!r}, whose package is not installed; install it (pip install {name}), or report "
             "to 'none'."
         )
 
@@ -257,8 +257,8 @@ def build_trainer(
     """
     if training_args.push_to_hub and model_args.use_peft and not is_hub_id(model_args.model_name_or_path or ""):
         raise ValueError(
-            f"`push_to_hub` is True, but the adapters' model is {model_args.model_name_or_path!r}, which others do not "
-            "have; train on a model of the Hub, or push afterwards: lladamedv push FOLDER REPO --base-model HUB_ID."
+            f"--push_to_hub is given, but the adapters' model is {model_args.model_name_or_path!r}, which others do "
+            "not have; train on a model of the Hub, or push afterwards: lladamedv push FOLDER REPO --base-model HUB_ID."
         )
     set_seed(training_args.seed)  # of random weights
     model, processor = load_model(script_args, model_args)
@@ -269,7 +269,7 @@ def build_trainer(
     }  # fmt: skip
     with training_args.main_process_first(desc="loading data"):
         train_data, reports = load_dataset_mixture(
-            script_args.train_data, streaming=script_args.streaming, argument="train_data", **options
+            script_args.train_data, streaming=script_args.streaming, argument="--train_data", **options
         )
         eval_data, held_out = None, None
         if script_args.eval_split is not None:
@@ -279,7 +279,7 @@ def build_trainer(
             )
             held_out = {"share": share, "seed": seed, "images": images[1], "images_to_train_on": images[0]}
         elif training_args.eval_strategy != IntervalStrategy.NO:
-            eval_data, more = load_dataset_mixture(script_args.eval_data, argument="eval_data", **options)
+            eval_data, more = load_dataset_mixture(script_args.eval_data, argument="--eval_data", **options)
             reports = reports + more
     if script_args.streaming:
         train_data = train_data.shuffle(training_args.seed, buffer_size=script_args.shuffle_buffer)
@@ -293,13 +293,13 @@ def build_trainer(
     needed = sum(weight.nbytes for weight in weights if weight.requires_grad or peft_config is None)
     if (free := free_space(folder)) < needed:
         raise ValueError(
-            f"`output_dir` is {folder!r}, where {free / 1e6:.1f} MB are free; the weights to save have "
+            f"--output_dir is {folder!r}, where {free / 1e6:.1f} MB are free; the weights to save have "
             f"{needed / 1e6:.1f} MB."
         )
     return trainer, reports
 
 
-def _tell_reports(trainer: MaskedDiffusionSFTTrainer, script_args: SFTScriptArguments, reports: list[LoadReport]):
+def _write_reports(trainer: MaskedDiffusionSFTTrainer, script_args: SFTScriptArguments, reports: list[LoadReport]):
     """Print what became of the data, and put it, with every row that was left out, into `output_dir/data_report.json`:
     an object for each source, and one for each data set whose rows were checked."""
     entries = []
@@ -331,46 +331,46 @@ def load_model(
     """
     name = model_args.model_name_or_path
     if name is None:
-        raise ValueError(f"`model_name_or_path` is not given; allowed are a folder, a Hub id, or {DEMO!r}.")
+        raise ValueError(f"--model_name_or_path is not given; allowed are a folder, a Hub id, or {DEMO!r}.")
     name = str(files("lladamedv") / "demo_model") if name == DEMO else os.path.expanduser(name)
+    quantization = quantization_config(script_args, model_args)
     try:
         folder = resolve_source(name, model_args.model_revision)
         checkpoint = check_model(folder, name, with_weights=not script_args.from_scratch)
-    except ValueError as error:
-        raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be loaded: {error}") from error
-    quantization = quantization_config(script_args, model_args)
-    if script_args.from_scratch and (quantization is not None or checkpoint.is_released):
-        raise ValueError("`from_scratch` needs a folder of this package's own format, without quantisation.")
-    try:
         if script_args.from_scratch:
-            model = LLaDAMedVForConditionalGeneration._from_config(
-                checkpoint.config, attn_implementation=model_args.attn_implementation
-            )
-            if not checkpoint.config.text_only:
-                # SigLIP's own random position embeddings drown what small patches show; these are a ViT's.
-                nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.02)
-            model.generation_config = LLaDAMedVGenerationConfig.from_pretrained(folder)
-            if model_args.dtype not in (None, "auto"):
-                model.to(getattr(torch, model_args.dtype))
+            if quantization is not None or checkpoint.is_released:
+                raise ValueError("--from_scratch needs a folder of this package's own format, without quantisation")
+            model = _random_model(checkpoint, model_args)
         else:
             model = checkpoint.load(
                 LLaDAMedVForConditionalGeneration, dtype=model_args.dtype, quantization_config=quantization,
                 attn_implementation=model_args.attn_implementation,
             )  # fmt: skip
-    except OSError as error:
-        raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be loaded: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model_name_or_path is {name!r}, which cannot be loaded: {error}") from error
     try:
         if script_args.processor is not None:
             processor = LLaDAMedVProcessor.from_pretrained(os.path.expanduser(script_args.processor))
         else:
             processor = checkpoint_processor(checkpoint, PRESETS, SPECIAL_TOKENS)
     except Exception as error:  # the tokenizers library has no kind of its own
-        raise ValueError(f"`processor` is {script_args.processor!r}; none can be loaded: {error}") from error
+        raise ValueError(f"--processor is {script_args.processor!r}; none can be loaded: {error}") from error
     if script_args.chat_template is not None:
         template = CHAT_TEMPLATES[script_args.chat_template]
         several = isinstance(processor.chat_template, dict)
         processor.chat_template = {**processor.chat_template, "default": template} if several else template
     return model, processor
+
+
+def _random_model(checkpoint: Checkpoint, model_args: ModelConfig) -> LLaDAMedVForConditionalGeneration:
+    """A model of a checkpoint's configuration with random weights, and the checkpoint's generation options."""
+    options = {"attn_implementation": model_args.attn_implementation}
+    model = AutoModelForImageTextToText.from_config(checkpoint.config, **options)
+    if not checkpoint.config.text_only:
+        # SigLIP's own random position embeddings drown what small patches show; these are a ViT's.
+        nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.02)
+    model.generation_config = LLaDAMedVGenerationConfig.from_pretrained(checkpoint.folder)
+    return model if model_args.dtype in (None, "auto") else model.to(getattr(torch, model_args.dtype))
 
 
 def quantization_config(script_args: SFTScriptArguments, model_args: ModelConfig):
@@ -384,7 +384,7 @@ def quantization_config(script_args: SFTScriptArguments, model_args: ModelConfig
         return None
     if not model_args.use_peft:
         option = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
-        raise ValueError(f"`{option}` is True, but `use_peft` False; quantised weights are trained with adapters only.")
+        raise ValueError(f"--{option} is given without --use_peft; quantised weights are trained with adapters only.")
     config.llm_int8_skip_modules = list(script_args.quantization_skip_modules or QUANTIZATION_SKIP_MODULES)
     config.llm_int8_threshold = 0.0  # the default lets rows of a batch change each other's logits
     return config
@@ -413,7 +413,7 @@ def lora_config(model: LLaDAMedVForConditionalGeneration, model_args: ModelConfi
         if absent:
             last = sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()})
             raise ValueError(
-                f"`{argument}` holds {', '.join(map(repr, absent))}, which no module of the model is called; allowed "
+                f"--{argument} holds {', '.join(map(repr, absent))}, which no module of the model is called; allowed "
                 f"are a regular expression for whole names, or the ends of names: {', '.join(last)}."
             )
     return get_peft_config(model_args)
@@ -436,14 +436,14 @@ def find_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
     if word not in ("true", "last"):
         if not Path(value, last_file).is_file():
             raise ValueError(
-                f"`resume_from_checkpoint` is {value!r}, which is no checkpoint; allowed are its folder, "
+                f"--resume_from_checkpoint is {value!r}, which is no checkpoint; allowed are its folder, "
                 "true, last and false."
             )
         return value
     found = [file.parent for file in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{last_file}")]
     if not found and word == "true":
         raise ValueError(
-            f"`resume_from_checkpoint` is {value!r}, but `output_dir` {output_dir!r} holds no complete checkpoint; "
+            f"--resume_from_checkpoint is {value!r}, but --output_dir {output_dir!r} holds no complete checkpoint; "
             "'last' would start anew."
         )
     return str(max(found, key=lambda folder: int(folder.name.rpartition("-")[2]))) if found else None

@@ -39,7 +39,7 @@ ANSWER_TYPES = {
     "open": "open", "openended": "open", "freeform": "open", "other": "open", "number": "open",
     "closed": "closed", "closeended": "closed", "closedended": "closed", "yesno": "closed", "binary": "closed",
 }  # fmt: skip
-# An answer that is yes or no, or says so before a mark: "Yes.", "No, it is normal", but not "No evidence" or "No-go".
+# An answer that is yes or no, or begins so before a mark: "Yes.", "No, it is normal", but not "No evidence" or "No-go".
 _POLAR = re.compile(
     r"\W*(?:yes|no)(?:\W*|\s*[.,;:!(\u3001\u3002\u060c\u061b](?!\d).*|\s*[\u2013\u2014]\s.*|\s+-\s.*)"
     r"|\W*(?:true|false)\W*",
@@ -64,7 +64,7 @@ _SQUASHED = {column: tuple(map(squash, names)) for column, names in COLUMNS.item
 
 
 class Fields:
-    """A record by the columns that it is asked for, whatever the record calls them."""
+    """The values of a record by column, whatever the record calls the column."""
 
     def __init__(self, record: dict):
         self.record, self._names = record, {}
@@ -131,7 +131,7 @@ def text_of(value) -> str | None:
     """A question or an answer as text: numbers as a table shows them, 5 also where a gap in the column made it 5.0.
 
     Returns:
-        `None` for anything that is neither text nor a number.
+        `None` for a value that is neither text nor a number.
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)

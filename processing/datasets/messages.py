@@ -114,6 +114,7 @@ def normalize_messages(messages: list, num_images: int) -> list[dict]:
 
     `<image>` in a user's text is a placeholder, as in LLaVA's records, and is taken out of the text; anywhere else it
     is text. A conversation that names no image shows all it has at the beginning of its first user turn, as in TRL.
+    Messages in the one form stay as they are: the collator takes rows of a loader and rows of a user's own alike.
 
     Args:
         messages: dicts, or objects that Transformers takes for messages (dataclasses, pydantic's), with a `role` and a
@@ -142,7 +143,7 @@ def normalize_messages(messages: list, num_images: int) -> list[dict]:
                 + "; allowed are texts, and in a user's turn images, which themselves are in the column `images`"
             )  # fmt: skip
         text, shown = "".join(part["text"] for part in parts if part["type"] == "text"), len(images)
-        if role == "user" and IMAGE_PLACEHOLDER in text:
+        while role == "user" and IMAGE_PLACEHOLDER in text:  # until none is left, also of <ima<image>ge>
             shown += text.count(IMAGE_PLACEHOLDER)
             text = text.replace(IMAGE_PLACEHOLDER, "").strip()
         normalized.append({"role": role, "content": _places(shown) + [{"type": "text", "text": text}] * bool(text)})

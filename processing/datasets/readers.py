@@ -9,6 +9,7 @@ import csv
 import json
 import logging
 import os
+import re
 import stat
 import zipfile
 import zlib
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
@@ -33,6 +34,7 @@ RECORD_SUFFIXES, PARQUET_SUFFIX = (".json", ".jsonl", ".csv", ".tsv"), ".parquet
 _LARGEST_MEMBER = 2**28  # bytes of an image in an archive: Pillow's largest picture, at 1.5 bytes a pixel
 _ROWS, _IMAGE_ROWS = 5_000, 100  # that are Python objects at a time; with the bytes of their images
 _SHOWN = 5
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 Records = Callable[[], Iterator[tuple[str, "dict | InvalidRecordError"]]]
 
 
@@ -173,7 +175,7 @@ class ImageFiles:
             image: the name of a file, a data URL, bytes, or a dictionary of `bytes` or `path`.
 
         Raises:
-            InvalidRecordError: for anything else; [`MissingImageError`] for an image that is not there.
+            InvalidRecordError: for other values; [`MissingImageError`] for an image that is not there.
         """
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
@@ -277,20 +279,26 @@ def _read_table(file: TextIO, path: str | Path) -> Iterator[tuple[str, dict | In
 def _read_json(file: TextIO) -> Iterator[tuple[str, dict | InvalidRecordError]]:
     first = next((each for each in iter(lambda: file.read(1), "") if not each.isspace()), "")
     file.seek(0)
-    unit, records = ("record", enumerate(_loads(file.read()), 1)) if first == "[" else ("line", _read_lines(file))
-    for number, record in records:
-        place = f"{unit} {number}"
+    for place, record, escaped in _read_list(file.read()) if first == "[" else _read_lines(file):
         if not isinstance(record, (dict, InvalidRecordError)):
             raise InvalidRecordError(f"it has a {type(record).__name__} at {place}; {_ALLOWED}")
         try:
-            if isinstance(record, dict):
+            if escaped and isinstance(record, dict):
                 json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError:  # JSON can spell what no file can hold
             record = InvalidRecordError(f"it has a lone surrogate, which is no character, at {place}")
         yield place, record
 
 
-def _read_lines(file: TextIO) -> Iterator[tuple[int, object]]:
+def _read_list(text: str) -> Iterator[tuple[str, object, bool]]:
+    """The place of each record, the record, and whether the text spells surrogates."""
+    escaped = _SURROGATE.search(text) is not None
+    for number, record in enumerate(_loads(text), 1):
+        yield f"record {number}", record, escaped
+
+
+def _read_lines(file: TextIO) -> Iterator[tuple[str, object, bool]]:
+    """As [`_read_list`]."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -299,11 +307,12 @@ def _read_lines(file: TextIO) -> Iterator[tuple[int, object]]:
         except InvalidRecordError as error:
             record = error
             if number == 1:
+                line += file.read()
                 try:  # one object over several lines
-                    record = _loads(line + file.read())
+                    record = _loads(line)
                 except InvalidRecordError:
                     raise error from None
-        yield number, record
+        yield f"line {number}", record, _SURROGATE.search(line) is not None
 
 
 _ALLOWED = "allowed are a list of objects, or one object a line"
@@ -379,7 +388,10 @@ def open_records(
     file = next((each for each in files if each.suffix.lower() in RECORD_SUFFIXES and os.path.isfile(each)), None)
     if file is not None:
         records = partial(_records_in, file, keep_invalid, with_splits)
-        first = next((record for _, record in records() if isinstance(record, dict)), None)
+        reading, ahead = tee(records())
+        first = next((record for _, record in ahead if isinstance(record, dict)), None)
+        if not streaming:  # they are read once, and a list is parsed whole
+            records = partial(iter, reading)
     else:
         try:
             records = undecoded(_open_table(path, split, name, revision, streaming))

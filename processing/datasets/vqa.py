@@ -42,6 +42,7 @@ from .readers import (
     RECORD_SUFFIXES,
     ImageFiles,
     LoadReport,
+    Records,
     RowMaker,
     first_few,
     load_rows,
@@ -249,36 +250,17 @@ def load_vqa(
         raise ValueError(f"`split` is {split!r}; allowed for {reference} are {', '.join(allowed)}.")
     report = VQAReport("", invalid_records, benchmark=benchmark, split=split, leakage=LEAKAGE[benchmark])
     report.local = path is not None or benchmark == PHANTOMS
-    images, options = ImageFiles(), _options(report, streaming)
     if benchmark == PHANTOMS:
-        try:
-            phantoms = parse_phantoms(f"{PHANTOM_SEED}:{PHANTOM_COUNT}" if path is None else str(path))
-        except ValueError as error:
-            raise ValueError(f"`path` is {path!r}; for phantoms {error}.") from None
-        records = partial(phantom_records, phantoms)
-        report.source = f"phantoms:{phantoms['seed']}:{phantoms['length']}"
+        records, images = _phantoms(path, report), ImageFiles()
     elif path is None:
-        published = sources[reference]
-        if published.hub_id is None:
-            raise ValueError(f"`source` is {source!r}, which is not on the Hub; `path` must name its files.")
-        report.revision, report.pinned = revision or published.revision, bool(revision or published.revision)
-        if not report.pinned:
-            report.revision = _newest_revision(published.hub_id)
-        report.source = f"{published.hub_id}@{report.revision}" if report.revision else published.hub_id
-        called = f"`source` is {published.hub_id!r}"
-        if published.zipped:
-            # Images only in the archive: names in a downloaded file must not lead to the user's files.
-            file, options["image_folder"] = _download(published, split, report.revision, streaming)
-            records, images, _ = open_records(file, split, called, **options)
-        else:
-            records, *_ = open_records(published.hub_id, split, called, revision=report.revision, **options)
+        records, images = _published(sources[reference], source, revision, report, streaming)
     else:
         if revision is not None:
             raise ValueError(f"`revision` is {revision!r}, but `path` names local data; allowed is one of the two.")
         report.source = str(path)
         if not os.path.exists(os.path.expanduser(path)):  # unlike `Path.exists`, also for names that no file can have
             raise ValueError(f"`path` is {report.source!r}; no such file or folder.")
-        options["image_folder"] = image_folder
+        options = _options(report, streaming) | {"image_folder": image_folder}
         records, images, first = open_records(report.source, split, f"`path` is {report.source!r}", **options)
         if source is None and any(name in first for name in CONVERSATIONS):
             reference = LLAVA_MED
@@ -287,6 +269,32 @@ def load_vqa(
         numbers = sources[reference].published.get(split, ())
         report.published = {name: number for name, number in zip(COUNTED, numbers) if number is not None}
     return _load(records, images, report, streaming), report
+
+
+def _phantoms(path: str | Path | None, report: VQAReport) -> Records:
+    try:
+        phantoms = parse_phantoms(f"{PHANTOM_SEED}:{PHANTOM_COUNT}" if path is None else str(path))
+    except ValueError as error:
+        raise ValueError(f"`path` is {path!r}; for phantoms {error}.") from None
+    report.source = f"phantoms:{phantoms['seed']}:{phantoms['length']}"
+    return partial(phantom_records, phantoms)
+
+
+def _published(published: VQASource, source: str | None, revision: str | None, report: VQAReport, streaming: bool):
+    """The records of a publication on the Hub, and their images; the report learns what was asked for."""
+    if published.hub_id is None:
+        raise ValueError(f"`source` is {source!r}, which is not on the Hub; `path` must name its files.")
+    report.revision, report.pinned = revision or published.revision, bool(revision or published.revision)
+    if not report.pinned:
+        report.revision = _newest_revision(published.hub_id)
+    report.source = f"{published.hub_id}@{report.revision}" if report.revision else published.hub_id
+    called, options = f"`source` is {published.hub_id!r}", _options(report, streaming)
+    if published.zipped:
+        # Images only in the archive: names in a downloaded file must not lead to the user's files.
+        file, options["image_folder"] = _download(published, report.split, report.revision, streaming)
+        return open_records(file, report.split, called, **options)[:2]
+    records, *_ = open_records(published.hub_id, report.split, called, revision=report.revision, **options)
+    return records, ImageFiles()
 
 
 def load_own_vqa(
@@ -365,10 +373,10 @@ def _own_place(path: Path, split: str | None) -> tuple[Path, str]:
 
 
 def _newest_revision(hub_id: str) -> str | None:
-    """The newest commit of a data set that no revision is known of, so that what was loaded can be told."""
+    """The newest commit of a data set of which no revision is pinned, so that the report can name it."""
     try:
         return HfApi().dataset_info(hub_id).sha
-    except Exception as error:  # what is wrong shows when it is loaded, unless a cache has it
+    except Exception as error:  # loading shows what is wrong, unless a cache has the data
         logger.warning("The newest revision of %s cannot be asked for: %s", hub_id, error)
         return None
 
@@ -408,7 +416,7 @@ def phantom_records(phantoms: dict) -> Iterator[tuple[str, dict]]:
 
 @dataclass
 class _Questions:
-    """The rows of a record, one for each of its questions. With `split`, of records whose column `split` says so."""
+    """The rows of a record, one for each of its questions. With `split`, only of records of that split."""
 
     images: ImageFiles
     report: VQAReport

@@ -1,10 +1,9 @@
 """Gives a target many hostile inputs and checks what all of them must keep: documented errors of one line, no hang, and
 bounded memory.
 
-An input is made from the target's name and its number alone, so `Target.make(number)` brings a failing one back; it is
-saved, too. What environment variables set: `LLADAMEDV_FUZZ_INPUTS`, how many inputs each target gets in the thorough
-run; `LLADAMEDV_FUZZ_FIRST`, the number of the first; `LLADAMEDV_FUZZ_FAILURES`, a folder for failing inputs; and
-`LLADAMEDV_FUZZ_REPORT`, a file to which one line of JSON is added for each target.
+An input is made from the target's name and its number alone, so `Target.make(number)` brings a failing one back. What
+environment variables set: `LLADAMEDV_FUZZ_INPUTS`, how many inputs each target gets in the thorough run, and
+`LLADAMEDV_FUZZ_FIRST`, the number of the first.
 """
 
 from __future__ import annotations
@@ -12,19 +11,16 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import pickle
 import random
 import resource
 import signal
 import sys
-import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -32,7 +28,6 @@ import pytest
 SECONDS = 10.0  # that one input may take
 LONGEST_MESSAGE = 1000
 _MEGABYTE = 2**20
-_FAILURES = Path(os.environ.get("LLADAMEDV_FUZZ_FAILURES", Path(tempfile.gettempdir()) / "lladamedv_fuzzing"))
 _THOROUGH = int(os.environ.get("LLADAMEDV_FUZZ_INPUTS", "10000"))
 _FIRST = int(os.environ.get("LLADAMEDV_FUZZ_FIRST", "1000000"))  # far from the numbers of the quick run
 
@@ -85,42 +80,25 @@ class Target:
                 outcome, problem = type(error).__name__, _problem(error, self.documented)
                 if problem is not None and len(failures) < 20:
                     where = traceback.extract_tb(error.__traceback__)[-1]
-                    failures.setdefault((outcome, where.filename, where.lineno), (number, given, problem, error))
+                    failures.setdefault((outcome, where.filename, where.lineno), (number, problem, error))
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 faulthandler.cancel_dump_traceback_later()
             outcomes[outcome] += 1
             slowest = max(slowest, (time.perf_counter() - begun, number))
         risen, seconds = (_peak() - before) / _MEGABYTE, time.perf_counter() - started
-        self._report(first, count, outcomes, slowest, risen, seconds)
-        for number, given, _, _ in failures.values():
-            self._save(number, given)
+        record = {
+            "target": self.name, "first": first, "inputs": count, "outcomes": dict(outcomes.most_common()),
+            "slowest_seconds": round(slowest[0], 3), "slowest_input": slowest[1], "seconds": round(seconds, 1),
+            "peak_rise_megabytes": round(risen), "peak_megabytes": round(_peak() / _MEGABYTE),
+        }  # fmt: skip
+        print(json.dumps(record))
         assert not failures, "\n".join(
-            f"{self.name}, input {number} (also in {_FAILURES}): {problem}\n{_shown(error)}"
-            for number, _, problem, error in failures.values()
+            f"{self.name}, input {number}: {problem}\n{''.join(traceback.format_exception(error, limit=-6))[-3000:]}"
+            for number, problem, error in failures.values()
         )
         assert risen <= self.megabytes, f"{self.name}: the peak of the memory rose by {risen:.0f} MB"
         assert outcomes["read"] or len(outcomes) > 1 or count < 20, f"{self.name}: all {count} inputs end in one way"
-
-    def _save(self, number: int, given) -> None:
-        _FAILURES.mkdir(parents=True, exist_ok=True)
-        try:
-            content = given if isinstance(given, bytes) else pickle.dumps(given)
-        except Exception:  # what cannot be pickled is made anew from its number
-            return
-        (_FAILURES / f"{self.name}-{number}").write_bytes(content)
-
-    def _report(self, first: int, count: int, outcomes: Counter, slowest, risen: float, seconds: float) -> None:
-        record = {
-            "target": self.name, "first": first, "inputs": count, "outcomes": dict(outcomes.most_common()),
-            "slowest_seconds": round(slowest[0], 3), "slowest_input": slowest[1],
-            "peak_rise_megabytes": round(risen), "peak_megabytes": round(_peak() / _MEGABYTE),
-            "seconds": round(seconds, 1),
-        }  # fmt: skip
-        print(json.dumps(record))
-        if "LLADAMEDV_FUZZ_REPORT" in os.environ:
-            with open(os.environ["LLADAMEDV_FUZZ_REPORT"], "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
 
 
 def both_profiles(targets: list[Target]):
@@ -153,7 +131,3 @@ def _problem(error: BaseException, documented: tuple[type[Exception], ...]) -> s
     if len(message.splitlines()) != 1 or len(message) > LONGEST_MESSAGE:
         return f"a message of {len(message.splitlines())} lines and {len(message)} characters"
     return None
-
-
-def _shown(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error, limit=-6))[-3000:]

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from tests.dicom_files import dataset, to_bytes
+from tests.reading import encoded, tiff
 
 from .mutations import mend_png
-from .test_image_files import encoded, tiff
 
 
 GREY, DOUBLES = np.zeros((8, 8), np.uint8), np.zeros((8, 8))

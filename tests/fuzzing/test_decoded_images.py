@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lladamedv.processing.medical_images import read_medical_image
+from tests.reading import read
 from tests.tiny import TILE, tiny_processor
 
 from .harness import Target, both_profiles
@@ -87,8 +87,7 @@ def images(rng: random.Random):
     """One image, a few, a few for each prompt, or something else instead."""
 
     def one():
-        kind = rng.choice((picture, picture, array, tensor, strange_value))
-        return kind(rng)
+        return rng.choice((picture, picture, array, tensor, strange_value))(rng)
 
     ways = (one, one, lambda: [one()], lambda: [one(), one()], lambda: [[one()], [one(), one()]], lambda: (one(),))
     return rng.choice(ways)(), rng.randrange(4)
@@ -104,7 +103,7 @@ def process(given) -> None:
 
 def read_decoded(given) -> None:
     source, options = given
-    result = read_medical_image(source, max_pixels=10**6, **options)
+    result = read(source, max_pixels=10**6, **options)
     assert result.image.mode == "RGB" and (result.image.height, result.image.width) == result.size
 
 
