@@ -48,6 +48,17 @@ class DenoisingCacheLayer(CacheLayerMixin):
         if self.is_initialized:
             self.keys, self.values = self.keys[rows], self.values[rows]
 
+    def join(self, other, sides):
+        if not self.is_initialized:  # nothing has been run yet
+            return
+
+        def joined(ours, theirs):
+            if theirs is None:
+                theirs = ours.new_zeros(other.cache.num_rows, *ours.shape[1:])
+            return torch.cat([part for pair in zip(ours.chunk(sides), theirs.chunk(sides)) for part in pair])
+
+        self.keys, self.values = joined(self.keys, other.keys), joined(self.values, other.values)
+
     def get_mask_sizes(self, query_length):
         return (self.cache.row_length if self.cache.partial else query_length), 0
 
@@ -100,6 +111,16 @@ class DenoisingCache(Cache):
         self.slots = torch.zeros(num_rows, dtype=torch.long, device=rows.device)
         self.slots[rows] = torch.arange(len(rows), device=rows.device)
         self.num_rows = len(rows)
+
+    def join(self, other: "DenoisingCache", sides: int) -> None:
+        """Append the rows of another cache of the same row length.
+
+        Args:
+            sides: 2 if unconditional rows follow the others, which then stay behind all of these; or else 1.
+        """
+        for layer, theirs in zip(self.layers, other.layers):
+            layer.join(theirs, sides)
+        self.num_rows += other.num_rows
 
 
 __all__ = ["DenoisingCache"]

@@ -7,6 +7,7 @@ rows hold, so a step needs no synchronisation and can be captured in a graph.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,9 @@ class StepHooks:
         """What follows from what is committed."""
 
 
+_KNOWN = ("block", "step", "age", "interval", "finished", "broken")  # of each row
+
+
 class Progress:
     """What the host knows of the rows: lists, one entry a row.
 
@@ -92,6 +96,7 @@ class Progress:
         self.age = [0] * len(state.block)  # steps since the row's states were refreshed
         self.interval = state.interval.tolist()  # after how many they are
         self.finished = [False] * len(state.block)
+        self.broken = [-1] * len(state.block)  # first forward pass whose logits were not finite
         # The schedule of a block full of masks; commits that may be masks, or wholes, are not foreseen.
         self.foreseen = state.hooks.predictable and not state.rule.adaptive and state.drift is None
         self.foreseen &= state.mask_is_suppressed
@@ -100,11 +105,14 @@ class Progress:
         self._flag = None
 
     def update(self, state: DenoisingState, passes: list[ForwardPass]) -> None:
-        """Follow what a step has done. Raises ValueError as [`Progress.read`]."""
+        """Follow what a step has done."""
+        run = sorted({row for each in passes for row in each.numbers})
         renewed = {row for each in passes if not each.partial for row in each.numbers}
-        self.age = [1 if row in renewed else age + 1 for row, age in enumerate(self.age)]
+        for row in run:
+            self.age[row] = 1 if row in renewed else self.age[row] + 1
         if self.foreseen and not self._seen(state):
-            for row, step in enumerate(self.step):
+            for row in run:
+                step = self.step[row]
                 block_is_done = step + 1 >= self.steps_in_block
                 self.step[row] = 0 if block_is_done else step + 1
                 self.block[row] += block_is_done
@@ -114,20 +122,24 @@ class Progress:
             self.read(state)
 
     def read(self, state: DenoisingState) -> None:
-        """Copy the progress from the device.
-
-        Raises:
-            ValueError: for logits that were not finite.
-        """
+        """Copy the progress from the device."""
         self.copies += 1
         known = torch.stack([state.block, state.step, state.interval, state.finished.long(), state.broken])
-        self.block, self.step, self.interval, finished, broken = known.tolist()
+        self.block, self.step, self.interval, finished, self.broken = known.tolist()
         self.finished = [bool(each) for each in finished]
-        for row, number in enumerate(broken):
-            if number >= 0:
-                raise ValueError(
-                    f"The model's logits are not finite in forward pass {number} (from 0) of row {row}. {NOT_FINITE}"
-                )
+
+    def take(self, rows: list[int]) -> Progress:
+        """The same for some of the rows."""
+        taken = copy.copy(self)
+        for name in _KNOWN:
+            setattr(taken, name, [getattr(self, name)[row] for row in rows])
+        return taken
+
+    def join(self, other: Progress) -> None:
+        """Append the rows of another."""
+        for name in _KNOWN:
+            getattr(self, name).extend(getattr(other, name))
+        self.foreseen &= other.foreseen
 
     def _seen(self, state) -> bool:
         """Whether an end, or a logit that is not finite, has been found; on CUDA as of the step before."""
@@ -145,12 +157,21 @@ class Progress:
         return bool(before[0].numpy())
 
 
+# Tensors with an entry for each row.
+_OF_ROWS = (
+    "prompt_ids", "prompt_embeds", "prompt_mask", "prompt_lengths", "prompt_positions", "canvas", "absent", "stop",
+    "block", "step", "masks_at_start", "finished", "broken", "interval", "num_forwards", "num_full_forwards",
+    "commit_step", "commit_confidence",
+)  # fmt: skip
+
+
 class DenoisingState:
     """The canvas and the progress of each row.
 
     Args:
         model: gives the ids of its config.
         options: checked [`LLaDAMedVGenerationConfig`].
+        prompt_ids (`(batch, prompt)`): of the prompts.
         canvas (`(batch, length)`): masks to denoise, and whatever is fixed between them.
         prompt_mask (`(batch, prompt)`): 1 for tokens, 0 for padding.
         suffix: ids of the fixed text behind the canvas, 1-D.
@@ -159,7 +180,7 @@ class DenoisingState:
         hooks ([`StepHooks`], *optional*): of every step.
     """
 
-    def __init__(self, model, options, canvas, prompt_mask, suffix, stops=(), absent=None, hooks=None):
+    def __init__(self, model, options, prompt_ids, canvas, prompt_mask, suffix, stops=(), absent=None, hooks=None):
         batch, length = canvas.shape
         device = canvas.device
         self.options = options
@@ -170,6 +191,7 @@ class DenoisingState:
         self.rule = build_commit_rule(options)
         # Rows are the numbers of masks that a block may start with.
         self.schedule = commit_schedule(self.block_length, self.steps_per_block, options.schedule_shift).to(device)
+        self.stop_sequences = stops
         self.stops = [torch.tensor(stop, device=device) for stop in stops if len(stop) <= length]
         suppressed = options.suppress_tokens if options.suppress_tokens is not None else [self.mask_token_id]
         self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=device)
@@ -186,7 +208,8 @@ class DenoisingState:
         self.canvas = canvas
         self.absent = absent
         self.hooks = hooks or StepHooks()
-        self.prompt_ids = self.prompt_embeds = self.cache = None  # as soon as the loop begins
+        self.prompt_ids = prompt_ids
+        self.prompt_embeds = self.cache = None  # as soon as the loop begins
         self.positions = torch.arange(length, device=device)
         self.stop = torch.full((batch,), length, device=device)  # first position that is not part of the answer
         masks = self._masks_per_block(canvas)
@@ -209,6 +232,8 @@ class DenoisingState:
         self.packs = model.packs_candidates
         if self.packs is None:
             self.packs = device.type == "cpu" and options.compile_config is None
+        # Steps that rows due for a whole pass may wait for others, so that not every step has passes of both kinds.
+        self.patience = self.waited = 0
         self.progress = Progress(self)
         self.kept = list(range(batch))  # rows that passes run
         self._indices: dict[tuple[int, ...], torch.LongTensor] = {}
@@ -230,6 +255,49 @@ class DenoisingState:
     @property
     def is_finished(self) -> bool:
         return all(self.progress.finished)
+
+    def check_finite(self) -> None:
+        """ValueError for logits that were not finite, as far as the host knows."""
+        for row, number in enumerate(self.progress.broken):
+            if number >= 0:
+                raise ValueError(
+                    f"The model's logits are not finite in forward pass {number} (from 0) of row {row}. {NOT_FINITE}"
+                )
+
+    # Rows that come and go
+
+    def take(self, rows: list[int]) -> DenoisingState:
+        """The same for some of the rows, which are then numbered from 0; this state is of no use any more where it has
+        a cache."""
+        taken, index, batch = copy.copy(self), torch.tensor(rows, device=self.canvas.device), len(self.canvas)
+        for name in _OF_ROWS:
+            values = getattr(self, name)
+            setattr(taken, name, None if values is None else values[index])
+        taken.progress = self.progress.take(rows)
+        taken.kept, taken._indices = list(range(len(rows))), {}
+        taken.is_padded = not bool(taken.prompt_mask.all())
+        if self.cache is not None:
+            sides = 2 if self.options.cfg_scale > 0 else 1
+            self.cache.keep(self.index([row + batch * side for side in range(sides) for row in rows]), batch * sides)
+            self.cache.slots = None  # rows are where their numbers say
+        return taken
+
+    def row(self, number: int) -> DenoisingState:
+        """A copy of one row, without its cache."""
+        alone = copy.copy(self)
+        alone.cache = None
+        return alone.take([number])
+
+    def join(self, other: DenoisingState) -> None:
+        """Append the rows of a state with the same options and the same lengths of prompt and canvas."""
+        for name in _OF_ROWS:
+            values = getattr(self, name)
+            setattr(self, name, None if values is None else torch.cat([values, getattr(other, name)]))
+        self.progress.join(other.progress)
+        self.kept, self._indices = list(range(len(self.canvas))), {}
+        self.is_padded |= other.is_padded
+        if self.cache is not None:
+            self.cache.join(other.cache, 2 if self.options.cfg_scale > 0 else 1)
 
     # What stands in the row
 
@@ -291,6 +359,10 @@ class DenoisingState:
             return [self._pass(self.kept)]
         full = [row for row in rows if progress.step[row] == 0 or progress.age[row] >= progress.interval[row]]
         rest = [row for row in rows if row not in full]
+        if full and rest and self.waited < self.patience:
+            self.waited, full = self.waited + 1, []
+        elif full:
+            self.waited = 0
         if rest and not self.packs and self.options.cache_implementation == "dual" and self.drift is None:
             rest = self.kept  # one shape; what it says of the others is overwritten by the full pass
         return self.partial_passes(rest) + ([self._pass(full)] if full else [])
@@ -331,6 +403,9 @@ class DenoisingState:
         for each in passes if not self.mask_is_suppressed else ():
             if each.partial:
                 masked[each.rows] &= window[each.rows] >= (self.block[each.rows] * self.block_length)[:, None]
+        ran = {row for each in passes for row in each.numbers}
+        if len(ran) < len(self.canvas):  # others wait, or are finished
+            masked &= torch.zeros_like(self.finished).index_fill_(0, self.index(sorted(ran)), True)[:, None]
         return masked & ~self.finished[:, None]
 
     def slots(self, candidates, each: ForwardPass):
@@ -352,9 +427,9 @@ class DenoisingState:
         broken = torch.zeros_like(self.broken).index_add_(0, found.rows, bad.long()) > 0
         self.broken.copy_(torch.where(broken & (self.broken < 0), self.num_forwards, self.broken))
 
-    def note_passes(self, passes, candidates):
-        """Count the passes of each row."""
-        active = candidates.any(dim=1).long()
+    def note_passes(self, passes, active):
+        """Count the passes of the rows that were `active` `(batch,)`."""
+        active = active.long()
         self.num_forwards += active
         for each in passes:
             if not each.partial:
@@ -387,15 +462,15 @@ class DenoisingState:
             stop = torch.where(unstopped | (index <= len(self.eos)), torch.minimum(stop, places), stop)
         self.stop.copy_(torch.where(self.finished, self.stop, stop))
 
-    def advance(self):
-        """Leave blocks that are done, and see which rows are finished."""
-        step = self.step + 1
+    def advance(self, active):
+        """Leave blocks that are done, and see which of the `active` rows `(batch,)` are finished."""
+        step = self.step + active
         masked = (self.canvas == self.mask_token_id) & (self.positions < self.stop[:, None])
         left = (masked & (self.positions < self.block_end[:, None])).any(dim=1)
         # An adaptive rule commits at least one token a step, and so needs no more steps than the block has places,
         # unless the model proposes the mask itself.
         used_up = step >= (self.block_length if self.rule.adaptive else self.steps_per_block)
-        done = ~left | used_up
+        done = (~left | used_up) & active
         # The next block that has masks: fixed text may fill one.
         masks = self._masks_per_block(self.canvas)
         later = (torch.arange(self.num_blocks, device=step.device) > self.block[:, None]) & (masks > 0)

@@ -130,52 +130,46 @@ class LLaDAMedVGenerationMixin:
                 the loop, for logits that are not finite.
         """
         # 0. Check the arguments, embed the prompts and lay a canvas of masks (and the fixed suffix) behind each.
+        state = self.prepare_denoising(input_ids, generation_config, attention_mask, tokenizer, **kwargs)
+        if streamer is not None and len(input_ids) > 1:
+            raise ValueError(f"`streamer` works with one prompt; `input_ids` holds {len(input_ids)}.")
+        images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
+        history = self._denoise(state, streamer, **images)
+
+        # 2. Cut every answer at its stop and append the suffix.
+        if streamer is not None:
+            streamer.end()
+        output = self.finish_denoising(state, history)
+        return output if state.options.return_dict_in_generate else output.sequences
+
+    def prepare_denoising(
+        self, input_ids, generation_config=None, attention_mask=None, tokenizer=None, **kwargs
+    ) -> DenoisingState:
+        """The rows of a call before the first forward pass. Arguments and errors are those of [`generate`]."""
         options = self.resolve_generation_config(generation_config, **kwargs)
         stops = self._prepare_stop_sequences(options, tokenizer)
         suffix = self._prepare_suffix(options, tokenizer)
         attention_mask = self._check_prompt(input_ids, attention_mask)
         needed = f"the canvas (`max_new_tokens`, {options.max_new_tokens}) with the suffix ({len(suffix)})"
         self._check_context(attention_mask, needed, options.max_new_tokens + len(suffix))
-        if streamer is not None and len(input_ids) > 1:
-            raise ValueError(f"`streamer` works with one prompt; `input_ids` holds {len(input_ids)}.")
         canvas = torch.full((len(input_ids), options.max_new_tokens), self.config.mask_token_id).to(input_ids)
-        state = DenoisingState(self, options, canvas, attention_mask, suffix, stops)
-        history = self._denoise(state, input_ids, pixel_values, image_sizes, batch_num_images, streamer)
+        return DenoisingState(self, options, input_ids, canvas, attention_mask, suffix, stops)
 
-        # 2. Cut every answer at its stop and append the suffix.
-        answers = [torch.cat([canvas[:stop], state.suffix]) for canvas, stop in zip(state.canvas, state.stop.tolist())]
-        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=state.padding)
-        sequences = torch.cat([input_ids, padded], dim=1)
-        if streamer is not None:
-            streamer.end()
-        if not options.return_dict_in_generate:
-            return sequences
-        # The token that ends an answer was decided on, too.
-        confidence = answer_confidence(state.commit_confidence, state.stop + 1)
-        confidence = calibrate_confidence(confidence, options.confidence_temperature)
-        threshold = options.abstention_threshold
-        return LLaDAMedVGenerationOutput(
-            sequences=sequences,
-            tokens_per_forward=state.stop / state.num_forwards,
-            num_forwards=state.num_forwards,
-            num_full_forwards=state.num_full_forwards,
-            commit_confidence=state.commit_confidence,
-            commit_step=state.commit_step,
-            answer_confidence=confidence,
-            abstained=None if threshold is None else confidence < threshold,
-            cache_drift=None if state.drift is None else torch.stack(state.drift.history),
-            history=history,
-        )
+    def begin_denoising(self, state: DenoisingState, **images):
+        """Embed the prompts and make room for the cache.
 
-    def _denoise(self, state, input_ids, pixel_values, image_sizes, batch_num_images, streamer=None):
-        """The loop: step 1 of [`generate`], until all rows are finished. Returns the history if it is asked for."""
-        options, state.prompt_ids = state.options, input_ids
-        state.prompt_embeds = self.model(
-            input_ids, pixel_values, image_sizes, batch_num_images, embeddings_only=True, return_dict=True
-        ).last_hidden_state
+        Args:
+            images: `pixel_values`, `image_sizes` and `batch_num_images`, or `image_features`.
+
+        Returns:
+            What [`~LLaDAMedVModel.get_image_features`] returns, if it was asked.
+        """
+        options, ids = state.options, state.prompt_ids
+        embedded = self.model(ids, **images, embeddings_only=True, return_dict=True)
+        state.prompt_embeds = embedded.last_hidden_state
         if options.use_cache:
-            num_rows = len(input_ids) * (2 if options.cfg_scale > 0 else 1)
-            row_length = input_ids.shape[1] + state.canvas.shape[1] + len(state.suffix)
+            num_rows = len(ids) * (2 if options.cfg_scale > 0 else 1)
+            row_length = ids.shape[1] + state.canvas.shape[1] + len(state.suffix)
             text_config = self.config.get_text_config()
             state.cache = DenoisingCache(text_config.num_hidden_layers, num_rows, row_length)
             if options.compile_config is not None:  # inside the graph it would make a first pass unlike all others
@@ -188,27 +182,58 @@ class LLaDAMedVGenerationMixin:
             for tensor in [*vars(state).values(), *(each for layer in layers for each in (layer.keys, layer.values))]:
                 if isinstance(tensor, torch.Tensor):
                     torch._dynamo.mark_static_address(tensor, guard=False)
+        return embedded.image_outputs
+
+    def finish_denoising(self, state: DenoisingState, history=None) -> LLaDAMedVGenerationOutput:
+        """Step 2 of [`generate`], for rows that are finished."""
+        options = state.options
+        answers = [torch.cat([canvas[:stop], state.suffix]) for canvas, stop in zip(state.canvas, state.stop.tolist())]
+        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=state.padding)
+        # The token that ends an answer was decided on, too.
+        confidence = answer_confidence(state.commit_confidence, state.stop + 1)
+        confidence = calibrate_confidence(confidence, options.confidence_temperature)
+        threshold = options.abstention_threshold
+        return LLaDAMedVGenerationOutput(
+            sequences=torch.cat([state.prompt_ids, padded], dim=1),
+            tokens_per_forward=state.stop / state.num_forwards,
+            num_forwards=state.num_forwards,
+            num_full_forwards=state.num_full_forwards,
+            commit_confidence=state.commit_confidence,
+            commit_step=state.commit_step,
+            answer_confidence=confidence,
+            abstained=None if threshold is None else confidence < threshold,
+            cache_drift=None if state.drift is None else torch.stack(state.drift.history),
+            history=history,
+        )
+
+    def _denoise(self, state, streamer=None, **images):
+        """The loop: step 1 of [`generate`], until all rows are finished. Returns the history if it is asked for."""
+        self.begin_denoising(state, **images)
         if streamer is not None:
-            streamer.put(input_ids.cpu())
+            streamer.put(state.prompt_ids.cpu())
 
         # 1. While a row is unfinished, one forward pass over all unfinished rows:
         history = []
         streamed = 0
         while not state.is_finished:
-            self._denoising_step(state)
-            if options.output_history:
+            self.denoising_step(state)
+            state.check_finite()
+            if state.options.output_history:
                 history.append(state.canvas.clone())
             if streamer is not None:
-                streamed = self._stream(streamer, state, streamed)
+                streamed = stream(streamer, state, streamed)
         state.progress.read(state)  # the last step may not have been looked at
-        return torch.stack(history) if options.output_history else None
+        state.check_finite()
+        return torch.stack(history) if state.options.output_history else None
 
-    def _denoising_step(self, state: DenoisingState) -> None:
-        """One forward pass: planned by the host, run on the device, followed by the host."""
+    def denoising_step(self, state: DenoisingState) -> list[ForwardPass]:
+        """One forward pass of each row: planned by the host, run on the device, followed by the host. Returns what was
+        run."""
         passes = state.plan_passes()
         compiled = state.options.compile_config is not None and [each.numbers for each in passes] == [state.kept]
         (self._compiled_step(state.options.compile_config) if compiled else self._run_step)(state, passes)
         state.follow(passes)
+        return passes
 
     def _run_step(self, state: DenoisingState, passes: list[ForwardPass]) -> None:
         """Steps 1.a to 1.e of [`generate`], without a look at what is on the device."""
@@ -217,6 +242,7 @@ class LLaDAMedVGenerationMixin:
         # 1.a. Find the candidates: masked positions up to the end of the row's block and left of its stop.
         window = state.window  # (batch, window): where they may be
         candidates = state.candidates(window, passes)
+        active = candidates.any(dim=1)
         proposed = state.canvas.gather(1, window)
         scores = CandidateScores(torch.zeros_like(proposed, dtype=torch.float64))
         for name in state.rule.needs:
@@ -248,12 +274,12 @@ class LLaDAMedVGenerationMixin:
             scores = scores.defer(torch.isin(proposed, state.deferred))
         committed = state.rule(candidates, scores, state.tokens_to_commit())
         state.commit(window, state.hooks.complete(state, window, committed), proposed, confidence)
-        state.note_passes(passes, candidates)
+        state.note_passes(passes, active)
 
         # 1.e. Look for a stop sequence, and move on to the next block, or finish the row.
         state.hooks.close(state)
         state.find_stops()
-        state.advance()
+        state.advance(active)
 
     def _candidate_logits(self, state, window, candidates, each: ForwardPass, whole: bool = False) -> CandidateLogits:
         """Logits in at least float32 at the candidates of one pass.
@@ -393,25 +419,6 @@ class LLaDAMedVGenerationMixin:
         """Uniform scores `(rows, canvas)` for `remasking="random"`."""
         return torch.rand(canvas.shape, dtype=torch.float64, device=canvas.device)
 
-    @staticmethod
-    def _stream(streamer, state, streamed):
-        """Hand finished blocks to the streamer, and the rest as a draft; returns how much of the canvas is out."""
-        finished = state.is_finished
-        stop = int(state.stop[0])
-        # A stop sequence may begin in a block that is done and end in the next one.
-        held = max((len(sequence) for sequence in state.stops), default=1) - 1
-        ready = stop if finished else min(stop, int(state.block[0]) * state.block_length - held)
-        canvas = state.canvas[0].cpu().clone()  # a streamer may keep what it gets; the canvas goes on changing
-        if hasattr(streamer, "put_canvas"):
-            streamer.put_canvas(canvas[None, :stop], state.commit_confidence[:1, :stop].cpu().clone())
-        if hasattr(streamer, "put_draft") and not finished:
-            streamer.put_draft(canvas[None, max(streamed, ready) : stop])
-        if ready > streamed:
-            streamer.put(canvas[streamed:ready])
-        if finished and len(state.suffix):
-            streamer.put(state.suffix.cpu())
-        return max(streamed, ready)
-
     def resolve_generation_config(self, generation_config=None, **kwargs) -> LLaDAMedVGenerationConfig:
         """The call's options: keyword arguments over `generation_config` over the model's own, filled in and checked.
 
@@ -527,9 +534,28 @@ class LLaDAMedVGenerationMixin:
                 # No such file: the defaults from the model's config stay.
 
 
+def stream(streamer, state: DenoisingState, streamed: int, row: int = 0) -> int:
+    """Hand a row's finished blocks to the streamer, and the rest as a draft; returns how much of the canvas is out."""
+    finished = state.progress.finished[row]
+    stop = int(state.stop[row])
+    # A stop sequence may begin in a block that is done and end in the next one.
+    held = max((len(sequence) for sequence in state.stops), default=1) - 1
+    ready = stop if finished else min(stop, int(state.block[row]) * state.block_length - held)
+    canvas = state.canvas[row].cpu().clone()  # a streamer may keep what it gets; the canvas goes on changing
+    if hasattr(streamer, "put_canvas"):
+        streamer.put_canvas(canvas[None, :stop], state.commit_confidence[row : row + 1, :stop].cpu().clone())
+    if hasattr(streamer, "put_draft") and not finished:
+        streamer.put_draft(canvas[None, max(streamed, ready) : stop])
+    if ready > streamed:
+        streamer.put(canvas[streamed:ready])
+    if finished and len(state.suffix):
+        streamer.put(state.suffix.cpu())
+    return max(streamed, ready)
+
+
 def _rows_at_a_time(logits: torch.Tensor) -> int:
     elements = _ELEMENTS_CPU if logits.device.type == "cpu" else _ELEMENTS_GPU
     return max(1, elements // logits.shape[-1])
 
 
-__all__ = ["LLaDAMedVGenerationConfig", "LLaDAMedVGenerationMixin", "LLaDAMedVGenerationOutput"]
+__all__ = ["LLaDAMedVGenerationConfig", "LLaDAMedVGenerationMixin", "LLaDAMedVGenerationOutput", "stream"]

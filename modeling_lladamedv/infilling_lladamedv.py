@@ -215,8 +215,9 @@ class LLaDAMedVInfillingMixin:
         absent = (torch.arange(length, device=device) >= len(ids)).repeat(batch, 1)
         suffix = torch.empty(0, dtype=torch.long, device=device)
         hooks = Blanks(blanks, batch, device)
-        state = DenoisingState(self, options, canvas, attention_mask, suffix, absent=absent, hooks=hooks)
-        history = self._denoise(state, input_ids, pixel_values, image_sizes, batch_num_images)
+        state = DenoisingState(self, options, input_ids, canvas, attention_mask, suffix, absent=absent, hooks=hooks)
+        images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
+        history = self._denoise(state, **images)
 
         answers = [row[~gone] for row, gone in zip(state.canvas, state.absent)]
         padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=state.padding)

@@ -311,9 +311,15 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         image_sizes: torch.LongTensor | None = None,
         batch_num_images: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
+        image_features: list[torch.FloatTensor] | None = None,
         **kwargs,
     ) -> tuple[torch.FloatTensor, BaseModelOutputWithPooling | None]:
         """Token embeddings `(batch, sequence, hidden)` with the image features at the image tokens.
+
+        Args:
+            image_features: `pooler_output` of [`~LLaDAMedVModel.get_image_features`], in place of `pixel_values`.
+
+        The other arguments are those of [`~LLaDAMedVModel.get_image_features`].
 
         Returns:
             The embeddings, and what [`~LLaDAMedVModel.get_image_features`] returns (`None` without images).
@@ -324,17 +330,20 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         is_image = input_ids == self.config.image_token_id  # (batch, sequence)
         embeddings = self.get_input_embeddings()(input_ids)
         num_tokens = int(is_image.sum())
-        if pixel_values is None:
+        images = None
+        if pixel_values is None and image_features is None:
             if num_tokens:
                 raise ValueError(
                     f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}) but `pixel_values` "
                     "is None: pass everything that the processor returned."
                 )
             return embeddings, None
-        images = self.get_image_features(
-            pixel_values, image_sizes, batch_num_images, image_index, return_dict=True, **kwargs
-        )
-        features = torch.cat(images.pooler_output).to(embeddings)
+        if image_features is None:
+            images = self.get_image_features(
+                pixel_values, image_sizes, batch_num_images, image_index, return_dict=True, **kwargs
+            )
+            image_features = images.pooler_output
+        features = torch.cat(image_features).to(embeddings)
         if num_tokens != len(features):
             raise ValueError(
                 f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}), but the images make "
@@ -359,6 +368,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         query_positions: torch.LongTensor | None = None,
         cache: Cache | None = None,
         embeddings_only: bool = False,
+        image_features: list[torch.FloatTensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LLaDAMedVModelOutput:
         """One bidirectional pass.
@@ -383,6 +393,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             embeddings_only: return what [`~LLaDAMedVModel.get_multimodal_embeddings`] makes, as `last_hidden_state`
                 and `image_outputs`, and run no layer. Weights that accelerate has offloaded come back for a
                 forward pass only.
+            image_features: see [`~LLaDAMedVModel.get_multimodal_embeddings`].
 
         Returns:
             [`LLaDAMedVModelOutput`] with `last_hidden_state` `(batch, sequence, hidden)`, with `query_mask`
@@ -398,7 +409,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         if inputs_embeds is None:
             recorded = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
             inputs_embeds, images = self.get_multimodal_embeddings(
-                input_ids, pixel_values, image_sizes, batch_num_images, image_index, **recorded
+                input_ids, pixel_values, image_sizes, batch_num_images, image_index, image_features, **recorded
             )
         elif pixel_values is not None:
             raise ValueError("Images need `input_ids`: `inputs_embeds` must already hold the image features.")
