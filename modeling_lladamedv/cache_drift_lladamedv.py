@@ -3,8 +3,6 @@
 The drift is the KL divergence, in nats, of the cached from the exact distributions, averaged over a row's candidates.
 """
 
-import functools
-
 import torch
 
 
@@ -25,52 +23,45 @@ class CacheDrift:
         self.every_step, self.bound = every_step, bound
         self.history: list[torch.DoubleTensor] = []  # (batch,) per step; NaN where nothing was measured
 
-    def begin_step(self, state, candidates, run):
-        """How the passes of a step are run and measured, a function of a pass; `run` is how they are run.
-
-        Args:
-            candidates (`(rows, canvas)`): of the step.
-            run: gives a pass's logits; with `whole=True` of whole rows, without the cache.
-        """
+    def begin_step(self, state) -> None:
+        """Make room for what this step measures."""
         nothing = torch.full(state.stop.shape, float("nan"), dtype=torch.float64, device=state.stop.device)
         self.history.append(nothing)
-        return functools.partial(self._run, state, candidates, run)
 
-    def finish_step(self, state) -> None:
-        """Set the next refresh of the rows whose states were refreshed, by the measured drift."""
-        drift = self.history[-1][state.rows]
-        if self.bound is not None:
-            measured = ~drift.isnan() & (state.age[state.rows] == 1)
-            rows, above = state.rows[measured], drift[measured] > self.bound
-            changed = torch.where(above, state.interval[rows] // 2, state.interval[rows] * 2)
-            state.interval[rows] = changed.clamp(min=1)
+    def run(self, state, run, each):
+        """Run a pass and measure.
 
-    def _run(self, state, candidates, run, each):
-        if each.start is not None:
+        Args:
+            run: gives a pass's [`CandidateLogits`]; with `whole=True` of whole rows, without the cache.
+        """
+        if each.partial:
             cached = run(each)
             if self.every_step:
-                self._note(state, each, candidates, run(each, whole=True), cached)
+                self._note(each, run(each, whole=True), cached)
             return cached
         stale = []
         if self.bound is not None:
             # What the old states would have said, before this pass overwrites them.
-            for probe in state.partial_passes(each.part[state.step[state.rows[each.part]] > 0]):
+            for probe in state.partial_passes([row for row in each.numbers if state.progress.step[row] > 0]):
                 stale.append((probe, run(probe)))
         exact = run(each)
         for probe, cached in stale:
-            inside = state.run_by(probe, candidates)[state.run_by(each, candidates)]  # which rows of `exact`
-            self._note(state, probe, candidates, exact[inside], cached)
+            self._note(probe, exact.take(torch.searchsorted(exact.slots, cached.slots)), cached)
+            drift, interval = self.history[-1][probe.rows], state.interval[probe.rows]
+            changed = torch.where(drift > self.bound, interval // 2, interval * 2).clamp(min=1)
+            state.interval[probe.rows] = torch.where(drift.isnan(), interval, changed)
         return exact
 
-    def _note(self, state, each, candidates, exact, cached) -> None:
-        row = state.run_by(each, candidates).nonzero()[:, 0]
-        sums = torch.zeros(len(state.rows), dtype=torch.float64, device=row.device)
-        size = max(1, _ELEMENTS // exact.shape[-1])
-        for p, q, rows in zip(exact.split(size), cached.split(size), row.split(size)):
+    def _note(self, each, exact, cached) -> None:
+        drift = self.history[-1]
+        sums, counts = torch.zeros_like(drift), torch.zeros_like(drift)
+        size = max(1, _ELEMENTS // exact.logits.shape[-1])
+        parts = (values.split(size) for values in (exact.logits, cached.logits, cached.rows, cached.valid))
+        for p, q, rows, valid in zip(*parts):
             p, q = p.double().log_softmax(dim=-1), q.double().log_softmax(dim=-1)
-            sums.index_add_(0, rows, (p.exp() * (p - q)).sum(dim=-1))
-        counts = torch.bincount(row, minlength=len(state.rows))
-        self.history[-1][state.rows[each.part]] = (sums / counts)[each.part]
+            sums.index_add_(0, rows, torch.where(valid, (p.exp() * (p - q)).sum(dim=-1), 0.0))
+            counts.index_add_(0, rows, valid.double())
+        drift[each.rows] = (sums / counts)[each.rows]
 
 
 __all__ = ["INITIAL_INTERVAL", "CacheDrift"]

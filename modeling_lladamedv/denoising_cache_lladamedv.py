@@ -44,6 +44,21 @@ class DenoisingCacheLayer(CacheLayerMixin):
             return self.keys, self.values
         return self.keys[rows], self.values[rows]
 
+    def keep(self, rows):
+        if self.is_initialized:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def join(self, other, sides):
+        if not self.is_initialized:  # nothing has been run yet
+            return
+
+        def joined(ours, theirs):
+            if theirs is None:
+                theirs = ours.new_zeros(other.cache.num_rows, *ours.shape[1:])
+            return torch.cat([part for pair in zip(ours.chunk(sides), theirs.chunk(sides)) for part in pair])
+
+        self.keys, self.values = joined(self.keys, other.keys), joined(self.values, other.values)
+
     def get_mask_sizes(self, query_length):
         return (self.cache.row_length if self.cache.partial else query_length), 0
 
@@ -67,7 +82,8 @@ class DenoisingCache(Cache):
         super().__init__(layers=[DenoisingCacheLayer(self) for _ in range(num_layers)])
         self.num_rows = num_rows
         self.row_length = row_length
-        self.rows: torch.LongTensor | None = None
+        self.slots: torch.LongTensor | None = None  # of each row, once some have left
+        self.rows: torch.LongTensor | None = None  # slots of the current pass
         self.positions: torch.LongTensor | None = None
         self.partial = False
 
@@ -79,8 +95,32 @@ class DenoisingCache(Cache):
             positions (`(rows, positions)`): of each row; `None` for all of them.
             partial: whether the pass attends to the stored states of the other positions, too.
         """
-        self.rows, self.positions, self.partial = rows, positions, partial
+        self.rows = rows if self.slots is None else self.slots[rows]
+        self.positions, self.partial = positions, partial
         return self
+
+    def keep(self, rows: torch.LongTensor, num_rows: int) -> None:
+        """Let go of all rows but some, so that passes of these need no copies of their states.
+
+        Args:
+            rows: their numbers, in ascending order.
+            num_rows: how many rows the batch has.
+        """
+        for layer in self.layers:
+            layer.keep(rows if self.slots is None else self.slots[rows])
+        self.slots = torch.zeros(num_rows, dtype=torch.long, device=rows.device)
+        self.slots[rows] = torch.arange(len(rows), device=rows.device)
+        self.num_rows = len(rows)
+
+    def join(self, other: "DenoisingCache", sides: int) -> None:
+        """Append the rows of another cache of the same row length.
+
+        Args:
+            sides: 2 if unconditional rows follow the others, which then stay behind all of these; or else 1.
+        """
+        for layer, theirs in zip(self.layers, other.layers):
+            layer.join(theirs, sides)
+        self.num_rows += other.num_rows
 
 
 __all__ = ["DenoisingCache"]

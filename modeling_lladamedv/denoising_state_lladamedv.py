@@ -1,7 +1,13 @@
-"""Where every row of a `generate` or `infill` call stands, and what of it the next forward pass must run."""
+"""Where every row of a `generate` or `infill` call stands, and what of it the next forward pass must run.
+
+Two views of the same progress: tensors on the model's device, which every step changes without being read, and
+[`Progress`], what the host knows of them, from which passes are planned. Shapes on the device do not depend on what the
+rows hold, so a step needs no synchronisation and can be captured in a graph.
+"""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -10,40 +16,162 @@ from .cache_drift_lladamedv import INITIAL_INTERVAL, CacheDrift
 from .commit_rules_lladamedv import build_commit_rule, commit_schedule
 
 
+NOT_FINITE = (
+    "Either its weights are broken, or numbers became too large for its dtype: load it anew, with dtype='bfloat16' or "
+    "'float32'."
+)
+
+
 @dataclass
 class ForwardPass:
     """What one forward pass of a step runs.
 
     Args:
-        part: which of the unfinished rows, as indices into `DenoisingState.rows`, in ascending order.
-        start: for each, where in its canvas a partial pass begins; `None` for whole rows.
+        numbers: of the rows, ascending.
+        rows (`(rows,)`): the same on the device.
+        end: up to where the longest canvas of them takes part.
+        attends_everywhere: whether no row has a place that is not attended to.
+        partial: whether it runs a part of each row, on cached states of the rest.
+        start: where in the canvas that part begins, if all rows begin at one place (the prefix cache).
     """
 
-    part: torch.LongTensor
-    start: torch.LongTensor | None = None
+    numbers: list[int]
+    rows: torch.LongTensor
+    end: int
+    attends_everywhere: bool
+    partial: bool = False
+    start: int | None = None
+
+
+@dataclass
+class CandidateLogits:
+    """Logits of one pass at its candidates.
+
+    Args:
+        rows (`(n,)`): the row of each.
+        slots (`(n,)`): its place among those of all rows' windows, `(batch, window)` flattened.
+        valid (`(n,)`): whether it is a candidate: with fixed shapes every place of a window has logits.
+        logits (`(n, vocabulary)`).
+    """
+
+    rows: torch.LongTensor
+    slots: torch.LongTensor
+    valid: torch.BoolTensor
+    logits: torch.Tensor
+
+    def take(self, chosen: torch.Tensor) -> CandidateLogits:
+        """Some of them: indices, or a mask."""
+        return CandidateLogits(self.rows[chosen], self.slots[chosen], self.valid[chosen], self.logits[chosen])
 
 
 class StepHooks:
     """What a step does besides committing single tokens; these do nothing."""
 
-    def choose(self, state, candidates, logits, proposed, scores):
-        """The proposals `(rows, canvas)` with others where tokens belong together; changes `scores` for them."""
-        return proposed
+    predictable = True  # whether rows move on as the schedule says
 
-    def complete(self, state, committed):
-        """The places to commit `(rows, canvas)`, made complete where they belong together."""
+    def choose(self, state, each: ForwardPass, found: CandidateLogits, proposed, scores) -> None:
+        """Change a pass's proposals `(batch, window)` and their `scores` where tokens belong together."""
+
+    def complete(self, state, window, committed):
+        """The places to commit `(batch, window)`, made complete where they belong together."""
         return committed
 
     def close(self, state) -> None:
         """What follows from what is committed."""
 
 
+_KNOWN = ("block", "step", "age", "interval", "finished", "broken")  # of each row
+
+
+class Progress:
+    """What the host knows of the rows: lists, one entry a row.
+
+    With the count rule rows move on as the schedule says until an end is found, so the host counts along and a flag is
+    all that is looked at: on CUDA it is copied beside the computation and looked at one step late, which costs at most
+    one pass. From the first end on, and for rules that look at the scores, one small tensor is copied a step.
+    """
+
+    def __init__(self, state: DenoisingState):
+        self.block, self.step = state.block.tolist(), [0] * len(state.block)
+        self.age = [0] * len(state.block)  # steps since the row's states were refreshed
+        self.interval = state.interval.tolist()  # after how many they are
+        self.finished = [False] * len(state.block)
+        self.broken = [-1] * len(state.block)  # first forward pass whose logits were not finite
+        # The schedule of a block full of masks; commits that may be masks, or wholes, are not foreseen.
+        self.foreseen = state.hooks.predictable and not state.rule.adaptive and state.drift is None
+        self.foreseen &= state.mask_is_suppressed
+        self.steps_in_block = int((state.schedule[-1] > 0).sum())
+        self.copies = 0  # from the device, each of which waits for it
+        self._flag = None
+
+    def update(self, state: DenoisingState, passes: list[ForwardPass]) -> None:
+        """Follow what a step has done."""
+        run = sorted({row for each in passes for row in each.numbers})
+        renewed = {row for each in passes if not each.partial for row in each.numbers}
+        for row in run:
+            self.age[row] = 1 if row in renewed else self.age[row] + 1
+        if self.foreseen and not self._seen(state):
+            for row in run:
+                step = self.step[row]
+                block_is_done = step + 1 >= self.steps_in_block
+                self.step[row] = 0 if block_is_done else step + 1
+                self.block[row] += block_is_done
+                self.finished[row] = self.block[row] >= state.num_blocks
+        else:
+            self.foreseen = False
+            self.read(state)
+
+    def read(self, state: DenoisingState) -> None:
+        """Copy the progress from the device."""
+        self.copies += 1
+        known = torch.stack([state.block, state.step, state.interval, state.finished.long(), state.broken])
+        self.block, self.step, self.interval, finished, self.broken = known.tolist()
+        self.finished = [bool(each) for each in finished]
+
+    def take(self, rows: list[int]) -> Progress:
+        """The same for some of the rows."""
+        taken = copy.copy(self)
+        for name in _KNOWN:
+            setattr(taken, name, [getattr(self, name)[row] for row in rows])
+        return taken
+
+    def join(self, other: Progress) -> None:
+        """Append the rows of another."""
+        for name in _KNOWN:
+            getattr(self, name).extend(getattr(other, name))
+        self.foreseen &= other.foreseen
+
+    def _seen(self, state) -> bool:
+        """Whether an end, or a logit that is not finite, has been found; on CUDA as of the step before."""
+        found = ((state.stop < len(state.positions)) | (state.broken >= 0)).any()
+        if found.device.type != "cuda":
+            return bool(found.cpu().numpy())
+        before, flag = self._flag, torch.empty((), dtype=torch.bool, pin_memory=True)
+        flag.copy_(found, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._flag = flag, copied
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0].numpy())
+
+
+# Tensors with an entry for each row.
+_OF_ROWS = (
+    "prompt_ids", "prompt_embeds", "prompt_mask", "prompt_lengths", "prompt_positions", "canvas", "absent", "stop",
+    "block", "step", "masks_at_start", "finished", "broken", "interval", "num_forwards", "num_full_forwards",
+    "commit_step", "commit_confidence",
+)  # fmt: skip
+
+
 class DenoisingState:
-    """The canvas and the progress of each row; `rows` are the numbers of the unfinished ones.
+    """The canvas and the progress of each row.
 
     Args:
         model: gives the ids of its config.
         options: checked [`LLaDAMedVGenerationConfig`].
+        prompt_ids (`(batch, prompt)`): of the prompts.
         canvas (`(batch, length)`): masks to denoise, and whatever is fixed between them.
         prompt_mask (`(batch, prompt)`): 1 for tokens, 0 for padding.
         suffix: ids of the fixed text behind the canvas, 1-D.
@@ -52,7 +180,7 @@ class DenoisingState:
         hooks ([`StepHooks`], *optional*): of every step.
     """
 
-    def __init__(self, model, options, canvas, prompt_mask, suffix, stops=(), absent=None, hooks=None):
+    def __init__(self, model, options, prompt_ids, canvas, prompt_mask, suffix, stops=(), absent=None, hooks=None):
         batch, length = canvas.shape
         device = canvas.device
         self.options = options
@@ -63,31 +191,36 @@ class DenoisingState:
         self.rule = build_commit_rule(options)
         # Rows are the numbers of masks that a block may start with.
         self.schedule = commit_schedule(self.block_length, self.steps_per_block, options.schedule_shift).to(device)
+        self.stop_sequences = stops
         self.stops = [torch.tensor(stop, device=device) for stop in stops if len(stop) <= length]
         suppressed = options.suppress_tokens if options.suppress_tokens is not None else [self.mask_token_id]
         self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=device)
+        self.mask_is_suppressed = self.mask_token_id in self.suppressed.flatten().tolist()
         eos = [] if options.eos_token_id is None else torch.tensor(options.eos_token_id).flatten().tolist()
         self.padding = options.pad_token_id if options.pad_token_id is not None else 0
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
         deferred = [*eos, *([] if options.pad_token_id is None else [options.pad_token_id])]
         self.deferred = torch.tensor(deferred, dtype=torch.long, device=device)
-        self.prompt_mask, self.suffix = prompt_mask, suffix.to(device)
+        self.prompt_mask, self.suffix = prompt_mask.bool(), suffix.to(device)
         self.prompt_lengths = prompt_mask.sum(dim=1)
+        self.prompt_positions = (prompt_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # padding is not counted
+        self.is_padded = not bool(self.prompt_mask.all())
         self.canvas = canvas
         self.absent = absent
         self.hooks = hooks or StepHooks()
-        self.prompt_ids = self.prompt_embeds = self.cache = None  # as soon as the loop begins
+        self.prompt_ids = prompt_ids
+        self.prompt_embeds = self.cache = None  # as soon as the loop begins
         self.positions = torch.arange(length, device=device)
         self.stop = torch.full((batch,), length, device=device)  # first position that is not part of the answer
         masks = self._masks_per_block(canvas)
         self.block = (masks > 0).byte().argmax(dim=1)  # the first with masks
         self.step = torch.zeros(batch, dtype=torch.long, device=device)  # within the block
         self.masks_at_start = masks.gather(1, self.block[:, None])[:, 0]  # of the block
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.broken = torch.full((batch,), -1, device=device)  # first forward pass whose logits were not finite
         interval = options.cache_refresh_interval
         if interval is None and options.cache_drift_bound is not None:
             interval = INITIAL_INTERVAL
-        # Steps since the states were refreshed, and after how many they are refreshed again.
-        self.age = torch.zeros(batch, dtype=torch.long, device=device)
         self.interval = torch.full((batch,), interval or torch.iinfo(torch.long).max, device=device)
         self.num_forwards = torch.zeros(batch, dtype=torch.long, device=device)
         self.num_full_forwards = torch.zeros(batch, dtype=torch.long, device=device)
@@ -96,7 +229,14 @@ class DenoisingState:
         self.drift = None
         if options.output_cache_drift or options.cache_drift_bound is not None:
             self.drift = CacheDrift(options.output_cache_drift, options.cache_drift_bound)
-        self.rows = torch.arange(batch, device=device)
+        self.packs = model.packs_candidates
+        if self.packs is None:
+            self.packs = device.type == "cpu" and options.compile_config is None
+        # Steps that rows due for a whole pass may wait for others, so that not every step has passes of both kinds.
+        self.patience = self.waited = 0
+        self.progress = Progress(self)
+        self.kept = list(range(batch))  # rows that passes run
+        self._indices: dict[tuple[int, ...], torch.LongTensor] = {}
 
     @property
     def block_end(self):
@@ -104,6 +244,60 @@ class DenoisingState:
 
     def _masks_per_block(self, canvas):
         return (canvas == self.mask_token_id).view(len(canvas), self.num_blocks, self.block_length).sum(dim=2)
+
+    def index(self, numbers: list[int]) -> torch.LongTensor:
+        """Numbers of rows, on the device."""
+        key = tuple(numbers)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(numbers, device=self.canvas.device)
+        return self._indices[key]
+
+    @property
+    def is_finished(self) -> bool:
+        return all(self.progress.finished)
+
+    def check_finite(self) -> None:
+        """ValueError for logits that were not finite, as far as the host knows."""
+        for row, number in enumerate(self.progress.broken):
+            if number >= 0:
+                raise ValueError(
+                    f"The model's logits are not finite in forward pass {number} (from 0) of row {row}. {NOT_FINITE}"
+                )
+
+    # Rows that come and go
+
+    def take(self, rows: list[int]) -> DenoisingState:
+        """The same for some of the rows, which are then numbered from 0; this state is of no use any more where it has
+        a cache."""
+        taken, index, batch = copy.copy(self), torch.tensor(rows, device=self.canvas.device), len(self.canvas)
+        for name in _OF_ROWS:
+            values = getattr(self, name)
+            setattr(taken, name, None if values is None else values[index])
+        taken.progress = self.progress.take(rows)
+        taken.kept, taken._indices = list(range(len(rows))), {}
+        taken.is_padded = not bool(taken.prompt_mask.all())
+        if self.cache is not None:
+            sides = 2 if self.options.cfg_scale > 0 else 1
+            self.cache.keep(self.index([row + batch * side for side in range(sides) for row in rows]), batch * sides)
+            self.cache.slots = None  # rows are where their numbers say
+        return taken
+
+    def row(self, number: int) -> DenoisingState:
+        """A copy of one row, without its cache."""
+        alone = copy.copy(self)
+        alone.cache = None
+        return alone.take([number])
+
+    def join(self, other: DenoisingState) -> None:
+        """Append the rows of a state with the same options and the same lengths of prompt and canvas."""
+        for name in _OF_ROWS:
+            values = getattr(self, name)
+            setattr(self, name, None if values is None else torch.cat([values, getattr(other, name)]))
+        self.progress.join(other.progress)
+        self.kept, self._indices = list(range(len(self.canvas))), {}
+        self.is_padded |= other.is_padded
+        if self.cache is not None:
+            self.cache.join(other.cache, 2 if self.options.cfg_scale > 0 else 1)
 
     # What stands in the row
 
@@ -113,18 +307,20 @@ class DenoisingState:
         growing = self.options.initial_canvas_length not in (None, len(self.positions))
         return not growing and self.options.suffix_blocks is None and self.absent is None
 
-    def canvas_length(self, rows):
-        """How long the canvas of each row is by now."""
+    def canvas_length(self, block):
+        """How long a row's canvas is by now, for the number of its block or for those of many rows."""
         full = len(self.positions)
         initial = self.options.initial_canvas_length or full
-        return self.block_end[rows].clamp(min=initial, max=full)
+        end = (block + 1) * self.block_length
+        return end.clamp(min=initial, max=full) if isinstance(block, torch.Tensor) else min(max(end, initial), full)
 
-    def canvas_in_row(self, rows):
-        """Up to where the canvas of each row takes part in a pass."""
-        end = self.canvas_length(rows)
+    def canvas_in_row(self, block):
+        """Up to where a row's canvas takes part in a pass, as [`canvas_length`]."""
+        end = self.canvas_length(block)
         if self.options.suffix_blocks is None:
             return end
-        return torch.minimum(end, self.block_end[rows] + self.options.suffix_blocks * self.block_length)
+        seen = (block + 1 + self.options.suffix_blocks) * self.block_length
+        return torch.minimum(end, seen) if isinstance(block, torch.Tensor) else min(end, seen)
 
     def tail_ids(self, rows):
         """Canvas and suffix of each row, `(rows, tail)`."""
@@ -132,22 +328,22 @@ class DenoisingState:
 
     def tail_position_ids(self, rows):
         """Position of each place of canvas and suffix, `(rows, tail)`; the suffix stands behind the canvas as it is."""
-        suffix = self.canvas_length(rows)[:, None] + torch.arange(len(self.suffix), device=self.suffix.device)
+        length = self.canvas_length(self.block[rows])
+        suffix = length[:, None] + torch.arange(len(self.suffix), device=self.suffix.device)
         return self.prompt_lengths[rows, None] + torch.cat([self.positions.expand(len(rows), -1), suffix], dim=1)
 
     def tail_mask(self, rows):
         """Which places of canvas and suffix are attended to, `(rows, tail)`."""
-        there = self.positions < self.canvas_in_row(rows)[:, None]
+        there = self.positions < self.canvas_in_row(self.block[rows])[:, None]
         if self.absent is not None:
-            there &= ~self.absent[rows]
+            there = there & ~self.absent[rows]
         return torch.cat([there, there.new_ones(len(rows), len(self.suffix))], dim=1)
 
-    def tail_columns(self, rows):
-        """The places of canvas and suffix that any of the rows needs, 1-D, ascending."""
+    def tail_columns(self, start: int, end: int):
+        """The places of canvas and suffix that a pass runs if the canvas takes part from `start` to `end`, 1-D."""
         length = len(self.positions)
-        end = length if self.always_whole else int(self.canvas_in_row(rows).max())
-        columns = torch.arange(length + len(self.suffix), device=rows.device)
-        return columns if end == length else torch.cat([columns[:end], columns[length:]])
+        columns = torch.arange(start, length + len(self.suffix), device=self.canvas.device)
+        return columns if end >= length else torch.cat([columns[: end - start], columns[length - start :]])
 
     # What a step runs
 
@@ -157,67 +353,100 @@ class DenoisingState:
         A row's passes depend on its own block and step alone, so that neighbours change nothing. Rows of a partial
         pass run equally many positions; with the prefix cache those are rows in the same block.
         """
-        everything = torch.arange(len(self.rows), device=self.rows.device)
+        progress = self.progress
+        rows = [row for row in self.kept if not progress.finished[row]]
         if not self.options.use_cache:
-            return [ForwardPass(everything)]
-        full = (self.step[self.rows] == 0) | (self.age[self.rows] >= self.interval[self.rows])
-        passes = [ForwardPass(everything[full])] if bool(full.any()) else []
-        return passes + self.partial_passes(everything[~full])
+            return [self._pass(self.kept)]
+        full = [row for row in rows if progress.step[row] == 0 or progress.age[row] >= progress.interval[row]]
+        rest = [row for row in rows if row not in full]
+        if full and rest and self.waited < self.patience:
+            self.waited, full = self.waited + 1, []
+        elif full:
+            self.waited = 0
+        if rest and not self.packs and self.options.cache_implementation == "dual" and self.drift is None:
+            rest = self.kept  # one shape; what it says of the others is overwritten by the full pass
+        return self.partial_passes(rest) + ([self._pass(full)] if full else [])
 
-    def partial_passes(self, part) -> list[ForwardPass]:
-        """Partial passes that run all of `part`."""
-        start = self.block[self.rows[part]] * self.block_length
-        groups = [start >= 0]
-        if self.options.cache_implementation == "prefix":
-            groups = [start == value for value in start.unique()]
-        return [ForwardPass(part[group], start[group]) for group in groups if bool(group.any())]
+    def partial_passes(self, rows: list[int]) -> list[ForwardPass]:
+        """Partial passes that run all of `rows`."""
+        if self.options.cache_implementation != "prefix":
+            return [self._pass(rows, True)] if rows else []
+        last = self.num_blocks - 1
+        starts = [min(self.progress.block[row], last) * self.block_length for row in rows]
+        groups = {start: [row for row, own in zip(rows, starts) if own == start] for start in sorted(set(starts))}
+        return [self._pass(group, True, start) for start, group in groups.items()]
 
-    def candidates(self, passes):
-        """Which positions may be committed, `(rows, canvas)`: the masked ones up to the end of the row's block and left
-        of its stop, as far as the passes run them."""
-        limit = torch.minimum(self.block_end[self.rows], self.stop[self.rows])
-        masked = (self.canvas[self.rows] == self.mask_token_id) & (self.positions < limit[:, None])
-        return torch.stack([self.run_by(each, masked) for each in passes]).any(dim=0)
+    def _pass(self, numbers: list[int], partial: bool = False, start: int | None = None) -> ForwardPass:
+        progress = self.progress
+        counted = [row for row in numbers if not progress.finished[row]] or numbers
+        ends = {self.canvas_in_row(progress.block[row]) for row in counted}
+        everywhere = not self.is_padded and self.absent is None
+        everywhere &= len(ends) == 1 and (not partial or ends == {len(self.positions)})
+        return ForwardPass(numbers, self.index(numbers), max(ends), everywhere, partial, start)
 
-    def run_by(self, each, candidates):
-        """Those of the candidates `(rows, canvas)` that a pass runs."""
-        own = torch.zeros_like(candidates)
-        own[each.part] = candidates[each.part]
-        if each.start is not None:
-            own[each.part] &= self.positions >= each.start[:, None]
-        return own
+    @property
+    def window(self):
+        """The places of each row among which a step may commit, `(batch, window)`: its block.
 
-    def note_passes(self, passes):
-        """Count the passes, and how old the cached states of each row are."""
-        for each in passes:
-            if each.start is None:
-                rows = self.rows[each.part]
-                self.num_full_forwards[rows] += 1
-                self.age[rows] = 0
-        self.age[self.rows] += 1
-        if self.drift is not None:
-            self.drift.finish_step(self)
+        Where the mask itself may be proposed, masks stay behind in earlier blocks: there it is the whole canvas.
+        """
+        if not self.mask_is_suppressed:
+            return self.positions.expand(len(self.canvas), -1)
+        start = self.block.clamp(max=self.num_blocks - 1) * self.block_length
+        return start[:, None] + self.positions[: self.block_length]
+
+    def candidates(self, window, passes):
+        """Which places of the window may be committed, `(batch, window)`: the masked ones up to the end of the row's
+        block and left of its stop, as far as the passes run them."""
+        limit = torch.minimum(self.block_end, self.stop)
+        masked = (self.canvas.gather(1, window) == self.mask_token_id) & (window < limit[:, None])
+        for each in passes if not self.mask_is_suppressed else ():
+            if each.partial:
+                masked[each.rows] &= window[each.rows] >= (self.block[each.rows] * self.block_length)[:, None]
+        ran = {row for each in passes for row in each.numbers}
+        if len(ran) < len(self.canvas):  # others wait, or are finished
+            masked &= torch.zeros_like(self.finished).index_fill_(0, self.index(sorted(ran)), True)[:, None]
+        return masked & ~self.finished[:, None]
+
+    def slots(self, candidates, each: ForwardPass):
+        """Which of a pass's places of windows get logits: indices into `(rows of the pass, window)` flattened."""
+        own = candidates[each.rows].flatten()
+        return own.nonzero()[:, 0] if self.packs else torch.arange(len(own), device=own.device)
 
     def tokens_to_commit(self):
-        """The schedule's k for each unfinished row."""
-        step = self.step[self.rows].clamp(max=self.steps_per_block - 1)  # an adaptive rule may take more steps
-        return self.schedule[self.masks_at_start[self.rows], step]
+        """The schedule's k for each row."""
+        step = self.step.clamp(max=self.steps_per_block - 1)  # an adaptive rule may take more steps
+        return self.schedule[self.masks_at_start, step]
 
     # What a step changes
 
-    def commit(self, committed, proposed, confidences):
-        """Write the committed proposals into the canvas and take note of when and how sure."""
-        rows = self.rows
-        self.canvas[rows] = torch.where(committed, proposed, self.canvas[rows])
-        self.commit_step[rows] = torch.where(committed, self.num_forwards[rows, None], self.commit_step[rows])
-        self.commit_confidence[rows] = torch.where(committed, confidences, self.commit_confidence[rows])
-        self.num_forwards[rows] += 1
-        self.step[rows] += 1
+    def note_broken(self, found: CandidateLogits):
+        """Take note of rows whose logits are not finite."""
+        # A sum is finite if what it is of is, and much cheaper than to look at each.
+        bad = ~found.logits.sum(dim=1).isfinite() & found.valid
+        broken = torch.zeros_like(self.broken).index_add_(0, found.rows, bad.long()) > 0
+        self.broken.copy_(torch.where(broken & (self.broken < 0), self.num_forwards, self.broken))
+
+    def note_passes(self, passes, active):
+        """Count the passes of the rows that were `active` `(batch,)`."""
+        active = active.long()
+        self.num_forwards += active
+        for each in passes:
+            if not each.partial:
+                self.num_full_forwards.index_add_(0, each.rows, active[each.rows])
+
+    def commit(self, window, committed, proposed, confidences):
+        """Write the committed proposals into the canvas and take note of when and how sure; all `(batch, window)`."""
+        when = self.num_forwards[:, None].expand_as(window)
+        for target, values in (
+            (self.canvas, proposed), (self.commit_step, when), (self.commit_confidence, confidences),
+        ):  # fmt: skip
+            target.scatter_(1, window, torch.where(committed, values, target.gather(1, window)))
 
     def remove(self, places):
-        """Take `places` `(rows, canvas)` of the unfinished rows out of their canvas for good."""
-        self.absent[self.rows] |= places
-        self.canvas[self.rows] = torch.where(places, self.padding, self.canvas[self.rows])
+        """Take `places` `(batch, canvas)` out of the canvas for good."""
+        self.absent |= places
+        self.canvas.masked_fill_(places, self.padding)
 
     def find_stops(self):
         """Set `stop` to the first place where a stop sequence stands in the canvas.
@@ -225,35 +454,46 @@ class DenoisingState:
         Once a row has a stop, end ids and the first stop string can move it further left, but no other string: the
         authors' rule.
         """
-        canvas = self.canvas[self.rows]
-        stop = self.stop[self.rows]
+        stop = self.stop
         unstopped = stop == len(self.positions)
         for index, sequence in enumerate(self.stops):
-            matches = (canvas.unfold(1, len(sequence), 1) == sequence).all(dim=-1)  # (rows, places)
+            matches = (self.canvas.unfold(1, len(sequence), 1) == sequence).all(dim=-1)  # (batch, places)
             places = torch.where(matches, self.positions[: matches.shape[1]], len(self.positions)).amin(dim=1)
             stop = torch.where(unstopped | (index <= len(self.eos)), torch.minimum(stop, places), stop)
-        self.stop[self.rows] = stop
+        self.stop.copy_(torch.where(self.finished, self.stop, stop))
 
-    def advance(self):
-        """Leave blocks that are done and drop rows that are finished."""
-        rows = self.rows
-        canvas, stop, end = self.canvas[rows], self.stop[rows], self.block_end[rows]
-        masked = (canvas == self.mask_token_id) & (self.positions < stop[:, None])
-        left = (masked & (self.positions < end[:, None])).any(dim=1)
+    def advance(self, active):
+        """Leave blocks that are done, and see which of the `active` rows `(batch,)` are finished."""
+        step = self.step + active
+        masked = (self.canvas == self.mask_token_id) & (self.positions < self.stop[:, None])
+        left = (masked & (self.positions < self.block_end[:, None])).any(dim=1)
         # An adaptive rule commits at least one token a step, and so needs no more steps than the block has places,
         # unless the model proposes the mask itself.
-        used_up = self.step[rows] >= (self.block_length if self.rule.adaptive else self.steps_per_block)
-        done = ~left | used_up
+        used_up = step >= (self.block_length if self.rule.adaptive else self.steps_per_block)
+        done = (~left | used_up) & active
         # The next block that has masks: fixed text may fill one.
-        masks = self._masks_per_block(canvas)
-        later = (torch.arange(self.num_blocks, device=rows.device) > self.block[rows, None]) & (masks > 0)
+        masks = self._masks_per_block(self.canvas)
+        later = (torch.arange(self.num_blocks, device=step.device) > self.block[:, None]) & (masks > 0)
         following = torch.where(later.any(dim=1), later.byte().argmax(dim=1), self.num_blocks)
-        self.block[rows] = torch.where(done, following, self.block[rows])
-        self.step[rows] = torch.where(done, 0, self.step[rows])
-        begin = masks.gather(1, self.block[rows, None].clamp(max=self.num_blocks - 1))[:, 0]
-        self.masks_at_start[rows] = torch.where(done, begin, self.masks_at_start[rows])
-        finished = (self.block[rows] >= self.num_blocks) | ((stop < len(self.positions)) & ~masked.any(dim=1))
-        self.rows = rows[~finished]
+        block = torch.where(done, following, self.block)
+        begin = masks.gather(1, block[:, None].clamp(max=self.num_blocks - 1))[:, 0]
+        self.block.copy_(torch.where(self.finished, self.block, block))
+        self.step.copy_(torch.where(done, 0, step))
+        self.masks_at_start.copy_(torch.where(done, begin, self.masks_at_start))
+        self.finished |= (block >= self.num_blocks) | ((self.stop < len(self.positions)) & ~masked.any(dim=1))
+
+    def follow(self, passes):
+        """Let the host catch up with a step, and stop running finished rows: at once where fewer rows are cheaper,
+        elsewhere once, when half of them are finished, and never in a compiled step, which has one shape."""
+        self.progress.update(self, passes)
+        left = [row for row in self.kept if not self.progress.finished[row]]
+        half = 2 * len(left) <= len(self.kept) == len(self.canvas) and self.options.compile_config is None
+        if left and (len(left) < len(self.kept) if self.packs else half):
+            self.kept = left
+            if self.cache is not None:
+                batch, sides = len(self.canvas), 2 if self.options.cfg_scale > 0 else 1  # the unconditional rows follow
+                rows = [row + batch * side for side in range(sides) for row in left]
+                self.cache.keep(self.index(rows), batch * sides)
 
 
-__all__ = ["DenoisingState", "ForwardPass", "StepHooks"]
+__all__ = ["CandidateLogits", "DenoisingState", "ForwardPass", "StepHooks"]

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from .commit_rules_lladamedv import CandidateScores
 from .confidence_lladamedv import answer_confidence, calibrate_confidence
 from .denoising_cache_lladamedv import DenoisingCache
-from .denoising_state_lladamedv import DenoisingState, ForwardPass
+from .denoising_state_lladamedv import CandidateLogits, DenoisingState, ForwardPass
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig, resolve_generation_config
 from .repetition_lladamedv import ban_repeated_ngrams
 
@@ -24,10 +24,6 @@ from .repetition_lladamedv import ban_repeated_ngrams
 # cache, on a GPU what keeps it busy.
 _ELEMENTS_CPU = 2**18
 _ELEMENTS_GPU = 2**24
-NOT_FINITE = (
-    "Either its weights are broken, or numbers became too large for its dtype: load it anew, with dtype='bfloat16' or "
-    "'float32'."
-)
 
 
 @dataclass
@@ -73,6 +69,11 @@ class LLaDAMedVGenerationOutput(ModelOutput):
 
 class LLaDAMedVGenerationMixin:
     """`generate` for a model whose `forward` is bidirectional and whose config has a `mask_token_id`."""
+
+    # Whether only candidates get logits, which needs a look at them, or every place of a block, which keeps shapes.
+    # `None`: as is faster, that is on CPUs, uncompiled.
+    packs_candidates: bool | None = None
+    _step_compiled_with = _step_as_compiled = None
 
     @torch.no_grad()
     def generate(
@@ -129,32 +130,71 @@ class LLaDAMedVGenerationMixin:
                 the loop, for logits that are not finite.
         """
         # 0. Check the arguments, embed the prompts and lay a canvas of masks (and the fixed suffix) behind each.
+        state = self.prepare_denoising(input_ids, generation_config, attention_mask, tokenizer, **kwargs)
+        if streamer is not None and len(input_ids) > 1:
+            raise ValueError(f"`streamer` works with one prompt; `input_ids` holds {len(input_ids)}.")
+        images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
+        history = self._denoise(state, streamer, **images)
+
+        # 2. Cut every answer at its stop and append the suffix.
+        if streamer is not None:
+            streamer.end()
+        output = self.finish_denoising(state, history)
+        return output if state.options.return_dict_in_generate else output.sequences
+
+    def prepare_denoising(
+        self, input_ids, generation_config=None, attention_mask=None, tokenizer=None, **kwargs
+    ) -> DenoisingState:
+        """The rows of a call before the first forward pass. Arguments and errors are those of [`generate`]."""
         options = self.resolve_generation_config(generation_config, **kwargs)
         stops = self._prepare_stop_sequences(options, tokenizer)
         suffix = self._prepare_suffix(options, tokenizer)
         attention_mask = self._check_prompt(input_ids, attention_mask)
         needed = f"the canvas (`max_new_tokens`, {options.max_new_tokens}) with the suffix ({len(suffix)})"
         self._check_context(attention_mask, needed, options.max_new_tokens + len(suffix))
-        if streamer is not None and len(input_ids) > 1:
-            raise ValueError(f"`streamer` works with one prompt; `input_ids` holds {len(input_ids)}.")
         canvas = torch.full((len(input_ids), options.max_new_tokens), self.config.mask_token_id).to(input_ids)
-        state = DenoisingState(self, options, canvas, attention_mask, suffix, stops)
-        history = self._denoise(state, input_ids, pixel_values, image_sizes, batch_num_images, streamer)
+        return DenoisingState(self, options, input_ids, canvas, attention_mask, suffix, stops)
 
-        # 2. Cut every answer at its stop and append the suffix.
+    def begin_denoising(self, state: DenoisingState, **images):
+        """Embed the prompts and make room for the cache.
+
+        Args:
+            images: `pixel_values`, `image_sizes` and `batch_num_images`, or `image_features`.
+
+        Returns:
+            What [`~LLaDAMedVModel.get_image_features`] returns, if it was asked.
+        """
+        options, ids = state.options, state.prompt_ids
+        embedded = self.model(ids, **images, embeddings_only=True, return_dict=True)
+        state.prompt_embeds = embedded.last_hidden_state
+        if options.use_cache:
+            num_rows = len(ids) * (2 if options.cfg_scale > 0 else 1)
+            row_length = ids.shape[1] + state.canvas.shape[1] + len(state.suffix)
+            text_config = self.config.get_text_config()
+            state.cache = DenoisingCache(text_config.num_hidden_layers, num_rows, row_length)
+            if options.compile_config is not None:  # inside the graph it would make a first pass unlike all others
+                state.cache.early_initialization(
+                    num_rows, text_config.num_key_value_heads, text_config.head_dim, state.prompt_embeds.dtype,
+                    state.prompt_embeds.device,
+                )  # fmt: skip
+        if options.compile_config is not None:  # a captured graph finds what it changes where it was
+            layers = state.cache.layers if options.use_cache else ()
+            for tensor in [*vars(state).values(), *(each for layer in layers for each in (layer.keys, layer.values))]:
+                if isinstance(tensor, torch.Tensor):
+                    torch._dynamo.mark_static_address(tensor, guard=False)
+        return embedded.image_outputs
+
+    def finish_denoising(self, state: DenoisingState, history=None) -> LLaDAMedVGenerationOutput:
+        """Step 2 of [`generate`], for rows that are finished."""
+        options = state.options
         answers = [torch.cat([canvas[:stop], state.suffix]) for canvas, stop in zip(state.canvas, state.stop.tolist())]
         padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=state.padding)
-        sequences = torch.cat([input_ids, padded], dim=1)
-        if streamer is not None:
-            streamer.end()
-        if not options.return_dict_in_generate:
-            return sequences
         # The token that ends an answer was decided on, too.
         confidence = answer_confidence(state.commit_confidence, state.stop + 1)
         confidence = calibrate_confidence(confidence, options.confidence_temperature)
         threshold = options.abstention_threshold
         return LLaDAMedVGenerationOutput(
-            sequences=sequences,
+            sequences=torch.cat([state.prompt_ids, padded], dim=1),
             tokens_per_forward=state.stop / state.num_forwards,
             num_forwards=state.num_forwards,
             num_full_forwards=state.num_full_forwards,
@@ -166,178 +206,180 @@ class LLaDAMedVGenerationMixin:
             history=history,
         )
 
-    def _denoise(self, state, input_ids, pixel_values, image_sizes, batch_num_images, streamer=None):
+    def _denoise(self, state, streamer=None, **images):
         """The loop: step 1 of [`generate`], until all rows are finished. Returns the history if it is asked for."""
-        options, state.prompt_ids = state.options, input_ids
-        state.prompt_embeds = self.model(
-            input_ids, pixel_values, image_sizes, batch_num_images, embeddings_only=True, return_dict=True
-        ).last_hidden_state
-        if options.use_cache:
-            num_rows = len(input_ids) * (2 if options.cfg_scale > 0 else 1)
-            row_length = input_ids.shape[1] + state.canvas.shape[1] + len(state.suffix)
-            text_config = self.config.get_text_config()
-            state.cache = DenoisingCache(text_config.num_hidden_layers, num_rows, row_length)
-        if options.compile_config is not None:
-            self._compile_language_model(options.compile_config)
-            if options.use_cache:  # inside the graph it would make a first pass unlike all others
-                state.cache.early_initialization(
-                    num_rows, text_config.num_key_value_heads, text_config.head_dim, state.prompt_embeds.dtype,
-                    state.prompt_embeds.device,
-                )  # fmt: skip
+        self.begin_denoising(state, **images)
         if streamer is not None:
-            streamer.put(input_ids.cpu())
+            streamer.put(state.prompt_ids.cpu())
 
         # 1. While a row is unfinished, one forward pass over all unfinished rows:
         history = []
         streamed = 0
-        while state.rows.numel():
-            self._denoising_step(state)
-            if options.output_history:
+        while not state.is_finished:
+            self.denoising_step(state)
+            state.check_finite()
+            if state.options.output_history:
                 history.append(state.canvas.clone())
             if streamer is not None:
-                streamed = self._stream(streamer, state, streamed)
-        return torch.stack(history) if options.output_history else None
+                streamed = stream(streamer, state, streamed)
+        state.progress.read(state)  # the last step may not have been looked at
+        state.check_finite()
+        return torch.stack(history) if state.options.output_history else None
 
-    def _denoising_step(self, state: DenoisingState) -> None:
-        """One forward pass: steps 1.a to 1.e of [`generate`]."""
-        options, canvas = state.options, state.canvas[state.rows]  # (rows, canvas)
+    def denoising_step(self, state: DenoisingState) -> list[ForwardPass]:
+        """One forward pass of each row: planned by the host, run on the device, followed by the host. Returns what was
+        run."""
+        passes = state.plan_passes()
+        compiled = state.options.compile_config is not None and [each.numbers for each in passes] == [state.kept]
+        (self._compiled_step(state.options.compile_config) if compiled else self._run_step)(state, passes)
+        state.follow(passes)
+        return passes
+
+    def _run_step(self, state: DenoisingState, passes: list[ForwardPass]) -> None:
+        """Steps 1.a to 1.e of [`generate`], without a look at what is on the device."""
+        options = state.options
 
         # 1.a. Find the candidates: masked positions up to the end of the row's block and left of its stop.
-        passes = state.plan_passes()
-        candidates = state.candidates(passes)
+        window = state.window  # (batch, window): where they may be
+        candidates = state.candidates(window, passes)
+        active = candidates.any(dim=1)
+        proposed = state.canvas.gather(1, window)
+        scores = CandidateScores(torch.zeros_like(proposed, dtype=torch.float64))
+        for name in state.rule.needs:
+            setattr(scores, name, torch.zeros_like(scores.confidence))
+        if "noise" in state.rule.needs:
+            scores.noise = self._random_scores(state.canvas).gather(1, window)
 
         # 1.b. Compute logits at the candidates only, guided if asked for. With a cache, rows that need no refresh run
         # only their block, or what begins with it.
-        row, place = candidates.nonzero(as_tuple=True)  # of each candidate
-        logits = self._step_logits(state, passes, candidates)
-        if logits.numel() and not bool(torch.stack(logits.aminmax()).isfinite().all()):
-            rows = state.rows[row[~logits.isfinite().all(dim=1)].unique()]
-            raise ValueError(
-                f"The model's logits are not finite in forward pass {int(state.num_forwards[rows[0]])} (from 0) of row "
-                f"{int(rows[0])}. {NOT_FINITE}"
-            )
-        logits = self._process_logits(state, logits, row, place)
+        run = functools.partial(self._candidate_logits, state, window, candidates)
+        if state.drift is not None:
+            state.drift.begin_step(state)
+            run = functools.partial(state.drift.run, state, run)
+        for each in passes:
+            found = run(each)
+            state.note_broken(found)
+            self._process_logits(state, window, found)
 
-        # 1.c. Propose a token for each candidate, and its confidence.
-        tokens, values = self._propose(logits, options.temperature, state.rule.needs)
-        proposed = canvas.masked_scatter(candidates, tokens)
-        empty = torch.zeros(canvas.shape, dtype=torch.float64, device=canvas.device)
-        scores = CandidateScores(**{name: empty.masked_scatter(candidates, value) for name, value in values.items()})
-        if "noise" in state.rule.needs:
-            scores.noise = self._random_scores(canvas)
-        proposed = state.hooks.choose(state, candidates, logits, proposed, scores)
+            # 1.c. Propose a token for each candidate, and its confidence.
+            tokens, values = self._propose(found.logits, options.temperature, state.rule.needs)
+            proposed.view(-1).index_copy_(0, found.slots, tokens)
+            for name, value in values.items():
+                getattr(scores, name).view(-1).index_copy_(0, found.slots, value)
+            state.hooks.choose(state, each, found, proposed, scores)
 
         # 1.d. Commit what the rule keeps: by default the k most confident proposals, k from the block's schedule.
         confidence = scores.confidence
         if options.defer_eos:
             scores = scores.defer(torch.isin(proposed, state.deferred))
         committed = state.rule(candidates, scores, state.tokens_to_commit())
-        state.commit(state.hooks.complete(state, committed), proposed, confidence)
+        state.commit(window, state.hooks.complete(state, window, committed), proposed, confidence)
+        state.note_passes(passes, active)
 
         # 1.e. Look for a stop sequence, and move on to the next block, or finish the row.
         state.hooks.close(state)
         state.find_stops()
-        state.advance()
+        state.advance(active)
 
-    def _step_logits(self, state, passes, candidates):
-        """Logits of all passes of a step in one tensor, `(candidates, vocabulary)`."""
-        run = functools.partial(self._candidate_logits, state, candidates)
-        if state.drift is not None:
-            run = state.drift.begin_step(state, candidates, run)
-        parts = [(each, run(each)) for each in passes]
-        state.note_passes(passes)
-        if len(parts) == 1:
-            return parts[0][1]
-        logits = parts[0][1].new_empty(int(candidates.sum()), parts[0][1].shape[-1])
-        for each, values in parts:
-            logits[state.run_by(each, candidates)[candidates]] = values
-        return logits
-
-    def _candidate_logits(self, state, candidates, each: ForwardPass, whole: bool = False):
-        """Logits in at least float32 at the candidates of one pass, `(number of candidates, vocabulary)`.
+    def _candidate_logits(self, state, window, candidates, each: ForwardPass, whole: bool = False) -> CandidateLogits:
+        """Logits in at least float32 at the candidates of one pass.
 
         Args:
-            candidates: `(rows, canvas)` of all unfinished rows.
+            window, candidates: `(batch, window)`: where candidates may be, and which are.
             whole: run the whole row for what a partial pass runs, and leave the cache alone.
         """
-        options, rows, start = state.options, state.rows[each.part], each.start
-        partial = start is not None and not whole
+        options, rows = state.options, each.rows
+        partial = each.partial and not whole
         embed = self.get_input_embeddings()
-        prompt_mask = state.prompt_mask[rows].bool()
-        keep = state.run_by(each, candidates)[each.part]
-        keep = torch.nn.functional.pad(keep, (0, len(state.suffix)))  # (rows, tail), the tail being canvas and suffix
+        prompt_mask = state.prompt_mask[rows]
+        prompt_length = prompt_mask.shape[1]
 
-        # Which places of the tail are run, the same number in each row.
-        columns = state.tail_columns(rows)
-        if partial and options.cache_implementation == "prefix":
-            columns = columns[columns >= start[0]]
-        elif partial:
-            columns = start[:, None] + torch.arange(options.block_length, device=rows.device)
-        columns = columns.expand(len(rows), -1)
-        keep = keep.gather(1, columns)
+        # Which places of the tail (canvas and suffix) are run, the same number in each row.
+        if partial and each.start is None:
+            first = state.block[rows, None].clamp(max=state.num_blocks - 1) * options.block_length
+            columns = first + torch.arange(options.block_length, device=rows.device)
+        else:
+            first = each.start if partial else 0
+            columns = state.tail_columns(first, each.end).expand(len(rows), -1)
         position_ids = state.tail_position_ids(rows).gather(1, columns)
         inputs_embeds = embed(state.tail_ids(rows).gather(1, columns))  # (rows, columns, hidden)
-        places = columns + prompt_mask.shape[1]  # within the row
+        places = columns + prompt_length  # within the row
+        wanted = window[rows] - first  # within what is run
         tail_mask = state.tail_mask(rows)
         blank_embeds = inputs_embeds
         if not partial:
-            prompt_places = torch.arange(prompt_mask.shape[1], device=rows.device).expand_as(prompt_mask)
-            prompt_positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)  # a row's padding is not counted
+            prompt_places = torch.arange(prompt_length, device=rows.device).expand_as(prompt_mask)
             places = torch.cat([prompt_places, places], dim=1)
-            position_ids = torch.cat([prompt_positions, position_ids], dim=1)
-            keep = torch.cat([torch.zeros_like(prompt_mask), keep], dim=1)
+            position_ids = torch.cat([state.prompt_positions[rows], position_ids], dim=1)
+            wanted = wanted + prompt_length
             tail_mask = tail_mask.gather(1, columns)
             inputs_embeds = torch.cat([state.prompt_embeds[rows], inputs_embeds], dim=1)
-        attention_mask = torch.cat([prompt_mask, tail_mask], dim=1)
+        wanted = wanted.clamp(0, places.shape[1] - 1)  # what is beyond is no candidate
+        visible = torch.cat([prompt_mask, tail_mask], dim=1)
+        slots = state.slots(candidates, each)
+        own, size = candidates[rows], window.shape[1]
+        if state.packs:
+            wanted = torch.zeros_like(places).scatter_add_(1, wanted, own.long()) > 0
+        cached_rows = rows
         if options.cfg_scale > 0:
             # The unconditional row has the same length, with a mask for every prompt token.
             if not partial:
                 blank_embeds = torch.cat([embed(prompt_places * 0 + state.mask_token_id), blank_embeds], dim=1)
             inputs_embeds = torch.cat([inputs_embeds, blank_embeds])
-            attention_mask, position_ids, keep, places = (
-                value.repeat(2, 1) for value in (attention_mask, position_ids, keep, places)
+            visible, position_ids, wanted, places = (
+                value.repeat(2, 1) for value in (visible, position_ids, wanted, places)
             )
-            rows = torch.cat([rows, rows + len(state.canvas)])
+            cached_rows = torch.cat([rows, rows + len(state.canvas)])
         cache = None
         if options.use_cache and not whole:
             everywhere = places.shape[1] == state.cache.row_length
-            cache = state.cache.select(rows, None if everywhere else places, partial)
+            cache = state.cache.select(cached_rows, None if everywhere else places, partial)
         logits = self(
             inputs_embeds=inputs_embeds,
-            attention_mask=None if bool(attention_mask.all()) else attention_mask.long(),
+            attention_mask=None if each.attends_everywhere else self._attention_mask(visible, inputs_embeds),
             position_ids=position_ids,
             cache=cache,
-            logits_to_keep=keep,
+            logits_to_keep=wanted,
             return_dict=True,
-        ).logits
+        ).logits.flatten(0, -2)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         if options.cfg_scale > 0:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (options.cfg_scale + 1) * (conditional - unconditional)
-        return logits
+        row = rows[slots // size]
+        return CandidateLogits(row, row * size + slots % size, own.flatten()[slots], logits)
 
-    def _process_logits(self, state, logits, row, place):
-        """What must not, or had better not, be proposed."""
-        options = state.options
+    def _attention_mask(self, visible, inputs_embeds):
+        """The mask of a pass for `visible` `(rows, keys)`, in a form that the attention takes without looking at it."""
+        implementation = self.model.language_model.config._attn_implementation
+        if implementation == "sdpa":
+            return visible[:, None, None]
+        if implementation == "eager":
+            lowest = torch.finfo(inputs_embeds.dtype).min
+            return torch.zeros_like(visible, dtype=inputs_embeds.dtype).masked_fill(~visible, lowest)[:, None, None]
+        return visible.long()
+
+    def _process_logits(self, state, window, found: CandidateLogits) -> None:
+        """Change the logits of what must not, or had better not, be proposed."""
+        options, row, place = state.options, found.rows, window.flatten()[found.slots]
         if options.repetition_penalty != 1 or options.no_repeat_ngram_size is not None:
-            canvas = state.canvas[state.rows]
-            committed = canvas != state.mask_token_id
+            committed = state.canvas != state.mask_token_id
             if state.absent is not None:
-                committed &= ~state.absent[state.rows]
+                committed &= ~state.absent
         if options.repetition_penalty != 1:
             # What is no token of the row is replaced by one that is, which changes nothing.
-            ids = torch.cat([state.prompt_ids[state.rows], canvas], dim=1)
-            real = torch.cat([state.prompt_mask[state.rows].bool(), committed], dim=1)
+            ids = torch.cat([state.prompt_ids, state.canvas], dim=1)
+            real = torch.cat([state.prompt_mask, committed], dim=1)
             ids = torch.where(real, ids, ids.gather(1, real.byte().argmax(dim=1, keepdim=True)))
-            logits = RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))(ids[row], logits)
-        logits[:, state.suppressed] = float("-inf")
+            found.logits = RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))(ids[row], found.logits)
+        found.logits[:, state.suppressed] = float("-inf")
         if options.min_new_tokens is not None:
-            logits[(place < options.min_new_tokens).nonzero(), state.eos] = float("-inf")
+            early = (place < options.min_new_tokens)[:, None]
+            found.logits[:, state.eos] = found.logits[:, state.eos].masked_fill(early, float("-inf"))
         if options.no_repeat_ngram_size is not None:
-            canvas = torch.where(committed, canvas, -1)
-            logits = ban_repeated_ngrams(logits, row, place, canvas, options.no_repeat_ngram_size)
-        return logits
+            canvas = torch.where(committed, state.canvas, -1)
+            ban_repeated_ngrams(found.logits, row, place, canvas, options.no_repeat_ngram_size)
 
     @staticmethod
     def _propose(logits, temperature, needs=()):
@@ -376,25 +418,6 @@ class LLaDAMedVGenerationMixin:
     def _random_scores(canvas):
         """Uniform scores `(rows, canvas)` for `remasking="random"`."""
         return torch.rand(canvas.shape, dtype=torch.float64, device=canvas.device)
-
-    @staticmethod
-    def _stream(streamer, state, streamed):
-        """Hand finished blocks to the streamer, and the rest as a draft; returns how much of the canvas is out."""
-        finished = not state.rows.numel()
-        stop = int(state.stop[0])
-        # A stop sequence may begin in a block that is done and end in the next one.
-        held = max((len(sequence) for sequence in state.stops), default=1) - 1
-        ready = stop if finished else min(stop, int(state.block[0]) * state.block_length - held)
-        canvas = state.canvas[0].cpu().clone()  # a streamer may keep what it gets; the canvas goes on changing
-        if hasattr(streamer, "put_canvas"):
-            streamer.put_canvas(canvas[None, :stop], state.commit_confidence[:1, :stop].cpu().clone())
-        if hasattr(streamer, "put_draft") and not finished:
-            streamer.put_draft(canvas[None, max(streamed, ready) : stop])
-        if ready > streamed:
-            streamer.put(canvas[streamed:ready])
-        if finished and len(state.suffix):
-            streamer.put(state.suffix.cpu())
-        return max(streamed, ready)
 
     def resolve_generation_config(self, generation_config=None, **kwargs) -> LLaDAMedVGenerationConfig:
         """The call's options: keyword arguments over `generation_config` over the model's own, filled in and checked.
@@ -447,12 +470,13 @@ class LLaDAMedVGenerationMixin:
         tokens = tokenizer(options.generation_suffix, add_special_tokens=False).input_ids
         return torch.tensor(tokens, dtype=torch.long)
 
-    def _compile_language_model(self, compile_config) -> None:
-        """Compile what a denoising step runs most; again only if the options differ."""
-        settings = compile_config.to_dict()
-        if getattr(self, "_language_model_compiled_with", None) != settings:
-            self.model.language_model.compile(**settings)
-            self._language_model_compiled_with = settings
+    def _compiled_step(self, compile_config):
+        """`_run_step` compiled into one graph for each shape; compiled again only if the options differ."""
+        settings = compile_config.to_dict() | {"fullgraph": True}
+        if self._step_compiled_with != settings:
+            self._step_compiled_with = settings
+            self._step_as_compiled = torch.compile(self._run_step, **settings)
+        return self._step_as_compiled
 
     def _check_prompt(self, input_ids, attention_mask) -> torch.Tensor:
         """The attention mask to use, after checks that need no forward pass."""
@@ -510,9 +534,28 @@ class LLaDAMedVGenerationMixin:
                 # No such file: the defaults from the model's config stay.
 
 
+def stream(streamer, state: DenoisingState, streamed: int, row: int = 0) -> int:
+    """Hand a row's finished blocks to the streamer, and the rest as a draft; returns how much of the canvas is out."""
+    finished = state.progress.finished[row]
+    stop = int(state.stop[row])
+    # A stop sequence may begin in a block that is done and end in the next one.
+    held = max((len(sequence) for sequence in state.stops), default=1) - 1
+    ready = stop if finished else min(stop, int(state.block[row]) * state.block_length - held)
+    canvas = state.canvas[row].cpu().clone()  # a streamer may keep what it gets; the canvas goes on changing
+    if hasattr(streamer, "put_canvas"):
+        streamer.put_canvas(canvas[None, :stop], state.commit_confidence[row : row + 1, :stop].cpu().clone())
+    if hasattr(streamer, "put_draft") and not finished:
+        streamer.put_draft(canvas[None, max(streamed, ready) : stop])
+    if ready > streamed:
+        streamer.put(canvas[streamed:ready])
+    if finished and len(state.suffix):
+        streamer.put(state.suffix.cpu())
+    return max(streamed, ready)
+
+
 def _rows_at_a_time(logits: torch.Tensor) -> int:
     elements = _ELEMENTS_CPU if logits.device.type == "cpu" else _ELEMENTS_GPU
     return max(1, elements // logits.shape[-1])
 
 
-__all__ = ["LLaDAMedVGenerationConfig", "LLaDAMedVGenerationMixin", "LLaDAMedVGenerationOutput"]
+__all__ = ["LLaDAMedVGenerationConfig", "LLaDAMedVGenerationMixin", "LLaDAMedVGenerationOutput", "stream"]

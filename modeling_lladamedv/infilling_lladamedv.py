@@ -68,22 +68,34 @@ class Blanks(StepHooks):
     first end token in it, and is as long as it was asked to be if there is none.
     """
 
+    predictable = False
+
     def __init__(self, blanks: list[Blank], batch: int, device: torch.device):
         self.blanks = blanks
         widths = torch.tensor([blank.end - blank.start for blank in blanks], device=device)
         self.length = widths.repeat(batch, 1)
         self.proposed_length = self.length.clone()
 
-    def choose(self, state, candidates, logits, proposed, scores):
-        """Proposals with those for the blanks of allowed texts in place of the single tokens'; updates `scores`."""
-        slots = candidates.flatten().cumsum(0).view_as(candidates) - 1  # of each place in `logits`
-        temperature = state.options.temperature
+    def choose(self, state, each, found, proposed, scores):
+        """Propose the blanks of allowed texts as a whole, in place of the single tokens."""
+        temperature, size, progress = state.options.temperature, proposed.shape[1], state.progress
+        if not len(found.slots):
+            return
         for number, blank in enumerate(self.blanks):
-            rows = candidates[:, blank.start].nonzero()[:, 0]
-            if not blank.choices or not len(rows):
+            if not blank.choices:
                 continue
-            places, width = slice(blank.start, blank.end), blank.end - blank.start
-            log_probability = logits[slots[rows, places]].double().log_softmax(dim=-1)  # (rows, width, vocabulary)
+            first = {row: progress.block[row] * size if size == state.block_length else 0 for row in each.numbers}
+            numbers = [row for row in each.numbers if 0 <= blank.start - first[row] < size]
+            if not numbers:
+                continue
+            rows, offset = state.index(numbers), blank.start - first[numbers[0]]
+            places, width = slice(offset, offset + blank.end - blank.start), blank.end - blank.start
+            slots = rows[:, None] * size + torch.arange(offset, offset + width, device=rows.device)  # (rows, width)
+            entries = torch.searchsorted(found.slots, slots).clamp(max=len(found.slots) - 1)
+            undecided = ((found.slots[entries] == slots) & found.valid[entries]).all(dim=1)
+            if state.packs and not bool(undecided.any()):
+                continue
+            log_probability = found.logits[entries].double().log_softmax(dim=-1)  # (rows, width, vocabulary)
             lengths = torch.tensor([len(choice) for choice in blank.choices], device=rows.device)
             ids = [[*choice, *[state.padding] * (width - len(choice))] for choice in blank.choices]
             ids = torch.tensor(ids, device=rows.device)  # (choices, width)
@@ -94,43 +106,45 @@ class Blanks(StepHooks):
             if temperature > 0:
                 values = values - temperature * torch.rand_like(values).log_().neg_().log_()
             best = values.argmax(dim=1)
-            proposed[rows, places] = ids[best]
-            self.proposed_length[state.rows[rows], number] = lengths[best]
             ordered = torch.nn.functional.pad(probability, (0, 1)).sort(dim=1, descending=True).values
             known = {
                 "confidence": probability.gather(1, best[:, None])[:, 0],
                 "margin": ordered[:, 0] - ordered[:, 1],
                 "entropy": torch.special.entr(probability).sum(dim=1),
-                "noise": None if scores.noise is None else scores.noise[rows, blank.start],
+                "noise": None if scores.noise is None else scores.noise[rows, offset],
             }
-            for name, value in known.items():
-                if getattr(scores, name) is not None:
-                    getattr(scores, name)[rows, places] = value[:, None]
-        return proposed
+            changes = [(getattr(scores, name), value) for name, value in known.items()]
+            changes = [
+                (proposed, ids[best]),
+                *[(target, value[:, None]) for target, value in changes if target is not None],
+            ]
+            for target, value in changes:
+                target[rows, places] = torch.where(undecided[:, None], value, target[rows, places])
+            self.proposed_length[rows, number] = lengths[best]
 
-    def complete(self, state, committed):
+    def complete(self, state, window, committed):
         """`committed` with the whole of each blank of allowed texts of which a place is committed."""
+        everywhere = torch.zeros_like(state.canvas, dtype=torch.bool).scatter_(1, window, committed)
         for number, blank in enumerate(self.blanks):
             if blank.choices:
-                decided = committed[:, blank.start : blank.end].any(dim=1)
-                committed[:, blank.start : blank.end] |= decided[:, None]
-                rows = state.rows[decided]
-                self.length[rows, number] = self.proposed_length[rows, number]
-        return committed
+                decided = everywhere[:, blank.start : blank.end].any(dim=1)
+                everywhere[:, blank.start : blank.end] |= decided[:, None]
+                length = torch.where(decided, self.proposed_length[:, number], self.length[:, number])
+                self.length[:, number] = length
+        return everywhere.gather(1, window)
 
     def close(self, state):
         """Take out of the canvas what stands behind the end of a blank."""
-        rows = state.rows
-        canvas = state.canvas[rows]
+        canvas = state.canvas
         removed = torch.zeros_like(canvas, dtype=torch.bool)
         for number, blank in enumerate(self.blanks):
             places = slice(blank.start, blank.end)
             if not blank.choices:
                 ends = torch.isin(canvas[:, places], state.eos)
                 found = torch.where(ends.any(dim=1), ends.byte().argmax(dim=1), blank.end - blank.start)
-                self.length[rows, number] = torch.minimum(self.length[rows, number], found)
-            within = torch.arange(blank.end - blank.start, device=rows.device)
-            removed[:, places] = within >= self.length[rows, number, None]
+                self.length[:, number] = torch.minimum(self.length[:, number], found)
+            within = torch.arange(blank.end - blank.start, device=canvas.device)
+            removed[:, places] = within >= self.length[:, number, None]
         state.remove(removed)
 
 
@@ -201,8 +215,9 @@ class LLaDAMedVInfillingMixin:
         absent = (torch.arange(length, device=device) >= len(ids)).repeat(batch, 1)
         suffix = torch.empty(0, dtype=torch.long, device=device)
         hooks = Blanks(blanks, batch, device)
-        state = DenoisingState(self, options, canvas, attention_mask, suffix, absent=absent, hooks=hooks)
-        history = self._denoise(state, input_ids, pixel_values, image_sizes, batch_num_images)
+        state = DenoisingState(self, options, input_ids, canvas, attention_mask, suffix, absent=absent, hooks=hooks)
+        images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
+        history = self._denoise(state, **images)
 
         answers = [row[~gone] for row, gone in zip(state.canvas, state.absent)]
         padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=state.padding)

@@ -311,9 +311,15 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         image_sizes: torch.LongTensor | None = None,
         batch_num_images: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
+        image_features: list[torch.FloatTensor] | None = None,
         **kwargs,
     ) -> tuple[torch.FloatTensor, BaseModelOutputWithPooling | None]:
         """Token embeddings `(batch, sequence, hidden)` with the image features at the image tokens.
+
+        Args:
+            image_features: `pooler_output` of [`~LLaDAMedVModel.get_image_features`], in place of `pixel_values`.
+
+        The other arguments are those of [`~LLaDAMedVModel.get_image_features`].
 
         Returns:
             The embeddings, and what [`~LLaDAMedVModel.get_image_features`] returns (`None` without images).
@@ -324,17 +330,20 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         is_image = input_ids == self.config.image_token_id  # (batch, sequence)
         embeddings = self.get_input_embeddings()(input_ids)
         num_tokens = int(is_image.sum())
-        if pixel_values is None:
+        images = None
+        if pixel_values is None and image_features is None:
             if num_tokens:
                 raise ValueError(
                     f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}) but `pixel_values` "
                     "is None: pass everything that the processor returned."
                 )
             return embeddings, None
-        images = self.get_image_features(
-            pixel_values, image_sizes, batch_num_images, image_index, return_dict=True, **kwargs
-        )
-        features = torch.cat(images.pooler_output).to(embeddings)
+        if image_features is None:
+            images = self.get_image_features(
+                pixel_values, image_sizes, batch_num_images, image_index, return_dict=True, **kwargs
+            )
+            image_features = images.pooler_output
+        features = torch.cat(image_features).to(embeddings)
         if num_tokens != len(features):
             raise ValueError(
                 f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}), but the images make "
@@ -356,8 +365,10 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         image_index: torch.LongTensor | None = None,
         query_mask: torch.BoolTensor | None = None,
+        query_positions: torch.LongTensor | None = None,
         cache: Cache | None = None,
         embeddings_only: bool = False,
+        image_features: list[torch.FloatTensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LLaDAMedVModelOutput:
         """One bidirectional pass.
@@ -376,14 +387,17 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             inputs_embeds (`(batch, sequence, hidden)`, *optional*): merged embeddings.
             query_mask (`(batch, sequence)`, *optional*): True where output is wanted; by default everywhere. The last
                 layer is spared the positions that no row of the batch wants.
+            query_positions (`(batch, queries)`, *optional*): the same as equally many positions of each row, which need
+                not be counted.
             cache (`Cache`, *optional*): that of the denoising loop, which knows which positions this pass runs.
             embeddings_only: return what [`~LLaDAMedVModel.get_multimodal_embeddings`] makes, as `last_hidden_state`
                 and `image_outputs`, and run no layer. Weights that accelerate has offloaded come back for a
                 forward pass only.
+            image_features: see [`~LLaDAMedVModel.get_multimodal_embeddings`].
 
         Returns:
-            [`LLaDAMedVModelOutput`] with `last_hidden_state` `(batch, sequence, hidden)`, or with `query_mask`
-            `(number of True, hidden)`, row after row.
+            [`LLaDAMedVModelOutput`] with `last_hidden_state` `(batch, sequence, hidden)`, with `query_mask`
+            `(number of True, hidden)`, row after row, or with `query_positions` `(batch, queries, hidden)`.
 
         Raises:
             ValueError: for contradictory inputs, or `turn_ids` under an attention implementation that cannot mask
@@ -395,7 +409,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         if inputs_embeds is None:
             recorded = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
             inputs_embeds, images = self.get_multimodal_embeddings(
-                input_ids, pixel_values, image_sizes, batch_num_images, image_index, **recorded
+                input_ids, pixel_values, image_sizes, batch_num_images, image_index, image_features, **recorded
             )
         elif pixel_values is not None:
             raise ValueError("Images need `input_ids`: `inputs_embeds` must already hold the image features.")
@@ -408,8 +422,10 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         if query_mask is not None:
             positions = positions_in_rows(query_mask)
             if positions.shape[1] < query_mask.shape[1]:
-                kwargs["query_positions"] = positions  # for the last layer; the others pass it by
+                query_positions = positions
                 query_mask = query_mask.gather(1, positions)
+        if query_positions is not None:
+            kwargs["query_positions"] = query_positions  # for the last layer; the others pass it by
         # By place: the cache is called `past_key_values` before Transformers 5.24 and `cache` from there on.
         outputs = self.language_model(
             None, attention_mask, position_ids, cache, inputs_embeds, return_dict=True, **kwargs
@@ -539,13 +555,19 @@ class LLaDAMedVForConditionalGeneration(
                 "`alora_invocation_tokens` is set in the adapters' configuration; activated LoRA counts from the end "
                 "of a text, which a canvas moves: only other LoRA is allowed."
             )
-        query_mask = self._query_mask(logits_to_keep, **kwargs)
+        queries = self._queries(logits_to_keep, **kwargs)
         outputs = self.model(
-            input_ids, pixel_values, image_sizes, batch_num_images, attention_mask, query_mask=query_mask,
-            return_dict=True, **kwargs,
-        )  # fmt: skip
+            input_ids,
+            pixel_values,
+            image_sizes,
+            batch_num_images,
+            attention_mask,
+            return_dict=True,
+            **queries,
+            **kwargs,
+        )
         hidden = outputs.last_hidden_state
-        logits = self.lm_head(hidden if query_mask is not None else slice_logits_to_keep(hidden, logits_to_keep))
+        logits = self.lm_head(hidden if queries else slice_logits_to_keep(hidden, logits_to_keep))
         return LLaDAMedVOutput(
             logits=logits,
             hidden_states=outputs.hidden_states,
@@ -553,17 +575,15 @@ class LLaDAMedVForConditionalGeneration(
             image_outputs=outputs.image_outputs,
         )
 
-    def _query_mask(self, logits_to_keep, output_attentions=None, output_hidden_states=None, **kwargs):
-        """`logits_to_keep` where the last layer can be told of it, or else `None`."""
-        language_model = self.model.language_model
-        # The recorded states must be whole, and a compiled graph wants one shape.
-        whole = (
-            output_attentions or output_hidden_states
-            or language_model.config.output_attentions or language_model.config.output_hidden_states
-            or language_model._compiled_call_impl is not None
-        )  # fmt: skip
-        boolean = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool
-        return logits_to_keep if boolean and not whole else None
+    def _queries(self, logits_to_keep, output_attentions=None, output_hidden_states=None, **kwargs):
+        """`logits_to_keep` as an argument of the model, where the last layer can be told of it."""
+        config = self.model.language_model.config
+        recorded = (output_attentions, output_hidden_states, config.output_attentions, config.output_hidden_states)
+        if any(recorded) or not isinstance(logits_to_keep, torch.Tensor):  # what is recorded must be whole
+            return {}
+        if logits_to_keep.dtype == torch.bool:
+            return {"query_mask": logits_to_keep}
+        return {"query_positions": logits_to_keep} if logits_to_keep.dim() == 2 else {}
 
 
 LLaDAMedVModel.register_for_auto_class("AutoModel")

@@ -25,11 +25,10 @@ def ban_repeated_ngrams(logits: torch.Tensor, rows: torch.LongTensor, places: to
     for offset in range(size):  # of the candidate within the n-gram that it would complete
         first = places - offset
         own = windows[rows, first.clamp(0, last)]  # (candidates, size)
-        others = torch.arange(size, device=canvas.device) != offset
+        others = [each for each in range(size) if each != offset]
         possible = (first >= 0) & (first <= last) & (own[:, others] >= 0).all(dim=-1)
         same = (windows[rows][..., others] == own[:, None, others]).all(dim=-1) & whole[rows]  # (candidates, windows)
-        candidate, window = (same & possible[:, None]).nonzero(as_tuple=True)
-        logits[candidate, windows[rows[candidate], window, offset]] = float("-inf")
+        _ban(logits, windows[rows][..., offset], same & possible[:, None])
         # One token can also complete two equal n-grams at once, as a third "x" between two others does.
         for shift in range(1, size - offset):
             earlier = first - shift
@@ -38,8 +37,14 @@ def ban_repeated_ngrams(logits: torch.Tensor, rows: torch.LongTensor, places: to
             filled = own.clone()
             filled[:, offset] = other[:, offset + shift] = token
             twice = possible & (earlier >= 0) & (other >= 0).all(dim=-1) & (filled == other).all(dim=-1)
-            logits[twice.nonzero()[:, 0], token[twice]] = float("-inf")
+            _ban(logits, token[:, None], twice[:, None])
     return logits
+
+
+def _ban(logits, tokens, where) -> None:
+    """Set the logits of `tokens` `(candidates, tokens)` to -inf where it says so, without looking at where that is."""
+    lowest = torch.full_like(tokens, float("inf"), dtype=logits.dtype).masked_fill_(where, float("-inf"))
+    logits.scatter_reduce_(1, tokens.clamp(min=0), lowest, "amin")
 
 
 __all__ = ["ban_repeated_ngrams"]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers.utils import ModelOutput
 
-from .generation_lladamedv import NOT_FINITE
+from .denoising_state_lladamedv import NOT_FINITE
 
 
 @dataclass

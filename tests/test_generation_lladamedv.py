@@ -391,20 +391,20 @@ def test_deferred_ends_come_last(monkeypatch, rule, temperature):
     ends, seen = [], []
     commit = DenoisingState.commit
 
-    def choose_ends(state, committed, proposed, confidences):
+    def choose_ends(state, window, committed, proposed, confidences):
         if not ends:  # half of what the first step proposes
             found = proposed[0].unique().tolist()
             ends.extend(found[: (len(found) + 1) // 2])
-        commit(state, committed, proposed, confidences)
+        commit(state, window, committed, proposed, confidences)
 
     monkeypatch.setattr(DenoisingState, "commit", choose_ends)
     generate(model, max_new_tokens=16, block_length=16, steps=16)
 
-    def spy(state, committed, proposed, confidences):
-        masked = (state.canvas[state.rows] == 98) & (state.positions < state.stop[:, None])
+    def spy(state, window, committed, proposed, confidences):
+        masked = (state.canvas == 98) & (state.positions < state.stop[:, None])
         seen.append((masked[0], committed[0], torch.isin(proposed[0], torch.tensor(ends))))
         assert (confidences[committed] >= 0).all(), "the reported confidence is not shifted"
-        commit(state, committed, proposed, confidences)
+        commit(state, window, committed, proposed, confidences)
 
     monkeypatch.setattr(DenoisingState, "commit", spy)
     torch.manual_seed(0)

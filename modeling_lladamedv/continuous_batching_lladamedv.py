@@ -1,0 +1,308 @@
+"""Answers that come and go while others run: one object that owns the rows, as Transformers' continuous batching does.
+
+Requests join between two denoising steps and leave when they are finished or cancelled. Rows with the same options and
+the same lengths share forward passes; a row's passes depend on itself alone, so each request gets the tokens, in the
+order, that it would have got alone. Only noise (`temperature`, `remasking="random"`) is drawn anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+from collections import Counter, OrderedDict, deque
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+
+import torch
+
+from .denoising_state_lladamedv import DenoisingState
+from .generation_lladamedv import stream
+
+
+PATIENCE = 4  # steps that a row may wait for others before a pass over all of it
+_NOT_SHARED = ("output_history", "output_cache_drift", "compile_config")  # of a whole call of `generate`
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt that waits, is being answered, or has its [`LLaDAMedVGenerationOutput`] as `future.result()`.
+
+    `future.cancel()` before it runs, and [`ContinuousBatch.cancel`] at any time, take it out.
+    """
+
+    state: DenoisingState
+    images: dict
+    key: tuple  # requests of one key share passes
+    positions: int  # what it needs of the budget
+    padding: int  # on the left of its prompt
+    streamer: object = None
+    future: Future = field(default_factory=Future)
+    streamed: int = 0
+    is_cancelled: bool = False
+
+
+class ContinuousBatch:
+    """Denoise many prompts at once, each with its own options, arriving and leaving at any step.
+
+    Use it from any number of threads: `submit` returns at once, and one thread runs `run` (or calls `step`).
+
+    Args:
+        model: with `generate`, on its device.
+        max_positions: how many positions (prompt, canvas and suffix; twice as many with guidance) are in work at a
+            time. Requests beyond that wait in order; one that needs more is refused.
+        image_cache_bytes: for features of pictures, so that more questions about one do not encode it again; the
+            pictures that were not asked about for the longest time are dropped.
+    """
+
+    def __init__(self, model, max_positions: int = 16384, image_cache_bytes: int = 2**28):
+        self.model, self.max_positions = model, max_positions
+        self._waiting: deque[Request] = deque()
+        self._groups: dict[tuple, tuple[DenoisingState, list[Request]]] = {}
+        self._features = _ImageFeatures(image_cache_bytes)
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._counts = Counter()
+
+    def submit(
+        self, input_ids, generation_config=None, attention_mask=None, tokenizer=None, streamer=None, pixel_values=None,
+        image_sizes=None, batch_num_images=None, **kwargs,
+    ) -> Request:  # fmt: skip
+        """Add a prompt. Arguments are those of [`~LLaDAMedVGenerationMixin.generate`], of one row.
+
+        Raises:
+            ValueError: as `generate`; for options of a whole call (`output_history`, `output_cache_drift`,
+                `compile_config`); or if the prompt needs more than `max_positions`.
+        """
+        if len(input_ids) != 1:
+            raise ValueError(f"`input_ids` holds {len(input_ids)} prompts; submit one at a time.")
+        if attention_mask is not None and int(attention_mask.sum()) == attention_mask.numel():
+            attention_mask = None
+        # A few tokens of padding, an eighth at most, let prompts of unequal length share passes.
+        length = input_ids.shape[1]
+        unit = max(8, 1 << (length.bit_length() - 4))
+        padding = -length % unit
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        state = self.model.prepare_denoising(input_ids, generation_config, mask, tokenizer, **kwargs)
+        options = state.options
+        for name in _NOT_SHARED:
+            if getattr(options, name):
+                raise ValueError(f"`{name}` is {getattr(options, name)}; it is for `generate`, not for shared batches.")
+        padded = torch.nn.functional.pad(input_ids, (padding, 0), value=state.padding)
+        mask = torch.nn.functional.pad(mask, (padding, 0))
+        state = DenoisingState(self.model, options, padded, state.canvas, mask, state.suffix, state.stop_sequences)
+        state.patience = PATIENCE
+        positions = padded.shape[1] + state.canvas.shape[1] + len(state.suffix)
+        positions *= 2 if options.cfg_scale > 0 else 1
+        if positions > self.max_positions:
+            raise ValueError(
+                f"The prompt needs {positions} positions; `max_positions` of the batch is {self.max_positions}."
+            )
+        images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
+        key = (padded.shape[1], str(state.stop_sequences), str(state.suffix.tolist()), options.to_json_string(False))
+        request = Request(state, images, key, positions, padding, streamer)
+        with self._changed:
+            if self._stopped:
+                raise RuntimeError("The batch is stopped.")
+            self._waiting.append(request)
+            self._changed.notify_all()
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Take a request out: its place is free at the next step. One that is finished stays so."""
+        with self._changed:
+            request.is_cancelled = True
+            self._changed.notify_all()
+
+    def stats(self) -> dict[str, int]:
+        """What is in work and what has been done since the beginning.
+
+        `waiting`, `running` (requests), `positions` (of those running), `requests`, `finished`, `cancelled`, `failed`,
+        `tokens` (of finished answers), `passes` (forward passes), `rows` (rows in them), `image_cache_hits`,
+        `image_cache_misses`, `image_cache_bytes`.
+        """
+        with self._changed:
+            running = [request for _, requests in self._groups.values() for request in requests]
+            names = ("requests", "finished", "cancelled", "failed", "tokens", "passes", "rows")
+            return {
+                "waiting": len(self._waiting),
+                "running": len(running),
+                "positions": sum(request.positions for request in running),
+                **{name: self._counts[name] for name in names},
+                "image_cache_hits": self._features.hits,
+                "image_cache_misses": self._features.misses,
+                "image_cache_bytes": self._features.num_bytes,
+            }
+
+    def run(self) -> None:
+        """Answer requests until [`stop`] is called."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or self._waiting or self._groups)
+                if self._stopped:
+                    return self._fail_all(RuntimeError("The batch is stopped."))
+            self.step()
+
+    def stop(self) -> None:
+        """Let [`run`] return; requests that are not finished fail."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Let requests leave and join, then one denoising step of every row. Returns whether there is more to do."""
+        self._leave()
+        self._join()
+        for key, (state, requests) in [*self._groups.items()]:
+            try:
+                passes = self.model.denoising_step(state)
+            except Exception as error:  # such as too little memory: these rows are lost, others are not
+                self._end(key, requests, error)
+                continue
+            self._counts.update(passes=len(passes), rows=sum(len(each.numbers) for each in passes))
+            for row, request in enumerate(requests):
+                if request.streamer is not None and not request.is_cancelled:
+                    self._stream(state, row, request)
+            self._finish(key)
+        return bool(self._waiting or self._groups)
+
+    def _leave(self) -> None:
+        """Take out what was cancelled."""
+        with self._changed:
+            gone = [request for request in self._waiting if request.is_cancelled]
+            self._waiting = deque(request for request in self._waiting if not request.is_cancelled)
+        for request in gone:
+            self._close(request, "cancelled")
+        for key, (_, requests) in [*self._groups.items()]:
+            left = [row for row, request in enumerate(requests) if not request.is_cancelled]
+            if len(left) < len(requests):
+                for request in requests:
+                    if request.is_cancelled:
+                        self._close(request, "cancelled")
+                self._keep(key, left)
+
+    def _join(self) -> None:
+        """Let requests in, in their order, as far as the budget allows."""
+        while True:
+            with self._changed:
+                used = sum(request.positions for _, requests in self._groups.values() for request in requests)
+                if not self._waiting or used + self._waiting[0].positions > self.max_positions:
+                    return
+                request = self._waiting.popleft()
+            self._counts.update(requests=1)
+            try:
+                self._features.begin(self.model, request.state, request.images)
+                request.images = {}
+                if request.streamer is not None:
+                    request.streamer.put(request.state.prompt_ids[:, request.padding :].cpu())
+                request.future.set_running_or_notify_cancel()
+                state, requests = self._groups.get(request.key, (None, []))
+                if state is None:
+                    state = request.state
+                else:
+                    state.join(request.state)
+                with self._changed:
+                    self._groups[request.key] = state, [*requests, request]
+            except Exception as error:  # pictures that do not fit the prompt, or too little memory
+                self._close(request, "failed", error)
+
+    def _finish(self, key) -> None:
+        """Give finished rows their answers."""
+        state, requests = self._groups[key]
+        progress = state.progress
+        if not any(progress.finished) and max(progress.broken) < 0:
+            return
+        progress.read(state)
+        left = []
+        for row, request in enumerate(requests):
+            if progress.broken[row] < 0 and not progress.finished[row]:
+                left.append(row)
+                continue
+            try:
+                alone = state.row(row)
+                alone.check_finite()
+                output = self.model.finish_denoising(alone)
+                output.sequences = output.sequences[:, request.padding :]
+                self._counts.update(tokens=int(alone.stop[0]))
+                self._close(request, "finished", output=output)
+            except Exception as error:
+                self._close(request, "failed", error)
+        self._keep(key, left)
+
+    def _keep(self, key, left: list[int]) -> None:
+        with self._changed:
+            state, requests = self._groups.pop(key)
+            if left:
+                self._groups[key] = state.take(left), [requests[row] for row in left]
+
+    def _stream(self, state, row, request) -> None:
+        try:
+            request.streamed = stream(request.streamer, state, request.streamed, row)
+        except Exception as error:  # of the streamer, which is not ours
+            request.is_cancelled = True
+            request.future.set_exception(error)
+
+    def _close(self, request, how: str, error: Exception | None = None, output=None) -> None:
+        self._counts.update([how])
+        if request.streamer is not None:
+            request.streamer.end()
+        if request.future.done():
+            return
+        if how == "cancelled":
+            if not request.future.cancel():
+                request.future.set_exception(CancelledError())
+        elif error is not None:
+            request.future.set_exception(error)
+        else:
+            request.future.set_result(output)
+
+    def _end(self, key, requests, error) -> None:
+        with self._changed:
+            self._groups.pop(key)
+        for request in requests:
+            self._close(request, "failed", error)
+
+    def _fail_all(self, error) -> None:
+        for request in [*self._waiting, *itertools.chain.from_iterable(each for _, each in self._groups.values())]:
+            self._close(request, "failed", error)
+        self._waiting.clear()
+        self._groups.clear()
+
+
+class _ImageFeatures:
+    """Features of the pictures of a prompt, by a digest of their pixels; the least recently used are dropped."""
+
+    def __init__(self, budget: int):
+        self.budget, self.num_bytes, self.hits, self.misses = budget, 0, 0, 0
+        self._kept: OrderedDict[str, list[torch.Tensor]] = OrderedDict()
+
+    def begin(self, model, state, images: dict) -> None:
+        """Embed a prompt, with known features if there are any."""
+        if images["pixel_values"] is None:
+            model.begin_denoising(state, **images)
+            return
+        digest = hashlib.sha256()
+        for name, values in images.items():
+            if values is not None:
+                digest.update(f"{name}{values.dtype}{tuple(values.shape)}".encode())
+                digest.update(values.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        key = digest.hexdigest()
+        if key in self._kept:
+            self.hits += 1
+            self._kept.move_to_end(key)
+            model.begin_denoising(state, image_features=self._kept[key])
+            return
+        self.misses += 1
+        features = model.begin_denoising(state, **images).pooler_output
+        self._kept[key] = features
+        self.num_bytes += _num_bytes(features)
+        while self.num_bytes > self.budget:
+            self.num_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
+
+
+def _num_bytes(features: list[torch.Tensor]) -> int:
+    return sum(each.numel() * each.element_size() for each in features)
+
+
+__all__ = ["PATIENCE", "ContinuousBatch", "Request"]
