@@ -26,7 +26,8 @@ _NOT_SHARED = ("output_history", "output_cache_drift", "compile_config")  # of a
 
 @dataclass(eq=False)
 class Request:
-    """A prompt that waits, is being answered, or has its [`LLaDAMedVGenerationOutput`] as `future.result()`.
+    """A prompt that waits, is being answered, or has its [`LLaDAMedVGenerationOutput`] as `future.result()`, without
+    `cache_drift` and `history`.
 
     `future.cancel()` before it runs, and [`ContinuousBatch.cancel`] at any time, take it out.
     """
@@ -160,6 +161,8 @@ class ContinuousBatch:
             except Exception as error:  # such as too little memory: these rows are lost, others are not
                 self._end(key, requests, error)
                 continue
+            if state.drift is not None:
+                del state.drift.history[:-1]  # of rows that are gone
             self._counts.update(passes=len(passes), rows=sum(len(each.numbers) for each in passes))
             for row, request in enumerate(requests):
                 if request.streamer is not None and not request.is_cancelled:

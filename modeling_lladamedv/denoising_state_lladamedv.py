@@ -283,9 +283,9 @@ class DenoisingState:
         return taken
 
     def row(self, number: int) -> DenoisingState:
-        """A copy of one row, without its cache."""
+        """A copy of one row, without its cache and what was measured of it."""
         alone = copy.copy(self)
-        alone.cache = None
+        alone.cache = alone.drift = None
         return alone.take([number])
 
     def join(self, other: DenoisingState) -> None:

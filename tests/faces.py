@@ -78,18 +78,18 @@ class Gate:
 
     def __init__(self, monkeypatch, model):
         self.passes, self.begun, self._allowed, kind = 0, 0, Semaphore(0), type(model)
-        step, denoise = kind._denoising_step, kind._denoise
+        step, denoise = kind.denoising_step, kind._denoise
 
         def held(model, state):
             assert self._allowed.acquire(timeout=60)
             self.passes += 1
-            step(model, state)
+            return step(model, state)
 
-        def begin(*arguments):
+        def begin(*arguments, **images):
             self.begun += 1
-            return denoise(*arguments)
+            return denoise(*arguments, **images)
 
-        monkeypatch.setattr(kind, "_denoising_step", held)
+        monkeypatch.setattr(kind, "denoising_step", held)
         monkeypatch.setattr(kind, "_denoise", begin)
 
     def let(self, count):

@@ -380,7 +380,7 @@ def test_nothing_is_kept_or_logged(browser, served, shipped, picture, tmp_path, 
     with caplog.at_level(logging.DEBUG):
         assert browser.ask(f"{SECRET} lesion?", named)[-1][3] == ""
         assert browser.ask(f"{SECRET} lesion?", broken)[-1][3]
-        monkeypatch.setattr(type(shipped[0]), "_denoising_step", fail)
+        monkeypatch.setattr(type(shipped[0]), "denoising_step", fail)
         shown = browser.ask(f"{SECRET} lesion?", named)[-1][3]
     assert "could not be answered (RuntimeError)" in shown and SECRET not in shown
     assert "a question could not be answered: RuntimeError" in caplog.text

@@ -195,7 +195,7 @@ from lladamedv.cli import app
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration as Model
 from lladamedv.processing import LLaDAMedVProcessor as Processor
 
-decode, step, passes = Processor.decode, Model._denoising_step, 0
+decode, step, passes = Processor.decode, Model.denoising_step, 0
 
 def denoise(model, state):
     global passes
@@ -206,7 +206,7 @@ def denoise(model, state):
     step(model, state)
 
 Processor.decode = lambda *words, **options: decode(*words, **options).replace("lesion", {hostile!r})
-Model._denoising_step = denoise
+Model.denoising_step = denoise
 app(["chat", {picture!r}])
 """
 

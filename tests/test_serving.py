@@ -120,8 +120,8 @@ def expected(shipped, image, *texts, **options):
 @pytest.fixture
 def passes(shipped, monkeypatch):
     """A list that gets an entry for each forward pass."""
-    seen, step = [], type(shipped[0])._denoising_step
-    monkeypatch.setattr(type(shipped[0]), "_denoising_step", lambda model, state: seen.append(0) or step(model, state))
+    seen, step = [], type(shipped[0]).denoising_step
+    monkeypatch.setattr(type(shipped[0]), "denoising_step", lambda model, state: seen.append(0) or step(model, state))
     return seen
 
 
@@ -644,7 +644,7 @@ def test_errors_tell_nothing_and_nothing_is_logged(url, shipped, image, monkeypa
         refused(url, json={"messages": messages, "model": SECRET}, status=404)
         refused(url, json={"messages": messages, SECRET: 5})
         http.get(f"{url}/{SECRET}")
-        monkeypatch.setattr(type(shipped[0]), "_denoising_step", fail)
+        monkeypatch.setattr(type(shipped[0]), "denoising_step", fail)
         with pytest.raises(openai.InternalServerError) as caught:
             ask(client, messages)
         assert "RuntimeError" in caught.value.message and SECRET not in str(caught.value.body)
