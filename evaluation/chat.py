@@ -19,11 +19,12 @@ from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import read_records
 from lladamedv.processing.datasets.chat_benchmark import DOMAINS, QUESTION_TYPES
+from lladamedv.processing.datasets.readers import first_few
 
 from .answering import answer_batch, open_image, question_about
 from .judge import PROMPT_VERSION, OpenAIJudge, ask, parse_scores, prompt_sha256, render_messages, sha256
 from .published import GROUP_SIZES, RELATIVE_SCORES
-from .reports import document, interval_of_mean, markdown_table, number, write_report
+from .reports import document, interval_of_mean, markdown_table, number
 from .run_settings import run_settings
 from .runs import PREDICTIONS_FILE, append_lines, cut_torn_line, locked, read_lines, run_items
 from .text_repetition.text_repetition import TextRepetition
@@ -116,18 +117,16 @@ def match_answers(records: Sequence[dict], answers: dict[str, str], allow_partia
         ValueError: naming a few ids, if no question has an answer, or if questions lack answers or answers belong to
             no question; with `allow_partial` these are left out.
     """
-
-    def shown(items: Sequence[str]) -> str:
-        return f"{len(items)} ({', '.join(items[:5])}{', …' if len(items) > 5 else ''})"
-
     ids = [record["id"] for record in records]
     missing, unknown = [item for item in ids if item not in answers], sorted(answers.keys() - set(ids))
     if len(missing) == len(ids):
-        raise ValueError(f"`answers` has none of the {len(ids)} questions, but {shown(unknown)}.")
+        raise ValueError(f"`answers` has none of the {len(ids)} questions, but {len(unknown)} ({first_few(unknown)}).")
     if not allow_partial:
         for items, problem in ((missing, "lacks questions"), (unknown, "has unknown questions")):
             if items:
-                raise ValueError(f"`answers` {problem}: {shown(items)}; allowed is one answer to each question.")
+                raise ValueError(
+                    f"`answers` {problem}: {len(items)} ({first_few(items)}); allowed is one answer to each question."
+                )
     return {item: answers[item] for item in ids if item in answers}
 
 
@@ -396,12 +395,7 @@ def to_markdown(summary: dict) -> str:
     return document(paragraphs)
 
 
-def write_summary(folder: str | Path, summary: dict) -> None:
-    """Write `summary.json` and `summary.md`, each as a whole or not at all."""
-    write_report(folder, summary, to_markdown(summary))
-
-
 __all__ = [
     "JUDGMENTS_FILE", "PAPER_DECODING", "answer_chat_benchmark", "judge_answers", "match_answers", "read_answers",
-    "read_judgments", "summarize", "to_markdown", "write_summary",
+    "read_judgments", "summarize", "to_markdown",
 ]  # fmt: skip

@@ -21,8 +21,9 @@ from datasets import Dataset
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, fit_confidence_temperature
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport, VQAReport
+from lladamedv.processing.datasets.readers import first_few, undecoded
 
-from .answering import Answer, answer_batch, device_name, open_image, question_about, undecoded
+from .answering import Answer, answer_batch, device_name, open_image, question_about
 from .calibration import area_under_risk_coverage, calibration_bins, expected_calibration_error, risk_coverage
 from .medical_vqa.medical_vqa import ANSWER_TYPES, POLARITY, MedicalVQA, closed_polarity
 from .published import PUBLISHED_VQA
@@ -81,6 +82,7 @@ def evaluate_vqa(
         ValueError: before anything is answered, for a value that is not allowed, an empty data set, or a folder of
             a run with other options, weights, data, kind of device, ….
     """
+    # 1. Everything that the answers depend on.
     if scoring not in SCORINGS:
         raise ValueError(f"`scoring` is {scoring!r}; allowed are {SCORINGS}.")
     if not len(dataset):
@@ -96,29 +98,23 @@ def evaluate_vqa(
     }  # fmt: skip
     settings = {**provenance, **in_force, "benchmark": report.benchmark, "seed": seed}
 
+    # 2. Answers.
     def answer(places: list[int]) -> list[dict]:
         rows = [dataset[place] for place in places]
         digest = hashlib.sha256("\n".join([str(seed), *(row["id"] for row in rows)]).encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # the same draws, whenever a run continues
         given = _answer_rows(model, processor, rows, options, scoring)
-        return [
-            {
-                **{name: row[name] for name in ("id", "image_id", "question", "answer_type")},
-                "prompt": processor.apply_chat_template(
-                    question_about(None, row["question"]), add_generation_prompt=True, tokenize=False
-                ),
-                "reference": row["answer"], **answered, **provenance,
-            }
-            for row, answered in zip(rows, given)
-        ]  # fmt: skip
+        return [{**_asked(processor, row), **answered, **provenance} for row, answered in zip(rows, given)]
 
     records = run_items(list(dataset["id"]), answer, folder, settings, batch_size)
+
+    # 3. Scores, and the report.
     left_out = [name for name, _ in (*report.missing_images, *report.invalid)]
-    summary = _summarize(records, candidates, bootstrap_samples, seed)
-    summary |= {"left_out": left_out, "complete": summary["complete"] and not left_out}
+    scored = _summarize(records, candidates, bootstrap_samples, seed)
     summary = {
         **{name: settings[name] for name in ("benchmark", "split", "model", "model_revision", "model_sha256")},
-        **summary, "decoding": settings["decoding"], "scoring": scoring, "data": report.as_dict(),
+        **scored, "left_out": left_out, "complete": scored["complete"] and not left_out,
+        "decoding": settings["decoding"], "scoring": scoring, "data": report.as_dict(),
         "data_summary": report.summary().splitlines(),
         "environment": {
             "device": device_name(model),
@@ -129,6 +125,14 @@ def evaluate_vqa(
     if process_state().is_main_process:
         write_summary(summary, folder)
     return summary
+
+
+def _asked(processor, row: dict) -> dict:
+    """The fields of a question in a line of predictions."""
+    chat = question_about(None, row["question"])
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    fields = {name: row[name] for name in ("id", "image_id", "question", "answer_type")}
+    return {**fields, "prompt": prompt, "reference": row["answer"]}
 
 
 def _answer_rows(model, processor, rows: list[dict], options: dict, scoring: str) -> list[dict]:
@@ -246,8 +250,7 @@ def render_summary(summary: dict) -> str:
         (left_out, f"of {questions + len(left_out)} records were not asked: no image, or invalid"),
     ):
         if names:
-            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-            paragraphs.append(f"**INCOMPLETE: {len(names)} {problem} ({shown}).**")
+            paragraphs.append(f"**INCOMPLETE: {len(names)} {problem} ({first_few(names)}).**")
     if scores is None:
         return document([*paragraphs, "No question could be scored."])
     rows = []

@@ -554,15 +554,9 @@ def eval_chat(
     if judge_model is not None and judge_url is None and key is None:
         raise usage("--judge-model", "needs --judge-url or --judge-key-env: nothing is sent anywhere without one.")
     quiet()
-    from lladamedv.evaluation.chat import (
-        answer_chat_benchmark,
-        judge_answers,
-        read_answers,
-        summarize,
-        to_markdown,
-        write_summary,
-    )
+    from lladamedv.evaluation.chat import answer_chat_benchmark, judge_answers, read_answers, summarize, to_markdown
     from lladamedv.evaluation.judge import OpenAIJudge
+    from lladamedv.evaluation.reports import write_report
     from lladamedv.evaluation.runs import process_state
     from lladamedv.processing.datasets import load_chat_benchmark
 
@@ -592,8 +586,9 @@ def eval_chat(
         )  # fmt: skip
         name = source.model or answers.name
         summary = summarize(asked, given, judged, name=name, bootstrap_samples=bootstrap_samples, seed=seed)
-        write_summary(output, summary)
-        _finish(summary, to_markdown(summary), as_json, output)
+        text = to_markdown(summary)
+        write_report(output, summary, text)
+        _finish(summary, text, as_json, output)
 
 
 @analyze_app.command()
