@@ -8,8 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVModel
-from tests.properties.cases import Words
-from tests.tiny import image_prompt, small_vocabulary_config, tiny_model
+from tests.tiny import Words, image_prompt, small_vocabulary_config, tiny_model
 
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}

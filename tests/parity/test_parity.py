@@ -14,7 +14,7 @@ from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
 from lladamedv.trainers.masked_diffusion_loss import LossArguments, add_noise, loss_weights
 from tests.parity.fixtures import COPY, FIXTURES, NAMES, SHARED, image_processor, numbers, tensors, write_checkpoint
 from tests.stranger import run_as_stranger
-from tests.tiny import tiny_processor, tiny_tokenizer
+from tests.tiny import Words, tiny_processor, tiny_tokenizer
 
 
 IMAGES = [(name, image) for name in NAMES for image in numbers(name, "preprocess")["images"]]
@@ -193,16 +193,6 @@ def check_logits(model, name, case):
     torch.testing.assert_close(logits.double().logsumexp(-1)[valid], data[f"{case}.logsumexp"][valid], **close)
 
 
-class _SuffixTokenizer:
-    """Stands in for a tokenizer: the fixture gives the suffix as ids."""
-
-    def __init__(self, ids):
-        self.input_ids = ids
-
-    def __call__(self, text, add_special_tokens):
-        return self
-
-
 def run_scenario(model, name, scenario, monkeypatch):
     everything = numbers(name, "generate")
     recorded = everything["scenarios"][scenario]
@@ -220,11 +210,12 @@ def run_scenario(model, name, scenario, monkeypatch):
         suppressed.remove(everything["mask_id"])
     if recorded["args"].get("remasking") == "random":
         draws = iter(tensors(name, "generate")[f"{scenario}.rand"].double())
-        monkeypatch.setattr(model, "_random_scores", lambda canvas: next(draws)[None, -canvas.shape[1] :])
-    if recorded["stop_token_ids"]:
-        monkeypatch.setattr(model, "_prepare_stop_sequences", lambda *_: recorded["stop_token_ids"])
+        monkeypatch.setattr(torch, "rand", lambda shape, **_: next(draws)[None, -shape[1] :])
+    if arguments.get("generation_suffix"):
+        arguments["generation_suffix"] = Words().decode(everything["suffix_ids"])
+    arguments["stop_strings"] = [Words().decode(stop) for stop in recorded["stop_token_ids"] or ()]
     arguments |= {"suppress_tokens": suppressed, "eos_token_id": None, "return_dict_in_generate": True}
-    output = model.generate(ids, **inputs, **arguments, tokenizer=_SuffixTokenizer(everything["suffix_ids"]))
+    output = model.generate(ids, **inputs, **arguments, tokenizer=Words())
     return recorded, ids, output
 
 
