@@ -46,6 +46,10 @@ def test_rules_on_random_distributions(rule, options):
             entropy=torch.distributions.Categorical(probs=probabilities).entropy(),
         )
         committed = rule(candidates, scores, quota)
+        ends = torch.rand(rows, canvas, generator=generator) < 0.3
+        with_ends = rule(candidates, scores.defer(ends), quota)
+        has_end = (with_ends & ends).any(dim=1)
+        assert not (candidates & ~ends & ~with_ends)[has_end].any(), "an end was committed before something else"
         assert not (committed & ~candidates).any() and not committed[1].any()
         for row in range(rows):
             open_places = {

@@ -66,25 +66,9 @@ def test_against_stale_states(model, kind, interval, lengths, suffix, rule):
 @torch.no_grad()
 def test_stale_states_change_the_answer(model, kind):
     """Otherwise the test above would not tell a cache from none."""
-    exact = generate(model, max_new_tokens=16, block_length=16, steps=16)
-    cached = generate(model, max_new_tokens=16, block_length=16, steps=16, use_cache=True, cache_implementation=kind)
-    if kind == "dual":
-        assert not torch.equal(exact.commit_confidence, cached.commit_confidence)
-    two_blocks = {"max_new_tokens": 16, "block_length": 8, "steps": 16}
-    exact = generate(model, **two_blocks)
-    cached = generate(model, **two_blocks, use_cache=True, cache_implementation=kind)
-    assert not torch.equal(exact.commit_confidence, cached.commit_confidence)
-
-
-@torch.no_grad()
-def test_one_layer_has_nothing_stale():
-    """Keys of the first layer depend on their own token alone: with one layer and one block the caches are exact."""
-    model = tiny_model(num_hidden_layers=1)
-    exact = generate(model, max_new_tokens=8, block_length=8, steps=8)
-    for kind in ("dual", "prefix"):
-        cached = generate(model, max_new_tokens=8, block_length=8, steps=8, use_cache=True, cache_implementation=kind)
-        assert torch.equal(exact.sequences, cached.sequences)
-        torch.testing.assert_close(exact.commit_confidence, cached.commit_confidence, atol=1e-5, rtol=1e-4)
+    options = {"max_new_tokens": 16, "block_length": 8}
+    cached = generate(model, **options, use_cache=True, cache_implementation=kind)
+    assert not torch.equal(generate(model, **options).commit_confidence, cached.commit_confidence)
 
 
 @torch.no_grad()
@@ -99,22 +83,6 @@ def test_only_the_block_is_run(model):
         lengths.clear()
         generate(model, **options, cache_implementation="prefix")
         assert lengths == [row, 12, row, 8, row, 4]
-
-
-@torch.no_grad()
-def test_a_proposed_mask_ends_too(model, monkeypatch):
-    """With the mask left out of `suppress_tokens` an adaptive rule may commit masks; the loop ends nevertheless."""
-    weight = model.lm_head.weight.detach().clone()
-    weight[98] = 0
-    bias = torch.zeros(100)
-    bias[98] = 1e4
-    monkeypatch.setitem(model.lm_head._parameters, "weight", torch.nn.Parameter(weight))
-    monkeypatch.setitem(model.lm_head._parameters, "bias", torch.nn.Parameter(bias))
-    for use_cache in (False, True):
-        output = generate(
-            model, max_new_tokens=8, block_length=4, confidence_threshold=0.9, suppress_tokens=[90], use_cache=use_cache
-        )
-        assert output.num_forwards.tolist() == [8] and (output.sequences[0, -8:] == 98).all()
 
 
 # Drift

@@ -10,7 +10,6 @@ from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, T
 from transformers.generation.streamers import TextDiffusionStreamer
 
 from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig, LLaDAMedVGenerationOutput
-from lladamedv.modeling_lladamedv.denoising_state_lladamedv import DenoisingState
 from tests.brute_force import generated, published
 from tests.tiny import Words, image_prompt, tiny_model
 
@@ -49,18 +48,20 @@ GRID = [
 
 
 @pytest.mark.parametrize(("lengths", "options"), GRID, ids=str)
-@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("ends", [(), (1 / 2,), (3 / 4, 1 / 4)])
 @torch.no_grad()
-def test_against_brute_force(model, lengths, options, stop):
+def test_against_brute_force(model, lengths, options, ends):
+    """Ends are tokens that the answer is known to hold there; in whatever order, each ends it."""
     prompt = image_prompt(PROMPT)
     lengths = dict(zip(("max_new_tokens", "block_length", "steps"), lengths))
     options = {"suppress_tokens": SUPPRESSED, **lengths, **options}
-    if stop:  # at a token that the answer is known to hold
-        options["eos_token_id"] = published(model, prompt, PIXELS, options)[0][lengths["max_new_tokens"] // 2]
+    if ends:
+        answer, _, _ = published(model, prompt, PIXELS, options)
+        options["eos_token_id"] = [answer[int(share * lengths["max_new_tokens"])] for share in ends]
     output = generate(model, **options)
     assert generated(output, prompt) == published(model, prompt, PIXELS, options)
     special = options.keys() & {*WINDOWS[0], *WINDOWS[2], *REPETITION[0], *REPETITION[2]}
-    if special and not stop:
+    if special and not ends:
         plain = generate(model, **{name: value for name, value in options.items() if name not in special})
         assert not torch.equal(plain.commit_confidence, output.commit_confidence), "it must have had something to do"
 
@@ -68,12 +69,8 @@ def test_against_brute_force(model, lengths, options, stop):
 @torch.no_grad()
 def test_output_fields_agree(model):
     output = generate(model, max_new_tokens=12, block_length=4, steps=6, output_history=True)
-    assert isinstance(output, LLaDAMedVGenerationOutput)
-    assert output.num_forwards.tolist() == [6] and output.history.shape == (6, 1, 12)
+    assert isinstance(output, LLaDAMedVGenerationOutput) and output.history.shape == (6, 1, 12)
     torch.testing.assert_close(output.tokens_per_forward, torch.tensor([2.0]))
-    for step, canvas in enumerate(output.history[:, 0]):
-        assert ((output.commit_step[0] <= step) == (canvas != 98)).all()
-    assert output.history[-1, 0].tolist() == output.sequences[0, -12:].tolist()
     plain = generate(model, max_new_tokens=12, block_length=4, steps=6, return_dict_in_generate=False)
     assert plain.tolist() == output.sequences.tolist()
 
@@ -98,16 +95,13 @@ def test_temperature_samples_the_softmax(model):
 
 
 @torch.no_grad()
-def test_random_remasking_is_reproducible_and_uniform(model):
+def test_random_remasking_is_uniform(model):
     orders = []
     for seed in range(60):
         torch.manual_seed(seed)
         output = generate(model, max_new_tokens=4, block_length=4, remasking="random")
         orders.append(output.commit_step[0].argmin().item())
     assert all(8 <= orders.count(place) <= 23 for place in range(4)), "the first committed place should be uniform"
-    torch.manual_seed(59)
-    again = generate(model, max_new_tokens=4, block_length=4, remasking="random")
-    assert again.sequences.tolist() == output.sequences.tolist()
 
 
 @torch.no_grad()
@@ -180,34 +174,23 @@ def test_streamers_print_the_answer(model, streamer_class, capsys):
 
 
 @torch.no_grad()
-def test_streamer_protocol(model):
-    """The prompt first, then every block once, as 1-D tensors; drafts that show the rest of the canvas; all of it."""
+def test_a_streamer_of_canvases(model):
+    """It gets what is written after each pass, with confidences."""
 
-    class Recorder:
-        def __init__(self):
-            self.puts, self.drafts, self.canvases, self.ended = [], [], [], False
-
+    class Recorder(list):
         def put(self, value):
-            self.puts.append(value)
-
-        def put_draft(self, value):
-            self.drafts.append(value)
+            pass
 
         def put_canvas(self, *values):
-            self.canvases.append(values)
+            self.append(values)
 
         def end(self):
-            self.ended = True
+            pass
 
     recorder = Recorder()
     output = generate(model, max_new_tokens=8, block_length=4, streamer=recorder, output_history=True)
-    prompt, *blocks = recorder.puts
-    assert prompt.tolist() == image_prompt(PROMPT).tolist() and recorder.ended
-    assert [tuple(block.shape) for block in blocks] == [(4,), (4,)]
-    assert torch.cat(blocks).tolist() == output.sequences[0, -8:].tolist()
-    assert [int((draft == 98).sum()) for draft in recorder.drafts] == [7, 6, 5, 4, 3, 2, 1]
-    assert len(recorder.canvases) == 8
-    for passes, (tokens, confidence) in enumerate(recorder.canvases):
+    assert len(recorder) == 8
+    for passes, (tokens, confidence) in enumerate(recorder):
         assert torch.equal(tokens, output.history[passes])
         known = output.commit_step <= passes
         assert torch.equal(confidence.nan_to_num(-1), output.commit_confidence.where(known, -1.0))
@@ -266,32 +249,27 @@ def test_do_sample_means_the_temperature():
 def test_plain_generation_configs(tmp_path):
     """Given to `generate`, set on the model, or lying in the checkpoint: what is neutral works, anything else ends."""
     model, prompt = tiny_model(), image_prompt(PROMPT)
-    ends = model.generate(prompt, pixel_values=PIXELS, max_new_tokens=8)[0, -3:-1].tolist()
+    free = model.generate(prompt, pixel_values=PIXELS, max_new_tokens=8)
+    ends = free[0, -3:-1].tolist()
     expected = model.generate(prompt, pixel_values=PIXELS, max_new_tokens=8, eos_token_id=ends)
     refused_by_itself = ("min_p", "top_k")  # when it is saved
     neutral = {name: value for name, value in NEUTRAL.items() if name not in refused_by_itself}
     plain = GenerationConfig(max_new_tokens=8, eos_token_id=ends, **neutral)
+    assert torch.equal(model.generate(prompt, pixel_values=PIXELS, generation_config=plain), expected)
+    model.save_pretrained(tmp_path)
     plain.save_pretrained(tmp_path)
-    again = GenerationConfig.from_pretrained(tmp_path)
-    for config in (plain, again):
-        assert torch.equal(model.generate(prompt, pixel_values=PIXELS, generation_config=config), expected)
-    ours = LLaDAMedVGenerationConfig(max_new_tokens=8, steps=4, temperature=0.0)
-    ours.save_pretrained(tmp_path / "ours")
-    ours_as_plain = GenerationConfig.from_pretrained(tmp_path / "ours")
-    passes = generate(model, generation_config=ours_as_plain).num_forwards
-    assert passes.tolist() == [4]
-    folder = tmp_path / "model"
+    loaded = LLaDAMedVForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(prompt, pixel_values=PIXELS), expected)
     model.generation_config = plain
     assert torch.equal(model.generate(prompt, pixel_values=PIXELS), expected)
-    model.generation_config = LLaDAMedVGenerationConfig()
-    model.save_pretrained(folder)
-    plain.save_pretrained(folder)
-    loaded = LLaDAMedVForConditionalGeneration.from_pretrained(folder)
-    assert torch.equal(loaded.generate(prompt, pixel_values=PIXELS), expected)
-    GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9).save_pretrained(folder)
+    model.generation_config = LLaDAMedVGenerationConfig(max_new_tokens=8, steps=4)
+    model.generation_config.save_pretrained(tmp_path)
+    ours_as_plain = GenerationConfig.from_pretrained(tmp_path)
+    assert generate(model, generation_config=ours_as_plain).num_forwards.tolist() == [4]
+    GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"`top_p` is 0.9"):
-        LLaDAMedVForConditionalGeneration.from_pretrained(folder)
-    model.generation_config.num_beams = 3  # no field of it: nobody looked at it
+        LLaDAMedVForConditionalGeneration.from_pretrained(tmp_path)
+    model.generation_config.num_beams = 3  # no field of it, so that no check has seen it
     with pytest.raises(ValueError, match="`num_beams` is 3"):
         model.generate(prompt, pixel_values=PIXELS)
 
@@ -336,24 +314,6 @@ def test_a_number_that_is_not_finite_names_its_step():
 
 
 @torch.no_grad()
-def test_the_order_of_end_ids_changes_nothing(model):
-    """An end that is written late, left of another one, ends the answer."""
-    options, width = {"max_new_tokens": 8, "block_length": 8, "no_repeat_ngram_size": 1}, image_prompt(PROMPT).shape[1]
-    free = generate(model, **options)
-    answer, steps = free.sequences[0, width:].tolist(), free.commit_step[0].tolist()
-    moved = 0
-    for i, j in itertools.combinations(range(8), 2):
-        if steps[i] < steps[j]:
-            continue
-        for ends in ([answer[i], answer[j]], [answer[j], answer[i]]):
-            output = generate(model, **options, eos_token_id=ends)
-            got = output.sequences[0, width:].tolist()
-            assert output.commit_step[0, j] == steps[j] and not set(got) & set(ends)
-            moved += got == answer[:i]
-    assert moved >= 8
-
-
-@torch.no_grad()
 def test_min_new_tokens(model):
     """The end token stands where it would come first, and not before the place that is asked for."""
     options = {"max_new_tokens": 12, "block_length": 12, "steps": 12}
@@ -370,48 +330,29 @@ def test_min_new_tokens(model):
         assert 12 >= len(longer) >= least and not {first, 98} & set(longer[:least])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
     "rule",
     [{}, {"remasking": "margin"}, {"remasking": "entropy"}, {"remasking": "random"}, {"confidence_threshold": 0.1},
      {"factor": 2.4}, {"entropy_bound": 2.0}],
     ids=str,
 )  # fmt: skip
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @torch.no_grad()
-def test_deferred_ends_come_last(monkeypatch, rule, temperature):
-    """A step commits an end only where it has nothing else to commit, whatever the rule and the temperature."""
+def test_deferred_ends_are_not_written_first(rule, temperature):
+    """What the first pass would write is an end; deferred, it writes other things, at their own confidence."""
     model = tiny_model(seed=1)  # one that proposes different tokens at different places
-    ends, seen = [], []
-    commit = DenoisingState.commit
+    options = {"max_new_tokens": 16, "block_length": 16, "output_history": True, "temperature": temperature, **rule}
 
-    def choose_ends(state, committed, proposed, confidences):
-        if not ends:  # half of what the first step proposes
-            found = proposed[0].unique().tolist()
-            ends.extend(found[: (len(found) + 1) // 2])
-        commit(state, committed, proposed, confidences)
+    def first_pass(**more):
+        torch.manual_seed(0)
+        output = generate(model, **options, **more)
+        written = output.commit_step[0] == 0
+        assert (output.commit_confidence[0, written] > 0).all()
+        return set(output.history[0, 0, written].tolist())
 
-    monkeypatch.setattr(DenoisingState, "commit", choose_ends)
-    generate(model, max_new_tokens=16, block_length=16, steps=16)
-
-    def spy(state, committed, proposed, confidences):
-        masked = (state.canvas[state.rows] == 98) & (state.positions < state.stop[:, None])
-        seen.append((masked[0], committed[0], torch.isin(proposed[0], torch.tensor(ends))))
-        assert (confidences[committed] >= 0).all(), "the reported confidence is not shifted"
-        commit(state, committed, proposed, confidences)
-
-    monkeypatch.setattr(DenoisingState, "commit", spy)
-    torch.manual_seed(0)
-    generate(
-        model, max_new_tokens=16, block_length=16, steps=16, eos_token_id=ends, defer_eos=True,
-        temperature=temperature, **rule,
-    )  # fmt: skip
-    mixed = 0
-    for masked, committed, is_end in seen:
-        others = masked & ~is_end
-        if (committed & is_end).any():
-            assert (committed | ~others).all(), "an end was committed before something else"
-        mixed += bool((masked & is_end).any() and others.any())
-    assert mixed, "a step must have had the choice"
+    ends = sorted(first_pass())[:1]
+    assert set(ends) & first_pass(eos_token_id=ends)
+    assert not set(ends) & first_pass(eos_token_id=ends, defer_eos=True)
 
 
 # A canvas that is not all there from the start
