@@ -58,7 +58,7 @@ def answer_batch(
     Raises:
         ValueError: as `generate` does.
     """
-    model.eval()  # with dropout, an answer would be a matter of chance
+    model.eval()  # dropout would make answers random
     started = time.perf_counter()
     inputs = processor.apply_chat_template(
         list(chats), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",

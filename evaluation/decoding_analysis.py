@@ -51,6 +51,18 @@ _COLUMNS = {
     "longest run, tokens": "token_mean_longest_run",
     "closed accuracy, %": "closed_accuracy", "open recall, %": "open_recall",
 }  # fmt: skip
+_PUBLISHED = (
+    "## Published",
+    "Table 3 and the ablations of LLaDA-MedV (arXiv 2508.01617): an 8-billion-parameter model on its authors' "
+    "hardware, asked 193 questions about biomedical images. The rows above are another model, other hardware and "
+    "other questions, unless these are exactly the same: compare how the numbers change with Z, not the numbers. "
+    "Overall is the score of the judge relative to text-only GPT-4, which is not measured here.",
+    markdown_table(
+        ["model", "T/Q, s", "W/Q", "T/W, s", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_EFFICIENCY]
+    ),
+    "LLaDA-MedV there: L 256, B 64.",
+    markdown_table(["L", "B", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_ABLATION]),
+)
 
 
 def analyze_decoding(
@@ -85,9 +97,8 @@ def analyze_decoding(
         steps, max_new_tokens, block_length: denoising steps for the whole canvas (Z), its length (L) and that of its
             blocks (B), in tokens; their cross product is taken. Combinations that `generate` does not allow are listed.
         batch_size: questions at a time; the seconds per question are those of a batch divided by its size.
-        full_canvas: let nothing end an answer (no end or padding token is proposed, stop strings do not count). Answers
-            that end early hide the repetition, which grows where the canvas must be filled. Scores then say little:
-            what follows the true answer is counted too.
+        full_canvas: let nothing end an answer (no end or padding token is proposed, stop strings do not count), which
+            shows the repetition that early ends hide. Scores then say little: text behind the true answer counts too.
         extra_options: further options of `generate`, the same for all combinations.
         name: what to call the model.
         example_id: the question to show the answers of; by default the one with the longest answer, in words, at the
@@ -108,8 +119,8 @@ def analyze_decoding(
           without white space are one word. The answer is tokenised anew for that;
         - closed_accuracy and open_recall from 0 to 100 (the metric `medical_vqa`);
         - with `bootstrap_samples`, `_ci95` of rep_n and of both scores;
-        - measured_on: the devices, data types, CPU threads and batch sizes that the times are of, and how many
-          questions each; more than one entry means mixed times.
+        - measured_on: the devices, data types, CPU threads and batch sizes of the times, and how many questions each;
+          more than one entry means mixed times.
 
     Raises:
         ValueError: before any question is asked, for a value that is not allowed, records without what is needed, or if
@@ -175,14 +186,14 @@ def _wordiest(results: list[dict], texts: list[list[str]]) -> int:
 
 
 def noise_pictures(records: Sequence[dict] | Dataset, seed: int = 0) -> list[dict]:
-    """The same questions about pictures of noise: what a model says where there is nothing to see.
+    """The same questions about pictures of uniform noise, 64 x 64 pixels.
 
-    A model that is sure of every word hardly repeats itself, however few steps it takes, because words that are sure
-    agree with each other; one that cannot see is not sure.
+    A model that is sure of every word hardly repeats itself even with few steps. Noise makes it unsure, which shows the
+    repetition.
 
     Args:
         records: as for [`analyze_decoding`].
-        seed: of the noise, uniform in each of 3 x 64 x 64 values.
+        seed: of the noise.
     """
     random = np.random.default_rng(seed)
     return [
@@ -192,7 +203,7 @@ def noise_pictures(records: Sequence[dict] | Dataset, seed: int = 0) -> list[dic
 
 
 def _read_items(records, bootstrap_samples: int) -> list[dict]:
-    """All but the images, which are read when their question is asked."""
+    """The records without images, which are read when their question is asked."""
     if not isinstance(records, (Sequence, Dataset)) or not len(records):
         raise ValueError(
             f"`records` is a {type(records).__name__}; allowed are a list or a Dataset with records in it."
@@ -360,7 +371,7 @@ def _to_csv(results: list[dict]) -> str:
 
 
 def to_markdown(summary: dict) -> str:
-    """The summary for readers, beside the published numbers."""
+    """The summary as Markdown, beside the published numbers."""
     results, rows, machines = summary["combinations"], [], set()
     for one in results:
         row = [number(one[column]) for column in _COLUMNS.values()]
@@ -392,16 +403,7 @@ def to_markdown(summary: dict) -> str:
         f"## Answers to question {summary['example_id']}",
         f"{_escaped(summary['example']['question'])} Bold: repeats the token before.",
         markdown_table([*list(_COLUMNS)[: len(_SWEPT)], "answer"], answers),
-        "## Published",
-        "Table 3 and the ablations of LLaDA-MedV (arXiv 2508.01617): an 8-billion-parameter model on its authors' "
-        "hardware, asked 193 questions about biomedical images. The rows above are another model, other hardware and "
-        "other questions, unless these are exactly the same: compare how the numbers change with Z, not the numbers. "
-        "Overall is the score of the judge relative to text-only GPT-4, which is not measured here.",
-        markdown_table(
-            ["model", "T/Q, s", "W/Q", "T/W, s", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_EFFICIENCY]
-        ),
-        "LLaDA-MedV there: L 256, B 64.",
-        markdown_table(["L", "B", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_ABLATION]),
+        *_PUBLISHED,
     ]
     return document(paragraphs)
 
@@ -417,7 +419,7 @@ def _marked(pieces: list[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
+    """Text in one line, with Markdown's marks escaped."""
     return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", re.sub(r"\s", " ", text))
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import typer
 
 import lladamedv
+from lladamedv.evaluation.published import CHAT_DECODING, VQA_DECODING
 from lladamedv.processing.medical_images import is_url
 
 from .cli_common import (
@@ -453,7 +454,7 @@ def _finish(summary: dict, text: str, as_json: bool, output: Path) -> None:
 @takes(
     source=model_options(..., "--model-revision"),
     questions=questions_options(),
-    generation=generation_options(max_new_tokens=64, block_length=64, steps=64),
+    generation=generation_options(**VQA_DECODING),
 )
 def vqa(
     source: Source,
@@ -506,7 +507,7 @@ def vqa(
 @eval_app.command("chat")
 @takes(
     source=model_options(None, "--model-revision"),
-    generation=generation_options(max_new_tokens=256, block_length=64, steps=256),
+    generation=generation_options(**CHAT_DECODING),
 )
 def eval_chat(
     source: Source,

@@ -14,7 +14,6 @@ from lladamedv.evaluation.judge import OpenAIJudge, render_messages
 from lladamedv.evaluation.published import GROUP_SIZES, RELATIVE_SCORES
 from lladamedv.processing.datasets.chat_benchmark import DOMAINS, QUESTION_TYPES, load_chat_benchmark
 from tests.judge_stub import CUT, HANG, Fault, benchmark_row, running_judge, write_rows
-from tests.tiny import random_image
 
 
 def load(tmp_path, *rows):
@@ -73,16 +72,6 @@ def test_a_record(tmp_path):
 @pytest.mark.parametrize("text", ["<image>\nWhat is it?", "What is it?\n<image>", "What <image> is it?", "What is it?"])
 def test_the_placeholder_may_stand_anywhere(tmp_path, text):
     assert load(tmp_path, benchmark_row(0, text=text))[0]["question"] == "What is it?"
-
-
-def test_missing_images_are_counted(tmp_path):
-    path = write_rows(tmp_path / "questions.jsonl", map(benchmark_row, range(12)))
-    for number in (0, 2):
-        random_image(seed=number).save(tmp_path / f"{number}_F1.jpg")
-    records, report = load_chat_benchmark(path, tmp_path)
-    assert [record["id"] for record in records] == [*map(str, range(5)), "10", "11"]
-    assert records[-1]["image"] == str(tmp_path / "2_F1.jpg")
-    assert report.missing_images == [(str(number), "1_F1.jpg") for number in range(5, 10)] and report.rows == 7
 
 
 @pytest.mark.parametrize(
@@ -166,8 +155,6 @@ def statuses(found):
 def test_answers_are_matched_by_id(records, answers):
     assert list(match_answers(records, dict(reversed(answers.items())))) == [record["id"] for record in records]
     fewer = {item: text for item, text in answers.items() if item != "3"}
-    with pytest.raises(ValueError, match=r"`answers` lacks questions: 1 \(3\)"):
-        match_answers(records, fewer)
     more = answers | {str(number): "" for number in range(90, 97)}
     with pytest.raises(ValueError, match=r"unknown questions: 7 \(90, 91, 92, 93, 94, …\)"):
         match_answers(records, more)
@@ -264,7 +251,7 @@ def test_a_stopped_process_continues(stub, records, answers, tmp_path, sent):
 def test_bad_input_asks_nothing(stub, records, answers, tmp_path):
     with pytest.raises(ValueError, match="`max_concurrent` is 0"):
         judged_by(stub, records, answers, tmp_path / "run", max_concurrent=0)
-    with pytest.raises(ValueError, match="lacks questions"):
+    with pytest.raises(ValueError, match=r"`answers` lacks questions: 9 \(1, 2, 3, 4, 5, …\)"):
         judged_by(stub, records, {"0": "x"}, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     for line, message in (('{"status": "ok"}', "no record with 'key'"), ('{"key": "a"}', "no judgment")):

@@ -19,6 +19,8 @@ from tests.tiny import Words, tiny_processor, tiny_tokenizer
 IMAGES = [(name, image) for name in NAMES for image in numbers(name, "preprocess")["images"]]
 FORWARDS = [(name, case) for name in NAMES for case in numbers(name, "forward")["cases"]]
 SCENARIOS = [(name, scenario) for name in NAMES for scenario in numbers(name, "generate")["scenarios"]]
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Each fixture in the layouts it was released in, and converted."""
