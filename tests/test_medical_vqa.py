@@ -215,18 +215,6 @@ def test_a_type_without_items_has_no_score(metric):
 # Bootstrap
 
 
-def test_intervals_match_the_binomial_distribution(metric):
-    """16 images, half of them right, two questions each: the number right is binomial in images, not in questions."""
-    references = [item("yes", "closed", image_id=image) for image in range(16) for _ in range(2)]
-    predictions = ["yes" if reference["image_id"] < 8 else "no" for reference in references]
-    chances = np.array([math.comb(16, right) for right in range(17)]) / 2**16
-    low, high = (int(np.searchsorted(chances.cumsum(), share)) for share in (0.025, 0.975))
-    assert (low, high) == (4, 12)
-    scores = metric.compute(predictions=predictions, references=references, bootstrap_samples=5_000)
-    assert scores["closed_accuracy_ci95"] == [100 * low / 16, 100 * high / 16]
-    assert scores["closed_accuracy"] == 50
-
-
 def test_intervals_match_all_draws_of_unequal_images(code):
     """Against every one of the 4^4 draws; the larger image weighs more."""
     scores, image_ids = np.array([[1.0], [0], [0], [0], [1], [1], [0.5]]), ["a", "b", "b", "b", "c", "c", "d"]

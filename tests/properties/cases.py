@@ -25,7 +25,7 @@ IMAGE_SIZES = [(16, 16), (40, 20), (16, 48), (7, 25)]  # height and width, in pi
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """`kind` is an aspect ratio, or "text" for a model without eyes; the seed also decides the size."""
+    """`kind` is an aspect ratio, or "text" for a model without images; the seed also decides the size."""
 
     kind: str
     seed: int
