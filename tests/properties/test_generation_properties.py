@@ -357,13 +357,6 @@ def test_a_filled_in_template_does_not_depend_on_its_batch(case, padding):
         assert_same_report(alone, 0, together, row)
 
 
-@given(case=infill_cases(), paddings=st.lists(paddings, min_size=2, max_size=2), seed=seeds)
-def test_the_padding_of_a_templates_prompt_does_not_matter(case, paddings, seed):
-    (report, _), (other, _) = (infill(case, padding, seed) for padding in paddings)
-    for row in range(len(case.batch)):
-        assert_same_report(report, row, other, row)
-
-
 def assert_same_report(report, row, other, other_row):
     passes = int(report.num_forwards[row])
     assert other.num_forwards[other_row] == passes
