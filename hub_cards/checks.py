@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
-from lladamedv.modeling_lladamedv.released_lladamedv import FILES, Checkpoint, read_checkpoint, resolve_source
+from lladamedv.modeling_lladamedv.released_lladamedv import FILES, Checkpoint, read_checkpoint
 from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_header, read_weights
 
 from .privacy import SECRET
@@ -67,22 +67,19 @@ _ROOTS = {"home", "Users", "root", "tmp", "mnt", "media", "scratch", "Volumes", 
 # Before a model is loaded
 
 
-def check_model(source: str | Path, revision: str | None = None, with_weights: bool = True) -> tuple[Checkpoint, dict]:
-    """Check a folder or Hub repository before a model is loaded from it, and before memory is taken for its weights.
+def check_model(folder: Path, source: str | Path | None = None, with_weights: bool = True) -> Checkpoint:
+    """Check a folder before a model is loaded from it, and before memory is taken for its weights.
 
     Args:
-        source: folder or Hub id of a model of this package or in a released layout.
-        revision: of `source` on the Hub.
+        folder: of a model of this package or in a released layout; of a Hub repository, its snapshot.
+        source: the name that led to the folder, such as a Hub id.
         with_weights: whether weights are going to be loaded, or the configuration alone.
-
-    Returns:
-        The checkpoint, and arguments with which `from_pretrained(source, revision=…, …)` loads it.
 
     Raises:
         ValueError: for the reasons of [`check_folder`] and [`read_checkpoint`]; if weights of the model are missing or
             have other shapes, or the folder holds others, or its configuration names other files.
     """
-    checkpoint = read_checkpoint(check_folder(resolve_source(source, revision)), source=source)
+    checkpoint = read_checkpoint(check_folder(folder), source=source)
     expected = LLaDAMedVForConditionalGeneration.parameter_shapes(checkpoint.config)
     if "transformers_weights" in checkpoint.original:
         raise ValueError("`transformers_weights` in config.json names other files; allowed is model.safetensors.")
@@ -95,10 +92,12 @@ def check_model(source: str | Path, revision: str | None = None, with_weights: b
         stored = sum(file.stat().st_size for file in files)
         needed = sum(torch.Size(shape).numel() for shape in expected.values())
         if 4 * stored < needed:  # two bits a weight
-            raise ValueError(f"The checkpoint {str(source)!r} has {stored} bytes, too few for its {needed} weights.")
+            raise ValueError(
+                f"The checkpoint {checkpoint.source!r} has {stored} bytes, too few for its {needed} weights."
+            )
     elif with_weights:
-        checkpoint.compare(expected)[1].check(source)
-    return checkpoint, checkpoint.loading_options()
+        checkpoint.compare(expected)[1].check(checkpoint.source)
+    return checkpoint
 
 
 def check_folder(folder: str | Path) -> Path:

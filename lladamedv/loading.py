@@ -54,7 +54,7 @@ def load_model(
         dtype = "float32"
     folder = find_folder(name)
     try:
-        model, processor = _load(str(folder or name), dtype, revision)
+        model, processor = _load(folder or name, dtype, revision)
     except Exception as error:  # the libraries raise many kinds for files that hold something else than they expect
         where = "cannot be loaded" if folder else "is no folder, and cannot be loaded from the Hub"
         raise ValueError(f"The model {str(name)!r} {where}: {' '.join(str(error).split())}") from error
@@ -113,7 +113,7 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
     return found
 
 
-def _load(name: str, dtype: str, revision: str | None):
+def _load(name: str | Path, dtype: str, revision: str | None):
     from lladamedv.hub_cards.checks import check_folder
     from lladamedv.modeling_lladamedv.released_lladamedv import resolve_source
     from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_json
@@ -121,7 +121,7 @@ def _load(name: str, dtype: str, revision: str | None):
 
     folder = resolve_source(name, revision)
     if not (folder / _ADAPTERS).is_file():
-        return _load_whole(name, dtype, revision)
+        return _load_whole(folder, name, dtype)
     from peft import PeftModel  # takes a second
 
     adapters = read_json(check_folder(folder) / _ADAPTERS)
@@ -130,7 +130,8 @@ def _load(name: str, dtype: str, revision: str | None):
         raise ValueError("it holds adapters without adapter_model.safetensors; pickled weights are not loaded.")
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
         raise ValueError(f"`base_model_name_or_path` in {_ADAPTERS} is {base!r}; there is no such model here.")
-    model, processor = _load_whole(str(find_folder(base) or base), dtype, adapters.get("revision"))
+    base = find_folder(base) or base
+    model, processor = _load_whole(resolve_source(base, adapters.get("revision")), base, dtype)
     # Without memory for what the adapters' configuration says before their weights are seen.
     model = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True).merge_and_unload()
     if (folder / "processor_config.json").is_file():
@@ -138,21 +139,16 @@ def _load(name: str, dtype: str, revision: str | None):
     return model, processor
 
 
-def _load_whole(name: str, dtype: str, revision: str | None):
+def _load_whole(folder: Path, name: str | Path, dtype: str):
     """A model that is no adapters, and its processor."""
     from lladamedv.hub_cards.checks import check_model
     from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
     from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS
-    from lladamedv.processing import LLaDAMedVProcessor
-    from lladamedv.processing.released import released_processor
+    from lladamedv.processing.released import checkpoint_processor
 
-    checkpoint, options = check_model(name, revision)
-    if checkpoint.is_released:
-        template = PRESETS[checkpoint.preset].chat_template
-        processor = released_processor(checkpoint.folder, checkpoint.config, template, SPECIAL_TOKENS)
-    else:
-        processor = LLaDAMedVProcessor.from_pretrained(checkpoint.folder)
-    return LLaDAMedVForConditionalGeneration.from_pretrained(name, dtype=dtype, revision=revision, **options), processor
+    checkpoint = check_model(folder, name)
+    processor = checkpoint_processor(checkpoint, PRESETS, SPECIAL_TOKENS)
+    return checkpoint.load(LLaDAMedVForConditionalGeneration, dtype=dtype), processor
 
 
 __all__ = ["DEMO", "DEMO_MODEL", "DTYPES", "check_name", "find_device", "find_folder", "load_model"]

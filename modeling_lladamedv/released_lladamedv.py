@@ -226,6 +226,7 @@ class Checkpoint:
     original: dict
     config: LLaDAMedVConfig
     preset: str  # one of `PRESETS`, for a released checkpoint
+    source: str  # the name that led to the folder: a Hub id, or the folder itself
 
     @property
     def is_released(self) -> bool:
@@ -243,6 +244,17 @@ class Checkpoint:
         generation = LLaDAMedVGenerationConfig(**PRESETS[self.preset].generation_options())
         return {"config": self.config, "key_mapping": KEY_MAPPINGS[self.layout], "generation_config": generation}
 
+    def load(self, model_class: type, **options):
+        """Load the model from the files that were read here: a Hub repository may have changed since.
+
+        Args:
+            model_class: `LLaDAMedVForConditionalGeneration`.
+            options: of its `from_pretrained`, such as `dtype`.
+        """
+        model = model_class.from_pretrained(self.folder, **self.loading_options(), **options)
+        model.name_or_path = model.config.name_or_path = self.source  # what adapters and cards call it
+        return model
+
 
 def read_checkpoint(
     folder: Path, vision_tower: str | Path | None = None, source: str | Path | None = None, original: dict | None = None
@@ -253,7 +265,7 @@ def read_checkpoint(
         folder: `config.json` and safetensors weights, with an index if there is more than one file.
         vision_tower: folder with the `config.json` of the stand-alone SigLIP model. By default the subfolder that
             `mm_vision_tower` names, and where there is none, SigLIP2 so400m/14-384 is meant.
-        source: by what name the folder was found, which decides on the preset.
+        source: the name that led to the folder, which decides on the preset; by default the folder.
         original: what `config.json` holds, if it is read already.
 
     Raises:
@@ -280,7 +292,8 @@ def read_checkpoint(
     except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"The config.json of {str(folder)!r} describes no model: {reason}") from error
-    return Checkpoint(folder, layout, original, config, choose_preset(source or folder, config.text_only))
+    source = str(source or folder)
+    return Checkpoint(folder, layout, original, config, choose_preset(source, config.text_only), source)
 
 
 def find_released(source: str | Path, vision_tower: str | Path | None = None, **hub_options) -> Checkpoint | None:

@@ -14,6 +14,22 @@ from .image_processing_lladamedv import LLaDAMedVImageProcessor
 from .processing_lladamedv import CHAT_TEMPLATES, LLaDAMedVProcessor
 
 
+def checkpoint_processor(checkpoint, presets: dict, special_tokens: dict[str, int]) -> LLaDAMedVProcessor:
+    """The processor that stands beside a checkpoint or, for a released one, the one that goes with its preset.
+
+    Args:
+        checkpoint: a `Checkpoint`.
+        presets, special_tokens: `PRESETS` and `SPECIAL_TOKENS` of `released_lladamedv`.
+
+    Raises:
+        ValueError: for the reasons of [`released_processor`]; other errors as from `from_pretrained`.
+    """
+    if not checkpoint.is_released:
+        return LLaDAMedVProcessor.from_pretrained(checkpoint.folder)
+    template = presets[checkpoint.preset].chat_template
+    return released_processor(checkpoint.folder, checkpoint.config, template, special_tokens)
+
+
 def released_processor(folder: Path, config, template: str, special_tokens: dict[str, int]) -> LLaDAMedVProcessor:
     """The processor of a released model, with all templates.
 

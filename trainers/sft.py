@@ -31,11 +31,11 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from lladamedv.hub_cards import is_hub_id
 from lladamedv.hub_cards.checks import PROJECTOR, check_model
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVGenerationConfig
-from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS
+from lladamedv.modeling_lladamedv.released_lladamedv import PRESETS, SPECIAL_TOKENS, resolve_source
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
-from lladamedv.processing.released import released_processor
+from lladamedv.processing.released import checkpoint_processor
 
 from .data import STOPPING_STRATEGIES, DataSource, load_dataset_mixture
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
@@ -334,39 +334,36 @@ def load_model(
         raise ValueError(f"`model_name_or_path` is not given; allowed are a folder, a Hub id, or {DEMO!r}.")
     name = str(files("lladamedv") / "demo_model") if name == DEMO else os.path.expanduser(name)
     try:
-        checkpoint, options = check_model(name, model_args.model_revision, with_weights=not script_args.from_scratch)
+        folder = resolve_source(name, model_args.model_revision)
+        checkpoint = check_model(folder, name, with_weights=not script_args.from_scratch)
     except ValueError as error:
         raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be loaded: {error}") from error
-    config, revision = options["config"], model_args.model_revision
     quantization = quantization_config(script_args, model_args)
     if script_args.from_scratch and (quantization is not None or checkpoint.is_released):
         raise ValueError("`from_scratch` needs a folder of this package's own format, without quantisation.")
     try:
         if script_args.from_scratch:
             model = LLaDAMedVForConditionalGeneration._from_config(
-                config, attn_implementation=model_args.attn_implementation
+                checkpoint.config, attn_implementation=model_args.attn_implementation
             )
-            if not config.text_only:
+            if not checkpoint.config.text_only:
                 # SigLIP's own random position embeddings drown what small patches show; these are a ViT's.
                 nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.02)
-            model.generation_config = LLaDAMedVGenerationConfig.from_pretrained(name, revision=revision)
+            model.generation_config = LLaDAMedVGenerationConfig.from_pretrained(folder)
             if model_args.dtype not in (None, "auto"):
                 model.to(getattr(torch, model_args.dtype))
         else:
-            model = LLaDAMedVForConditionalGeneration.from_pretrained(
-                name, revision=revision, dtype=model_args.dtype, quantization_config=quantization,
-                attn_implementation=model_args.attn_implementation, **options,
+            model = checkpoint.load(
+                LLaDAMedVForConditionalGeneration, dtype=model_args.dtype, quantization_config=quantization,
+                attn_implementation=model_args.attn_implementation,
             )  # fmt: skip
     except OSError as error:
         raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be loaded: {error}") from error
     try:
         if script_args.processor is not None:
             processor = LLaDAMedVProcessor.from_pretrained(os.path.expanduser(script_args.processor))
-        elif checkpoint.is_released:
-            template = PRESETS[checkpoint.preset].chat_template
-            processor = released_processor(checkpoint.folder, config, template, SPECIAL_TOKENS)
         else:
-            processor = LLaDAMedVProcessor.from_pretrained(name, revision=revision)
+            processor = checkpoint_processor(checkpoint, PRESETS, SPECIAL_TOKENS)
     except Exception as error:  # the tokenizers library has no kind of its own
         raise ValueError(f"`processor` is {script_args.processor!r}; none can be loaded: {error}") from error
     if script_args.chat_template is not None:
