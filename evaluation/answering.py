@@ -11,9 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import datasets
 import torch
-from datasets import Dataset
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
@@ -60,7 +58,7 @@ def answer_batch(
     Raises:
         ValueError: as `generate` does.
     """
-    model.eval()  # with dropout, an answer would be a matter of chance
+    model.eval()  # dropout would make answers random
     started = time.perf_counter()
     inputs = processor.apply_chat_template(
         list(chats), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
@@ -104,11 +102,4 @@ def open_image(processor: LLaDAMedVProcessor, image, question_id: str):
         raise ValueError(f"The image of question {question_id!r} cannot be read: {error}") from error
 
 
-def undecoded(records: Sequence[dict] | Dataset) -> Sequence[dict] | Dataset:
-    """The same records without decoding of images by `datasets`, which reads no DICOM."""
-    if isinstance(records, Dataset) and isinstance(records.features.get("image"), datasets.Image):
-        return records.cast_column("image", datasets.Image(decode=False))
-    return records
-
-
-__all__ = ["Answer", "answer_batch", "device_name", "open_image", "question_about", "undecoded"]
+__all__ = ["Answer", "answer_batch", "device_name", "open_image", "question_about"]

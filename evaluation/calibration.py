@@ -53,10 +53,9 @@ def expected_calibration_error(bins: Sequence[dict]) -> float:
 
 
 def risk_coverage(confidence: Sequence[float], correct: Sequence[float]) -> tuple[list[float], list[float]]:
-    """The risk of an answer if only the surest are given, for every share of questions that can be answered so.
+    """The risk if only the most confident answers are given, for every share of questions that can be answered so.
 
-    Answers of equal confidence are given together, because nothing tells them apart (Geifman and El-Yaniv, arXiv
-    1705.08500, section 2).
+    Answers of equal confidence are given together (Geifman and El-Yaniv, arXiv 1705.08500, section 2).
 
     Args:
         confidence, correct: see [`calibration_bins`].

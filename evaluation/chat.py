@@ -2,7 +2,7 @@
 
 Answers are joined to questions by id. Answers and the judge's replies are on disk before the next are waited for, and a
 later run asks only for what is missing. A reply that cannot be read or a request that fails costs its own question, and
-the summary says first of all whether every question is in it.
+the first line of the summary says whether questions are missing.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import read_records
 from lladamedv.processing.datasets.chat_benchmark import DOMAINS, QUESTION_TYPES
+from lladamedv.processing.datasets.readers import first_few
 
 from .answering import answer_batch, open_image, question_about
 from .judge import PROMPT_VERSION, OpenAIJudge, ask, parse_scores, prompt_sha256, render_messages, sha256
-from .published import GROUP_SIZES, RELATIVE_SCORES
-from .reports import document, interval_of_mean, markdown_table, number, write_report
+from .published import CHAT_DECODING, GROUP_SIZES, RELATIVE_SCORES
+from .reports import document, interval_of_mean, markdown_table, number
 from .run_settings import run_settings
 from .runs import PREDICTIONS_FILE, append_lines, cut_torn_line, locked, read_lines, run_items
 from .text_repetition.text_repetition import TextRepetition
 
 
-PAPER_DECODING = {"max_new_tokens": 256, "block_length": 64, "steps": 256}
 JUDGMENTS_FILE = "judgments.jsonl"
 
 
@@ -47,7 +47,7 @@ def answer_chat_benchmark(
 
     Args:
         model, processor: as loaded; the model where it shall run.
-        records: of `load_chat_benchmark`, with paths of images that are there.
+        records: of `load_chat_benchmark`, whose images exist.
         folder: of this run.
         model_name: what to call the model.
         options: of `generate`; by default the paper's for chat, a canvas of 256 tokens in blocks of 64 and 256 steps.
@@ -60,7 +60,7 @@ def answer_chat_benchmark(
         ValueError: before anything is answered, for values that are not allowed or a folder of another run; and for an
             image that cannot be read, when it is reached (what is answered stays).
     """
-    options = PAPER_DECODING if options is None else options
+    options = CHAT_DECODING if options is None else options
     asked = [{name: record[name] for name in ("id", "image", "question")} for record in records]
     settings = {"model": model_name, **run_settings(model, processor, options, asked)}
     provenance = {name: settings[name] for name in ("model", "model_revision", "decoding")}
@@ -116,18 +116,16 @@ def match_answers(records: Sequence[dict], answers: dict[str, str], allow_partia
         ValueError: naming a few ids, if no question has an answer, or if questions lack answers or answers belong to
             no question; with `allow_partial` these are left out.
     """
-
-    def shown(items: Sequence[str]) -> str:
-        return f"{len(items)} ({', '.join(items[:5])}{', …' if len(items) > 5 else ''})"
-
     ids = [record["id"] for record in records]
     missing, unknown = [item for item in ids if item not in answers], sorted(answers.keys() - set(ids))
     if len(missing) == len(ids):
-        raise ValueError(f"`answers` has none of the {len(ids)} questions, but {shown(unknown)}.")
+        raise ValueError(f"`answers` has none of the {len(ids)} questions, but {len(unknown)} ({first_few(unknown)}).")
     if not allow_partial:
         for items, problem in ((missing, "lacks questions"), (unknown, "has unknown questions")):
             if items:
-                raise ValueError(f"`answers` {problem}: {shown(items)}; allowed is one answer to each question.")
+                raise ValueError(
+                    f"`answers` {problem}: {len(items)} ({first_few(items)}); allowed is one answer to each question."
+                )
     return {item: answers[item] for item in ids if item in answers}
 
 
@@ -143,7 +141,7 @@ def judge_answers(
     max_concurrent: int = 4,
     report: Callable[[str], object] = print,
 ) -> dict:
-    """Have all answers judged, those that were judged before not again.
+    """Have all answers judged, except those that were judged before.
 
     Args:
         records: as `load_chat_benchmark` returns them.
@@ -161,7 +159,7 @@ def judge_answers(
         `{"judge": its settings, "prompt_version", "prompt_sha256", "swap_positions", "judgments"}`. The last has for
         each question with an answer one judgment, or with `swap_positions` two: `{"status", "scores", "reason"}`, where
         the status is "ok", "parse_error" or "failed", the scores are those of the reference and of the model, and
-        the reason says why there are none. Whatever is not "ok" will be asked again by the next run.
+        the reason says why there are none. The next run asks again for those that are not "ok".
 
     Raises:
         ValueError: before anything is asked, if answers and questions do not fit together, `max_concurrent` is below 1,
@@ -200,7 +198,7 @@ def judge_answers(
 def _ask_all(
     prompts: dict[str, list[dict]], judge: OpenAIJudge, file: Path, max_concurrent: int, report
 ) -> dict[str, dict]:
-    """What came of each prompt, in this run or an earlier one, by its key."""
+    """The outcome of each prompt, in this run or an earlier one, by its key."""
     outcomes = read_judgments(file)
     pending = [key for key in prompts if key not in outcomes]
     report(f"{len(prompts) - len(pending)} judgments are there, {len(pending)} to ask {judge.settings['model']} for")
@@ -252,7 +250,7 @@ def read_judgments(file: Path) -> dict[str, dict]:
     finished = {}
     for line, outcome in read_lines(file, "key"):
         try:
-            # Read anew, because an earlier version may have read it otherwise.
+            # The replies are parsed again, because an earlier version may have misread them.
             if outcome["status"] == "ok" and (scores := parse_scores(outcome["replies"][-1])):
                 finished[outcome["key"]] = {"status": "ok", "scores": list(scores), "reason": outcome["reason"]}
         except (LookupError, TypeError):
@@ -353,7 +351,7 @@ def _scores(items: list[dict], bootstrap_samples: int, seed: int) -> dict:
 
 
 def to_markdown(summary: dict) -> str:
-    """The summary for readers; whether questions are missing stands in its first line."""
+    """The summary as Markdown; its first line says whether questions are missing."""
     judge, unanswered = summary["judge"], summary["data_size"] - summary["n_answered"]
     sampling = ", ".join(f"{name} {value}" for name, value in judge.items() if name not in ("model", "host"))
     header = ["group", "relative score, %", "95 % interval", "reference's score", "model's score", "judged"]
@@ -396,12 +394,7 @@ def to_markdown(summary: dict) -> str:
     return document(paragraphs)
 
 
-def write_summary(folder: str | Path, summary: dict) -> None:
-    """Write `summary.json` and `summary.md`, each as a whole or not at all."""
-    write_report(folder, summary, to_markdown(summary))
-
-
 __all__ = [
-    "JUDGMENTS_FILE", "PAPER_DECODING", "answer_chat_benchmark", "judge_answers", "match_answers", "read_answers",
-    "read_judgments", "summarize", "to_markdown", "write_summary",
+    "JUDGMENTS_FILE", "answer_chat_benchmark", "judge_answers", "match_answers", "read_answers",
+    "read_judgments", "summarize", "to_markdown",
 ]  # fmt: skip

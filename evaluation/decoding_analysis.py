@@ -22,8 +22,9 @@ from PIL import Image
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
+from lladamedv.processing.datasets.readers import undecoded
 
-from .answering import answer_batch, device_name, open_image, question_about, undecoded
+from .answering import answer_batch, device_name, open_image, question_about
 from .medical_vqa.medical_vqa import MedicalVQA, complete_reference
 from .published import PUBLISHED_ABLATION, PUBLISHED_EFFICIENCY
 from .reports import document, interval_of_mean, line_plots, markdown_table, number, write_report
@@ -50,6 +51,18 @@ _COLUMNS = {
     "longest run, tokens": "token_mean_longest_run",
     "closed accuracy, %": "closed_accuracy", "open recall, %": "open_recall",
 }  # fmt: skip
+_PUBLISHED = (
+    "## Published",
+    "Table 3 and the ablations of LLaDA-MedV (arXiv 2508.01617): an 8-billion-parameter model on its authors' "
+    "hardware, asked 193 questions about biomedical images. The rows above are another model, other hardware and "
+    "other questions, unless these are exactly the same: compare how the numbers change with Z, not the numbers. "
+    "Overall is the score of the judge relative to text-only GPT-4, which is not measured here.",
+    markdown_table(
+        ["model", "T/Q, s", "W/Q", "T/W, s", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_EFFICIENCY]
+    ),
+    "LLaDA-MedV there: L 256, B 64.",
+    markdown_table(["L", "B", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_ABLATION]),
+)
 
 
 def analyze_decoding(
@@ -84,9 +97,8 @@ def analyze_decoding(
         steps, max_new_tokens, block_length: denoising steps for the whole canvas (Z), its length (L) and that of its
             blocks (B), in tokens; their cross product is taken. Combinations that `generate` does not allow are listed.
         batch_size: questions at a time; the seconds per question are those of a batch divided by its size.
-        full_canvas: let nothing end an answer (no end or padding token is proposed, stop strings do not count). Answers
-            that end early hide the repetition, which grows where the canvas must be filled. Scores then say little:
-            what follows the true answer is counted too.
+        full_canvas: let nothing end an answer (no end or padding token is proposed, stop strings do not count), which
+            shows the repetition that early ends hide. Scores then say little: text behind the true answer counts too.
         extra_options: further options of `generate`, the same for all combinations.
         name: what to call the model.
         example_id: the question to show the answers of; by default the one with the longest answer, in words, at the
@@ -107,14 +119,15 @@ def analyze_decoding(
           without white space are one word. The answer is tokenised anew for that;
         - closed_accuracy and open_recall from 0 to 100 (the metric `medical_vqa`);
         - with `bootstrap_samples`, `_ci95` of rep_n and of both scores;
-        - measured_on: the devices, data types, CPU threads and batch sizes that the times are of, and how many
-          questions each; more than one entry means mixed times.
+        - measured_on: the devices, data types, CPU threads and batch sizes of the times, and how many questions each;
+          more than one entry means mixed times.
 
     Raises:
         ValueError: before any question is asked, for a value that is not allowed, records without what is needed, or if
             no combination is allowed; and as `run_items` does.
     """
-    extra_options, records = extra_options or {}, undecoded(records)
+    # 1. Check everything before the first question.
+    extra_options, records = extra_options or {}, _as_stored(records)
     items = _read_items(records, bootstrap_samples)
     ids = [item["id"] for item in items]
     swept = dict(zip(_SWEPT, (max_new_tokens, block_length, steps)))
@@ -126,82 +139,71 @@ def analyze_decoding(
     for combination in not_allowed:
         say(f"left out {_folder_name(combination)}: {combination['reason']}")
 
-    asked = (
-        {"id": item["id"], "question": item["question"], "image": record["image"]}
-        for item, record in zip(items, records)
-    )
+    # 2. Answer and measure, one combination after the other.
+    asked = ({key: row[key] for key in ("id", "question", "image")} for row in records)
     common = {"seed": seed, **run_settings(model, processor, allowed[0][1], asked)}
     results, texts = [], []
     for combination, options in allowed:
         settings = {**common, "decoding": decoding_in_force(model, options)}
         answer = _answering(model, processor, records, options, batch_size, seed)
-        name_of_run = _folder_name(combination)
-        predictions = run_items(ids, answer, folder / name_of_run, settings, batch_size)
+        predictions = run_items(ids, answer, folder / _folder_name(combination), settings, batch_size)
         results.append({**combination, **_measure(predictions, items, processor.tokenizer, bootstrap_samples, seed)})
         texts.append([prediction["prediction"] for prediction in predictions])
         shown = {key: number(value) for key, value in results[-1].items()}
         say(
             "{0}: {words_per_question} words and {seconds_per_question} s per question, rep-2 {rep_2}, closed "
-            "{closed_accuracy}, open {open_recall}".format(name_of_run, **shown)
+            "{closed_accuracy}, open {open_recall}".format(_folder_name(combination), **shown)
         )
-    if example_id is None:
-        example_id = ids[_wordiest(results, texts)]
-    example = ids.index(example_id)
+
+    # 3. Compare.
+    example = _wordiest(results, texts) if example_id is None else ids.index(example_id)
+    answers = [_pieces(processor.tokenizer, of_one[example]) for of_one in texts]
     summary = {
-        "name": name,
-        "num_questions": len(items),
-        "num_scored": sum(item["answer"] is not None for item in items),
-        "full_canvas": full_canvas,
-        "extra_options": extra_options,
-        "bootstrap_samples": bootstrap_samples,
-        "seed": seed,
-        "example_id": example_id,
-        "example": {
-            "question": items[example]["question"],
-            "answers": [_pieces(processor.tokenizer, answers[example]) for answers in texts],
-        },
-        "combinations": results,
-        "not_allowed": not_allowed,
-        "plots": [],
-    }
+        "name": name, "num_questions": len(items), "num_scored": sum(item["answer"] is not None for item in items),
+        "full_canvas": full_canvas, "extra_options": extra_options, "bootstrap_samples": bootstrap_samples,
+        "seed": seed, "example_id": ids[example],
+        "example": {"question": items[example]["question"], "answers": answers},
+        "combinations": results, "not_allowed": not_allowed, "plots": [],
+    }  # fmt: skip
     if state.is_main_process:
-        try:
-            _draw(folder, summary)
-        except ImportError as error:
-            say(f"No figures: {error}")
-        replace_file(folder / "decoding.csv", _to_csv(results))
-        write_report(folder, summary, to_markdown(summary))
-        say(f"Reports: {folder}")
+        _write_reports(folder, summary, say)
     state.wait_for_everyone()
     return summary
 
 
+def _as_stored(records: Sequence[dict] | Dataset) -> Sequence[dict] | Dataset:
+    """Records whose images `datasets` does not decode, because it reads no DICOM."""
+    return undecoded(records) if isinstance(records, Dataset) else records
+
+
 def _wordiest(results: list[dict], texts: list[list[str]]) -> int:
     """The place of the longest answer, in words, at the most steps of the first canvas and block."""
-    shapes = [(one["max_new_tokens"], one["block_length"]) for one in results]
-    alike = [(one["steps"], answers) for one, shape, answers in zip(results, shapes, texts) if shape == shapes[0]]
-    lengths = [len(text.split()) for text in max(alike, key=lambda each: each[0])[1]]
+    first = [results[0][name] for name in ("max_new_tokens", "block_length")]
+    alike = [place for place, one in enumerate(results) if [one["max_new_tokens"], one["block_length"]] == first]
+    slowest = max(alike, key=lambda place: results[place]["steps"])
+    lengths = [len(text.split()) for text in texts[slowest]]
     return lengths.index(max(lengths))
 
 
 def noise_pictures(records: Sequence[dict] | Dataset, seed: int = 0) -> list[dict]:
-    """The same questions about pictures of noise: what a model says where there is nothing to see.
+    """The same questions about pictures of uniform noise, 64 x 64 pixels.
 
-    A model that is sure of every word hardly repeats itself, however few steps it takes, because words that are sure
-    agree with each other; one that cannot see is not sure.
+    A model that is sure of every word hardly repeats itself even with few steps. Noise makes it unsure, which shows the
+    repetition.
 
     Args:
         records: as for [`analyze_decoding`].
-        seed: of the noise, uniform in each of 3 x 64 x 64 values.
+        seed: of the noise.
     """
-    random, records = np.random.default_rng(seed), undecoded(records)
+    random = np.random.default_rng(seed)
     return [
-        {**record, "image": Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))} for record in records
+        {**record, "image": Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))}
+        for record in _as_stored(records)
     ]
 
 
 def _read_items(records, bootstrap_samples: int) -> list[dict]:
-    """All but the images, which are read when their question is asked."""
+    """The records without images, which are read when their question is asked."""
     if not isinstance(records, (Sequence, Dataset)) or not len(records):
         raise ValueError(
             f"`records` is a {type(records).__name__}; allowed are a list or a Dataset with records in it."
@@ -304,13 +306,9 @@ def _measure(predictions: list[dict], items: list[dict], tokenizer, bootstrap_sa
             predictions=answers, references=references, bootstrap_samples=bootstrap_samples, seed=seed
         )
     names = [f"{name}{end}" for end in ("", "_ci95")[: 1 + bool(bootstrap_samples)] for name in _SCORES]
-    words, seconds, forwards, tokens = (
-        sum(values) / len(predictions)
-        for values in (
-            [len(text.split()) for text in texts],
-            *([one[name] for one in predictions] for name in ("seconds", "num_forwards", "num_tokens")),
-        )
-    )
+    costs = ("seconds", "num_forwards", "num_tokens")
+    seconds, forwards, tokens = (sum(one[name] for one in predictions) / len(predictions) for name in costs)
+    words = sum(len(text.split()) for text in texts) / len(texts)
     measured = Counter(json.dumps(one["measured_on"]) for one in predictions)
     return {
         "words_per_question": words,
@@ -329,6 +327,16 @@ def _pieces(tokenizer, text: str) -> list[str]:
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     starts = sorted({0, *(start for start, _ in offsets)}) if text else []
     return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)])]
+
+
+def _write_reports(folder: Path, summary: dict, say: Callable[[str], None]) -> None:
+    try:
+        _draw(folder, summary)
+    except ImportError as error:
+        say(f"No figures: {error}")
+    replace_file(folder / "decoding.csv", _to_csv(summary["combinations"]))
+    write_report(folder, summary, to_markdown(summary))
+    say(f"Reports: {folder}")
 
 
 def _draw(folder: Path, summary: dict) -> None:
@@ -363,7 +371,7 @@ def _to_csv(results: list[dict]) -> str:
 
 
 def to_markdown(summary: dict) -> str:
-    """The summary for readers, beside the published numbers."""
+    """The summary as Markdown, beside the published numbers."""
     results, rows, machines = summary["combinations"], [], set()
     for one in results:
         row = [number(one[column]) for column in _COLUMNS.values()]
@@ -395,16 +403,7 @@ def to_markdown(summary: dict) -> str:
         f"## Answers to question {summary['example_id']}",
         f"{_escaped(summary['example']['question'])} Bold: repeats the token before.",
         markdown_table([*list(_COLUMNS)[: len(_SWEPT)], "answer"], answers),
-        "## Published",
-        "Table 3 and the ablations of LLaDA-MedV (arXiv 2508.01617): an 8-billion-parameter model on its authors' "
-        "hardware, asked 193 questions about biomedical images. The rows above are another model, other hardware and "
-        "other questions, unless these are exactly the same: compare how the numbers change with Z, not the numbers. "
-        "Overall is the score of the judge relative to text-only GPT-4, which is not measured here.",
-        markdown_table(
-            ["model", "T/Q, s", "W/Q", "T/W, s", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_EFFICIENCY]
-        ),
-        "LLaDA-MedV there: L 256, B 64.",
-        markdown_table(["L", "B", "Z", "Overall, %"], [map(number, row) for row in PUBLISHED_ABLATION]),
+        *_PUBLISHED,
     ]
     return document(paragraphs)
 
@@ -420,7 +419,7 @@ def _marked(pieces: list[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
+    """Text in one line, with Markdown's marks escaped."""
     return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", re.sub(r"\s", " ", text))
 
 

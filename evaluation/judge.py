@@ -1,7 +1,7 @@
-"""The judge of the chat benchmark: what it is asked, how its replies are read, a client for OpenAI-compatible servers.
+"""The judge of the chat benchmark: its prompt, the parser of its replies, a client for OpenAI-compatible servers.
 
-The comparison is that of LLaVA-Med's evaluation: two answers, a score from 1 to 10 for each. A reply is read as it is
-meant, or not at all.
+The comparison is that of LLaVA-Med's evaluation: two answers, a score from 1 to 10 for each. A reply that can be read
+in more than one way has no scores.
 """
 
 from __future__ import annotations
@@ -87,17 +87,17 @@ def sha256(value) -> str:
 
 
 def prompt_sha256(reference_repr: bool = False) -> str:
-    """What tells prompts apart: the digest of the messages around an empty question, and of the reminder."""
+    """The digest of a version of the prompt: of the messages around an empty question, and of the reminder."""
     context = {"fig_label": "", "fig_caption": "", "in_text_mention": [""], "in_text_mention_repr": ""}
     blank = {"question": "", "reference": "", "context": context}
     return sha256([render_messages(blank, "", reference_repr=reference_repr), _REMINDER])
 
 
 def parse_scores(text: str) -> tuple[float, float] | None:
-    """The scores of Assistant 1 and 2 in a reply, or `None` if they cannot be told or are not between 1 and 10.
+    """The scores of Assistant 1 and 2 in a reply, or `None` if they are not clear or not between 1 and 10.
 
-    Thoughts in `<think>` and Markdown's marks are left out. What remains must be one of these; a number that only might
-    be a score, or two different scores of one assistant, are none:
+    Thoughts in `<think>` and Markdown's marks are left out. What remains must be one of these, without a number that
+    could be another score and without two scores of one assistant:
 
     - a first line with the two scores and no other number: "8 9", "8, 9", "8 vs 9", "8/10 and 9/10", "Scores: 8 9",
       perhaps with a reason behind a mark or "because";
@@ -198,10 +198,10 @@ def ask(judge: OpenAIJudge, messages: list[dict]) -> tuple[tuple[float, float] |
 class OpenAIJudge:
     """A judge behind OpenAI's chat completions API: OpenAI itself, vLLM, SGLang, llama.cpp, `transformers serve`, …
 
-    Requests that meet a full or broken server are repeated by the `openai` client, with growing pauses or after those
+    The `openai` client repeats requests that fail because the server is busy or broken, with growing pauses or those
     that the server asks for, up to two minutes. The key, the address and the organisation are never taken from the
     environment, and redirects are not followed. A judge of another kind needs the same `settings` (JSON-able, all that
-    its replies depend on and no secret; `model` and `host` are shown in reports) and `complete`.
+    its replies depend on and no secret; reports show `model` and `host`) and `complete`.
 
     Args:
         model: what the server calls the model.
@@ -257,7 +257,7 @@ class OpenAIJudge:
         self._sampling = limit if reasoning_model else {"temperature": temperature, **limit}
         self.settings = {"model": model, "host": address.netloc.lower(), **self._sampling}
         self._key = api_key
-        # Said for each request, because the client would take them from the environment.
+        # Sent with each request, because the client would take them from the environment.
         self._headers = {
             "Authorization": f"Bearer {api_key}" if api_key else openai.omit,
             "OpenAI-Organization": openai.omit, "OpenAI-Project": openai.omit,

@@ -1,10 +1,14 @@
-"""Results that others have published, to be read beside one's own.
+"""Published results, to be read beside one's own, and how they were decoded. Needs no library.
 
 All from LLaDA-MedV (arXiv 2508.01617). A relative score depends on the judge, there GPT-4.1 mini with the answer of the
 text-only GPT-4 always first, so only scores of the same judge and prompt compare. The VQA results, most of them taken
 from LLaVA-Med (arXiv 2306.00890), count a repeated word as often as it is repeated and look for substrings; numbers of
 one column need not be about the same questions, because there are several versions of each test split.
 """
+
+# How the paper decodes: canvas, block and steps for short answers, and for chat.
+VQA_DECODING = {"max_new_tokens": 64, "block_length": 64, "steps": 64}
+CHAT_DECODING = {"max_new_tokens": 256, "block_length": 64, "steps": 256}
 
 # Table 1: relative scores in percent, in the order of GROUP_SIZES. LLaVA's last number is as printed; its other numbers
 # weighted by the sizes of their groups give 39.9, as they give the last number of every other row.
@@ -65,5 +69,6 @@ PUBLISHED_ABLATION = (
 )  # fmt: skip
 
 __all__ = [
-    "GROUP_SIZES", "LLADA_MEDV", "PUBLISHED_ABLATION", "PUBLISHED_EFFICIENCY", "PUBLISHED_VQA", "RELATIVE_SCORES",
+    "CHAT_DECODING", "GROUP_SIZES", "LLADA_MEDV", "PUBLISHED_ABLATION", "PUBLISHED_EFFICIENCY", "PUBLISHED_VQA",
+    "RELATIVE_SCORES", "VQA_DECODING",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""All that the answers of a run depend on, so that a run continues only with the same.
+"""Everything that the answers of a run depend on, so that a run continues only under the same conditions.
 
 What is recorded is what is in force (weights, configuration, adapters, the checkpoint's generation options, template,
 tokenizer, data), not what the caller asked for.
@@ -41,7 +41,7 @@ def run_settings(
     Args:
         model, processor: as loaded.
         options: of `generate`, as the caller gives them.
-        rows: what is asked, not decoded: a run does not continue with other texts or pictures under the same ids.
+        rows: the questions, with images as they are stored; their texts and pictures are part of the settings.
 
     Raises:
         ValueError: as `generate` does for its options.

@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 
 def process_state() -> PartialState:
-    """Which of how many processes this is; without an accelerator they are on CPUs, which has to be said."""
+    """Which of how many processes this is, on CPUs if there is no accelerator."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
@@ -40,7 +40,7 @@ def run_items(
     settings: dict,
     batch_size: int = 1,
 ) -> list[dict]:
-    """Do what `answer` does for all items, each once.
+    """Call `answer` for all items, each once.
 
     Under `accelerate launch` every process calls this with the same arguments; they must share the file system.
 
@@ -58,7 +58,7 @@ def run_items(
     Raises:
         ValueError: before anything is done, if ids are not unique, `batch_size` is below 1, `folder` holds a run with
             other settings or items or records that cannot be read, or another run is using it.
-        Exception: what `answer` raises; the other processes raise a RuntimeError that names it. What is done is kept.
+        Exception: what `answer` raises; the other processes raise a RuntimeError that names it. Finished items stay.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; allowed are whole numbers of at least 1.")
@@ -130,7 +130,7 @@ def _check_settings(folder: Path, settings: dict) -> None:
     if not file.exists():
         left = [path.name for path in (folder / PREDICTIONS_FILE, *folder.glob(_PARTS)) if path.exists()]
         if left:
-            raise ValueError(f"The folder {str(folder)!r} holds {left} but no {SETTINGS_FILE}; give another.")
+            raise ValueError(f"The folder {str(folder)!r} holds {left} but no {SETTINGS_FILE}; choose another.")
         replace_file(file, json.dumps(settings, indent=2) + "\n")
         return
     try:
@@ -140,7 +140,7 @@ def _check_settings(folder: Path, settings: dict) -> None:
     differing = list(_differences(earlier, settings))
     if differing:
         shown = "; ".join(f"{name}: {there!r} there, {here!r} here" for name, there, here in differing)
-        raise ValueError(f"The folder {str(folder)!r} holds a run with other settings ({shown}); give another.")
+        raise ValueError(f"The folder {str(folder)!r} holds a run with other settings ({shown}); choose another.")
 
 
 def _differences(there: dict, here: dict, within: str = "") -> Iterator[tuple[str, object, object]]:
@@ -175,7 +175,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"In the folder {str(folder)!r} another run is at work; wait for it or give another folder."
+            f"In the folder {str(folder)!r} another run is at work; wait for it or choose another folder."
         ) from None
     with lock:
         yield

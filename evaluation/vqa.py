@@ -21,11 +21,12 @@ from datasets import Dataset
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration, fit_confidence_temperature
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport, VQAReport
+from lladamedv.processing.datasets.readers import first_few, undecoded
 
-from .answering import Answer, answer_batch, device_name, open_image, question_about, undecoded
+from .answering import Answer, answer_batch, device_name, open_image, question_about
 from .calibration import area_under_risk_coverage, calibration_bins, expected_calibration_error, risk_coverage
 from .medical_vqa.medical_vqa import ANSWER_TYPES, POLARITY, MedicalVQA, closed_polarity
-from .published import PUBLISHED_VQA
+from .published import PUBLISHED_VQA, VQA_DECODING
 from .reports import document, markdown_table, reliability_diagram, risk_coverage_curve, write_report
 from .run_settings import run_settings
 from .runs import process_state, run_items
@@ -33,10 +34,7 @@ from .text_repetition.text_repetition import TextRepetition
 
 
 logger = logging.getLogger(__name__)
-PAPER_DECODING = {"max_new_tokens": 64, "block_length": 64, "steps": 64}
 SCORINGS = ("generate", "likelihood")
-# Whether a model was tuned to say "yes" or "Yes" shall not decide.
-_POLARITY_TEXTS = {word: (word, word.capitalize()) for word in POLARITY}
 _HEADLINES = {"closed": "closed_accuracy", "open": "open_recall"}
 
 
@@ -73,19 +71,20 @@ def evaluate_vqa(
             questions are in a batch, and so on `batch_size`, interruptions and the number of processes.
 
     Returns:
-        The summary, in every process. `complete` is False if questions could not be answered, because their image
-        cannot be read or is not there, or if records were left out; the scores are then of the others, and the report
-        says so first. `decoding` are the options that were in force, the checkpoint's too.
+        The summary, in every process. `complete` is False if questions could not be answered because of their image, or
+        if records were left out; the scores are then of the others, and the report says so first. `decoding` are the
+        options in force, including the checkpoint's.
 
     Raises:
         ValueError: before anything is answered, for a value that is not allowed, an empty data set, or a folder of
             a run with other options, weights, data, kind of device, ….
     """
+    # 1. Everything that the answers depend on.
     if scoring not in SCORINGS:
         raise ValueError(f"`scoring` is {scoring!r}; allowed are {SCORINGS}.")
     if not len(dataset):
         raise ValueError(f"`dataset` is empty; at least one question is needed ({LoadReport.summary(report)}).")
-    options = PAPER_DECODING if options is None else options
+    options = VQA_DECODING if options is None else options
     model.eval()
     dataset = undecoded(dataset)
     in_force = run_settings(model, processor, options, dataset)
@@ -96,29 +95,23 @@ def evaluate_vqa(
     }  # fmt: skip
     settings = {**provenance, **in_force, "benchmark": report.benchmark, "seed": seed}
 
+    # 2. Answers.
     def answer(places: list[int]) -> list[dict]:
         rows = [dataset[place] for place in places]
         digest = hashlib.sha256("\n".join([str(seed), *(row["id"] for row in rows)]).encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # the same draws, whenever a run continues
         given = _answer_rows(model, processor, rows, options, scoring)
-        return [
-            {
-                **{name: row[name] for name in ("id", "image_id", "question", "answer_type")},
-                "prompt": processor.apply_chat_template(
-                    question_about(None, row["question"]), add_generation_prompt=True, tokenize=False
-                ),
-                "reference": row["answer"], **answered, **provenance,
-            }
-            for row, answered in zip(rows, given)
-        ]  # fmt: skip
+        return [{**_asked(processor, row), **answered, **provenance} for row, answered in zip(rows, given)]
 
     records = run_items(list(dataset["id"]), answer, folder, settings, batch_size)
+
+    # 3. Scores, and the report.
     left_out = [name for name, _ in (*report.missing_images, *report.invalid)]
-    summary = _summarize(records, candidates, bootstrap_samples, seed)
-    summary |= {"left_out": left_out, "complete": summary["complete"] and not left_out}
+    scored = _summarize(records, candidates, bootstrap_samples, seed)
     summary = {
         **{name: settings[name] for name in ("benchmark", "split", "model", "model_revision", "model_sha256")},
-        **summary, "decoding": settings["decoding"], "scoring": scoring, "data": report.as_dict(),
+        **scored, "left_out": left_out, "complete": scored["complete"] and not left_out,
+        "decoding": settings["decoding"], "scoring": scoring, "data": report.as_dict(),
         "data_summary": report.summary().splitlines(),
         "environment": {
             "device": device_name(model),
@@ -129,6 +122,14 @@ def evaluate_vqa(
     if process_state().is_main_process:
         write_summary(summary, folder)
     return summary
+
+
+def _asked(processor, row: dict) -> dict:
+    """The fields of a question in a line of predictions."""
+    chat = question_about(None, row["question"])
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    fields = {name: row[name] for name in ("id", "image_id", "question", "answer_type")}
+    return {**fields, "prompt": prompt, "reference": row["answer"]}
 
 
 def _answer_rows(model, processor, rows: list[dict], options: dict, scoring: str) -> list[dict]:
@@ -152,12 +153,12 @@ def _answer_rows(model, processor, rows: list[dict], options: dict, scoring: str
 
 @torch.no_grad()
 def _likelier(model, processor, chat: list[dict]) -> Answer:
-    """The likelier of yes and no, in whatever spelling, and the probability that the model gives it of the two."""
+    """The likelier of yes and no, and its probability among the two."""
     started = time.perf_counter()
     inputs = processor.apply_chat_template(
         [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    texts = [text for word in POLARITY for text in _POLARITY_TEXTS[word]]
+    texts = [text for word in POLARITY for text in (word, word.capitalize())]  # models are tuned to either
     scores = model.score(**inputs.to(model.device), candidates=texts, tokenizer=processor.tokenizer)
     likelihoods = scores.log_likelihood[0].view(len(POLARITY), -1).logsumexp(dim=1)
     place = int(likelihoods.argmax())
@@ -168,9 +169,9 @@ def _likelier(model, processor, chat: list[dict]) -> Answer:
 
 
 def _summarize(records: list[dict], candidates, bootstrap_samples: int, seed: int) -> dict:
-    """Everything that the records alone say."""
+    """The part of the summary that follows from the records alone."""
     failed = [record["id"] for record in records if record["prediction"] is None]
-    # A truth that is missing can be neither found nor missed.
+    # No answer can be right or wrong where the reference is empty.
     unanswerable = [record["id"] for record in records if not record["reference"].strip()]
     scored = [record for record in records if record["id"] not in {*failed, *unanswerable}]
     summary = {
@@ -215,7 +216,7 @@ def _calibration(confidence: Sequence[float], correct: Sequence[float]) -> dict:
         "accuracy": sum(correct) / len(correct), "expected_calibration_error": expected_calibration_error(bins),
         "area_under_risk_coverage": area_under_risk_coverage(coverage, risk),
         "fitted_confidence_temperature": temperature,
-        # At an end of the range that is searched, it is no calibration.
+        # A temperature at an end of the searched range is no calibration.
         "temperature_is_at_an_end": temperature is not None and abs(math.log(temperature)) > 4.9,
         "bins": bins, "coverage": coverage, "risk": risk,
     }  # fmt: skip
@@ -246,38 +247,23 @@ def render_summary(summary: dict) -> str:
         (left_out, f"of {questions + len(left_out)} records were not asked: no image, or invalid"),
     ):
         if names:
-            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-            paragraphs.append(f"**INCOMPLETE: {len(names)} {problem} ({shown}).**")
+            paragraphs.append(f"**INCOMPLETE: {len(names)} {problem} ({first_few(names)}).**")
     if scores is None:
         return document([*paragraphs, "No question could be scored."])
-    rows = []
-    for name, value in scores.items():
-        if value is None or name.endswith("_ci95") or name.startswith("num_"):
-            continue
-        interval = scores.get(f"{name}_ci95")
-        interval = "" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
-        count = scores["num_open" if name.startswith("open") else "num_closed"]
-        rows.append([name, f"{value:.2f}", interval, str(count)])
     counts = {name.removeprefix("num_").replace("_", " "): scores[name] for name in scores if name.startswith("num_")}
     if asked_a_part:
         counts[f"asked of {questions} questions"] = summary["num_questions"]
     paragraphs += [
-        markdown_table(["score", "value", "95 % interval", "n"], rows),
+        _score_table(scores),
         "Counts: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".",
     ]
     if summary["without_reference"]:
         paragraphs.append(f"Left out, because their true answer is empty: {', '.join(summary['without_reference'])}.")
-    published = PUBLISHED_VQA.get(summary["benchmark"])
-    if published and summary["data"]["is_published"] and not asked_a_part:
-        own = (scores["open_recall_llava_med"], scores["closed_accuracy_llava_med"])
-        rows = [
-            [name, *("-" if value is None else f"{value:.2f}" for value in row)]
-            for name, row in {**published, f"**{summary['model']}**": own}.items()
-        ]
+    if summary["benchmark"] in PUBLISHED_VQA and summary["data"]["is_published"] and not asked_a_part:
         paragraphs += [
             "Beside table 2 of LLaDA-MedV (arXiv 2508.01617), by its rules, which count repeated words and look for "
             "substrings. Published numbers are not all about the same questions.",
-            markdown_table(["model", "open recall", "closed accuracy"], rows),
+            _published_table(summary),
         ]
     if summary["calibration"]:
         names = ("mean_confidence", "accuracy", "expected_calibration_error", "area_under_risk_coverage")
@@ -301,4 +287,25 @@ def render_summary(summary: dict) -> str:
     return document(paragraphs)
 
 
-__all__ = ["PAPER_DECODING", "SCORINGS", "evaluate_vqa", "render_summary", "write_summary"]
+def _score_table(scores: dict) -> str:
+    rows = []
+    for name, value in scores.items():
+        if value is None or name.endswith("_ci95") or name.startswith("num_"):
+            continue
+        interval = scores.get(f"{name}_ci95")
+        interval = "" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
+        count = scores["num_open" if name.startswith("open") else "num_closed"]
+        rows.append([name, f"{value:.2f}", interval, str(count)])
+    return markdown_table(["score", "value", "95 % interval", "n"], rows)
+
+
+def _published_table(summary: dict) -> str:
+    own = (summary["scores"]["open_recall_llava_med"], summary["scores"]["closed_accuracy_llava_med"])
+    rows = [
+        [name, *("-" if value is None else f"{value:.2f}" for value in row)]
+        for name, row in {**PUBLISHED_VQA[summary["benchmark"]], f"**{summary['model']}**": own}.items()
+    ]
+    return markdown_table(["model", "open recall", "closed accuracy"], rows)
+
+
+__all__ = ["SCORINGS", "evaluate_vqa", "render_summary", "write_summary"]

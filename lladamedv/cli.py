@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import typer
 
 import lladamedv
+from lladamedv.evaluation.published import CHAT_DECODING, VQA_DECODING
 from lladamedv.modeling_lladamedv.presets_lladamedv import PRESETS
 from lladamedv.processing.medical_images import is_url
 from lladamedv.processing.vqa_sources import BENCHMARKS, SPLITS
@@ -450,7 +451,7 @@ def _finish(summary: dict, text: str, as_json: bool, output: Path) -> None:
 @takes(
     source=model_options(..., "--model-revision"),
     questions=questions_options(),
-    generation=generation_options(max_new_tokens=64, block_length=64, steps=64),
+    generation=generation_options(**VQA_DECODING),
 )
 def vqa(
     source: Source,
@@ -503,7 +504,7 @@ def vqa(
 @eval_app.command("chat")
 @takes(
     source=model_options(None, "--model-revision"),
-    generation=generation_options(max_new_tokens=256, block_length=64, steps=256),
+    generation=generation_options(**CHAT_DECODING),
 )
 def eval_chat(
     source: Source,
@@ -551,15 +552,9 @@ def eval_chat(
     if judge_model is not None and judge_url is None and key is None:
         raise usage("--judge-model", "needs --judge-url or --judge-key-env: nothing is sent anywhere without one.")
     quiet()
-    from lladamedv.evaluation.chat import (
-        answer_chat_benchmark,
-        judge_answers,
-        read_answers,
-        summarize,
-        to_markdown,
-        write_summary,
-    )
+    from lladamedv.evaluation.chat import answer_chat_benchmark, judge_answers, read_answers, summarize, to_markdown
     from lladamedv.evaluation.judge import OpenAIJudge
+    from lladamedv.evaluation.reports import write_report
     from lladamedv.evaluation.runs import process_state
     from lladamedv.processing.datasets import load_chat_benchmark
 
@@ -582,8 +577,9 @@ def eval_chat(
         )  # fmt: skip
         name = source.model or answers.name
         summary = summarize(asked, given, judged, name=name, bootstrap_samples=bootstrap_samples, seed=seed)
-        write_summary(output, summary)
-        _finish(summary, to_markdown(summary), as_json, output)
+        text = to_markdown(summary)
+        write_report(output, summary, text)
+        _finish(summary, text, as_json, output)
 
 
 def _with_images(questions: Path, image_folder: Path, asked: list[dict]) -> list[dict]:

@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from tests.tiny import Words
+
 
 def most_probable(probabilities, quota):
     """`probabilities` holds the distribution at each place; the places to commit, best first."""
@@ -59,6 +61,10 @@ def by_entropy_bound(bound):
         return kept
 
     return choose
+
+
+RANKINGS = {"low_confidence": most_probable, "margin": largest_margin, "entropy": smallest_entropy}
+ADAPTIVE = {"confidence_threshold": above_threshold, "factor": by_factor, "entropy_bound": by_entropy_bound}
 
 
 def penalized(logits, ids, penalty):
@@ -132,3 +138,38 @@ def denoise(
             if stop < length and mask not in canvas[:stop]:
                 return canvas[:stop] + list(suffix), commits, number
     return canvas[:stop] + list(suffix), commits, number
+
+
+def rule_of(options):
+    """What chooses the places with these options of `generate`, and whether it does so without a schedule."""
+    for name, rule in ADAPTIVE.items():
+        if name in options:
+            return rule(options[name]), True
+    return RANKINGS[options.get("remasking", "low_confidence")], False
+
+
+def stop_sequences(options):
+    """What ends an answer with these options, in the order in which it is looked for."""
+    eos, texts = options.get("eos_token_id") or [], options.get("stop_strings") or []
+    texts = [texts] if isinstance(texts, str) else texts
+    return [[token] for token in ([eos] if isinstance(eos, int) else eos)] + [Words()(text).input_ids for text in texts]
+
+
+def published(model, prompt, pixel_values, options, **more):
+    """[`denoise`] with options of `generate`: the answer, the sorted commits, and the number of forward passes."""
+    choose, adaptive = rule_of(options)
+    more = {"choose": choose, "adaptive": adaptive, **more}
+    answer, commits, forwards = denoise(
+        model, prompt[0].tolist(), pixel_values, options["max_new_tokens"], options["block_length"],
+        options.get("steps", options["max_new_tokens"]), options.get("cfg_scale", 0.0), options["suppress_tokens"],
+        stops=stop_sequences(options), suffix=Words()(options.get("generation_suffix", "")).input_ids,
+        initial=options.get("initial_canvas_length"), suffix_blocks=options.get("suffix_blocks"),
+        penalty=options.get("repetition_penalty", 1.0), ngram=options.get("no_repeat_ngram_size"), **more,
+    )  # fmt: skip
+    return answer, sorted(commits), forwards
+
+
+def generated(output, prompt):
+    """The same of an output of `generate` for one prompt."""
+    commits = [(int(step), place) for place, step in enumerate(output.commit_step[0]) if step >= 0]
+    return output.sequences[0, prompt.shape[1] :].tolist(), sorted(commits), int(output.num_forwards)

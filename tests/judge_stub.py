@@ -1,4 +1,4 @@
-"""A judge on a local port that speaks OpenAI's chat completions API and fails as it is told, and questions to judge."""
+"""A judge on a local port: OpenAI's chat completions API with scripted faults, and questions to judge."""
 
 import hashlib
 import json

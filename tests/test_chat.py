@@ -2,21 +2,18 @@
 
 import json
 import math
-import re
 import signal
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
-from lladamedv.evaluation.chat import judge_answers, match_answers, read_answers, summarize, to_markdown, write_summary
+from lladamedv.evaluation.chat import judge_answers, match_answers, read_answers, summarize, to_markdown
 from lladamedv.evaluation.judge import OpenAIJudge, render_messages
 from lladamedv.evaluation.published import GROUP_SIZES, RELATIVE_SCORES
 from lladamedv.processing.datasets.chat_benchmark import DOMAINS, QUESTION_TYPES, load_chat_benchmark
 from tests.judge_stub import CUT, HANG, Fault, benchmark_row, running_judge, write_rows
-from tests.tiny import random_image
 
 
 def load(tmp_path, *rows):
@@ -77,18 +74,6 @@ def test_the_placeholder_may_stand_anywhere(tmp_path, text):
     assert load(tmp_path, benchmark_row(0, text=text))[0]["question"] == "What is it?"
 
 
-def test_missing_images_are_counted(tmp_path):
-    path = write_rows(tmp_path / "questions.jsonl", map(benchmark_row, range(12)))
-    for number in (0, 2):
-        random_image(seed=number).save(tmp_path / f"{number}_F1.jpg")
-    records, report = load_chat_benchmark(path, tmp_path)
-    assert [record["id"] for record in records] == [*map(str, range(5)), "10", "11"]
-    assert records[-1]["image"] == str(tmp_path / "2_F1.jpg")
-    assert report.missing_images == [(str(number), "1_F1.jpg") for number in range(5, 10)] and report.rows == 7
-    assert "5 missing images: 5 (1_F1.jpg)" in report.summary()
-    assert len(load_chat_benchmark(path)[0]) == 12
-
-
 @pytest.mark.parametrize(
     "fields, message",
     [({"question_id": 0}, "`question_id` is 0, as at line 1"), ({"question_id": None}, "`question_id` is None"),
@@ -100,9 +85,6 @@ def test_missing_images_are_counted(tmp_path):
 def test_bad_rows(tmp_path, fields, message):
     with pytest.raises(ValueError, match=f"invalid question at line 2: {message}"):
         load(tmp_path, benchmark_row(0), benchmark_row(1, **fields))
-
-
-def test_files_without_questions(tmp_path):
     with pytest.raises(ValueError, match="has no question"):
         load(tmp_path)
 
@@ -173,8 +155,6 @@ def statuses(found):
 def test_answers_are_matched_by_id(records, answers):
     assert list(match_answers(records, dict(reversed(answers.items())))) == [record["id"] for record in records]
     fewer = {item: text for item, text in answers.items() if item != "3"}
-    with pytest.raises(ValueError, match=r"`answers` lacks questions: 1 \(3\)"):
-        match_answers(records, fewer)
     more = answers | {str(number): "" for number in range(90, 97)}
     with pytest.raises(ValueError, match=r"unknown questions: 7 \(90, 91, 92, 93, 94, …\)"):
         match_answers(records, more)
@@ -222,15 +202,14 @@ def test_one_failure_costs_one_question(stub, records, answers, tmp_path):
     assert count == 5 and resumed == whole
 
 
-def test_a_wrong_key_is_tried_once(stub, records, answers, tmp_path):
+def test_a_failure_for_all_requests_stops_the_run(stub, records, answers, tmp_path):
+    """Neither the report nor the files hold the key that the server repeats."""
     key = {"api_key": "sk-secret"}
     stub.script = [None, Fault(401, "no such key: sk-secret")]
-    found, count, lines = judged_by(stub, records, answers, tmp_path / "run", key, max_concurrent=1)
-    assert count == 2 and statuses(found) == ["ok", *["failed"] * 9]
-    assert "no such key: ***" in found["judgments"]["1"][0]["reason"] and "no such key: ***" in lines[-1]
+    found, count, lines = judged_by(stub, records, answers, tmp_path, key, max_concurrent=1)
+    assert count == 2 and statuses(found) == ["ok", *["failed"] * 9] and "no such key: ***" in lines[-1]
     assert "not asked" in found["judgments"]["2"][0]["reason"]
-    assert not any(b"sk-secret" in file.read_bytes() for file in (tmp_path / "run").iterdir())
-    assert judged_by(stub, records, answers, tmp_path / "run", key)[1] == 9
+    assert b"sk-secret" not in (tmp_path / "judgments.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
@@ -270,12 +249,11 @@ def test_a_stopped_process_continues(stub, records, answers, tmp_path, sent):
 
 
 def test_bad_input_asks_nothing(stub, records, answers, tmp_path):
-    for given, options, message in (
-        (answers, {"max_concurrent": 0}, "`max_concurrent` is 0"), ({"0": "x"}, {}, "lacks questions"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            judged_by(stub, records, given, tmp_path / "run", **options)
-        assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="`max_concurrent` is 0"):
+        judged_by(stub, records, answers, tmp_path / "run", max_concurrent=0)
+    with pytest.raises(ValueError, match=r"`answers` lacks questions: 9 \(1, 2, 3, 4, 5, …\)"):
+        judged_by(stub, records, {"0": "x"}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     for line, message in (('{"status": "ok"}', "no record with 'key'"), ('{"key": "a"}', "no judgment")):
         (tmp_path / "judgments.jsonl").write_text(line + "\n")
         with pytest.raises(ValueError, match=f"{message} at line 1"):
@@ -316,11 +294,16 @@ def test_relative_scores_are_means_of_ratios(three):
     everything = summary["groups"]["all"]
     assert everything["gpt4_score"] == 9 and everything["pred_score"] == pytest.approx(20 / 3)
     assert everything["data_size"] == everything["n_judged"] == 3
-    assert summary["complete"] and summary["coverage"] == 1 and summary["n_failed"] == 0
-    assert summary["order_disagreement"] is None
+    assert summary["complete"] and summary["coverage"] == 1 and summary["order_disagreement"] is None
     assert summary["text"]["model"]["words_per_answer"] == 1 and summary["text"]["model"]["num_empty"] == 1
     assert summary["text"]["reference"]["words_per_answer"] == 7
-    assert to_markdown(summary).startswith("# Open-ended biomedical chat: model\n")
+    text = to_markdown(summary)
+    assert text.startswith("# Open-ended biomedical chat: model\n")
+    for line in (
+        "| model | " + " | ".join(GROUP_SIZES) + " |", "| **model** | 87.5 | 50 | – | 62.5 | – | – | 100 | 75 |",
+        "| LLaDA-MedV | 54.141 | ", "Judge: a-judge at localhost",
+    ):  # fmt: skip
+        assert text.count(line) == 1
 
 
 @pytest.mark.parametrize("multi_label, gross", [(False, 100), (True, 75)])
@@ -365,26 +348,6 @@ def test_intervals_draw_images(tmp_path, count, more, interval):
     answers, scores = {record["id"]: "a" for record in records}, judged(*[[(10, 2)]] * 5, *[[(10, 8)]] * 5)
     found = summarize(records, answers, scores, **more)["groups"]["all"]["relative_score_ci95"]
     assert found == pytest.approx(interval)
-
-
-def test_the_whole_way(stub, records, answers, tmp_path):
-    """Files in, files out, against numbers computed here from what the judge's server decided."""
-    predictions = [{"id": item, "prediction": text} for item, text in reversed(answers.items())]
-    read = read_answers(write_rows(tmp_path / "predictions.jsonl", predictions))
-    found, _, _ = judged_by(stub, records, read, tmp_path / "run")
-    summary = summarize(records, read, found, name="ours")
-    write_summary(tmp_path / "out", summary)
-    assert json.loads((tmp_path / "out/summary.json").read_text()) == summary and summary["complete"]
-    decided = [stub.scores(render_messages(record, answers[record["id"]])) for record in records]
-    ratios = [100 * model / reference for reference, model in decided]
-    for group, chosen in (("all", ratios), ("detailed_description", ratios[1::2]), ("mri", ratios[1::5])):
-        assert summary["groups"][group]["relative_score"] == pytest.approx(np.mean(chosen))
-    text = (tmp_path / "out/summary.md").read_text()
-    own = re.search(r"\| \*\*ours\*\* \|.* ([0-9.]+) \|\n", text)
-    assert float(own[1]) == pytest.approx(np.mean(ratios), abs=1e-3)
-    header = "| model | " + " | ".join(GROUP_SIZES) + " |"
-    for line in (header, "| LLaDA-MedV | 54.141 | ", "Judge: a-judge at 127.0.0.1"):
-        assert text.count(line) == 1
 
 
 @pytest.mark.parametrize("model", RELATIVE_SCORES)

@@ -94,8 +94,6 @@ def test_own_data(tmp_path):
     text = (tmp_path / "run" / "summary.md").read_text()
     assert "**INCOMPLETE: 1 of 3 records" in text and "answer from 'Label'" in text
     assert "licence" not in text and "table 2" not in text and "train" not in text
-    fast = ["--max-new-tokens", 8, "--block-length", 8, "--steps", 1, "--bootstrap-samples", 0]
-    words = ["--model", "demo", "--data", table, *fast, "--device", "cpu"]
     result = call("analyze", "decoding", *words, "--output", tmp_path / "decoding", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["num_questions"] == 2 and "1 missing images" in result.stderr

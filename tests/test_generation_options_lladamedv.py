@@ -10,7 +10,7 @@ from transformers import CompileConfig, GenerationConfig
 
 from lladamedv import LLaDAMedVGenerationConfig
 from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS, GenerationOptionError
-from tests.test_generation_lladamedv import _Tokenizer, generate
+from tests.test_generation_lladamedv import generate
 
 
 CACHE, EIGHT, SIXTEEN = {"use_cache": True}, {"max_new_tokens": 8}, {"max_new_tokens": 16, "block_length": 4}
@@ -49,17 +49,17 @@ CACHE, EIGHT, SIXTEEN = {"use_cache": True}, {"max_new_tokens": 8}, {"max_new_to
         ({"remasking": ["margin"]}, "`remasking` is "),
         ({"defer_eos": 1}, "`defer_eos` is 1; allowed are True and False"),
         ({"use_cache": "yes"}, "`use_cache` is 'yes'"),
-        ({"stop_strings": [5], "tokenizer": _Tokenizer()}, r"`stop_strings` is \[5\]; allowed is a text or a list"),
-        ({"generation_suffix": 5, "tokenizer": _Tokenizer()}, "`generation_suffix` is 5; allowed is a text"),
+        ({"stop_strings": [5]}, r"`stop_strings` is \[5\]; allowed is a text or a list"),
+        ({"generation_suffix": 5}, "`generation_suffix` is 5; allowed is a text"),
         ({"compile_config": True}, "`compile_config` is True; allowed is a transformers.CompileConfig"),
         ({"pad_token_id": [5]}, r"`pad_token_id` is \[5\]; allowed are ids"),
         # Values of this model and this call
         ({"suppress_tokens": [3, 100]}, "`suppress_tokens` holds 100; the model has ids from 0 to 99"),
         ({"eos_token_id": 100}, "`eos_token_id` holds 100"),
         ({"max_new_tokens": 600}, "need 619 positions; the model's context allows 512"),
-        ({"stop_strings": ["x"]}, "needs the `tokenizer` argument"),
-        ({"generation_suffix": "x"}, "needs the `tokenizer` argument"),
-        ({"stop_strings": [""], "tokenizer": _Tokenizer()}, "which has no tokens"),
+        ({"stop_strings": ["x"], "tokenizer": None}, "needs the `tokenizer` argument"),
+        ({"generation_suffix": "x", "tokenizer": None}, "needs the `tokenizer` argument"),
+        ({"stop_strings": [""]}, "which has no tokens"),
         # What does not go together
         ({"max_new_tokens": 10, "block_length": 4}, r"`block_length` is 4, which does not divide .* \(10\)"),
         ({"max_new_tokens": 8, "block_length": 4, "steps": 3}, "`steps` is 3, which is no multiple of the number of"),

@@ -6,15 +6,8 @@ import math
 import pytest
 import torch
 
-from tests.test_generation_lladamedv import PIXELS, PROMPT, SUPPRESSED, _Tokenizer, generate
-from tests.tiny import image_prompt, tiny_model
-
-
-class Words(_Tokenizer):
-    """Texts are ids written out, both ways."""
-
-    def decode(self, ids, skip_special_tokens=False):
-        return " ".join(str(int(token)) for token in ids if not (skip_special_tokens and int(token) in SUPPRESSED))
+from tests.test_generation_lladamedv import PIXELS, PROMPT, SUPPRESSED, generate
+from tests.tiny import Words, image_prompt, tiny_model
 
 
 def infill(model, template, prompt=None, pixel_values=PIXELS, **options):
@@ -113,7 +106,7 @@ def test_against_a_plain_loop(template, canvas, choices, per_step, end):
 
 @torch.no_grad()
 def test_the_suffix_is_a_special_case(model):
-    expected = generate(model, max_new_tokens=8, block_length=8, generation_suffix="30 31", tokenizer=_Tokenizer())
+    expected = generate(model, max_new_tokens=8, block_length=8, generation_suffix="30 31")
     output = infill(model, "[[answer:8]] 30 31")
     assert torch.equal(output.sequences, expected.sequences)
     values = list(output.field_confidence[0].values())

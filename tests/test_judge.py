@@ -80,8 +80,7 @@ def test_the_prompt(tmp_path):
         "[Assistant 1]\nSign 0 means that all is well.\n\n[End of Assistant 1]\n\n"
         "[Assistant 2]\nAn answer.\n\n[End of Assistant 2]\n\n"
     )
-    for word in ("helpfulness", "relevance", "accuracy", "level of detail", "1 to 10", "separated by a space", "order"):
-        assert word in instruction
+    assert "one overall score from 1 to 10" in instruction
     swapped = render_messages(record, "An answer.", swapped=True)[1]["content"]
     assert "[Assistant 1]\nAn answer.\n" in swapped and "[Assistant 2]\nSign 0 means" in swapped
     assert "Figure Context" not in render_messages(bare, "")[1]["content"]

@@ -1,3 +1,5 @@
+"""The metric of medical VQA as `evaluate` loads it: text rules, scores, intervals, and what it refuses."""
+
 import doctest
 import itertools
 import json
@@ -86,20 +88,13 @@ def test_every_mark_is_punctuation(code):
         assert code.normalize_answer(f"left{mark}lung {mark}", "vqa_v2") == "leftlung"
 
 
-UNICODE_MARKS = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "P"]
-
-
 def test_every_mark_of_unicode_separates(code):
-    """All 800 and more, one of which once made `**Yes**` a wrong answer."""
-    assert len(UNICODE_MARKS) > 800
-    for mark in [*UNICODE_MARKS, *"|~^$`\u2192\u2713"]:
+    marks = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "P"]
+    assert len(marks) > 800
+    for mark in [*marks, *"|~^$`\u2192\u2713"]:
         assert code.normalize_answer(f"{mark}left{mark}lung{mark}") == "left lung", repr(mark)
-        for answer in ("yes", "no"):
-            for text in (f"{mark}{answer}{mark}", f"{answer}{mark}evidence", f"{answer}{mark} it is"):
-                assert code.score_closed(text, answer)["closed_accuracy"] == 1, repr(text)
-        assert code.score_open(f"the liver{mark}", f"{mark}liver")["open_exact_match"] == 1, repr(mark)
     for letters in ("\uff39\uff25\uff33", "\U0001d5ec\U0001d5d8\U0001d5e6"):  # wide ones, bold ones
-        assert code.score_closed(letters, "Yes")["closed_accuracy"] == 1
+        assert code.normalize_answer(letters) == "yes"
     for invisible in "\u200b\ufeff\u00ad\u2060":
         assert code.normalize_answer(f"{invisible}y{invisible}es{invisible}") == "yes"
 
@@ -129,8 +124,11 @@ def test_closed_answers_are_decided_by_words(metric, prediction, answer, correct
 )  # fmt: skip
 def test_contractions(code, word, full):
     assert code.normalize_answer(word) == full
+
+
+def test_an_unknown_normaliser(code):
     with pytest.raises(ValueError, match="'clean'"):
-        code.normalize_answer(word, "clean")
+        code.normalize_answer("lung", "clean")
 
 
 # Scores
@@ -177,17 +175,14 @@ def test_candidates_compete_by_the_share_of_their_words(metric, prediction, answ
     assert scores["open_candidate_accuracy_llava_med"] == 100 * correct
 
 
-def test_multiset_precision_and_f1_and_exact_match(metric):
+def test_fixed_scores(metric):
     scores = metric.compute(predictions=["lung lung lung heart"], references=[item("lung heart liver")])
     assert scores["open_precision"] == 50 and scores["open_recall"] == pytest.approx(200 / 3)
     assert scores["open_f1"] == pytest.approx(100 * 2 * (1 / 2) * (2 / 3) / (1 / 2 + 2 / 3))
-    assert scores["open_exact_match"] == 0
     assert metric.compute(predictions=["The Lung."], references=[item("lung")])["open_exact_match"] == 100
     swapped = metric.compute(predictions=["Liver, Kidney"], references=[item("Kidney, Liver")])
     assert swapped["open_exact_match"] == 0 and swapped["open_f1"] == 100
-
-
-def test_short_predictions_pay_the_brevity_penalty(metric):
+    # A prediction that is shorter than the truth pays the brevity penalty.
     scores = metric.compute(predictions=["left lung"], references=[item("left lung upper lobe")])
     assert scores["open_bleu_1"] == scores["open_bleu_2"] == pytest.approx(100 * math.exp(1 - 4 / 2))
     assert scores["open_bleu_3"] == 0
@@ -220,18 +215,6 @@ def test_a_type_without_items_has_no_score(metric):
 # Bootstrap
 
 
-def test_intervals_match_the_binomial_distribution(metric):
-    """16 images, half of them right, two questions each: the number right is binomial in images, not in questions."""
-    references = [item("yes", "closed", image_id=image) for image in range(16) for _ in range(2)]
-    predictions = ["yes" if reference["image_id"] < 8 else "no" for reference in references]
-    chances = np.array([math.comb(16, right) for right in range(17)]) / 2**16
-    low, high = (int(np.searchsorted(chances.cumsum(), share)) for share in (0.025, 0.975))
-    assert (low, high) == (4, 12)
-    scores = metric.compute(predictions=predictions, references=references, bootstrap_samples=5_000)
-    assert scores["closed_accuracy_ci95"] == [100 * low / 16, 100 * high / 16]
-    assert scores["closed_accuracy"] == 50
-
-
 def test_intervals_match_all_draws_of_unequal_images(code):
     """Against every one of the 4^4 draws; the larger image weighs more."""
     scores, image_ids = np.array([[1.0], [0], [0], [0], [1], [1], [0.5]]), ["a", "b", "b", "b", "c", "c", "d"]
@@ -239,7 +222,6 @@ def test_intervals_match_all_draws_of_unequal_images(code):
     draws = [np.concatenate(draw).mean() for draw in itertools.product(groups, repeat=4)]
     expected = np.percentile(draws, [2.5, 97.5])
     found = code.bootstrap_intervals(scores, image_ids, samples=20_000, seed=1)
-    assert found.shape == (1, 2)
     assert found[0] == pytest.approx(expected, abs=0.02)
     assert expected[0] > 0 and np.percentile(draws, 10) > expected[0] + 0.05  # other levels would be told apart
 
@@ -264,7 +246,6 @@ def test_bootstrap_is_seeded_and_leaves_open_and_closed_images_apart(metric):
     "predictions, references, options, message",
     [
         (["x", "y"], [item("x")], {}, "2 predictions but 1 references"),
-        (["x"], [item("x"), item("y")], {}, "1 predictions but 2 references"),
         (["x", "y"], [item("x"), {"answer": "y"}], {}, "item number 1 has no answer type"),
         (["x"], [{"id": 17, "answer": "y", "answer_type": None}], {}, "item '17' has no answer type"),
         (["x"], [item("y", "other", id="q3")], {}, "item 'q3' has no answer type.*'other'"),
@@ -282,19 +263,16 @@ def test_bootstrap_is_seeded_and_leaves_open_and_closed_images_apart(metric):
 def test_bad_input(metric, predictions, references, options, message):
     with pytest.raises(ValueError, match=message):
         metric.compute(predictions=predictions, references=references, **options)
-    # The metric is as good as new.
-    assert metric.compute(predictions=["y"], references=[item("y")])["num_open"] == 1
+    assert metric.compute(predictions=["y"], references=[item("y")])["num_open"] == 1, "nothing is left of it"
 
 
-def test_duplicates_are_found_across_batches_and_positions_count_on(metric, tmp_path):
-    metric.add_batch(predictions=["x"], references=[item("x", id="q1")])
-    metric.add_batch(predictions=["y"], references=[item("y", id="q1")])
+def test_items_are_counted_and_compared_across_batches(metric):
+    metric.add_batch(predictions=["x", "y"], references=[item("x", id="q1"), item("y", id="q2")])
+    with pytest.raises(ValueError, match="item number 2 has no answer type"):
+        metric.add(prediction="z", reference={"answer": "z"})
+    metric.add(prediction="z", reference=item("z", id="q1"))
     with pytest.raises(ValueError, match="id 'q1' occurs more than once"):
         metric.compute()
-    other = evaluate.load(str(FOLDER), cache_dir=str(tmp_path))
-    other.add_batch(predictions=["x", "y"], references=[item("x"), item("y")])
-    with pytest.raises(ValueError, match="item number 2 has no answer type"):
-        other.add(prediction="z", reference={"answer": "z"})
 
 
 # Loading

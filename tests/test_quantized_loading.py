@@ -99,16 +99,8 @@ FORMATS = {
     ),
 }  # fmt: skip
 QUANTIZED = [name for name in FORMATS if name != "bfloat16"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    """bitsandbytes warns at every layer of every pass that its 8-bit product casts inputs to float16."""
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
+# It warns at every layer of every pass that its 8-bit product casts inputs to float16.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,10 @@
-"""Repetition control against plain versions of its descriptions, alone, in the loop and in batches."""
-
-import itertools
+"""Repetition control against a plain version; `test_generation_lladamedv.py` has it in the loop."""
 
 import pytest
 import torch
 
 from lladamedv.modeling_lladamedv.repetition_lladamedv import ban_repeated_ngrams
-from tests.brute_force import denoise, would_repeat
-from tests.test_generation_lladamedv import PIXELS, PROMPT, SUPPRESSED, generate
-from tests.tiny import image_prompt
+from tests.brute_force import would_repeat
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -28,30 +24,3 @@ def test_bans_against_trying_every_token(size):
                 assert (value == float("-inf")) == expected
                 banned += expected
     assert banned > 50
-
-
-@pytest.mark.parametrize(
-    ("options", "lengths"),
-    [
-        *itertools.product(
-            [{"repetition_penalty": 1.7}, {"repetition_penalty": 0.6}, {"no_repeat_ngram_size": 1},
-             {"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 3, "repetition_penalty": 0.5}],
-            [(12, 12), (12, 4)],
-        )
-    ],
-    ids=str,
-)  # fmt: skip
-@torch.no_grad()
-def test_against_brute_force(model, options, lengths):
-    length, block_length = lengths
-    prompt = image_prompt(PROMPT)
-    expected, commits, _ = denoise(
-        model, prompt[0].tolist(), PIXELS, length, block_length, length, suppressed=SUPPRESSED,
-        penalty=options.get("repetition_penalty", 1.0), ngram=options.get("no_repeat_ngram_size"),
-    )  # fmt: skip
-    output = generate(model, max_new_tokens=length, block_length=block_length, **options)
-    assert output.sequences[0, prompt.shape[1] :].tolist() == expected
-    order = [(int(step), place) for place, step in enumerate(output.commit_step[0])]
-    assert sorted(order) == sorted(commits)
-    plain = generate(model, max_new_tokens=length, block_length=block_length)
-    assert not torch.equal(plain.sequences, output.sequences), "the option must have had something to do"

@@ -46,11 +46,10 @@ def test_risk_coverage_curve(tmp_path):
 
 def test_line_plots_leave_out_what_is_none(tmp_path):
     pytest.importorskip("matplotlib")
-    points = {"with": [(1, 0.5), (2, None), (4, 0.7)], "without": [(1, 0.5), (4, 0.7)], "other": [(1, 0.5), (4, 0.9)]}
+    points = {"with": [(1, 0.5), (2, None), (4, 0.7)], "without": [(1, 0.5), (4, 0.7)]}
     for name, line in points.items():
         line_plots(tmp_path / name, {"y": {"line": line}, "z": {"line": []}}, "x", "t")
-    assert (pixels(tmp_path / "with") == pixels(tmp_path / "without")).all()
-    assert (pixels(tmp_path / "with") != pixels(tmp_path / "other")).any()
+    assert (pixels(tmp_path / "with") == pixels(tmp_path / "without")).all() and len(blue(tmp_path / "with")[0])
 
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from tests.test_generation_lladamedv import PIXELS, PROMPT, _Tokenizer
-from tests.tiny import image_prompt
+from tests.test_generation_lladamedv import PIXELS, PROMPT
+from tests.tiny import Words, image_prompt
 
 
 MASK = 98
@@ -104,7 +104,7 @@ def test_texts_and_the_end_of_the_answer(model, monkeypatch, ends):
     prompt = image_prompt(PROMPT)
     monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
     monkeypatch.setattr(model.generation_config, "pad_token_id", 91)
-    texts = model.score(prompt, ["7 8", "9"], pixel_values=PIXELS, tokenizer=_Tokenizer())
+    texts = model.score(prompt, ["7 8", "9"], pixel_values=PIXELS, tokenizer=Words())
     ids = model.score(prompt, [[7, 8, 40], [9, 40]], pixel_values=PIXELS, append_eos=False)
     assert torch.equal(texts.log_likelihood, ids.log_likelihood) and texts.num_tokens.tolist() == [[3, 2]]
 

@@ -1,3 +1,5 @@
+"""The metric of repetition as `evaluate` loads it."""
+
 import doctest
 from pathlib import Path
 

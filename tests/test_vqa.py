@@ -11,7 +11,6 @@ from peft import LoraConfig, get_peft_model
 
 from lladamedv.evaluation import vqa
 from lladamedv.evaluation.answering import answer_batch, question_about
-from lladamedv.evaluation.decoding_analysis import analyze_decoding
 from lladamedv.evaluation.published import LLADA_MEDV, PUBLISHED_VQA
 from lladamedv.evaluation.run_settings import model_fingerprint
 from lladamedv.loading import load_model
@@ -23,11 +22,6 @@ SHORT = {"max_new_tokens": 24, "block_length": 8, "steps": 24, "confidence_thres
 
 
 @pytest.fixture(scope="module")
-def demo(shipped):
-    return shipped
-
-
-@pytest.fixture(scope="module")
 def phantoms():
     return load_vqa("phantoms", path="9000:8")
 
@@ -36,14 +30,14 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "predictions.jsonl").open()]
 
 
-def run(demo, data, folder, **more):
+def run(shipped, data, folder, **more):
     dataset, report = data
     more = {"options": SHORT, "bootstrap_samples": 20, "batch_size": 3, **more}
-    return vqa.evaluate_vqa(*demo, dataset, report, folder, model_name="demo", **more)
+    return vqa.evaluate_vqa(*shipped, dataset, report, folder, model_name="demo", **more)
 
 
-def test_report_and_files(demo, phantoms, tmp_path):
-    summary = run(demo, phantoms, tmp_path)
+def test_report_and_files(shipped, phantoms, tmp_path):
+    summary = run(shipped, phantoms, tmp_path)
     records = lines(tmp_path)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert summary["complete"] and summary["coverage"] == 1 and summary["num_questions"] == 8
@@ -65,15 +59,18 @@ def test_report_and_files(demo, phantoms, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_finished_run_is_not_asked_again(demo, phantoms, tmp_path, monkeypatch):
-    demo[1].tokenizer(["a", "a a"], truncation=True, max_length=5)  # which leaves its traces in the tokenizer
-    summary = run(demo, phantoms, tmp_path)
+def test_a_finished_run_is_not_asked_again(shipped, phantoms, tmp_path, monkeypatch):
+    shipped[1].tokenizer(["a", "a a"], truncation=True, max_length=5)  # which leaves its traces in the tokenizer
+    summary = run(shipped, phantoms, tmp_path)
     monkeypatch.setattr(vqa, "answer_batch", lambda *arguments, **options: pytest.fail("asked again"))
-    assert run(demo, phantoms, tmp_path) == summary
-    with pytest.raises(ValueError, match=r"\(decoding.steps: 24 there, 12 here\)"):
-        run(demo, phantoms, tmp_path, options=SHORT | {"steps": 12})
-    with pytest.raises(ValueError, match="scoring: 'generate' there, 'likelihood' here"):
-        run(demo, phantoms, tmp_path, scoring="likelihood")
+    assert run(shipped, phantoms, tmp_path) == summary
+    for changed, told in (
+        ({"options": SHORT | {"steps": 12}}, r"\(decoding.steps: 24 there, 12 here\)"),
+        ({"scoring": "likelihood"}, "scoring: 'generate' there, 'likelihood' here"),
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            run(shipped, phantoms, tmp_path, **changed)
 
 
 CHANGES = {
@@ -99,9 +96,9 @@ def test_a_run_does_not_continue_with_something_else_in_force(phantoms, tmp_path
         run((model, processor), phantoms, tmp_path, options=ONE_STEP)
 
 
-def test_runs_of_the_first_version_continue(demo):
+def test_runs_of_the_first_version_continue(shipped):
     """The digest of weights is what version 0.1.0 wrote."""
-    assert model_fingerprint(demo[0]) == "075ff20c14dbe1cdb614a30b418f9ca2c15e7937180416f896de768ae2dffa52"
+    assert model_fingerprint(shipped[0]) == "075ff20c14dbe1cdb614a30b418f9ca2c15e7937180416f896de768ae2dffa52"
 
 
 def test_adapters_are_told_apart_by_their_strength():
@@ -113,46 +110,39 @@ def test_adapters_are_told_apart_by_their_strength():
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_offloaded_models_are_evaluated(demo, phantoms, tmp_path):
-    expected = run(demo, phantoms, tmp_path / "whole", options=ONE_STEP)
-    summary = run((cpu_offload(load_model()[0]), demo[1]), phantoms, tmp_path / "offloaded", options=ONE_STEP)
+def test_offloaded_models_are_evaluated(shipped, phantoms, tmp_path):
+    expected = run(shipped, phantoms, tmp_path / "whole", options=ONE_STEP)
+    summary = run((cpu_offload(load_model()[0]), shipped[1]), phantoms, tmp_path / "offloaded", options=ONE_STEP)
     assert summary["scores"] == expected["scores"] and summary["model_sha256"] == expected["model_sha256"]
 
 
 @pytest.mark.parametrize("change", ["question", "answer", "image", "answer_type"])
-def test_a_run_does_not_continue_with_other_data(demo, phantoms, tmp_path, change):
+def test_a_run_does_not_continue_with_other_data(shipped, phantoms, tmp_path, change):
     """Of the same ids: an answer that was mended must be scored anew, another picture seen anew."""
-    run(demo, phantoms, tmp_path, options=ONE_STEP)
+    run(shipped, phantoms, tmp_path, options=ONE_STEP)
     rows = phantoms[0].cast_column("image", Image(decode=False)).to_list()
     other = {"open": "closed", "closed": "open"}[rows[3]["answer_type"]]
     rows[3][change] = {"image": rows[4]["image"], "answer_type": other}.get(change, "other")
     data = Dataset.from_list(rows, features=VQA_FEATURES), phantoms[1]
     with pytest.raises(ValueError, match="data_sha256"):
-        run(demo, data, tmp_path, options=ONE_STEP)
+        run(shipped, data, tmp_path, options=ONE_STEP)
 
 
-def test_models_in_training_answer_as_in_evaluation(demo, phantoms, tmp_path):
+def test_models_in_training_answer_as_in_evaluation(shipped, phantoms):
     """Dropout would make each answer a matter of chance."""
     model, processor = load_model()
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
     chats = [question_about(row["image"], row["question"]) for row in phantoms[0]]
-    expected = [answer.text for answer in answer_batch(*demo, chats, **SHORT)]
+    expected = [answer.text for answer in answer_batch(*shipped, chats, **SHORT)]
     assert [answer.text for answer in answer_batch(model.train(), processor, chats, **SHORT)] == expected
-    analyze_decoding(
-        model.train(), processor, phantoms[0], tmp_path, steps=[24], max_new_tokens=[24], block_length=[8],
-        report=lambda line: None, bootstrap_samples=0,
-    )  # fmt: skip
-    rows = [json.loads(line) for line in (tmp_path / "L24-B8-Z24" / "predictions.jsonl").open()]
-    slow = {**SHORT, "confidence_threshold": None}
-    assert [row["prediction"] for row in rows] == [answer.text for answer in answer_batch(*demo, chats, **slow)]
 
 
-def test_closed_questions_by_likelihood(demo, phantoms, tmp_path):
+def test_closed_questions_by_likelihood(shipped, phantoms, tmp_path):
     """The answer is the one that the bound prefers, computed here candidate by candidate."""
-    summary = run(demo, phantoms, tmp_path, scoring="likelihood")
-    model, processor = demo
+    summary = run(shipped, phantoms, tmp_path, scoring="likelihood")
+    model, processor = shipped
     methods = {}
     for record, row in zip(lines(tmp_path), phantoms[0]):
         methods.setdefault(record["method"], []).append(record["reference"].lower())
@@ -170,13 +160,13 @@ def test_closed_questions_by_likelihood(demo, phantoms, tmp_path):
     assert summary["complete"] and summary["scoring"] == "likelihood"
 
 
-def test_what_cannot_be_read_or_scored_is_counted(demo, phantoms, tmp_path):
+def test_what_cannot_be_read_or_scored_is_counted(shipped, phantoms, tmp_path):
     """A damaged image and an empty reference: both named, neither averaged over."""
     rows = phantoms[0].cast_column("image", Image(decode=False)).to_list()
     rows[1]["image"] = {"bytes": b"\x89PNG\r\n\x1a\n and then nothing", "path": None}
     rows[2]["answer"] = " "
     data = Dataset.from_list(rows, features=VQA_FEATURES), phantoms[1]
-    summary = run(demo, data, tmp_path / "damaged")
+    summary = run(shipped, data, tmp_path / "damaged")
     assert not summary["complete"] and summary["failed"] == [rows[1]["id"]]
     assert summary["without_reference"] == [rows[2]["id"]] and summary["num_scored"] == 6
     text = (tmp_path / "damaged" / "summary.md").read_text()
@@ -184,17 +174,17 @@ def test_what_cannot_be_read_or_scored_is_counted(demo, phantoms, tmp_path):
     records = lines(tmp_path / "damaged")
     assert records[1]["prediction"] is None
     assert f"image of question {rows[1]['id']!r} cannot be read" in records[1]["error"]
-    others = run(demo, (phantoms[0].select([0, 3, 4, 5, 6, 7]), phantoms[1]), tmp_path / "others")
+    others = run(shipped, (phantoms[0].select([0, 3, 4, 5, 6, 7]), phantoms[1]), tmp_path / "others")
     assert summary["scores"] == others["scores"]
 
     for row in rows:
         row["image"] = rows[1]["image"]
-    summary = run(demo, (Dataset.from_list(rows, features=VQA_FEATURES), phantoms[1]), tmp_path / "none")
+    summary = run(shipped, (Dataset.from_list(rows, features=VQA_FEATURES), phantoms[1]), tmp_path / "none")
     assert summary["scores"] is None and not summary["complete"] and summary["coverage"] == 0
     assert "No question could be scored." in (tmp_path / "none" / "summary.md").read_text()
 
 
-def test_bad_input_before_anything_is_asked(demo, phantoms, tmp_path, monkeypatch):
+def test_bad_input_before_anything_is_asked(shipped, phantoms, tmp_path, monkeypatch):
     monkeypatch.setattr(vqa, "answer_batch", lambda *arguments, **options: pytest.fail("asked"))
     doubled = Dataset.from_list([phantoms[0][0]] * 2, features=VQA_FEATURES)
     for dataset, more, message in (
@@ -204,7 +194,7 @@ def test_bad_input_before_anything_is_asked(demo, phantoms, tmp_path, monkeypatc
         (doubled, {}, "'phantoms/9000/0' more than once"),
     ):
         with pytest.raises(ValueError, match=message):
-            run(demo, (dataset, phantoms[1]), tmp_path, **more)
+            run(shipped, (dataset, phantoms[1]), tmp_path, **more)
     assert not list(tmp_path.iterdir())
 
 
@@ -219,8 +209,8 @@ def test_published_numbers_are_fractions_of_the_test_sets():
         assert PUBLISHED_VQA[benchmark][model][1] == round(100 * right / closed, 2)
 
 
-def test_published_results_stand_beside_ones_own(demo, phantoms, tmp_path):
-    summary = run(demo, phantoms, tmp_path)
+def test_published_results_stand_beside_ones_own(shipped, phantoms, tmp_path):
+    summary = run(shipped, phantoms, tmp_path)
     assert "table 2" not in vqa.render_summary(summary)  # nothing was published on phantoms
     report = VQAReport("", benchmark="slake")
     text = vqa.render_summary(summary | {"benchmark": "slake", "data": report.as_dict()})

@@ -102,6 +102,17 @@ def random_image(width: int = 40, height: int = 30, seed: int = 0) -> Image.Imag
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+class Words:
+    """A tokenizer of which texts are ids written out."""
+
+    def __call__(self, text, add_special_tokens=False):
+        self.input_ids = [int(word) for word in text.split()]
+        return self
+
+    def decode(self, ids, **kwargs):
+        return " ".join(str(int(token)) for token in torch.as_tensor(ids).flatten())
+
+
 def image_prompt(question=(5, 6, 7), num_images: int = 1) -> torch.LongTensor:
     """A prompt `(1, …)` for `small_vocabulary_config` with image tokens of one-tile images in front."""
     tokens = num_images * (TILE // PATCH) ** 2

@@ -30,7 +30,7 @@ class LLaDAMedV(lmms):
     Of the generation arguments that a task or --gen_kwargs brings, `until` cuts the finished answer. The others give
     way to the model arguments and their defaults, with a warning where they differ; an option of the diffusion among
     them is an error, unless the response cache has all answers and the model is not asked. Do not use that cache with a
-    `temperature` above 0 or `remasking=random`: it would take the first answers drawn for the only ones.
+    `temperature` above 0 or `remasking=random`: it would repeat the answers that were sampled first.
 
     Under `accelerate launch` each process has a copy of the model and answers its part of the questions.
 

@@ -1,8 +1,8 @@
-"""Options of the diffusion as lmms-eval's model arguments, and what becomes of the ones that a task brings along.
+"""Options of the diffusion as lmms-eval's model arguments, and the treatment of a task's own generation arguments.
 
-They are model arguments because lmms-eval's response cache keeps answers apart by the model arguments, but of a task's
-generation arguments by the usual autoregressive ones only: with the number of steps among the latter, a second run with
-other steps would be given the answers of the first.
+They are model arguments because lmms-eval's response cache keys answers by all model arguments, but only by the usual
+autoregressive ones of a task's generation arguments: with the number of steps among these, a run with other steps would
+get the answers of the first.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 from transformers import GenerationConfig
 
+from lladamedv.evaluation.published import VQA_DECODING
 from lladamedv.modeling_lladamedv import LLaDAMedVGenerationConfig
 from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
 
 
-DEFAULT_LENGTH = 64  # LLaDA-MedV's L = B = Z for VQA (arXiv 2508.01617)
 # All that change the answer and can be written as text.
 GENERATION_OPTIONS = tuple(
     name for name, each in OPTIONS.items() if each.role != "report" and each.types and name != "transformers_version"
@@ -37,7 +37,7 @@ def parse_generation_options(arguments: Mapping[str, object], others: tuple[str,
     Raises:
         ValueError: for a name that is not in `GENERATION_OPTIONS`, or a value that is not allowed.
     """
-    options = {"max_new_tokens": DEFAULT_LENGTH}
+    options = {"max_new_tokens": VQA_DECODING["max_new_tokens"]}
     for name, value in arguments.items():
         if name not in GENERATION_OPTIONS:
             raise ValueError(
@@ -54,16 +54,16 @@ def parse_generation_options(arguments: Mapping[str, object], others: tuple[str,
 
 
 def ignored_arguments(arguments: Mapping[str, object], in_force: Mapping[str, object]) -> dict:
-    """The generation arguments of a task that the options in force contradict. They give way; only `until` is followed.
+    """The generation arguments of a task that the options in force contradict. They are ignored, except for `until`.
 
     Raises:
-        ValueError: for an option that only masked-diffusion models have: nothing but a misunderstanding puts it there.
+        ValueError: for an option that only masked-diffusion models have, which belongs among the model arguments.
     """
     for name in arguments:
         if name in OPTIONS and name not in vars(GenerationConfig()):
             raise ValueError(
-                f"`{name}` is {arguments[name]!r} among the generation arguments of a task; allowed is it among "
-                "--model_args, because the response cache does not tell generation arguments of this name apart."
+                f"`{name}` is {arguments[name]!r} among the generation arguments of a task; set it in --model_args, "
+                "because the response cache ignores generation arguments of this name."
             )
     return {
         name: value
@@ -79,4 +79,4 @@ def cut_at(text: str, until: str | list[str] | None) -> str:
     return text
 
 
-__all__ = ["DEFAULT_LENGTH", "GENERATION_OPTIONS", "cut_at", "ignored_arguments", "parse_generation_options"]
+__all__ = ["GENERATION_OPTIONS", "cut_at", "ignored_arguments", "parse_generation_options"]

@@ -11,13 +11,12 @@ import hashlib
 from datasets import Dataset, Image
 
 from lladamedv.evaluation.medical_vqa.medical_vqa import ANSWER_TYPES, complete_reference, score_closed, score_open
-from lladamedv.processing.datasets.columns import answer_text, derived_answer_type
+from lladamedv.processing.datasets.columns import COLUMNS, answer_text, derived_answer_type
 
 
 _SCORE = dict(zip(ANSWER_TYPES, (score_open, score_closed)))
 SCORES = {answer_type: tuple(score("yes", "yes")) for answer_type, score in _SCORE.items()}
 COUNTS = ("num_open", "num_closed", "num_empty_predictions")
-_IMAGE_NAMES = ("image_id", "image_name", "img_name", "img_id")
 
 
 def process_docs(dataset: Dataset) -> Dataset:
@@ -39,7 +38,7 @@ def process_docs(dataset: Dataset) -> Dataset:
         if not question:
             raise ValueError(f"row {row} has no question: {dataset[row]['question']!r}")
         checked.append(complete_reference("", {"answer": answer, "answer_type": answer_type}, f"row {row}"))
-    name = next((name for name in _IMAGE_NAMES if name in names), None)
+    name = next((name for name in COLUMNS["image_id"] if name in names), None)
     files = dataset.cast_column("image", Image(decode=False))["image"]
     image_ids = map(_file_hash, files) if name is None else map(str, dataset[name])
     rows = dataset.select_columns(["image"]).add_column("question", questions).add_column("answer", answers)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
-from tests.tiny import randomize
+from tests.tiny import Words, randomize
 
 
 WORDS, BOS, END, MASK, IMAGE, VOCABULARY = 30, 30, 31, 38, 39, 40  # ids below WORDS are ordinary ones
@@ -20,23 +20,12 @@ TILE, PATCH, TILES = 16, 8, 5
 IMAGE_SIZES = [(16, 16), (40, 20), (16, 48), (7, 25)]  # height and width, in pixels
 
 
-class Words:
-    """A tokenizer of which texts are ids written out."""
-
-    def __call__(self, text, add_special_tokens=False):
-        self.input_ids = [int(word) for word in text.split()]
-        return self
-
-    def decode(self, ids, **kwargs):
-        return "".join(f"{int(token)} " for token in torch.as_tensor(ids).flatten())
-
-
 # Models
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """`kind` is an aspect ratio, or "text" for a model without eyes; the seed also decides the size."""
+    """`kind` is an aspect ratio, or "text" for a model without images; the seed also decides the size."""
 
     kind: str
     seed: int
@@ -232,13 +221,6 @@ def generation_options(draw, sampled=True, ends=True, masks=False, cached=False)
 
 
 END_OPTIONS = ("eos_token_id", "stop_strings", "min_new_tokens", "defer_eos")
-
-
-def stop_sequences(options: dict) -> list[list[int]]:
-    """What ends an answer with these options, in the order in which it is looked for."""
-    eos, texts = options.get("eos_token_id", []), options.get("stop_strings", [])
-    texts = [texts] if isinstance(texts, str) else texts
-    return [[token] for token in ([eos] if isinstance(eos, int) else eos)] + [Words()(text).input_ids for text in texts]
 
 
 def generate(spec: ModelSpec, batch, options: dict, padding: Padding = Padding(), seed: int = 0, **more):

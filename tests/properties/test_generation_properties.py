@@ -11,19 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import TextIteratorStreamer
 
-from tests.brute_force import (
-    above_threshold,
-    by_entropy_bound,
-    by_factor,
-    denoise,
-    largest_margin,
-    most_probable,
-    smallest_entropy,
-)
+from tests.brute_force import above_threshold, generated, published, rule_of, stop_sequences
 from tests.properties.cases import (
     IMAGE,
     MASK,
-    Words,
     build_model,
     collate,
     generate,
@@ -32,8 +23,8 @@ from tests.properties.cases import (
     infill,
     infill_cases,
     paddings,
-    stop_sequences,
 )
+from tests.tiny import Words
 
 
 seeds = st.integers(0, 2**32 - 1)
@@ -318,24 +309,13 @@ def test_the_published_loop(case, stop):
     options |= {} if stop is None else {"stop_strings": stop}
     options["suppress_tokens"] = [*options.get("suppress_tokens", [MASK]), IMAGE]  # the loop would look for its picture
     output, inputs = generate(spec, batch, options)
-    chosen = {"low_confidence": most_probable, "margin": largest_margin, "entropy": smallest_entropy}
-    rules = {"confidence_threshold": decided_threshold, "factor": by_factor, "entropy_bound": by_entropy_bound}
-    adaptive = [rule(options[name]) for name, rule in rules.items() if name in options]
+    choose, _ = rule_of(options)
+    if "confidence_threshold" in options:
+        choose = decided_threshold(options["confidence_threshold"])
     images = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-    length = options["max_new_tokens"]
-    expected, commits, forwards = denoise(
-        WithImages(build_model(spec), images), inputs["input_ids"][0].tolist(), images or None, length,
-        options["block_length"], options.get("steps", length), options["cfg_scale"],
-        suppressed=options["suppress_tokens"], stops=stop_sequences(options),
-        suffix=Words()(options.get("generation_suffix", "")).input_ids,
-        choose=adaptive[0] if adaptive else chosen[options["remasking"]], adaptive=bool(adaptive),
-        initial=options.get("initial_canvas_length"), suffix_blocks=options.get("suffix_blocks"),
-        penalty=options["repetition_penalty"], ngram=options.get("no_repeat_ngram_size"),
-    )  # fmt: skip
-    assert output.sequences[0, inputs["input_ids"].shape[1] :].tolist() == expected
-    assert output.num_forwards.tolist() == [forwards]
-    order = [(int(step), place) for place, step in enumerate(output.commit_step[0]) if step >= 0]
-    assert sorted(order) == sorted(commits)
+    model = WithImages(build_model(spec), images)
+    expected = published(model, inputs["input_ids"], images or None, options, choose=choose)
+    assert generated(output, inputs["input_ids"]) == expected
 
 
 # Templates
@@ -375,13 +355,6 @@ def test_a_filled_in_template_does_not_depend_on_its_batch(case, padding):
     for row, prompt in enumerate(case.batch):
         alone, _ = infill(case, batch=[prompt])
         assert_same_report(alone, 0, together, row)
-
-
-@given(case=infill_cases(), paddings=st.lists(paddings, min_size=2, max_size=2), seed=seeds)
-def test_the_padding_of_a_templates_prompt_does_not_matter(case, paddings, seed):
-    (report, _), (other, _) = (infill(case, padding, seed) for padding in paddings)
-    for row in range(len(case.batch)):
-        assert_same_report(report, row, other, row)
 
 
 def assert_same_report(report, row, other, other_row):
