@@ -80,7 +80,7 @@ class StepHooks:
         """What follows from what is committed."""
 
 
-_KNOWN = ("block", "step", "age", "interval", "finished", "broken")  # of each row
+_KNOWN = ("block", "step", "age", "initial", "interval", "finished", "broken")  # of each row
 
 
 class Progress:
@@ -95,6 +95,7 @@ class Progress:
         self.block, self.step = state.block.tolist(), [0] * len(state.block)
         self.age = [0] * len(state.block)  # steps since the row's states were refreshed
         self.interval = state.interval.tolist()  # after how many they are
+        self.initial = state.initial.tolist()
         self.finished = [False] * len(state.block)
         self.broken = [-1] * len(state.block)  # first forward pass whose logits were not finite
         # The schedule of a block full of masks; commits that may be masks, or wholes, are not foreseen.
@@ -160,7 +161,7 @@ class Progress:
 # Tensors with an entry for each row.
 _OF_ROWS = (
     "prompt_ids", "prompt_embeds", "prompt_mask", "prompt_lengths", "prompt_positions", "canvas", "absent", "stop",
-    "block", "step", "masks_at_start", "finished", "broken", "interval", "num_forwards", "num_full_forwards",
+    "block", "step", "initial", "masks_at_start", "finished", "broken", "interval", "num_forwards", "num_full_forwards",
     "commit_step", "commit_confidence",
 )  # fmt: skip
 
@@ -211,6 +212,7 @@ class DenoisingState:
         self.prompt_ids = prompt_ids
         self.prompt_embeds = self.cache = None  # as soon as the loop begins
         self.positions = torch.arange(length, device=device)
+        self.initial = torch.full((batch,), options.initial_canvas_length or length, device=device)  # of the canvas
         self.stop = torch.full((batch,), length, device=device)  # first position that is not part of the answer
         masks = self._masks_per_block(canvas)
         self.block = (masks > 0).byte().argmax(dim=1)  # the first with masks
@@ -301,22 +303,16 @@ class DenoisingState:
 
     # What stands in the row
 
-    @property
-    def always_whole(self) -> bool:
-        """Whether the rows are all of one length, and stay so."""
-        growing = self.options.initial_canvas_length not in (None, len(self.positions))
-        return not growing and self.options.suffix_blocks is None and self.absent is None
+    def canvas_length(self, block, initial):
+        """How long a row's canvas is by now, for the number of its block and its first length, or those of many."""
+        full, end = len(self.positions), (block + 1) * self.block_length
+        if isinstance(block, torch.Tensor):
+            return torch.maximum(end, initial).clamp(max=full)
+        return min(max(end, initial), full)
 
-    def canvas_length(self, block):
-        """How long a row's canvas is by now, for the number of its block or for those of many rows."""
-        full = len(self.positions)
-        initial = self.options.initial_canvas_length or full
-        end = (block + 1) * self.block_length
-        return end.clamp(min=initial, max=full) if isinstance(block, torch.Tensor) else min(max(end, initial), full)
-
-    def canvas_in_row(self, block):
+    def canvas_in_row(self, block, initial):
         """Up to where a row's canvas takes part in a pass, as [`canvas_length`]."""
-        end = self.canvas_length(block)
+        end = self.canvas_length(block, initial)
         if self.options.suffix_blocks is None:
             return end
         seen = (block + 1 + self.options.suffix_blocks) * self.block_length
@@ -328,13 +324,13 @@ class DenoisingState:
 
     def tail_position_ids(self, rows):
         """Position of each place of canvas and suffix, `(rows, tail)`; the suffix stands behind the canvas as it is."""
-        length = self.canvas_length(self.block[rows])
+        length = self.canvas_length(self.block[rows], self.initial[rows])
         suffix = length[:, None] + torch.arange(len(self.suffix), device=self.suffix.device)
         return self.prompt_lengths[rows, None] + torch.cat([self.positions.expand(len(rows), -1), suffix], dim=1)
 
     def tail_mask(self, rows):
         """Which places of canvas and suffix are attended to, `(rows, tail)`."""
-        there = self.positions < self.canvas_in_row(self.block[rows])[:, None]
+        there = self.positions < self.canvas_in_row(self.block[rows], self.initial[rows])[:, None]
         if self.absent is not None:
             there = there & ~self.absent[rows]
         return torch.cat([there, there.new_ones(len(rows), len(self.suffix))], dim=1)
@@ -356,7 +352,7 @@ class DenoisingState:
         progress = self.progress
         rows = [row for row in self.kept if not progress.finished[row]]
         if not self.options.use_cache:
-            return [self._pass(self.kept)]
+            return [self.whole_pass(self.kept)]
         full = [row for row in rows if progress.step[row] == 0 or progress.age[row] >= progress.interval[row]]
         rest = [row for row in rows if row not in full]
         if full and rest and self.waited < self.patience:
@@ -365,7 +361,7 @@ class DenoisingState:
             self.waited = 0
         if rest and not self.packs and self.options.cache_implementation == "dual" and self.drift is None:
             rest = self.kept  # one shape; what it says of the others is overwritten by the full pass
-        return self.partial_passes(rest) + ([self._pass(full)] if full else [])
+        return self.partial_passes(rest) + ([self.whole_pass(full)] if full else [])
 
     def partial_passes(self, rows: list[int]) -> list[ForwardPass]:
         """Partial passes that run all of `rows`."""
@@ -376,10 +372,14 @@ class DenoisingState:
         groups = {start: [row for row, own in zip(rows, starts) if own == start] for start in sorted(set(starts))}
         return [self._pass(group, True, start) for start, group in groups.items()]
 
+    def whole_pass(self, rows: list[int]) -> ForwardPass:
+        """A pass over all of `rows`."""
+        return self._pass(rows)
+
     def _pass(self, numbers: list[int], partial: bool = False, start: int | None = None) -> ForwardPass:
         progress = self.progress
         counted = [row for row in numbers if not progress.finished[row]] or numbers
-        ends = {self.canvas_in_row(progress.block[row]) for row in counted}
+        ends = {self.canvas_in_row(progress.block[row], progress.initial[row]) for row in counted}
         everywhere = not self.is_padded and self.absent is None
         everywhere &= len(ends) == 1 and (not partial or ends == {len(self.positions)})
         return ForwardPass(numbers, self.index(numbers), max(ends), everywhere, partial, start)
@@ -419,6 +419,12 @@ class DenoisingState:
         return self.schedule[self.masks_at_start, step]
 
     # What a step changes
+
+    def grow(self, rows: list[int]):
+        """Make the canvas of `rows` a block longer before their first step, for which a pass was run."""
+        for row in rows:
+            self.progress.initial[row] += self.block_length
+        self.initial.index_add_(0, self.index(rows), torch.full_like(self.index(rows), self.block_length))
 
     def note_broken(self, found: CandidateLogits):
         """Take note of rows whose logits are not finite."""

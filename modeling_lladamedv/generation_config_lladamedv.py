@@ -175,9 +175,9 @@ def resolve_generation_config(
             f"are {[size for size in range(1, length + 1) if length % size == 0]}.",
             "block_length", "max_new_tokens",
         )  # fmt: skip
-    for name in ("min_new_tokens", "defer_eos"):
+    for name in ("min_new_tokens", "defer_eos", "grow_until_eos_confidence"):
         if getattr(options, name) and options.eos_token_id is None:
-            message = f"`{name}` is {getattr(options, name)}, but there is no `eos_token_id` to hold back."
+            message = f"`{name}` is {getattr(options, name)}, but there is no `eos_token_id`."
             raise GenerationOptionError(message, name)
     if (options.min_new_tokens or 0) > length:
         message = f"`min_new_tokens` is {options.min_new_tokens}; it must be at most `max_new_tokens` ({length})."
@@ -214,6 +214,12 @@ def _check_combinations(options) -> None:
             f"`initial_canvas_length` is {initial}; allowed are multiples of `block_length` ({block}) up to "
             f"`max_new_tokens` ({options.max_new_tokens}).",
             "initial_canvas_length", "block_length", "max_new_tokens",
+        )  # fmt: skip
+    if options.grow_until_eos_confidence is not None and initial is None:
+        raise GenerationOptionError(
+            f"`grow_until_eos_confidence` is {options.grow_until_eos_confidence}, but `initial_canvas_length` is None: "
+            "say from which length the canvas grows.",
+            "grow_until_eos_confidence", "initial_canvas_length",
         )  # fmt: skip
     if options.abstention_threshold is not None and not options.return_dict_in_generate:
         raise GenerationOptionError(

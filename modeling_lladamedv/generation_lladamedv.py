@@ -24,6 +24,7 @@ from .repetition_lladamedv import ban_repeated_ngrams
 # cache, on a GPU what keeps it busy.
 _ELEMENTS_CPU = 2**18
 _ELEMENTS_GPU = 2**24
+END_WINDOW = 32  # places at the end of a canvas that say whether it is long enough
 
 
 @dataclass
@@ -177,12 +178,50 @@ class LLaDAMedVGenerationMixin:
                     num_rows, text_config.num_key_value_heads, text_config.head_dim, state.prompt_embeds.dtype,
                     state.prompt_embeds.device,
                 )  # fmt: skip
+        if options.grow_until_eos_confidence is not None:
+            self._grow_canvas(state)
         if options.compile_config is not None:  # a captured graph finds what it changes where it was
             layers = state.cache.layers if options.use_cache else ()
             for tensor in [*vars(state).values(), *(each for layer in layers for each in (layer.keys, layer.values))]:
                 if isinstance(tensor, torch.Tensor):
                     torch._dynamo.mark_static_address(tensor, guard=False)
         return embedded.image_outputs
+
+    def _grow_canvas(self, state: DenoisingState) -> None:
+        """Lengthen each row's canvas of masks until the model puts an end into it (DAEDAL, arXiv 2508.00819, stage 1).
+
+        One pass over the row a length. The confidence is the sum of the probabilities of an end at the last places
+        whose most probable token is one, [`END_WINDOW`] at most, divided by that number.
+        """
+        options, full = state.options, len(state.positions)
+        ends, window = state.deferred, state.positions.expand(len(state.canvas), -1)
+        growing = [row for row, length in enumerate(state.progress.initial) if length < full]
+        while growing:
+            each = state.whole_pass(growing)
+            if state.drift is not None:
+                state.drift.begin_step(state)
+            candidates = torch.zeros_like(window, dtype=torch.bool)
+            candidates[each.rows] = state.positions < state.initial[each.rows, None]
+            found = self._candidate_logits(state, window, candidates, each, whole=True)
+            state.note_broken(found)
+            state.num_forwards[each.rows] += 1
+            state.num_full_forwards[each.rows] += 1
+            probability = torch.zeros_like(window, dtype=torch.float64)
+            for part, slots in zip(
+                *(values.split(_rows_at_a_time(found.logits)) for values in (found.logits, found.slots))
+            ):
+                of_ends = part.double().softmax(dim=-1)[:, ends].sum(dim=-1)
+                is_end = torch.isin(part.argmax(dim=-1), ends)
+                probability.view(-1).index_copy_(0, slots, torch.where(is_end, of_ends, 0.0))
+            probability = torch.where(candidates, probability, 0.0).flip(1)
+            counted = (probability > 0).cumsum(dim=1) <= END_WINDOW
+            of = state.initial.clamp(max=END_WINDOW)
+            unsure = (probability * counted).sum(dim=1) / of < options.grow_until_eos_confidence
+            unsure = unsure.tolist()
+            growing = [row for row in growing if unsure[row]]
+            if growing:
+                state.grow(growing)
+            growing = [row for row in growing if state.progress.initial[row] < full]
 
     def finish_denoising(self, state: DenoisingState, history=None) -> LLaDAMedVGenerationOutput:
         """Step 2 of [`generate`], for rows that are finished."""
@@ -213,7 +252,7 @@ class LLaDAMedVGenerationMixin:
             streamer.put(state.prompt_ids.cpu())
 
         # 1. While a row is unfinished, one forward pass over all unfinished rows:
-        history = []
+        history = [state.canvas.clone()] * int(state.num_forwards.max()) if state.options.output_history else []
         streamed = 0
         while not state.is_finished:
             self.denoising_step(state)

@@ -149,6 +149,14 @@ _TABLE = (
         "Begin with a canvas of this length, a multiple of `block_length`, and make it a block longer whenever it is "
         "full and no end has appeared, up to `max_new_tokens`. If unset, the canvas has its full length at once.",
     ),
+    _number(
+        "grow_until_eos_confidence",
+        "With `initial_canvas_length`: before the first step, make the canvas a block longer until the model is this "
+        "sure that the answer ends in it (DAEDAL, arXiv 2508.00819, stage 1), which takes a forward pass a length. Its "
+        "confidence is the sum of the probabilities of `eos_token_id` and `pad_token_id` at the last 32 places whose "
+        "most probable token is one of them, divided by 32. In (0, 1]; the paper uses 0.5.",
+        most=1,
+    ),
     _count(
         "suffix_blocks",
         "Keep only this many blocks of masks right of the current one in the row and drop the rest (DPad, arXiv "

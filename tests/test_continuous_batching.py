@@ -21,7 +21,7 @@ OPTIONS = [
     {"use_cache": True, "cache_implementation": "prefix"},
     {"use_cache": True, "confidence_threshold": 0.02},
     {"cfg_scale": 1.5, "use_cache": True},
-    {"initial_canvas_length": 4},
+    {"initial_canvas_length": 4, "grow_until_eos_confidence": 0.02},
     {"use_cache": True, "cache_drift_bound": 0.001},
     {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "schedule_shift": 3.0},
 ]
@@ -48,7 +48,7 @@ class Requests:
                 st.lists(st.integers(5, 40), min_size=1, max_size=40).map(tuple),
                 st.integers(0, len(OPTIONS) - 1),
                 st.sampled_from([12, 24]),
-                st.integers(0, 89),
+                st.integers(0, 49),
             ),
             st.integers(0, 5),  # steps before the next arrives
             st.sampled_from([None] * 5 + [0, 3]),  # steps until it is cancelled

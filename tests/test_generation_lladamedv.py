@@ -410,3 +410,41 @@ def test_half_precision(dtype, cache):
     output = generate(tiny_model().to(dtype), max_new_tokens=12, block_length=4, **cache)
     assert not (output.sequences == 98).any() and output.commit_confidence.dtype == torch.float64
     assert (output.commit_confidence > 0).all() and (output.commit_confidence <= 1).all()
+
+
+@torch.no_grad()
+def test_growth_until_an_end_is_seen_against_a_plain_loop():
+    """The length that a loop over whole rows finds; then the answer is that of a canvas which begins so long."""
+    model, options = tiny_model(seed=1), {"max_new_tokens": 64, "block_length": 8}
+    prompts = [image_prompt(PROMPT), image_prompt((9, 8, 7))]
+    model.lm_head.weight *= 30  # surer than a random one
+    canvas = torch.full((1, 64), 98)
+    proposed = model(torch.cat([prompts[0], canvas], dim=1), pixel_values=PIXELS).logits[0, -64:].argmax(-1)
+    ends = options["eos_token_id"] = proposed.unique()[::2].tolist()  # some of what it proposes
+    bounds = torch.linspace(0.02, 0.9, 12).tolist()
+    lengths = []
+    for prompt, bound in itertools.product(prompts, bounds):
+        length, passes = 8, 0
+        while length < 64:
+            ids = torch.cat([prompt, torch.full((1, length), 98)], dim=1)
+            probability = model(ids, pixel_values=PIXELS).logits[0, -length:].double().softmax(-1)
+            sure = [float(row[ends].sum()) for row in probability.flip(0) if int(row.argmax()) in ends][:32]
+            passes += 1
+            if sum(sure) / min(32, length) >= bound:
+                break
+            length += 8
+        lengths.append(length)
+        grown = generate(model, prompt, initial_canvas_length=8, grow_until_eos_confidence=bound, **options)
+        fixed = generate(model, prompt, initial_canvas_length=length, **options)
+        assert torch.equal(grown.sequences, fixed.sequences)
+        assert grown.num_forwards.item() == fixed.num_forwards.item() + passes
+        torch.testing.assert_close(grown.commit_confidence, fixed.commit_confidence, atol=1e-9, rtol=0, equal_nan=True)
+    assert len(set(lengths)) > 1, "the bounds must make a difference"
+    both = generate(
+        model, torch.cat(prompts), PIXELS.expand(2, -1, -1, -1, -1), initial_canvas_length=8,
+        grow_until_eos_confidence=bounds[2], **options,
+    )  # fmt: skip
+    for row, prompt in enumerate(prompts):
+        alone = generate(model, prompt, initial_canvas_length=8, grow_until_eos_confidence=bounds[2], **options)
+        assert alone.num_forwards[0] == both.num_forwards[row]
+        assert torch.equal(alone.commit_step[0], both.commit_step[row])
