@@ -372,15 +372,6 @@ def test_only_the_window_is_run(model):
         assert lengths == [8, 12, 16, 16]
 
 
-@torch.no_grad()
-def test_the_canvas_grows_until_the_answer_ends(model):
-    """An answer that ends within the first canvas never sees a longer one."""
-    options = {"block_length": 4, "initial_canvas_length": 4}
-    short = generate(model, max_new_tokens=4, block_length=4).sequences[0, -4:].tolist()
-    ended = generate(model, max_new_tokens=400, eos_token_id=short[2], **options)
-    assert ended.num_forwards.item() <= 4 and ended.sequences.shape[1] <= image_prompt(PROMPT).shape[1] + 3
-
-
 # Compiled, and in half precision
 
 
