@@ -38,7 +38,7 @@ def register() -> None:
     AutoProcessor.register(LLaDAMedVConfig, LLaDAMedVProcessor)
 
 
-class _Watch(MetaPathFinder):
+class _WatchOfAutoClasses(MetaPathFinder):
     """Finds nothing itself: it has what others find counted while it is executed."""
 
     def __init__(self):
@@ -71,8 +71,9 @@ def install() -> None:
     """Register now if the Auto classes are imported already, or else when they are."""
     if _AUTO in sys.modules:
         register()
-    else:
-        sys.meta_path.insert(0, _Watch())
+    elif not any(type(finder).__qualname__ == _WatchOfAutoClasses.__qualname__ for finder in sys.meta_path):
+        # Two would ask each other without end, where the package is imported twice, as coverage.py does.
+        sys.meta_path.insert(0, _WatchOfAutoClasses())
 
 
 __all__ = ["install", "register"]

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.conversion import convert_checkpoint
 from lladamedv.loading import DEMO_MODEL, load_model
+from lladamedv.modeling_lladamedv import released_lladamedv
 from lladamedv.processing.phantoms import PhantomVQA
 from tests import released
 from tests.tiny import random_image, tiny_tokenizer
@@ -124,6 +125,15 @@ def test_what_is_no_model(tmp_path):
 def test_bad_options_are_known_before_anything_is_loaded(options, message):
     with pytest.raises(ValueError, match=message):
         load_model("me/none", **options)
+
+
+def test_a_repository_that_changes_meanwhile(tmp_path, monkeypatch):
+    """What is loaded is what was checked, under the name that was asked for."""
+    snapshots = iter([DEMO_MODEL, tmp_path])
+    monkeypatch.setattr(released_lladamedv, "snapshot_download", lambda *_, **__: str(next(snapshots)))
+    model, _ = load_model("me/model")
+    assert model.name_or_path == model.config.name_or_path == "me/model"
+    assert next(snapshots) == tmp_path, "the repository is asked once"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

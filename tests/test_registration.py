@@ -22,6 +22,7 @@ assert AutoModelForImageTextToText._model_mapping[type(config)] is lladamedv.LLa
         "import lladamedv",
         "import transformers, lladamedv",
         "import lladamedv.trainers",
+        "import sys, lladamedv; [sys.modules.pop(name) for name in [*sys.modules] if name.startswith('lladamedv')]",
         # Modules of Transformers that import the Auto classes while they are imported themselves.
         "import lladamedv; from transformers import LlamaForCausalLM, LlavaOnevisionForConditionalGeneration",
         # Ours, which import Transformers while they are imported.
