@@ -102,7 +102,6 @@ class Progress:
         self.foreseen = state.hooks.predictable and not state.rule.adaptive and state.drift is None
         self.foreseen &= state.mask_is_suppressed
         self.steps_in_block = int((state.schedule[-1] > 0).sum())
-        self.copies = 0  # from the device, each of which waits for it
         self._flag = None
 
     def update(self, state: DenoisingState, passes: list[ForwardPass]) -> None:
@@ -124,7 +123,6 @@ class Progress:
 
     def read(self, state: DenoisingState) -> None:
         """Copy the progress from the device."""
-        self.copies += 1
         known = torch.stack([state.block, state.step, state.interval, state.finished.long(), state.broken])
         self.block, self.step, self.interval, finished, self.broken = known.tolist()
         self.finished = [bool(each) for each in finished]
@@ -355,11 +353,11 @@ class DenoisingState:
             return [self.whole_pass(self.kept)]
         full = [row for row in rows if progress.step[row] == 0 or progress.age[row] >= progress.interval[row]]
         rest = [row for row in rows if row not in full]
-        if full and rest and self.waited < self.patience:
-            self.waited, full = self.waited + 1, []
-        elif full:
-            self.waited = 0
-        if rest and not self.packs and self.options.cache_implementation == "dual" and self.drift is None:
+        some_wait = bool(full and rest) and self.waited < self.patience
+        self.waited = self.waited + 1 if some_wait else 0
+        if some_wait:
+            full = []
+        elif rest and not self.packs and self.options.cache_implementation == "dual" and self.drift is None:
             rest = self.kept  # one shape; what it says of the others is overwritten by the full pass
         return self.partial_passes(rest) + ([self.whole_pass(full)] if full else [])
 

@@ -67,8 +67,9 @@ def assert_alone(request, options):
 
 
 @settings(deadline=None, max_examples=25)
-@given(arrivals=Requests.strategy, budget=st.sampled_from([100, 250, 10_000]))
-def test_each_answer_is_as_it_is_alone(arrivals, budget):
+@given(arrivals=Requests.strategy, budget=st.sampled_from([100, 250, 10_000]), packs=st.booleans())
+def test_each_answer_is_as_it_is_alone(arrivals, budget, packs):
+    MODEL.packs_candidates = packs
     batch, submitted, leaving = ContinuousBatch(MODEL, max_positions=budget), [], []
     steps = 0
 
@@ -117,8 +118,10 @@ def test_a_short_answer_passes_a_long_one():
     assert short.future.done() and not long.future.done()
 
 
-def test_rows_in_different_phases_wait_for_each_other():
+@pytest.mark.parametrize("packs", [True, False])
+def test_rows_in_different_phases_wait_for_each_other(packs):
     """A row that begins a block waits at most four steps, so that its whole pass is shared where it can be."""
+    MODEL.packs_candidates = packs
     batch, options = ContinuousBatch(MODEL), arguments(0, (5, 6), 1, 24)
     first = batch.submit(**options)
     batch.step()
