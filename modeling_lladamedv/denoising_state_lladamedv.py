@@ -357,7 +357,7 @@ class DenoisingState:
         self.waited = self.waited + 1 if some_wait else 0
         if some_wait:
             full = []
-        elif rest and not self.packs and self.options.cache_implementation == "dual" and self.drift is None:
+        elif rest and not self.packs and self.options.cache_implementation != "prefix" and self.drift is None:
             rest = self.kept  # one shape; what it says of the others is overwritten by the full pass
         return self.partial_passes(rest) + ([self.whole_pass(full)] if full else [])
 
