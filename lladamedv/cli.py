@@ -252,8 +252,9 @@ def serve(
     source: Source,
     host: Host = "127.0.0.1",
     port: flag(int, "Port to listen on; 0 for a free one.", min=0, max=65535) = 8000,
-    max_queue: flag(int, "How many requests may wait while one is answered.", min=0) = 16,
+    max_queue: flag(int, "How many requests may wait besides the next one to begin.", min=0) = 16,
     max_upload_size: flag(int, "Largest request, in MB.", min=1) = 20,
+    max_positions: flag(int, "Positions of prompts and answers that are in work at a time.", min=1) = 16384,
 ) -> None:
     """Serve a model to clients of OpenAI's API.
 
@@ -274,7 +275,10 @@ def serve(
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     model = source.model
     name = "lladamedv-demo" if model == DEMO else Path(model).resolve().name if Path(model).is_dir() else model
-    options = {"name": name, "max_queue": max_queue, "max_upload_size": max_upload_size * 1_000_000}
+    options = {
+        "name": name, "max_queue": max_queue, "max_upload_size": max_upload_size * 1_000_000,
+        "max_positions": max_positions,
+    }  # fmt: skip
     if _warn_of_others(host, "server"):
         options["hosts"] = None  # the names under which it is known to others are not known here
     server = make_server(build_api(*source.load(), **options))

@@ -1,6 +1,6 @@
-"""An OpenAI-compatible server around one model, which answers one request at a time.
+"""An OpenAI-compatible server around one model, which answers requests side by side in one `ContinuousBatch`.
 
-Four routes, a short queue before the model, and narrow doors: slow and large uploads, web pages and foreign names are
+A few routes, a short queue before the batch, and narrow doors: slow and large uploads, web pages and foreign names are
 refused, and an answer whose client has left ends. Images may be of patients, so nothing of a request is logged, kept or
 fetched. What requests may hold stands in `openai_requests`.
 """
@@ -8,16 +8,17 @@ fetched. What requests may hold stands in `openai_requests`.
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
 import math
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
-from threading import Event
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, suppress
+from threading import Event, Lock, Thread
 
 import torch
 
@@ -32,6 +33,8 @@ try:
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
     from openai.types.responses import Response as OpenAIResponse
     from openai.types.responses import ResponseStreamEvent
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
     from pydantic import BaseModel, TypeAdapter
     from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException
@@ -41,6 +44,7 @@ except ImportError as error:
     raise ImportError('The server needs libraries of its own: pip install "lladamedv[serve]".') from error
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
+from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch, PositionsError
 from lladamedv.processing import LLaDAMedVProcessor
 
 from .doors import LOOPBACK_HOSTS, check_host
@@ -62,10 +66,27 @@ logger = logging.getLogger(__name__)
 _EVENT = TypeAdapter(ResponseStreamEvent)
 _CLOSE = {"Connection": "close"}
 _REQUEST_ID = "X-Request-ID"
+_READERS = 4  # requests whose pictures are read at a time, which bounds the memory that this takes
+# Of the batch's stats: what Prometheus calls them begins with `lladamedv_`; counters end with `_total`.
+_METRICS = {
+    "waiting": (GaugeMetricFamily, "Requests in the batch's queue"),
+    "running": (GaugeMetricFamily, "Requests that are being answered"),
+    "positions": (GaugeMetricFamily, "Positions of the requests that are being answered"),
+    "requests": (CounterMetricFamily, "Requests whose answer has begun"),
+    "finished": (CounterMetricFamily, "Requests that were answered to their end"),
+    "cancelled": (CounterMetricFamily, "Requests that ended early: a stop was found, or the client left"),
+    "failed": (CounterMetricFamily, "Requests that ended with an error"),
+    "tokens": (CounterMetricFamily, "Tokens of finished answers"),
+    "passes": (CounterMetricFamily, "Forward passes"),
+    "rows": (CounterMetricFamily, "Rows in forward passes; by passes, the rows per pass"),
+    "image_cache_hits": (CounterMetricFamily, "Prompts whose pictures were encoded before"),
+    "image_cache_misses": (CounterMetricFamily, "Prompts whose pictures had to be encoded"),
+    "image_cache_bytes": (GaugeMetricFamily, "Bytes of kept features of pictures"),
+}
 
 
 class _EnoughError(Exception):
-    """Ends `generate`: the answer is complete, or its client has left."""
+    """Ends an answer that is complete: a stop is in its text."""
 
 
 def _refusal(error: Exception) -> RequestError:
@@ -90,10 +111,9 @@ def _reply(error: RequestError) -> JSONResponse:
 
 
 class _Answer:
-    """One answer in the making, the streamer of `generate`.
+    """One answer in the making, the streamer of its request.
 
-    `read` is called in the reader's thread and `run` in the model's; everything else but the streamer's methods in the
-    server's.
+    `submit` is called in a reader's thread, and the streamer's methods in the batch's; everything else in the server's.
 
     Attributes:
         place: the request's place inside, which is left as soon as the answer is complete.
@@ -102,56 +122,66 @@ class _Answer:
         tokens: of the answer so far.
     """
 
-    def __init__(self, model, processor, question: Question, place: ExitStack, limits: Limits):
-        self._model, self._processor, self.question, self._limits = model, processor, question, limits
-        self.place, self.gone = place, Event()
-        place.callback(self.gone.set)
+    def __init__(self, desk: _Desk, question: Question, place: ExitStack):
+        self._desk, self.question, self.place, self.gone = desk, question, place, Event()
+        self._request = None
+        place.callback(self._leave)
         self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
         self.num_prompt, self.tokens = 0, []
         self._begun, self._sent = False, 0  # characters
 
-    def read(self) -> None:
-        """Read the images."""
-        pad = self._processor.image_processor.vision_aspect_ratio == "pad"
-        read_pictures(self.question, pad, self._limits, self.gone)
+    def submit(self) -> None:
+        """Read the images, and ask the batch."""
+        desk, question = self._desk, self.question
+        pad = desk.processor.image_processor.vision_aspect_ratio == "pad"
+        read_pictures(question, pad, desk.limits, self.gone)
+        if self.gone.is_set():
+            return
+        with desk.preparing:
+            processor = desk.own_processor
+            inputs = processor.apply_chat_template(
+                [question.chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            ).to(desk.model.device)
+            question.chat.clear()  # images may be large
+            self._check_length(inputs["input_ids"].shape[1], processor.tokenizer)
+            try:
+                self._request = desk.batch.submit(
+                    **inputs, generation_config=question.options, tokenizer=processor.tokenizer, streamer=self,
+                    seed=question.seed,
+                )  # fmt: skip
+            except PositionsError as error:
+                field = question.length_field
+                raise RequestError(
+                    f"`{field}` is too long: the request needs {error.positions} positions (of prompt and answer, "
+                    f"twice with guidance), and the server has {error.max_positions} (`--max-positions`).",
+                    field,
+                ) from None
+        self._request.future.add_done_callback(self._end)
+        if self.gone.is_set():
+            self._leave()
 
-    def run(self) -> None:
-        """Denoise the answer."""
-        try:
-            if not self.gone.is_set():
-                self._generate()
-        except _EnoughError:
-            pass
-        except Exception as error:
-            self._send(error)
-        self._send(None)
-
-    def _generate(self):
-        processor, question, tokenizer = self._processor, self.question, self._processor.tokenizer
-        inputs = processor.apply_chat_template(
-            [question.chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(self._model.device)
-        question.chat.clear()  # images may be large
-        suffix = question.options.generation_suffix
-        self.longest = question.options.max_new_tokens
+    def _check_length(self, num_prompt: int, tokenizer) -> None:
+        suffix = self.question.options.generation_suffix
+        self.longest = self.question.options.max_new_tokens
         self.longest += len(tokenizer(suffix, add_special_tokens=False).input_ids) if suffix else 0
-        self.num_prompt = inputs["input_ids"].shape[1]
-        context = self._model.config.get_text_config().max_position_embeddings
-        if self.num_prompt + self.longest > context:
-            field = question.length_field
+        self.num_prompt = num_prompt
+        context = self._desk.model.config.get_text_config().max_position_embeddings
+        if num_prompt + self.longest > context:
+            field = self.question.length_field
             raise RequestError(
-                f"`{field}` is too long: the prompt takes {self.num_prompt} tokens and the answer {self.longest}, and "
+                f"`{field}` is too long: the prompt takes {num_prompt} tokens and the answer {self.longest}, and "
                 f"the model's context has {context}.",
                 field,
             )
-        if question.seed is None:
-            torch.seed()  # otherwise the noise would continue that of an earlier seed
-        else:
-            torch.manual_seed(question.seed)
-        self._model.generate(**inputs, generation_config=question.options, tokenizer=tokenizer, streamer=self)
+
+    def _leave(self) -> None:
+        """Take the request out of the batch, unless it is answered."""
+        self.gone.set()
+        if self._request is not None:
+            self._desk.batch.cancel(self._request)
 
     def put(self, tokens: torch.Tensor) -> None:
-        """First the prompt, once `generate` has checked its arguments; then finished blocks, 1-D."""
+        """First the prompt, once the request has joined the batch; then finished blocks, 1-D."""
         if self._begun:
             self.tokens += tokens.tolist()
             self._send_text()
@@ -159,13 +189,21 @@ class _Answer:
             self._begun = True
             self._send("")
 
-    def put_draft(self, tokens: torch.Tensor) -> None:
-        """After every forward pass: the moment to stop if the client has left."""
-        if self.gone.is_set():
-            raise _EnoughError
-
     def end(self) -> None:
-        self._send_text(last=True)
+        """Nothing: how it ended, the future says."""
+
+    def _end(self, future) -> None:
+        error = CancelledError() if future.cancelled() else future.exception()
+        try:
+            if error is None:
+                self._send_text(last=True)
+            elif not isinstance(error, (_EnoughError, CancelledError)):
+                self._send(error)
+        except _EnoughError:
+            pass
+        except Exception as unforeseen:
+            self._send(unforeseen)
+        self._send(None)
 
     def _send_text(self, last: bool = False):
         """Send what is certain of the text: no half character, and nothing that a stop might begin with."""
@@ -184,10 +222,11 @@ class _Answer:
             raise _EnoughError
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._processor.decode(tokens, skip_special_tokens=True)
+        return self._desk.processor.decode(tokens, skip_special_tokens=True)
 
     def _send(self, piece: str | Exception | None) -> None:
-        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+        with suppress(RuntimeError):  # the server has ended
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     async def pieces(self) -> AsyncIterator[str]:
         """The text, piece by piece; the first one is empty and says that the answer has begun."""
@@ -324,31 +363,50 @@ class _Stream(StreamingResponse):
 
 
 class _Desk:
-    """One model and the requests for it.
+    """One model, the batch that answers with it, and the requests for it.
 
-    Those that wait or are answered are inside: at most one more than `max_queue`. They are read before they get in, so
-    that a slow sender takes no place.
+    Those that have not begun wait: at most one more than `max_queue`. They are read before they get in, so that a slow
+    sender takes no place. How many are answered at a time, the batch's `max_positions` says.
     """
 
-    def __init__(self, name, model, processor, max_queue: int, max_upload_size: int, limits: Limits):
-        self._name, self._model, self._processor, self._limits = name, model, processor, limits
+    def __init__(self, name, model, processor, max_queue: int, max_upload_size: int, max_positions: int, limits):
+        self._name, self.model, self.processor, self.limits = name, model, processor, limits
         self._max_queue, self._max_upload_size = max_queue, max_upload_size
         self._since, self._seconds = int(time.time()), 0.0  # that the last answer took
-        self._inside: set[ExitStack] = set()
+        self._waiting: set[ExitStack] = set()
         self._uploads: dict[anyio.CancelScope, int] = {}  # bytes that have arrived of each, the oldest first
-        self._preparing, self._turn = asyncio.Lock(), asyncio.Lock()
-        # Always the same two: compiled models need one thread, and one reader bounds the memory that pictures take.
-        self._thread, self._reader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self.batch = ContinuousBatch(model, max_positions)
+        self._thread = Thread(target=self._run, name="lladamedv-batch", daemon=True)
+        # A tokenizer must not be used by two threads: one is the batch's, for texts, and the readers share another.
+        self.own_processor, self.preparing = copy.deepcopy(processor), Lock()
+        self._readers = ThreadPoolExecutor(_READERS)
+        self.registry = CollectorRegistry()
+        self.registry.register(_Numbers(self.batch))
         self.stopping = asyncio.Event()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can be answered."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def shutdown(self) -> None:
+        self.batch.stop()
+        self._readers.shutdown(wait=False)
+
+    def _run(self) -> None:
+        torch.seed()  # otherwise each start of the server would draw the same noise
+        try:
+            self.batch.run()
+        except Exception as error:  # whose message may quote a request
+            logger.error("the batch has ended: %s", type(error).__name__)
 
     def describe(self, name: str | None = None) -> dict:
         """The model that is served, if that is its name."""
         check_name(self._name if name is None else name, self._name)
         return Model(id=self._name, object="model", created=self._since, owned_by="lladamedv").model_dump()
-
-    def shutdown(self) -> None:
-        for pool in (self._thread, self._reader):
-            pool.shutdown(wait=False)
 
     async def answer(self, request: Request, kind: type[_ChatReply | _ResponseReply]) -> Response:
         """Read a request, wait for the model, and reply.
@@ -359,19 +417,20 @@ class _Desk:
         """
         self._check_room()  # before all of it is sent
         self._check_type(request.headers)
-        body = parse_body(await self._first(self._read(request), stops=True), self._limits)
+        body = parse_body(await self._first(self._read(request), stops=True), self.limits)
         self._check_room()
         request_id = request.headers.get(_REQUEST_ID) or str(uuid.uuid4())
         headers = {_REQUEST_ID: request_id}
         with ExitStack() as place:
-            self._inside.add(place)
-            place.callback(self._inside.discard, place)
+            self._waiting.add(place)
+            place.callback(self._waiting.discard, place)
             try:
-                question = read_question(body, kind.endpoint, self._name, self._model, self._limits)
-                answer = _Answer(self._model, self._processor, question, place, self._limits)
-                await self._first(self._begin(answer), request, stops=True)
+                question = read_question(body, kind.endpoint, self._name, self.model, self.limits)
+                answer = _Answer(self, question, place)
                 reply, pieces = kind(answer, self._name, request_id), answer.pieces()
-                await self._first(anext(pieces), request)
+                await self._first(self._begin(answer, pieces), request, stops=True)
+                self._waiting.discard(place)
+                place.callback(self._note_seconds, time.monotonic())
                 if not question.stream:
                     text = await self._first(_join(pieces), request)
                     return JSONResponse(reply.whole(text).model_dump(exclude_none=True), headers=headers)
@@ -382,19 +441,13 @@ class _Desk:
             answer.place = place.pop_all()
             return _Stream(reply, pieces, answer.place, headers=headers)
 
-    async def _begin(self, answer: _Answer) -> None:
-        """Wait for the model and have it begin."""
-        loop = asyncio.get_running_loop()
-        async with self._preparing:  # so only the next in turn holds decoded pictures
-            await loop.run_in_executor(self._reader, answer.read)
-            await self._turn.acquire()
-        started = time.monotonic()
+    async def _begin(self, answer: _Answer, pieces: AsyncIterator[str]) -> None:
+        """Ask the batch, and wait until the answer has begun."""
+        await asyncio.get_running_loop().run_in_executor(self._readers, answer.submit)
+        await anext(pieces)
 
-        def leave(_):
-            self._seconds = time.monotonic() - started
-            self._turn.release()
-
-        loop.run_in_executor(self._thread, answer.run).add_done_callback(leave)
+    def _note_seconds(self, started: float) -> None:
+        self._seconds = time.monotonic() - started
 
     async def _first(self, work: Coroutine, request: Request | None = None, stops: bool = False):
         """The result of `work`, unless the client of `request` leaves first or, if it `stops` then, the server ends."""
@@ -416,8 +469,10 @@ class _Desk:
     def _check_room(self):
         if self.stopping.is_set():
             raise _stopping()
-        if len(self._inside) > self._max_queue:
-            message = f"{len(self._inside)} requests are being answered or wait; no more are allowed at a time."
+        if not self.is_ready:
+            raise RequestError("The model answers no more; the server must be started again.", status=503)
+        if len(self._waiting) > self._max_queue:
+            message = f"{len(self._waiting)} requests wait for an answer to begin; no more are allowed at a time."
             seconds = max(1, math.ceil(self._seconds))  # until a place is free
             raise RequestError(message, status=429, headers={"Retry-After": str(seconds)})
 
@@ -432,7 +487,7 @@ class _Desk:
     async def _read(self, request: Request) -> bytes:
         """The body, which must not arrive too slowly. If all bodies together take too much memory, the oldest upload
         is cancelled."""
-        limits, chunks, started = self._limits, [], anyio.current_time()
+        limits, chunks, started = self.limits, [], anyio.current_time()
         with anyio.CancelScope(deadline=started + limits.first_seconds) as upload:
             self._uploads[upload] = 0
             try:
@@ -456,6 +511,18 @@ class _Desk:
 
 async def _join(pieces: AsyncIterator[str]) -> str:
     return "".join([piece async for piece in pieces])
+
+
+class _Numbers:
+    """A collector of Prometheus: a batch's own numbers, read when they are asked for."""
+
+    def __init__(self, batch: ContinuousBatch):
+        self._batch = batch
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._batch.stats()
+        for name, (kind, text) in _METRICS.items():
+            yield kind(f"lladamedv_{name}", text, value=stats[name])
 
 
 # The server
@@ -499,6 +566,7 @@ def build_api(
     name: str = "lladamedv",
     max_queue: int = 16,
     max_upload_size: int = 20_000_000,
+    max_positions: int = 16384,
     hosts: Sequence[str] | None = LOOPBACK_HOSTS,
     limits: Limits = LIMITS,
 ) -> FastAPI:
@@ -506,14 +574,15 @@ def build_api(
 
     `POST /v1/chat/completions` and `/v1/responses` follow the API of OpenAI (https://platform.openai.com/docs/api-reference)
     and take the options of [`LLaDAMedVGenerationConfig`] as a JSON object `generation_config` besides; the model's own
-    are the defaults. `GET /v1/models`, `/v1/models/NAME` and `/health` describe the model and the server.
+    are the defaults. `GET /v1/models`, `/v1/models/NAME`, `/health` and `/metrics` describe the model and the server.
 
     Args:
         model: the model, on the device it is to run on.
         processor: its processor.
         name: what requests call the model.
-        max_queue: how many requests may wait while one is answered; more are turned away with status 429.
+        max_queue: how many requests may wait besides the next one to begin; more are turned away with status 429.
         max_upload_size: largest request, in bytes.
+        max_positions: how many positions are answered at a time, see [`ContinuousBatch`].
         hosts: names that the `Host` header may have, which keeps out foreign names that resolve to this computer;
             `None` for any.
         limits: what one request may take.
@@ -521,13 +590,16 @@ def build_api(
     Raises:
         ValueError: if an argument is not allowed.
     """
-    for argument, value, least in (("max_queue", max_queue, 0), ("max_upload_size", max_upload_size, 1)):
+    for argument, value, least in (
+        ("max_queue", max_queue, 0), ("max_upload_size", max_upload_size, 1), ("max_positions", max_positions, 1),
+    ):  # fmt: skip
         if type(value) is not int or value < least:
             raise ValueError(f"`{argument}` is {value!r}; allowed are whole numbers of at least {least}.")
-    desk = _Desk(name, model, processor, max_queue, max_upload_size, limits)
+    desk = _Desk(name, model, processor, max_queue, max_upload_size, max_positions, limits)
 
     @asynccontextmanager
     async def lifespan(api):
+        desk.start()
         yield
         desk.shutdown()
 
@@ -550,7 +622,13 @@ def _add_routes(api: FastAPI, desk: _Desk) -> None:
 
     @api.api_route("/health", methods=["GET", "HEAD"])
     async def health():
+        if not desk.is_ready:
+            return JSONResponse({"status": "the model answers no more"}, 503)
         return {"status": "ok"}
+
+    @api.api_route("/metrics", methods=["GET", "HEAD"])
+    async def metrics():
+        return Response(generate_latest(desk.registry), media_type=CONTENT_TYPE_LATEST)
 
     @api.api_route("/v1/models", methods=["GET", "HEAD"])
     async def list_models():
@@ -618,7 +696,7 @@ class _Server(uvicorn.Server):
 def make_server(api: FastAPI) -> uvicorn.Server:
     """A server that logs no requests and trusts no header about where a request comes from.
 
-    When it ends (`should_exit`, SIGTERM, SIGINT), waiting requests get status 503, and the answer under way is finished
+    When it ends (`should_exit`, SIGTERM, SIGINT), waiting requests get status 503, and answers under way are finished
     if that takes less than five minutes. `run(sockets=[…])` serves on sockets that listen already.
     """
     return _Server(

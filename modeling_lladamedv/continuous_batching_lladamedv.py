@@ -2,7 +2,8 @@
 
 Requests join between two denoising steps and leave when they are finished or cancelled. Rows with the same options and
 the same lengths share forward passes; a row's passes depend on itself alone, so each request gets the tokens, in the
-order, that it would have got alone. Only noise (`temperature`, `remasking="random"`) is drawn anew.
+order, that it would have got alone. Only noise (`temperature`, `remasking="random"`) is drawn anew, but for requests
+with a `seed`, which share no passes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import threading
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +24,19 @@ from .generation_lladamedv import stream
 
 PATIENCE = 4  # steps that a row may wait for others before a pass over all of it
 _NOT_SHARED = ("output_history", "output_cache_drift", "compile_config")  # of a whole call of `generate`
+
+
+class PositionsError(ValueError):
+    """A request needs more positions than a batch may hold.
+
+    Attributes:
+        positions: that it needs.
+        max_positions: of the batch.
+    """
+
+    def __init__(self, positions: int, max_positions: int):
+        super().__init__(f"The prompt needs {positions} positions; `max_positions` of the batch is {max_positions}.")
+        self.positions, self.max_positions = positions, max_positions
 
 
 @dataclass(eq=False)
@@ -38,6 +53,7 @@ class Request:
     positions: int  # what it needs of the budget
     padding: int  # on the left of its prompt
     streamer: object = None
+    noise: list[torch.Tensor] | None = None  # states of the random numbers of a request with a seed
     future: Future = field(default_factory=Future)
     streamed: int = 0
     is_cancelled: bool = False
@@ -67,13 +83,18 @@ class ContinuousBatch:
 
     def submit(
         self, input_ids, generation_config=None, attention_mask=None, tokenizer=None, streamer=None, pixel_values=None,
-        image_sizes=None, batch_num_images=None, **kwargs,
+        image_sizes=None, batch_num_images=None, seed=None, **kwargs,
     ) -> Request:  # fmt: skip
-        """Add a prompt. Arguments are those of [`~LLaDAMedVGenerationMixin.generate`], of one row.
+        """Add a prompt. Arguments are those of [`~LLaDAMedVGenerationMixin.generate`], of one row, and:
+
+        Args:
+            seed: of the noise, which then is as after `torch.manual_seed(seed)`.
 
         Raises:
-            ValueError: as `generate`; for options of a whole call (`output_history`, `output_cache_drift`,
-                `compile_config`); or if the prompt needs more than `max_positions`.
+            PositionsError: if the prompt needs more than `max_positions`.
+            ValueError: as `generate`; or for options of a whole call (`output_history`, `output_cache_drift`,
+                `compile_config`).
+            RuntimeError: if the batch is stopped.
         """
         if len(input_ids) != 1:
             raise ValueError(f"`input_ids` holds {len(input_ids)} prompts; submit one at a time.")
@@ -96,12 +117,13 @@ class ContinuousBatch:
         positions = padded.shape[1] + state.canvas.shape[1] + len(state.suffix)
         positions *= 2 if options.cfg_scale > 0 else 1
         if positions > self.max_positions:
-            raise ValueError(
-                f"The prompt needs {positions} positions; `max_positions` of the batch is {self.max_positions}."
-            )
+            raise PositionsError(positions, self.max_positions)
         images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
         key = (padded.shape[1], str(state.stop_sequences), str(state.suffix.tolist()), options.to_json_string(False))
-        request = Request(state, images, key, positions, padding, streamer)
+        noise = None
+        if seed is not None and (options.temperature > 0 or options.remasking == "random"):
+            noise, key = self._seeded(seed), (*key, object())  # like no other
+        request = Request(state, images, key, positions, padding, streamer, noise)
         with self._changed:
             if self._stopped:
                 raise RuntimeError("The batch is stopped.")
@@ -136,13 +158,21 @@ class ContinuousBatch:
             }
 
     def run(self) -> None:
-        """Answer requests until [`stop`] is called."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped or self._waiting or self._groups)
-                if self._stopped:
-                    return self._fail_all(RuntimeError("The batch is stopped."))
-            self.step()
+        """Answer requests until [`stop`] is called. An error that ends it stops the batch, too."""
+        error = RuntimeError("The batch is stopped.")
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopped or self._waiting or self._groups)
+                    if self._stopped:
+                        return
+                self.step()
+        except BaseException as caught:
+            error = RuntimeError(f"The batch is stopped ({type(caught).__name__}).")
+            raise
+        finally:
+            self.stop()
+            self._fail_all(error)
 
     def stop(self) -> None:
         """Let [`run`] return; requests that are not finished fail."""
@@ -157,7 +187,8 @@ class ContinuousBatch:
         self._join()
         for key, (state, requests) in [*self._groups.items()]:
             try:
-                passes = self.model.denoising_step(state)
+                with self._drawing(requests[0]):
+                    passes = self.model.denoising_step(state)
             except Exception as error:  # such as too little memory: these rows are lost, others are not
                 self._end(key, requests, error)
                 continue
@@ -165,10 +196,38 @@ class ContinuousBatch:
                 del state.drift.history[:-1]  # of rows that are gone
             self._counts.update(passes=len(passes), rows=sum(len(each.numbers) for each in passes))
             for row, request in enumerate(requests):
-                if request.streamer is not None and not request.is_cancelled:
+                broken = state.progress.broken[row] >= 0
+                if request.streamer is not None and not (request.is_cancelled or broken):
                     self._stream(state, row, request)
             self._finish(key)
         return bool(self._waiting or self._groups)
+
+    # Noise of requests with a seed
+
+    def _devices(self) -> list[torch.device]:
+        return [self.model.device] if self.model.device.type == "cuda" else []
+
+    def _noise(self) -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices())]
+
+    def _seeded(self, seed: int) -> list[torch.Tensor]:
+        states = [torch.Generator().manual_seed(seed).get_state()]
+        return states + [torch.Generator(device).manual_seed(seed).get_state() for device in self._devices()]
+
+    @contextmanager
+    def _drawing(self, request: Request):
+        """Draw the noise of a request with a seed; all other noise goes on as if it had not been drawn."""
+        if request.noise is None:
+            yield
+            return
+        with torch.random.fork_rng(self._devices()):
+            torch.set_rng_state(request.noise[0])
+            for device, state in zip(self._devices(), request.noise[1:]):
+                torch.cuda.set_rng_state(state, device)
+            yield
+            request.noise = self._noise()
+
+    # A step
 
     def _leave(self) -> None:
         """Take out what was cancelled."""
@@ -308,4 +367,4 @@ def _num_bytes(features: list[torch.Tensor]) -> int:
     return sum(each.numel() * each.element_size() for each in features)
 
 
-__all__ = ["PATIENCE", "ContinuousBatch", "Request"]
+__all__ = ["PATIENCE", "ContinuousBatch", "PositionsError", "Request"]

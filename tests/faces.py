@@ -78,19 +78,19 @@ class Gate:
 
     def __init__(self, monkeypatch, model):
         self.passes, self.begun, self._allowed, kind = 0, 0, Semaphore(0), type(model)
-        step, denoise = kind.denoising_step, kind._denoise
+        step, denoise = kind.denoising_step, kind.begin_denoising
 
         def held(model, state):
             assert self._allowed.acquire(timeout=60)
             self.passes += 1
             return step(model, state)
 
-        def begin(*arguments, **images):
+        def begin(model, state, **images):
             self.begun += 1
-            return denoise(*arguments, **images)
+            return denoise(model, state, **images)
 
         monkeypatch.setattr(kind, "denoising_step", held)
-        monkeypatch.setattr(kind, "_denoise", begin)
+        monkeypatch.setattr(kind, "begin_denoising", begin)
 
     def let(self, count):
         self._allowed.release(count)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
+from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch, PositionsError
 from tests.test_generation_lladamedv import SUPPRESSED
 from tests.tiny import image_prompt, tiny_model
 
@@ -161,6 +161,46 @@ def test_a_prompt_that_cannot_be_answered_fails_alone():
     assert bad.future.exception() is not None
     with pytest.raises(ValueError, match="`output_history` is True"):
         batch.submit(**{**arguments(0, (5,), 1, 4), "output_history": True})
+
+
+@pytest.mark.parametrize("noise", [{"temperature": 2.0}, {"remasking": "random"}])
+def test_noise_of_a_seed_is_that_of_generate(noise):
+    """Whatever else draws meanwhile, and without a trace in the noise of others."""
+    options = arguments(0, (5, 6), 1, 12) | noise
+    state, batch = torch.get_rng_state(), ContinuousBatch(MODEL)
+    requests = [batch.submit(**options, seed=seed) for seed in (3, 3, 4)]
+    while batch.step():
+        pass
+    assert torch.equal(torch.get_rng_state(), state)
+    truths = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        truths.append(MODEL.generate(**options).sequences.tolist())
+    assert [request.future.result().sequences.tolist() for request in requests] == truths
+    assert truths[0] != truths[2]
+
+
+def test_a_prompt_that_never_fits_is_refused():
+    with pytest.raises(PositionsError) as caught:
+        ContinuousBatch(MODEL, max_positions=20).submit(**arguments(0, (5,), 1, 24))
+    assert caught.value.max_positions == 20 < caught.value.positions
+
+
+def test_an_error_that_ends_the_loop_fails_all_requests(monkeypatch):
+    """A batch whose thread is dead leaves no request waiting, and takes no new one."""
+    batch = ContinuousBatch(MODEL)
+    request = batch.submit(**arguments(0, (5,), 1, 4))
+
+    def fail(batch):
+        raise MemoryError
+
+    monkeypatch.setattr(ContinuousBatch, "step", fail)
+    with pytest.raises(MemoryError):
+        batch.run()
+    with pytest.raises(RuntimeError, match=r"stopped \(MemoryError\)"):
+        request.future.result(timeout=0)
+    with pytest.raises(RuntimeError, match="stopped"):
+        batch.submit(**arguments(0, (5,), 1, 4))
 
 
 def test_streams_and_threads():

@@ -7,9 +7,10 @@ import json
 import logging
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from lladamedv import cli
 from lladamedv.evaluation.answering import answer_batch
+from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
 from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
 from lladamedv.processing.phantoms import PhantomVQA
 from tests.faces import Gate, black_png, conversation, until
@@ -28,6 +30,9 @@ httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402 - needs the above
 
 from lladamedv import serving  # noqa: E402 - needs the above
 from lladamedv.openai_requests import Limits  # noqa: E402
@@ -71,7 +76,7 @@ def served(shipped, **options):
 
 @pytest.fixture(scope="module")
 def url(shipped):
-    with served(shipped, max_upload_size=LIMIT) as address:
+    with served(shipped, max_upload_size=LIMIT, max_positions=3_500) as address:
         yield address
 
 
@@ -112,6 +117,20 @@ def collect(stream):
 
 def expected(shipped, image, *texts, **options):
     return answer_batch(*shipped, [conversation(image, *(texts or (QUESTION,)))], **options)[0]
+
+
+def ask_length(shipped, image):
+    """Tokens of the prompt of `QUESTION`, and of its canvas."""
+    ids = shipped[1].apply_chat_template(
+        conversation(image, QUESTION), add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
+    return len(ids[0]) + shipped[0].generation_config.max_new_tokens
+
+
+def numbers(url):
+    """What `/metrics` says, without its prefix."""
+    families = text_string_to_metric_families(http.get(f"{url}/metrics").text)
+    return {each.name.removeprefix("lladamedv_"): each.samples[0].value for each in families}
 
 
 # Answers
@@ -184,13 +203,18 @@ def test_characters_of_several_tokens_are_sent_whole(client, shipped, monkeypatc
     tokens = shipped[1].tokenizer(text, add_special_tokens=False).input_ids
     assert len(tokens) > len(text)
 
-    def generate(model, input_ids, streamer, **options):
+    def submit(batch, input_ids, streamer, **options):
+        future = Future()
         streamer.put(input_ids)
-        for token in tokens:
-            streamer.put(torch.tensor([token]))
-        streamer.end()
+        try:
+            for token in tokens:
+                streamer.put(torch.tensor([token]))
+            future.set_result(None)
+        except Exception as error:
+            future.set_exception(error)
+        return SimpleNamespace(future=future)
 
-    monkeypatch.setattr(type(shipped[0]), "generate", generate)
+    monkeypatch.setattr(ContinuousBatch, "submit", submit)
     joined, _, usage, pieces = collect(ask(client, TEXT["messages"], stream=True))
     assert joined == text and "\ufffd" not in "".join(pieces) and usage.completion_tokens == len(tokens)
     assert collect(ask(client, TEXT["messages"], stream=True, stop="e 🫁 3"))[0] == "Größ"
@@ -268,6 +292,33 @@ def test_many_at_once_are_not_mixed_up(url, shipped):
         assert list(pool.map(one, range(12))) == truths
 
 
+def test_a_short_question_overtakes_a_long_answer(url, shipped, image):
+    with ThreadPoolExecutor(1) as pool:
+        config = {"max_new_tokens": 256, "block_length": 8, "steps": 256, "min_new_tokens": 256}
+        before = numbers(url)["requests"]
+        long = pool.submit(ask, client_of(url), chat_about(image), config)
+        until(lambda: numbers(url)["requests"] > before)
+        short = ask(client_of(url), chat_about(image), {"max_new_tokens": 1, "block_length": 1, "steps": 1})
+        assert short.usage.completion_tokens == 1 and not long.done()
+        assert long.result(120).usage.completion_tokens == 256
+
+
+def test_mixed_options_and_pictures_at_once(url, shipped):
+    options = [
+        {}, {"use_cache": True}, {"steps": 6}, {"block_length": 24, "confidence_threshold": 0.5}, {"cfg_scale": 1.5},
+        {"max_new_tokens": 8}, {"remasking": "margin"}, {"use_cache": True, "repetition_penalty": 2.0},
+    ]  # fmt: skip
+    examples = list(PhantomVQA(99, 8))
+    truths = [expected(shipped, each.image, each.question, **chosen).text for each, chosen in zip(examples, options)]
+
+    def one(example, chosen):
+        return ask(client_of(url), chat_about(example.image, example.question), chosen).choices[0].message.content
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(2):
+            assert [text.strip() for text in pool.map(one, examples, options)] == truths
+
+
 # What the server says of itself, and what it has not
 
 
@@ -283,6 +334,34 @@ def test_models_and_health(client, url):
         assert reply.status_code == 200 and not reply.content
         assert http.get(f"{url}{path}/").json() == http.get(f"{url}{path}").json()
     assert http.post(f"{url}{CHAT}/", json=TEXT).status_code == 200
+
+
+def test_metrics(shipped, image):
+    with served(shipped) as url:
+        for _ in range(2):
+            count = ask(client_of(url), chat_about(image)).usage.completion_tokens
+        found = numbers(url)
+    passes = expected(shipped, image).num_forwards * 2
+    assert found.pop("image_cache_bytes") > 0
+    assert found == {
+        "waiting": 0, "running": 0, "positions": 0, "requests": 2, "finished": 2, "cancelled": 0, "failed": 0,
+        "tokens": 2 * count, "passes": passes, "rows": passes, "image_cache_hits": 1, "image_cache_misses": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_server_whose_batch_has_ended_says_so(shipped, image, monkeypatch, caplog):
+    def fail(batch):
+        raise OSError(SECRET)
+
+    with served(shipped) as url:
+        monkeypatch.setattr(ContinuousBatch, "step", fail)
+        with pytest.raises(openai.InternalServerError):
+            ask(client_of(url), chat_about(image))
+        until(lambda: http.get(f"{url}/health").status_code == 503)
+        assert refused(url, 503, json=TEXT)["message"].endswith("must be started again.")
+        assert numbers(url)["failed"] == 1
+    assert "the batch has ended: OSError" in caplog.text and SECRET not in caplog.text
 
 
 def test_nothing_else_is_there(url):
@@ -375,6 +454,8 @@ def image_part(url, **options):
         (TEXT | {"generation_config": {"steps": 25}}, "generation_config.steps"),
         (TEXT | {"generation_config": {"cache_implementation": "dual"}}, "generation_config.cache_implementation"),
         (TEXT | {"generation_config": {"stop_strings": {}, "steps": 0}}, "generation_config.stop_strings"),
+        (TEXT | {"max_tokens": 1_900, "generation_config": {"cfg_scale": 2, "block_length": 1, "steps": 1_900}},
+         "max_tokens"),  # twice as many positions as the server's
         ({"input": None}, "input"),
         ({"input": [{"type": "input_text", "text": " "}]}, "input"),
         ({"input": [{"type": "function_call", "call_id": "1"}]}, "input[0].type"),
@@ -574,7 +655,8 @@ def test_foreign_names_are_kept_out(url, shipped):
 
 def test_the_queue_is_bounded_and_cancelled_waiters_are_dropped(shipped, image, monkeypatch):
     truths = [expected(shipped, image, question).text for question in (QUESTION, "Is there a lesion?")]
-    with served(shipped, max_queue=1) as url, ThreadPoolExecutor(4) as pool:
+    positions = ask_length(shipped, image) * 3 // 2  # room for one at a time
+    with served(shipped, max_queue=0, max_positions=positions) as url, ThreadPoolExecutor(4) as pool:
         gate = Gate(monkeypatch, shipped[0])
         running = pool.submit(ask, client_of(url), chat_about(image))
         until(lambda: gate.begun == 1)
@@ -621,13 +703,14 @@ def test_an_abandoned_answer_stops(url, shipped, image, monkeypatch, stream):
         else:
             with pytest.raises(httpx.ReadTimeout):
                 browser.post(f"{url}{CHAT}", json=body, timeout=1)
-    time.sleep(0.3)
+    gate.let(1)  # the pass that was under way; at the next, its place is free
+    until(lambda: numbers(url)["running"] == 0)
     before = gate.passes
     gate.let(1_000)
     reply = ask(client_of(url), chat_about(image))
     assert reply.choices[0].message.content == truth
     whole = expected(shipped, image).num_forwards
-    assert gate.passes - before <= whole * 2 + 1, "but for the pass that was under way"
+    assert gate.passes - before == whole * 2
     assert gate.begun == 3
 
 
@@ -678,7 +761,9 @@ def test_streams_are_server_sent_events(url):
 # The command
 
 
-@pytest.mark.parametrize(("argument", "value"), [("max_queue", -1), ("max_queue", True), ("max_upload_size", "1mb")])
+@pytest.mark.parametrize(
+    ("argument", "value"), [("max_queue", -1), ("max_queue", True), ("max_upload_size", "1mb"), ("max_positions", 0)]
+)
 def test_arguments(shipped, argument, value):
     with pytest.raises(ValueError, match=f"`{argument}` is {value!r}; allowed are whole numbers of at least"):
         serving.build_api(*shipped, **{argument: value})
@@ -691,10 +776,10 @@ def command(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "address", "built", "warned"),
     [
-        ([], "127.0.0.1", {"max_queue": 16, "max_upload_size": 20_000_000}, False),
-        (["--host", "localhost"], "127.0.0.1", {"max_queue": 16, "max_upload_size": 20_000_000}, False),
-        (["--host", "0.0.0.0", "--max-queue", 3, "--max-upload-size", 1], "0.0.0.0",
-         {"max_queue": 3, "max_upload_size": 1_000_000, "hosts": None}, True),
+        ([], "127.0.0.1", {}, False),
+        (["--host", "localhost"], "127.0.0.1", {}, False),
+        (["--host", "0.0.0.0", "--max-queue", 3, "--max-upload-size", 1, "--max-positions", 4096], "0.0.0.0",
+         {"max_queue": 3, "max_upload_size": 1_000_000, "max_positions": 4096, "hosts": None}, True),
     ],
 )  # fmt: skip
 def test_command_line(monkeypatch, arguments, address, built, warned):
@@ -710,5 +795,6 @@ def test_command_line(monkeypatch, arguments, address, built, warned):
     assert result.exit_code == 0, result.output
     host, port = seen.pop("address")
     assert host == address and f":{port}/v1" in result.stdout and "lladamedv-demo" in result.stdout
-    assert seen == {"name": "lladamedv-demo"} | built
+    defaults = {"max_queue": 16, "max_upload_size": 20_000_000, "max_positions": 16384}
+    assert seen == {"name": "lladamedv-demo"} | defaults | built
     assert len(result.stderr.splitlines()) == warned and ("anyone who can reach" in result.stderr) == warned
