@@ -230,8 +230,8 @@ _TABLE = (
     GenerationOption(
         "compile_config", (),
         "A `CompileConfig`: compile the denoising step with these options of `torch.compile`, one graph a shape. "
-        "Shapes stay the same from block to block and when rows finish, without a cache and with the dual one; not saved "
-        "with the model.",
+        "Shapes stay the same from block to block and when rows finish, without a cache and with the dual one; not "
+        "saved with the model.",
         # Its class is known by its name, because Transformers is not imported here.
         "is a transformers.CompileConfig", lambda v: any(each.__name__ == "CompileConfig" for each in type(v).__mro__),
         role="model",
