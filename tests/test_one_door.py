@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from lladamedv import cli
 from lladamedv.evaluation.answering import answer_batch, question_about
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
+from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
 from lladamedv.trainers.data_collator import DataCollatorForMaskedDiffusion
 from tests.dicom_files import dataset, to_bytes
 from tests.reading import encoded, read, tiff
@@ -66,14 +67,18 @@ MISREAD = ("DICOM", "signed TIFF", "16-bit colour")  # by Pillow, or not read at
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What `generate` was given, one entry a call."""
-    calls, generate = [], LLaDAMedVForConditionalGeneration.generate
+    """What `generate`, or a batch that is shared, was given: one entry a call."""
+    calls = []
 
-    def spy(self, *arguments, **options):
-        calls.append({name: options[name] for name in ("pixel_values", "input_ids") if name in options})
-        return generate(self, *arguments, **options)
+    def spied(asked):
+        def spy(self, *arguments, **options):
+            calls.append({name: options[name] for name in ("pixel_values", "input_ids") if name in options})
+            return asked(self, *arguments, **options)
 
-    monkeypatch.setattr(LLaDAMedVForConditionalGeneration, "generate", spy)
+        return spy
+
+    for home, name in ((LLaDAMedVForConditionalGeneration, "generate"), (ContinuousBatch, "submit")):
+        monkeypatch.setattr(home, name, spied(getattr(home, name)))
     return calls
 
 
