@@ -105,14 +105,14 @@ class ContinuousBatch:
         unit = max(8, 1 << (length.bit_length() - 4))
         padding = -length % unit
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        state = self.model.prepare_denoising(input_ids, generation_config, mask, tokenizer, **kwargs)
+        # What stands in the padding is not seen; it must not be an image token.
+        padded = torch.nn.functional.pad(input_ids, (padding, 0), value=self.model.config.mask_token_id)
+        mask = torch.nn.functional.pad(mask, (padding, 0))
+        state = self.model.prepare_denoising(padded, generation_config, mask, tokenizer, **kwargs)
         options = state.options
         for name in _NOT_SHARED:
             if getattr(options, name):
                 raise ValueError(f"`{name}` is {getattr(options, name)}; it is for `generate`, not for shared batches.")
-        padded = torch.nn.functional.pad(input_ids, (padding, 0), value=state.padding)
-        mask = torch.nn.functional.pad(mask, (padding, 0))
-        state = DenoisingState(self.model, options, padded, state.canvas, mask, state.suffix, state.stop_sequences)
         state.patience = PATIENCE
         positions = padded.shape[1] + state.canvas.shape[1] + len(state.suffix)
         positions *= 2 if options.cfg_scale > 0 else 1
@@ -252,22 +252,26 @@ class ContinuousBatch:
                 if not self._waiting or used + self._waiting[0].positions > self.max_positions:
                     return
                 request = self._waiting.popleft()
+            if not request.future.set_running_or_notify_cancel():
+                self._close(request, "cancelled")
+                continue
             self._counts.update(requests=1)
             try:
                 self._features.begin(self.model, request.state, request.images)
                 request.images = {}
                 if request.streamer is not None:
                     request.streamer.put(request.state.prompt_ids[:, request.padding :].cpu())
-                request.future.set_running_or_notify_cancel()
-                state, requests = self._groups.get(request.key, (None, []))
-                if state is None:
-                    state = request.state
-                else:
-                    state.join(request.state)
-                with self._changed:
-                    self._groups[request.key] = state, [*requests, request]
             except Exception as error:  # pictures that do not fit the prompt, or too little memory
                 self._close(request, "failed", error)
+                continue
+            state, requests = self._groups.get(request.key, (request.state, []))
+            with self._changed:
+                self._groups[request.key] = state, [*requests, request]
+            try:
+                if requests:
+                    state.join(request.state)
+            except Exception as error:  # too little memory: half joined, none of these rows can go on
+                self._end(request.key, [*requests, request], error)
 
     def _finish(self, key) -> None:
         """Give finished rows their answers."""

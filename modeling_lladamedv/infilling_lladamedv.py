@@ -19,8 +19,8 @@ from .denoising_state_lladamedv import DenoisingState, StepHooks
 _BLANK = re.compile(r"\[\[\s*(\w+)\s*(?::\s*(\d+)\s*)?\]\]")
 # Options of `generate` that say how long an answer is or where it ends, which here the template does.
 _DECIDED_BY_TEMPLATE = (
-    "max_new_tokens", "min_new_tokens", "initial_canvas_length", "stop_strings", "generation_suffix",
-    "abstention_threshold", "return_dict_in_generate",
+    "max_new_tokens", "min_new_tokens", "initial_canvas_length", "grow_until_eos_confidence", "stop_strings",
+    "generation_suffix", "abstention_threshold", "return_dict_in_generate",
 )  # fmt: skip
 
 

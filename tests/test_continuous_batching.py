@@ -203,6 +203,14 @@ def test_an_error_that_ends_the_loop_fails_all_requests(monkeypatch):
         batch.submit(**arguments(0, (5,), 1, 4))
 
 
+def test_a_future_that_is_cancelled_before_it_runs_is_not_run():
+    batch = ContinuousBatch(MODEL)
+    request = batch.submit(**arguments(0, (5,), 1, 4))
+    assert request.future.cancel()
+    assert not batch.step()
+    assert (batch.stats()["cancelled"], batch.stats()["passes"]) == (1, 0)
+
+
 def test_streams_and_threads():
     """Requests from several threads, answered by one that runs; a stream gets what `generate` would give it."""
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from lladamedv import LLaDAMedVGenerationConfig
 from tests.test_generation_lladamedv import PIXELS, PROMPT, SUPPRESSED, generate
 from tests.tiny import Words, image_prompt, tiny_model
 
@@ -112,6 +113,19 @@ def test_the_suffix_is_a_special_case(model):
     values = list(output.field_confidence[0].values())
     assert values[0] == pytest.approx(expected.answer_confidence.item(), rel=1e-4)
     assert output.fields[0]["answer"] == Words().decode(expected.sequences[0, -10:-2])
+
+
+@torch.no_grad()
+def test_a_growing_canvas_of_the_model_is_left_out(model):
+    """How long a template is, it says itself, whatever the model's own configuration asks of `generate`."""
+    own = model.generation_config
+    model.generation_config = LLaDAMedVGenerationConfig(
+        initial_canvas_length=8, block_length=8, eos_token_id=5, grow_until_eos_confidence=0.5
+    )
+    try:
+        assert infill(model, "30 [[answer:4]] 31").texts[0].startswith("30 ")
+    finally:
+        model.generation_config = own
 
 
 @torch.no_grad()
