@@ -160,7 +160,7 @@ class LLaDAMedVGenerationMixin:
         """Embed the prompts and make room for the cache.
 
         Args:
-            images: `pixel_values`, `image_sizes` and `batch_num_images`, or `image_features`.
+            images: arguments of [`~LLaDAMedVModel.get_image_features`].
 
         Returns:
             What [`~LLaDAMedVModel.get_image_features`] returns, if it was asked.
@@ -371,7 +371,7 @@ class LLaDAMedVGenerationMixin:
             cached_rows = torch.cat([rows, rows + len(state.canvas)])
         cache = None
         if options.use_cache and not whole:
-            everywhere = places.shape[1] == state.cache.row_length
+            everywhere = places.shape[1] == state.cache.current.row_length
             cache = state.cache.select(cached_rows, None if everywhere else places, partial)
         logits = self(
             inputs_embeds=inputs_embeds,
