@@ -32,6 +32,8 @@ class DenoisingCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, positions = self.cache.rows, self.cache.positions
+        if self.cache.versions > 1:  # these are not kept: no pass attends to stored states of what it runs
+            return (torch.cat([self.keys[rows], key_states], dim=2), torch.cat([self.values[rows], value_states], dim=2))
         if positions is None:
             self.keys[rows], self.values[rows] = key_states, value_states
             return key_states, value_states
@@ -60,7 +62,8 @@ class DenoisingCacheLayer(CacheLayerMixin):
         self.keys, self.values = joined(self.keys, other.keys), joined(self.values, other.values)
 
     def get_mask_sizes(self, query_length):
-        return (self.cache.row_length if self.cache.partial else query_length), 0
+        stored = self.cache.row_length if self.cache.partial else 0
+        return stored + (0 if self.cache.partial and self.cache.versions == 1 else query_length), 0
 
     def get_seq_length(self):
         return self.cache.row_length if self.is_initialized else 0
@@ -86,17 +89,21 @@ class DenoisingCache(Cache):
         self.rows: torch.LongTensor | None = None  # slots of the current pass
         self.positions: torch.LongTensor | None = None
         self.partial = False
+        self.versions = 1
 
-    def select(self, rows: torch.LongTensor, positions: torch.LongTensor | None, partial: bool) -> "DenoisingCache":
+    def select(
+        self, rows: torch.LongTensor, positions: torch.LongTensor | None, partial: bool, versions: int = 1
+    ) -> "DenoisingCache":
         """Say what the next pass runs.
 
         Args:
             rows (`(rows,)`): in ascending order.
             positions (`(rows, positions)`): of each row; `None` for all of them.
             partial: whether the pass attends to the stored states of the other positions, too.
+            versions: of each row, one behind the other.
         """
         self.rows = rows if self.slots is None else self.slots[rows]
-        self.positions, self.partial = positions, partial
+        self.positions, self.partial, self.versions = positions, partial, versions
         return self
 
     def keep(self, rows: torch.LongTensor, num_rows: int) -> None:

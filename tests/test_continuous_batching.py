@@ -24,6 +24,8 @@ OPTIONS = [
     {"initial_canvas_length": 4, "grow_until_eos_confidence": 0.02},
     {"use_cache": True, "cache_drift_bound": 0.001},
     {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "schedule_shift": 3.0},
+    {"speculation_depth": 2, "use_cache": True, "cache_refresh_interval": 3},
+    {"speculation_depth": 3, "confidence_threshold": 0.02},
 ]
 
 
