@@ -17,10 +17,11 @@ from .denoising_state_lladamedv import DenoisingState, StepHooks
 
 
 _BLANK = re.compile(r"\[\[\s*(\w+)\s*(?::\s*(\d+)\s*)?\]\]")
-# Options of `generate` that say how long an answer is or where it ends, which here the template does.
+# Options of `generate` that say how long an answer is or where it ends, which here the template does, or are about the
+# one answer of a row.
 _DECIDED_BY_TEMPLATE = (
     "max_new_tokens", "min_new_tokens", "initial_canvas_length", "grow_until_eos_confidence", "stop_strings",
-    "generation_suffix", "abstention_threshold", "return_dict_in_generate",
+    "generation_suffix", "abstention_threshold", "output_image_reliance", "return_dict_in_generate",
 )  # fmt: skip
 
 
@@ -192,7 +193,10 @@ class LLaDAMedVInfillingMixin:
         """
         decided = sorted(set(kwargs) & set(_DECIDED_BY_TEMPLATE))
         if decided:
-            raise ValueError(f"`{decided[0]}` is {kwargs[decided[0]]!r}, but the template decides it in `infill`.")
+            raise ValueError(
+                f"`{decided[0]}` is {kwargs[decided[0]]!r}; `infill` does not take it: the template says how long answers "
+                "are and where they end, and has several."
+            )
         ids, blanks = self._parse_template(template, tokenizer, choices or {})
         block_length = kwargs.pop("block_length", None) or len(ids)
         length = -(-len(ids) // block_length) * block_length
