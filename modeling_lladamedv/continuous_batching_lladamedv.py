@@ -67,7 +67,7 @@ class ContinuousBatch:
     Args:
         model: with `generate`, on its device.
         max_positions: how many positions (prompt, canvas and suffix; twice as many with guidance) are in work at a
-            time. Requests beyond that wait in order; one that needs more is refused.
+            time, besides those of a finished answer whose image reliance is computed. Requests beyond that wait in order; one that needs more is refused.
         image_cache_bytes: for features of pictures, so that more questions about one do not encode it again; the
             pictures that were not asked about for the longest time are dropped.
     """
@@ -115,7 +115,7 @@ class ContinuousBatch:
                 raise ValueError(f"`{name}` is {getattr(options, name)}; it is for `generate`, not for shared batches.")
         state.patience = PATIENCE
         positions = padded.shape[1] + state.canvas.shape[1] + len(state.suffix)
-        positions *= 2 if options.cfg_scale > 0 else 1
+        positions *= state.sides
         if positions > self.max_positions:
             raise PositionsError(positions, self.max_positions)
         images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
@@ -341,7 +341,7 @@ class _ImageFeatures:
 
     def __init__(self, budget: int):
         self.budget, self.num_bytes, self.hits, self.misses = budget, 0, 0, 0
-        self._kept: OrderedDict[str, list[torch.Tensor]] = OrderedDict()
+        self._kept: OrderedDict[str, dict[str, list[torch.Tensor]]] = OrderedDict()
 
     def begin(self, model, state, images: dict) -> None:
         """Embed a prompt, with known features if there are any."""
@@ -353,22 +353,22 @@ class _ImageFeatures:
             if values is not None:
                 digest.update(f"{name}{values.dtype}{tuple(values.shape)}".encode())
                 digest.update(values.contiguous().view(torch.uint8).cpu().numpy().tobytes())
-        key = digest.hexdigest()
+        key = digest.hexdigest() + "neutral" * state.needs_neutral
         if key in self._kept:
             self.hits += 1
             self._kept.move_to_end(key)
-            model.begin_denoising(state, image_features=self._kept[key])
+            model.begin_denoising(state, **self._kept[key])
             return
         self.misses += 1
-        features = model.begin_denoising(state, **images).pooler_output
+        features = model.begin_denoising(state, **images)
         self._kept[key] = features
         self.num_bytes += _num_bytes(features)
         while self.num_bytes > self.budget:
             self.num_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
 
 
-def _num_bytes(features: list[torch.Tensor]) -> int:
-    return sum(each.numel() * each.element_size() for each in features)
+def _num_bytes(features: dict[str, list[torch.Tensor]]) -> int:
+    return sum(each.numel() * each.element_size() for part in features.values() for each in part)
 
 
 __all__ = ["PATIENCE", "ContinuousBatch", "PositionsError", "Request"]

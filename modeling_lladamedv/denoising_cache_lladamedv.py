@@ -77,7 +77,7 @@ class DenoisingCache(Cache):
 
     Args:
         num_layers: of the language model.
-        num_rows: rows of the batch, unconditional ones included.
+        num_rows: rows of the batch, those that they are contrasted with included.
         row_length: positions of a row: prompt, canvas and suffix.
     """
 
@@ -123,7 +123,7 @@ class DenoisingCache(Cache):
         """Append the rows of another cache of the same row length.
 
         Args:
-            sides: 2 if unconditional rows follow the others, which then stay behind all of these; or else 1.
+            sides: 2 if rows that others are contrasted with follow these, and then stay behind all of them; or else 1.
         """
         for layer, theirs in zip(self.layers, other.layers):
             layer.join(theirs, sides)

@@ -54,16 +54,19 @@ class CandidateLogits:
         slots (`(n,)`): its place among those of all rows' windows, `(batch, window)` flattened.
         valid (`(n,)`): whether it is a candidate: with fixed shapes every place of a window has logits.
         logits (`(n, vocabulary)`).
+        unguided (`(n, vocabulary)`, *optional*): those before image guidance.
     """
 
     rows: torch.LongTensor
     slots: torch.LongTensor
     valid: torch.BoolTensor
     logits: torch.Tensor
+    unguided: torch.Tensor | None = None
 
     def take(self, chosen: torch.Tensor) -> CandidateLogits:
         """Some of them: indices, or a mask."""
-        return CandidateLogits(self.rows[chosen], self.slots[chosen], self.valid[chosen], self.logits[chosen])
+        unguided = None if self.unguided is None else self.unguided[chosen]
+        return CandidateLogits(self.rows[chosen], self.slots[chosen], self.valid[chosen], self.logits[chosen], unguided)
 
 
 @dataclass
@@ -193,7 +196,8 @@ class Progress:
 
 # Tensors with an entry for each row.
 OF_ROWS = (
-    "prompt_ids", "prompt_embeds", "prompt_mask", "prompt_lengths", "prompt_positions", "canvas", "absent", "stop",
+    "prompt_ids", "prompt_embeds", "neutral_embeds", "prompt_mask", "prompt_lengths", "prompt_positions", "canvas",
+    "absent", "stop",
     "block", "step", "initial", "masks_at_start", "finished", "broken", "interval", "num_forwards", "num_full_forwards",
     "num_saved", "commit_step", "commit_confidence", "drafted", "draft_scores",
 )  # fmt: skip
@@ -243,7 +247,10 @@ class DenoisingState:
         self.absent = absent
         self.hooks = hooks or StepHooks()
         self.prompt_ids = prompt_ids
-        self.prompt_embeds = self.cache = None  # as soon as the loop begins
+        self.prompt_embeds = self.neutral_embeds = self.cache = None  # as soon as the loop begins
+        self.guides_by_image = options.image_guidance_scale > 0
+        self.needs_neutral = self.guides_by_image or bool(options.output_image_reliance)
+        self.sides = 2 if options.cfg_scale > 0 or self.guides_by_image else 1  # rows of a pass for each of the batch
         self.positions = torch.arange(length, device=device)
         self.initial = torch.full((batch,), options.initial_canvas_length or length, device=device)  # of the canvas
         self.stop = torch.full((batch,), length, device=device)  # first position that is not part of the answer
@@ -320,8 +327,7 @@ class DenoisingState:
         taken.kept, taken._indices = list(range(len(rows))), {}
         taken.is_padded = not bool(taken.prompt_mask.all())
         if self.cache is not None:
-            sides = 2 if self.options.cfg_scale > 0 else 1
-            self.cache.keep(self.index([row + batch * side for side in range(sides) for row in rows]), batch * sides)
+            self._keep_cached(rows, batch)
             self.cache.slots = None  # rows are where their numbers say
         return taken
 
@@ -340,7 +346,12 @@ class DenoisingState:
         self.kept, self._indices = list(range(len(self.canvas))), {}
         self.is_padded |= other.is_padded
         if self.cache is not None:
-            self.cache.join(other.cache, 2 if self.options.cfg_scale > 0 else 1)
+            self.cache.join(other.cache, self.sides)
+
+    def _keep_cached(self, rows: list[int], batch: int) -> None:
+        """Let the cache of `batch` rows keep some; those that they are contrasted with follow all of them."""
+        kept = [row + batch * side for side in range(self.sides) for row in rows]
+        self.cache.keep(self.index(kept), batch * self.sides)
 
     # What stands in the row
 
@@ -554,9 +565,7 @@ class DenoisingState:
         if left and (len(left) < len(self.kept) if self.packs else half):
             self.kept = left
             if self.cache is not None:
-                batch, sides = len(self.canvas), 2 if self.options.cfg_scale > 0 else 1  # the unconditional rows follow
-                rows = [row + batch * side for side in range(sides) for row in left]
-                self.cache.keep(self.index(rows), batch * sides)
+                self._keep_cached(left, len(self.canvas))
 
 
 __all__ = ["OF_ROWS", "CandidateLogits", "DenoisingState", "ForwardPass", "Proposals", "StepHooks"]

@@ -6,6 +6,7 @@ the same numbers. Sources: LLaDA (arXiv 2502.09992, algorithms 4 and 5), LLaDA-M
 
 import functools
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from .confidence_lladamedv import answer_confidence, calibrate_confidence
 from .denoising_cache_lladamedv import DenoisingCache
 from .denoising_state_lladamedv import CandidateLogits, DenoisingState, ForwardPass, Proposals
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig, resolve_generation_config
+from .neutral_image_lladamedv import neutral_pixel_values
 from .repetition_lladamedv import ban_repeated_ngrams
 from .speculation_lladamedv import draft_states, mask_of_versions, reaches, with_drafts
 
@@ -51,6 +53,14 @@ class LLaDAMedVGenerationOutput(ModelOutput):
             `confidence_temperature`.
         abstained (`torch.BoolTensor` of shape `(batch,)`, *optional*):
             Whether that is below `abstention_threshold`, if there is one.
+        image_reliance (`torch.DoubleTensor` of shape `(batch,)`, *optional*):
+            With `output_image_reliance`: the log-likelihood of the answer and the end in it, in nats, less that behind
+            the same prompt with each picture in its median colour, both bounds of [`~LLaDAMedVScoringMixin.score`] on
+            the same masks. Above 0, the picture speaks for the answer; near 0, the answer does not come from it. It is
+            that of the whole answer, a Bayes factor's logarithm, and so adds up over tokens. NaN for a prompt without
+            a picture, and an answer without tokens or with masks left in it.
+        image_reliance_error (`torch.DoubleTensor` of shape `(batch,)`, *optional*):
+            Its standard error, from 128 drawn masks; 0 for answers of up to 8 tokens, where it is exact.
         cache_drift (`torch.DoubleTensor` of shape `(forward passes, batch)`, *optional*):
             KL divergence, in nats, of the cached from the exact distributions, averaged over the row's candidates, with
             `output_cache_drift` or `cache_drift_bound`; NaN where it was not measured.
@@ -66,6 +76,8 @@ class LLaDAMedVGenerationOutput(ModelOutput):
     commit_step: torch.LongTensor = None
     answer_confidence: torch.DoubleTensor = None
     abstained: torch.BoolTensor | None = None
+    image_reliance: torch.DoubleTensor | None = None
+    image_reliance_error: torch.DoubleTensor | None = None
     cache_drift: torch.DoubleTensor | None = None
     history: torch.LongTensor | None = None
 
@@ -129,8 +141,8 @@ class LLaDAMedVGenerationMixin:
         Raises:
             ValueError: before the first forward pass, for unknown arguments, values that are not allowed, a
                 `max_new_tokens` that `block_length` does not divide, `steps` that are no multiple of the number of
-                blocks, a row longer than the model's context, or a prompt that is empty or holds the mask token; in
-                the loop, for logits that are not finite.
+                blocks, a row longer than the model's context, a prompt that is empty or holds the mask token, or one
+                without a picture with `image_guidance_scale`; in the loop, for logits that are not finite.
         """
         # 0. Check the arguments, embed the prompts and lay a canvas of masks (and the fixed suffix) behind each.
         state = self.prepare_denoising(input_ids, generation_config, attention_mask, tokenizer, **kwargs)
@@ -164,20 +176,35 @@ class LLaDAMedVGenerationMixin:
         canvas = torch.full((len(input_ids), options.max_new_tokens), self.config.mask_token_id).to(input_ids)
         return DenoisingState(self, options, input_ids, canvas, attention_mask, suffix, stops)
 
-    def begin_denoising(self, state: DenoisingState, **images):
+    def begin_denoising(self, state: DenoisingState, neutral_features=None, **images) -> dict:
         """Embed the prompts and make room for the cache.
 
         Args:
             images: `pixel_values`, `image_sizes` and `batch_num_images`, or `image_features`.
+            neutral_features: with `image_features`, those of the neutral pictures if the state `needs_neutral`.
 
         Returns:
-            What [`~LLaDAMedVModel.get_image_features`] returns, if it was asked.
+            Arguments for other prompts about the same pictures: `image_features`, and `neutral_features` if needed.
+
+        Raises:
+            ValueError: as [`generate`].
         """
         options, ids = state.options, state.prompt_ids
-        embedded = self.model(ids, **images, embeddings_only=True, return_dict=True)
-        state.prompt_embeds = embedded.last_hidden_state
+        state.prompt_embeds, features = self._embed(ids, images)
+        features = {"image_features": features}
+        if state.guides_by_image and not bool((ids == self.config.image_token_id).any(dim=1).all()):
+            raise ValueError(
+                f"`image_guidance_scale` is {options.image_guidance_scale}, but a prompt has no picture; it must be 0 "
+                "there."
+            )
+        if state.needs_neutral:
+            if neutral_features is not None:
+                images = {"image_features": neutral_features}
+            elif images["pixel_values"] is not None:
+                images = {**images, "pixel_values": neutral_pixel_values(self.model, **images)}
+            state.neutral_embeds, features["neutral_features"] = self._embed(ids, images)
         if options.use_cache:
-            num_rows = len(ids) * (2 if options.cfg_scale > 0 else 1)
+            num_rows = len(ids) * state.sides
             row_length = ids.shape[1] + state.canvas.shape[1] + len(state.suffix)
             text_config = self.config.get_text_config()
             state.cache = DenoisingCache(text_config.num_hidden_layers, num_rows, row_length)
@@ -193,7 +220,13 @@ class LLaDAMedVGenerationMixin:
             for tensor in [*vars(state).values(), *(each for layer in layers for each in (layer.keys, layer.values))]:
                 if isinstance(tensor, torch.Tensor):
                     torch._dynamo.mark_static_address(tensor, guard=False)
-        return embedded.image_outputs
+        return features
+
+    def _embed(self, ids, images: dict):
+        """Embeddings of the prompts, and the features of each picture in them."""
+        embedded = self.model(ids, **images, embeddings_only=True, return_dict=True)
+        made = embedded.image_outputs
+        return embedded.last_hidden_state, images.get("image_features") if made is None else made.pooler_output
 
     def _grow_canvas(self, state: DenoisingState) -> None:
         """Lengthen each row's canvas of masks until the model puts an end into it (DAEDAL, arXiv 2508.00819, stage 1).
@@ -215,9 +248,8 @@ class LLaDAMedVGenerationMixin:
             state.num_forwards[each.rows] += 1
             state.num_full_forwards[each.rows] += 1
             probability = torch.zeros_like(window, dtype=torch.float64)
-            for part, slots in zip(
-                *(values.split(_rows_at_a_time(found.logits)) for values in (found.logits, found.slots))
-            ):
+            logits = self._plausible_logits(options, found)
+            for part, slots in zip(*(values.split(_rows_at_a_time(logits)) for values in (logits, found.slots))):
                 of_ends = part.double().softmax(dim=-1)[:, ends].sum(dim=-1)
                 is_end = torch.isin(part.argmax(dim=-1), ends)
                 probability.view(-1).index_copy_(0, slots, torch.where(is_end, of_ends, 0.0))
@@ -240,6 +272,7 @@ class LLaDAMedVGenerationMixin:
         confidence = answer_confidence(state.commit_confidence, state.stop + 1)
         confidence = calibrate_confidence(confidence, options.confidence_temperature)
         threshold = options.abstention_threshold
+        reliance = self.image_reliance(state) if options.output_image_reliance else (None, None)
         return LLaDAMedVGenerationOutput(
             sequences=torch.cat([state.prompt_ids, padded], dim=1),
             tokens_per_forward=state.stop / state.num_forwards,
@@ -249,6 +282,8 @@ class LLaDAMedVGenerationMixin:
             commit_step=state.commit_step,
             answer_confidence=confidence,
             abstained=None if threshold is None else confidence < threshold,
+            image_reliance=reliance[0],
+            image_reliance_error=reliance[1],
             cache_drift=None if state.drift is None else torch.stack(state.drift.history),
             history=history,
         )
@@ -326,7 +361,8 @@ class LLaDAMedVGenerationMixin:
             self._process_logits(state, window, found)
 
             # 1.c. Propose a token for each candidate, and its confidence.
-            tokens, values = self._propose(found.logits, options.temperature, state.rule.needs)
+            logits = self._plausible_logits(options, found)
+            tokens, values = self._propose(logits, options.temperature, state.rule.needs)
             proposed.view(-1).index_copy_(0, found.slots, tokens)
             for name, value in values.items():
                 getattr(scores, name).view(-1).index_copy_(0, found.slots, value)
@@ -379,7 +415,7 @@ class LLaDAMedVGenerationMixin:
         places = columns + prompt_length  # within the row
         wanted = window[rows] - first  # within what is run
         tail_mask = state.tail_mask(rows)
-        blank_embeds = inputs_embeds
+        contrast_embeds = inputs_embeds
         if not partial:
             prompt_places = torch.arange(prompt_length, device=rows.device).expand_as(prompt_mask)
             places = torch.cat([prompt_places, places], dim=1)
@@ -394,11 +430,13 @@ class LLaDAMedVGenerationMixin:
         own, size = candidates[rows], window.shape[1]
         if state.packs:
             wanted = torch.zeros_like(places).scatter_add_(1, wanted, own.long()) > 0
-        if options.cfg_scale > 0:
-            # The unconditional row has the same length, with a mask for every prompt token.
+        if state.sides == 2:
+            # The row to contrast with has the same length: neutral pictures, or a mask for every prompt token.
             if not partial:
-                blank_embeds = torch.cat([embed(prompt_places * 0 + state.mask_token_id), blank_embeds], dim=1)
-            inputs_embeds = torch.cat([inputs_embeds, blank_embeds])
+                blank = state.neutral_embeds[rows] if state.guides_by_image else None
+                blank = embed(prompt_places * 0 + state.mask_token_id) if blank is None else blank
+                contrast_embeds = torch.cat([blank, contrast_embeds], dim=1)
+            inputs_embeds = torch.cat([inputs_embeds, contrast_embeds])
             visible, position_ids, wanted, places = (
                 value.repeat(2, 1) for value in (visible, position_ids, wanted, places)
             )
@@ -427,11 +465,14 @@ class LLaDAMedVGenerationMixin:
         ).logits.flatten(0, -2)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        if options.cfg_scale > 0:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + (options.cfg_scale + 1) * (conditional - unconditional)
+        conditional = None
+        if state.sides == 2:
+            conditional, contrast = logits.chunk(2)
+            scale = options.image_guidance_scale if state.guides_by_image else options.cfg_scale
+            logits = contrast + (scale + 1) * (conditional - contrast)
         row = rows[slots // size]
-        return CandidateLogits(row, row * size + slots % size, own.flatten()[slots], logits)
+        unguided = conditional if state.guides_by_image else None
+        return CandidateLogits(row, row * size + slots % size, own.flatten()[slots], logits, unguided)
 
     def _attention_mask(self, visible, inputs_embeds):
         """The mask of a pass for `visible` `(rows, 1, queries or 1, keys)`, in a form that the attention takes without
@@ -464,6 +505,19 @@ class LLaDAMedVGenerationMixin:
         if options.no_repeat_ngram_size is not None:
             canvas = torch.where(committed, state.canvas, -1)
             ban_repeated_ngrams(found.logits, row, place, canvas, options.no_repeat_ngram_size)
+
+    @staticmethod
+    def _plausible_logits(options, found: CandidateLogits) -> torch.Tensor:
+        """The logits, after image guidance without what the picture itself makes implausible.
+
+        Source: visual contrastive decoding (arXiv 2311.16922), the adaptive plausibility constraint; what must not be
+        proposed does not count as the most probable token here.
+        """
+        if found.unguided is None or options.image_guidance_cutoff == 0:
+            return found.logits
+        unguided = found.unguided.masked_fill(found.logits == float("-inf"), float("-inf"))
+        least = unguided.amax(dim=-1, keepdim=True) + math.log(options.image_guidance_cutoff)
+        return found.logits.masked_fill(unguided < least, float("-inf"))
 
     @staticmethod
     def _propose(logits, temperature, needs=()):

@@ -17,10 +17,12 @@ from .denoising_state_lladamedv import DenoisingState, StepHooks
 
 
 _BLANK = re.compile(r"\[\[\s*(\w+)\s*(?::\s*(\d+)\s*)?\]\]")
-# Options of `generate` that say how long an answer is or where it ends, which here the template does.
+# Options of `generate` that say how long an answer is or where it ends, which here the template does, that are about
+# the one answer of a row, or that foresee steps, which a template's choices change.
 _NOT_TAKEN = (
     "max_new_tokens", "min_new_tokens", "initial_canvas_length", "grow_until_eos_confidence", "stop_strings",
-    "generation_suffix", "abstention_threshold", "return_dict_in_generate", "speculation_depth",
+    "generation_suffix", "abstention_threshold", "output_image_reliance", "return_dict_in_generate",
+    "speculation_depth",
 )  # fmt: skip
 
 

@@ -227,7 +227,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         Raises:
             ValueError: if the shapes do not fit each other or the config, or the model is text-only.
         """
-        grids = self._tile_grids(pixel_values, image_sizes, batch_num_images, image_index)
+        grids = self.tile_grids(pixel_values, image_sizes, batch_num_images, image_index)
         counts = [_count_tiles(grid) for grid in grids]
         tiles = torch.cat([image[:count] for image, count in zip(pixel_values, counts)])
         # A frozen tower keeps no activations, even where its inputs are made to require gradients (as PEFT does).
@@ -240,7 +240,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         outputs.pooler_output = images if image_index is None else [images[number] for number in image_index.tolist()]
         return outputs
 
-    def _tile_grids(self, pixel_values, image_sizes, batch_num_images, image_index):
+    def tile_grids(self, pixel_values, image_sizes=None, batch_num_images=None, image_index=None):
         """Rows and columns of each image's tile grid, or `None` for an image of one tile; checks that all fits."""
         if self.config.text_only:
             raise ValueError("`pixel_values` is given, but this model is text-only: it has no vision tower.")

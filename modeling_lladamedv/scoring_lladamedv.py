@@ -16,6 +16,9 @@ from transformers.utils import ModelOutput
 from .denoising_state_lladamedv import NOT_FINITE
 
 
+_POSITIONS = 2**14  # in a forward pass for image reliance
+
+
 @dataclass
 class LLaDAMedVScoreOutput(ModelOutput):
     """What `score` returns; `candidates` counts those of the row that has most, and rows with fewer are filled up.
@@ -106,26 +109,47 @@ class LLaDAMedVScoringMixin:
                 bounds = []
                 for end in ends:
                     ids = torch.tensor(answer + end, device=input_ids.device)
-                    exact = len(ids) <= max_exact_tokens
-                    masks = _all_masks(len(ids)) if exact else _random_masks(len(ids), num_samples, seed)
-                    values = self._masked_log_probability(prompt, ids, masks.to(input_ids.device), batch_size).cpu()
-                    if not values.isfinite().all():
-                        raise ValueError(
-                            f"The model's logits are not finite for candidate {place} of row {row}. {NOT_FINITE}"
-                        )
-                    sizes = masks.sum(dim=1)
-                    values = values * len(ids) / sizes
-                    if exact:
-                        # Every number of masks weighs the same, and within it every subset.
-                        subsets = torch.tensor([math.comb(len(ids), int(size)) for size in sizes])
-                        bounds.append(((values / subsets).sum() / len(ids), 0.0))
-                    else:
-                        bounds.append((values.mean(), values.std() / num_samples**0.5))
+                    bounds.append(self._bound([prompt], ids, batch_size, max_exact_tokens, num_samples, seed))
                 values, spread = torch.tensor(bounds, dtype=torch.float64).T  # (ends,)
+                if not values.isfinite().all():
+                    raise ValueError(
+                        f"The model's logits are not finite for candidate {place} of row {row}. {NOT_FINITE}"
+                    )
                 scores[row, place] = values.logsumexp(dim=0)
                 errors[row, place] = (values.softmax(dim=0) * spread).sum()
-                counts[row, place] = len(ids)
+                counts[row, place] = len(answer) + len(ends[0])
         return LLaDAMedVScoreOutput(log_likelihood=scores, standard_error=errors, num_tokens=counts)
+
+    def image_reliance(self, state) -> tuple[torch.DoubleTensor, torch.DoubleTensor]:
+        """How much likelier the pictures make the answers of rows that are finished, in nats, and its standard error,
+        both `(batch,)`; see [`LLaDAMedVGenerationOutput`]."""
+        batch = len(state.canvas)
+        found = torch.full((2, batch), math.nan, dtype=torch.float64, device=state.canvas.device)
+        for row, stop in enumerate(state.stop.tolist()):
+            ended = bool(torch.isin(state.canvas[row, stop : stop + 1], state.eos).any())
+            answer = state.canvas[row, : stop + ended]
+            shows = bool((state.prompt_ids[row] == self.config.image_token_id).any())
+            if shows and len(answer) and not bool((answer == state.mask_token_id).any()):
+                prompts = [each[row, state.prompt_mask[row]] for each in (state.prompt_embeds, state.neutral_embeds)]
+                rows = max(1, _POSITIONS // (len(prompts[0]) + len(answer)))
+                found[:, row] = torch.tensor(self._bound(prompts, answer, rows), dtype=torch.float64)
+        return found[0], found[1]
+
+    def _bound(self, prompts, answer, batch_size, max_exact_tokens=8, num_samples=128, seed=0) -> tuple[float, float]:
+        """The bound of an answer's ids behind a prompt's embeddings, and its standard error; for two prompts, of their
+        difference on the same masks."""
+        exact = len(answer) <= max_exact_tokens
+        masks = _all_masks(len(answer)) if exact else _random_masks(len(answer), num_samples, seed)
+        sizes = masks.sum(dim=1)
+        first, *others = (
+            self._masked_log_probability(prompt, answer, masks.to(answer.device), batch_size).cpu() for prompt in prompts
+        )
+        values = (first - sum(others)) * len(answer) / sizes
+        if exact:
+            # Every number of masks weighs the same, and within it every subset.
+            subsets = torch.tensor([math.comb(len(answer), int(size)) for size in sizes])
+            return float((values / subsets).sum() / len(answer)), 0.0
+        return float(values.mean()), float(values.std() / num_samples**0.5)
 
     def _ends(self) -> list[list[int]]:
         """The ids that may end an answer, each as a list, in ascending order; one empty list if there are none."""

@@ -38,6 +38,8 @@ MODES = {
     "dual": {"use_cache": True, "cache_implementation": "dual"},
     "prefix": {"use_cache": True, "cache_implementation": "prefix"},
     "guidance": {"cfg_scale": 1.5},
+    "image guidance": {"image_guidance_scale": 1.5},
+    "image guidance in a cache": {"image_guidance_scale": 1.5, "use_cache": True},
     "growth": {"initial_canvas_length": 4},
     "window": {"suffix_blocks": 1},
     "drift": {"use_cache": True, "output_cache_drift": True},
