@@ -33,7 +33,8 @@ class DenoisingCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         rows, positions = self.cache.rows, self.cache.positions
         if self.cache.versions > 1:  # these are not kept: no pass attends to stored states of what it runs
-            return (torch.cat([self.keys[rows], key_states], dim=2), torch.cat([self.values[rows], value_states], dim=2))
+            stored, passed = (self.keys[rows], self.values[rows]), (key_states, value_states)
+            return tuple(torch.cat(pair, dim=2) for pair in zip(stored, passed))
         if positions is None:
             self.keys[rows], self.values[rows] = key_states, value_states
             return key_states, value_states
