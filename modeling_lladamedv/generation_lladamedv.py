@@ -180,28 +180,28 @@ class LLaDAMedVGenerationMixin:
         """Embed the prompts and make room for the cache.
 
         Args:
-            images: `pixel_values`, `image_sizes` and `batch_num_images`, or `image_features`.
-            neutral_features: with `image_features`, those of the neutral pictures if the state `needs_neutral`.
+            images: arguments of [`~LLaDAMedVModel.get_image_features`].
+            neutral_features: the `image_features` of the neutral pictures, where the state `needs_neutral`.
 
         Returns:
-            Arguments for other prompts about the same pictures: `image_features`, and `neutral_features` if needed.
+            `image_features`, and `neutral_features` if needed: arguments for other prompts about the same pictures.
 
         Raises:
             ValueError: as [`generate`].
         """
         options, ids = state.options, state.prompt_ids
-        state.prompt_embeds, features = self._embed(ids, images)
-        features = {"image_features": features}
+        features = {}
+        state.prompt_embeds, features["image_features"] = self._embed(ids, images)
         if state.guides_by_image and not bool((ids == self.config.image_token_id).any(dim=1).all()):
             raise ValueError(
                 f"`image_guidance_scale` is {options.image_guidance_scale}, but a prompt has no picture; it must be 0 "
                 "there."
             )
         if state.needs_neutral:
-            if neutral_features is not None:
-                images = {"image_features": neutral_features}
-            elif images["pixel_values"] is not None:
-                images = {**images, "pixel_values": neutral_pixel_values(self.model, **images)}
+            if images["pixel_values"] is not None:
+                shapes = {name: images[name] for name in ("pixel_values", "image_sizes", "batch_num_images")}
+                neutral = neutral_pixel_values(self.model, **shapes)
+                images = {**images, "pixel_values": neutral, "image_features": neutral_features}
             state.neutral_embeds, features["neutral_features"] = self._embed(ids, images)
         if options.use_cache:
             num_rows = len(ids) * state.sides
@@ -225,8 +225,8 @@ class LLaDAMedVGenerationMixin:
     def _embed(self, ids, images: dict):
         """Embeddings of the prompts, and the features of each picture in them."""
         embedded = self.model(ids, **images, embeddings_only=True, return_dict=True)
-        made = embedded.image_outputs
-        return embedded.last_hidden_state, images.get("image_features") if made is None else made.pooler_output
+        images = embedded.image_outputs
+        return embedded.last_hidden_state, None if images is None else images.pooler_output
 
     def _grow_canvas(self, state: DenoisingState) -> None:
         """Lengthen each row's canvas of masks until the model puts an end into it (DAEDAL, arXiv 2508.00819, stage 1).
@@ -453,7 +453,7 @@ class LLaDAMedVGenerationMixin:
             )
         cache = None
         if options.use_cache and not whole:
-            everywhere = places.shape[1] == state.cache.row_length
+            everywhere = places.shape[1] == state.cache.current.row_length
             cache = state.cache.select(cached_rows, None if everywhere else places, partial, each.versions)
         logits = self(
             inputs_embeds=inputs_embeds,
