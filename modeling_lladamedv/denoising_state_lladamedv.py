@@ -161,9 +161,9 @@ class Progress:
 
 # Tensors with an entry for each row.
 _OF_ROWS = (
-    "prompt_ids", "prompt_embeds", "neutral_embeds", "prompt_mask", "prompt_lengths", "prompt_positions", "canvas", "absent", "stop",
-    "block", "step", "initial", "masks_at_start", "finished", "broken", "interval", "num_forwards", "num_full_forwards",
-    "commit_step", "commit_confidence",
+    "prompt_ids", "prompt_embeds", "neutral_embeds", "prompt_mask", "prompt_lengths", "prompt_positions", "canvas",
+    "absent", "stop", "block", "step", "initial", "masks_at_start", "finished", "broken", "interval", "num_forwards",
+    "num_full_forwards", "commit_step", "commit_confidence",
 )  # fmt: skip
 
 

@@ -194,8 +194,8 @@ class LLaDAMedVInfillingMixin:
         decided = sorted(set(kwargs) & set(_DECIDED_BY_TEMPLATE))
         if decided:
             raise ValueError(
-                f"`{decided[0]}` is {kwargs[decided[0]]!r}; `infill` does not take it: the template says how long answers "
-                "are and where they end, and has several."
+                f"`{decided[0]}` is {kwargs[decided[0]]!r}; `infill` does not take it: the template says how long "
+                "answers are and where they end, and has several."
             )
         ids, blanks = self._parse_template(template, tokenizer, choices or {})
         block_length = kwargs.pop("block_length", None) or len(ids)
