@@ -72,7 +72,8 @@ class ContinuousBatch:
     Args:
         model: with `generate`, on its device.
         max_positions: how many positions (prompt, canvas and suffix; twice as many with guidance) are in work at a
-            time, besides those of a finished answer whose image reliance is computed. Requests beyond that wait in order; one that needs more is refused.
+            time. Requests beyond that wait in order; one that needs more is refused. What `output_image_reliance` runs
+            when an answer is finished does not count, and lets the others wait.
         image_cache_bytes: for features of pictures, so that more questions about one do not encode it again; the
             pictures that were not asked about for the longest time are dropped.
     """

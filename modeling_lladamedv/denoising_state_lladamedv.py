@@ -197,9 +197,8 @@ class Progress:
 # Tensors with an entry for each row.
 OF_ROWS = (
     "prompt_ids", "prompt_embeds", "neutral_embeds", "prompt_mask", "prompt_lengths", "prompt_positions", "canvas",
-    "absent", "stop",
-    "block", "step", "initial", "masks_at_start", "finished", "broken", "interval", "num_forwards", "num_full_forwards",
-    "num_saved", "commit_step", "commit_confidence", "drafted", "draft_scores",
+    "absent", "stop", "block", "step", "initial", "masks_at_start", "finished", "broken", "interval", "num_forwards",
+    "num_full_forwards", "num_saved", "commit_step", "commit_confidence", "drafted", "draft_scores",
 )  # fmt: skip
 
 

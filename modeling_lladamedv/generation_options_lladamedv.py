@@ -366,8 +366,9 @@ def check_options(values: Mapping[str, Any]) -> None:
         )  # fmt: skip
     if values["cfg_scale"] and values["image_guidance_scale"]:
         raise GenerationOptionError(
-            f"`image_guidance_scale` is {values['image_guidance_scale']} and `cfg_scale` is {values['cfg_scale']}; each "
-            "contrasts the prompt with another one: only one may be above 0.", "image_guidance_scale", "cfg_scale",
+            f"`image_guidance_scale` is {values['image_guidance_scale']} and `cfg_scale` is {values['cfg_scale']}; "
+            "each contrasts the prompt with another one: only one may be above 0.",
+            "image_guidance_scale", "cfg_scale",
         )  # fmt: skip
     cutoff = values["image_guidance_cutoff"]
     if cutoff != OPTIONS["image_guidance_cutoff"].default and not values["image_guidance_scale"]:

@@ -140,10 +140,8 @@ class LLaDAMedVScoringMixin:
         difference on the same masks."""
         exact = len(answer) <= max_exact_tokens
         masks = _all_masks(len(answer)) if exact else _random_masks(len(answer), num_samples, seed)
-        sizes = masks.sum(dim=1)
-        first, *others = (
-            self._masked_log_probability(prompt, answer, masks.to(answer.device), batch_size).cpu() for prompt in prompts
-        )
+        sizes, own = masks.sum(dim=1), masks.to(answer.device)
+        first, *others = (self._masked_log_probability(each, answer, own, batch_size).cpu() for each in prompts)
         values = (first - sum(others)) * len(answer) / sizes
         if exact:
             # Every number of masks weighs the same, and within it every subset.

@@ -182,7 +182,8 @@ def published(model, prompt, pixel_values, options, **more):
         stops=stop_sequences(options), suffix=Words()(options.get("generation_suffix", "")).input_ids,
         initial=options.get("initial_canvas_length"), suffix_blocks=options.get("suffix_blocks"),
         penalty=options.get("repetition_penalty", 1.0), ngram=options.get("no_repeat_ngram_size"),
-        image_guidance=options.get("image_guidance_scale", 0.0), cutoff=options.get("image_guidance_cutoff", 0.1), **more,
+        image_guidance=options.get("image_guidance_scale", 0.0), cutoff=options.get("image_guidance_cutoff", 0.1),
+        **more,
     )  # fmt: skip
     return answer, sorted(commits), forwards
 
