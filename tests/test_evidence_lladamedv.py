@@ -74,6 +74,34 @@ def test_hiding_is_painting_the_picture(nearest, aspect_ratio, sizes, cells):
                 assert values[row, column].item() == pytest.approx(fall, abs=1e-5)
 
 
+@pytest.mark.parametrize("singles", [64, 5])
+def test_windows_of_several_sizes(model, singles):
+    """Windows of 2 by 2 cells that overlap by half, then single cells, where the map is strongest if rows are few."""
+    processor, picture, count = tiny_processor("square").image_processor, scene(32, 32), 8
+    pixels = {"pixel_values": processor(picture, return_tensors="pt")["pixel_values"]}
+    seen = []
+    output = model.explain_image(
+        image_prompt(PROMPT), [7], **pixels, cells=count, append_eos=False, max_rows=1 + 49 + singles,
+        callback=lambda *rows: seen.append(rows),
+    )  # fmt: skip
+
+    def fall(row, column, size):
+        box = (4 * column, 4 * row, 4 * (column + size), 4 * (row + size))
+        changed = processor(painted(picture, box), return_tensors="pt")["pixel_values"]
+        scored = model.score(image_prompt(PROMPT), [[7]], pixel_values=changed, append_eos=False)
+        return (output.log_likelihood - scored.log_likelihood).item()
+
+    pairs = np.array([[fall(row, column, 2) for column in range(count - 1)] for row in range(count - 1)])
+    expected = np.array([
+        [pairs[max(row - 1, 0) : row + 1, max(column - 1, 0) : column + 1].mean() for column in range(count)]
+        for row in range(count)
+    ])  # fmt: skip
+    for cell in np.abs(expected).flatten().argsort()[::-1][:singles].tolist():
+        expected[divmod(cell, count)] += fall(*divmod(cell, count), 1)
+    np.testing.assert_allclose(output.maps[0][0].numpy(), expected, atol=1e-5)
+    assert output.num_rows == 1 + 49 + singles and seen[-1] == (output.num_rows, output.num_rows)
+
+
 @torch.no_grad()
 def explain(model, answer, **options):
     return model.explain_image(image_prompt(PROMPT), answer, pixel_values=PIXELS, cells=2, append_eos=False, **options)
