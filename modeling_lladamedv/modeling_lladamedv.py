@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_lladamedv import LLaDAMedVConfig
 from .decoder_layer_lladamedv import LLaDAMedVLastDecoderLayer, positions_in_rows
+from .evidence_lladamedv import LLaDAMedVEvidenceMixin
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig
 from .generation_lladamedv import LLaDAMedVGenerationMixin
 from .infilling_lladamedv import LLaDAMedVInfillingMixin
@@ -487,11 +488,13 @@ def _unpad(plane: torch.Tensor, original_height: int, original_width: int) -> to
 
 
 class LLaDAMedVForConditionalGeneration(
-    LLaDAMedVPreTrainedModel, LLaDAMedVGenerationMixin, LLaDAMedVInfillingMixin, LLaDAMedVScoringMixin, GenerationMixin
-):
+    LLaDAMedVPreTrainedModel, LLaDAMedVGenerationMixin, LLaDAMedVInfillingMixin, LLaDAMedVScoringMixin,
+    LLaDAMedVEvidenceMixin, GenerationMixin,
+):  # fmt: skip
     """LLaDA-MedV with its output layer, the denoising [`~LLaDAMedVGenerationMixin.generate`],
-    [`~LLaDAMedVInfillingMixin.infill`], which fills in templates, and [`~LLaDAMedVScoringMixin.score`], which says how
-    likely given answers are."""
+    [`~LLaDAMedVInfillingMixin.infill`], which fills in templates, [`~LLaDAMedVScoringMixin.score`], which says how
+    likely given answers are, and [`~LLaDAMedVEvidenceMixin.explain_image`], which says where in a picture they come
+    from."""
 
     generation_config_class = LLaDAMedVGenerationConfig
 

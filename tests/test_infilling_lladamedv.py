@@ -101,6 +101,8 @@ def test_against_a_plain_loop(template, canvas, choices, per_step, end):
     fields, text, forwards = plain_infill(model, prompt, canvas, steps, ids, ends)
     output = infill(model, template, choices=choices, steps=steps, eos_token_id=ends or None)
     assert output.fields == [{name: Words().decode(values) for name, values in fields.items()}]
+    filled = output.sequences[0, prompt.shape[1] :]
+    assert {name: filled[start:end].tolist() for name, (start, end) in output.field_spans[0].items()} == fields
     assert output.sequences[0, prompt.shape[1] :].tolist() == text
     assert output.texts == [Words().decode(text)]
     assert output.num_forwards.tolist() == [forwards]
