@@ -23,7 +23,17 @@ from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport, VQAReport
 from lladamedv.processing.datasets.readers import first_few, undecoded
 
-from .answering import Answer, answer_batch, device_name, open_image, question_about
+from .answer_sets import calibration_of
+from .answering import (
+    Answer,
+    answer_batch,
+    candidate_probabilities,
+    device_name,
+    encode_chat,
+    open_image,
+    question_about,
+)
+from .calibrating import answer_row, render_sets, summarize_sets
 from .calibration import area_under_risk_coverage, calibration_bins, expected_calibration_error, risk_coverage
 from .medical_vqa.medical_vqa import ANSWER_TYPES, POLARITY, MedicalVQA, closed_polarity
 from .published import PUBLISHED_VQA, VQA_DECODING
@@ -94,6 +104,8 @@ def evaluate_vqa(
         "scoring": scoring,
     }  # fmt: skip
     settings = {**provenance, **in_force, "benchmark": report.benchmark, "seed": seed}
+    if (calibration := calibration_of(model)) is not None:
+        settings["calibration_sha256"] = calibration.sha256
 
     # 2. Answers.
     def answer(places: list[int]) -> list[dict]:
@@ -101,7 +113,10 @@ def evaluate_vqa(
         digest = hashlib.sha256("\n".join([str(seed), *(row["id"] for row in rows)]).encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # the same draws, whenever a run continues
         given = _answer_rows(model, processor, rows, options, scoring)
-        return [{**_asked(processor, row), **answered, **provenance} for row, answered in zip(rows, given)]
+        return [
+            {**_asked(processor, row), **answered, **answer_row(model, processor, row), **provenance}
+            for row, answered in zip(rows, given)
+        ]
 
     records = run_items(list(dataset["id"]), answer, folder, settings, batch_size)
 
@@ -110,7 +125,8 @@ def evaluate_vqa(
     scored = _summarize(records, candidates, bootstrap_samples, seed)
     summary = {
         **{name: settings[name] for name in ("benchmark", "split", "model", "model_revision", "model_sha256")},
-        **scored, "left_out": left_out, "complete": scored["complete"] and not left_out,
+        **scored, "answer_sets": summarize_sets(model, records, settings, bootstrap_samples, seed),
+        "left_out": left_out, "complete": scored["complete"] and not left_out,
         "decoding": settings["decoding"], "scoring": scoring, "data": report.as_dict(),
         "data_summary": report.summary().splitlines(),
         "environment": {
@@ -151,20 +167,15 @@ def _answer_rows(model, processor, rows: list[dict], options: dict, scoring: str
     return [answers[place] for place in range(len(rows))]
 
 
-@torch.no_grad()
 def _likelier(model, processor, chat: list[dict]) -> Answer:
     """The likelier of yes and no, and its probability among the two."""
     started = time.perf_counter()
-    inputs = processor.apply_chat_template(
-        [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    texts = [text for word in POLARITY for text in (word, word.capitalize())]  # models are tuned to either
-    scores = model.score(**inputs.to(model.device), candidates=texts, tokenizer=processor.tokenizer)
-    likelihoods = scores.log_likelihood[0].view(len(POLARITY), -1).logsumexp(dim=1)
-    place = int(likelihoods.argmax())
+    inputs = encode_chat(model, processor, chat)
+    probabilities, scores = candidate_probabilities(model, processor, inputs, POLARITY)
+    place = int(probabilities.argmax())
     # All subsets of an answer's tokens are masked once, each in a row of its own.
     rows = sum(2**count - 1 for count in scores.num_tokens[0].tolist())
-    confidence = float(likelihoods.softmax(dim=0)[place])
+    confidence = float(probabilities[place])
     return Answer(POLARITY[place], confidence, int(scores.num_tokens[0].max()), rows, time.perf_counter() - started)
 
 
@@ -272,6 +283,7 @@ def render_summary(summary: dict) -> str:
             for answer_type, each in summary["calibration"].items()
         ]
         paragraphs.append(markdown_table(["calibration", "n", "confidence", "accuracy", "ECE", "AURC"], rows))
+    paragraphs.append(render_sets(summary["answer_sets"]))
     cost, repetition, environment = summary["cost"], summary["repetition"], summary["environment"]
     rep_2 = "none" if repetition["rep_2"] is None else f"{repetition['rep_2']:.4f}"
     decoding = ", ".join(f"{name}={value}" for name, value in summary["decoding"].items())
