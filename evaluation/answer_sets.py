@@ -2,8 +2,8 @@
 
 A model is calibrated once, on questions with known answers (`lladamedv calibrate`). `calibration.json` then lies beside
 its weights and says what it rests on. From then on a set holds every answer that is not too improbable, and always the
-most probable one: the true one is in it for at least 1 - alpha of the questions that are like those. A set of one answer
-is an answer; a larger one is none.
+most probable one: the true one is in it for at least 1 - alpha of the questions that are like those. A set of one
+answer is an answer; a larger one is none.
 """
 
 from __future__ import annotations
@@ -67,6 +67,14 @@ class AnswerSet:
         """
         return len(self.answers) > 1
 
+    @property
+    def summary(self) -> str:
+        """All probabilities, and the promise, in one line."""
+        each = ", ".join(f"{text} {value:.1%}" for text, value in self.probabilities.items())
+        which = "questions" if self.group is None else f"questions of the group {self.group!r}"
+        promise = f"at least {1 - self.alpha:.0%} of the sets hold the true answer"
+        return f"{each}; {promise}, for {which} like those calibrated on"
+
     def __str__(self) -> str:
         return "not sure: " * self.abstained + " or ".join(self.answers)
 
@@ -115,6 +123,9 @@ class Calibration:
     def validate_values(self):
         check_alpha(self.alpha)
         check_candidates(self.candidates)
+        for text in (self.dataset, self.split, self.dtype, self.version, *self.group_pictures, *sum(self.candidates, [])):
+            if not text.isprintable():  # it is shown in terminals
+                raise ValueError(f"{text!r:.200} holds what cannot be printed")
         for threshold in (self.threshold, *self.group_thresholds.values()):
             if threshold is not None and not 0 <= threshold <= 1:
                 raise ValueError(f"a threshold is {threshold}; allowed are numbers in [0, 1]")

@@ -93,9 +93,7 @@ def candidate_probabilities(
     Returns:
         `(candidates,)`, of sum 1, and the scores of all spellings.
     """
-    spellings = [
-        [*dict.fromkeys((text[:1].lower() + text[1:], text[:1].upper() + text[1:]))] for text in candidates
-    ]
+    spellings = [[*dict.fromkeys((text[:1].lower() + text[1:], text[:1].upper() + text[1:]))] for text in candidates]
     texts = [text for each in spellings for text in each]
     scores = model.score(**inputs, candidates=texts, tokenizer=processor.tokenizer)
     likelihoods = scores.log_likelihood[0].split([len(each) for each in spellings])

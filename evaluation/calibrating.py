@@ -5,6 +5,7 @@ Pictures are the units of both: questions about one picture are answered well or
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,9 @@ from .reports import interval_of_mean, markdown_table
 from .run_settings import model_fingerprint, run_settings
 from .runs import run_items
 from .unusual_pictures import PictureModel, decode, encode, picture_features
+
+
+logger = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -101,6 +105,12 @@ def calibrate(
     if not questions:
         raise ValueError(f"No picture of the {len(records)} can be read: {records[0]['error']}")
 
+    if left_out := len(rows) - len(questions):
+        logger.warning(
+            "%d of %d questions are left out: their answer is none of the candidates, or their picture cannot be read.",
+            left_out, len(rows),
+        )  # fmt: skip
+
     def threshold_of(chosen: list[tuple[dict, str]]) -> float | None:
         scores = [1 - question["probabilities"][question["answer"]] for question, _ in chosen]
         found = conformal_threshold(scores, [picture for _, picture in chosen], alpha)
@@ -115,7 +125,7 @@ def calibrate(
         alpha=float(alpha), dataset=source, revision=report.revision, split=report.split,
         data_sha256=settings["data_sha256"], model_sha256=model_fingerprint(model, any_dtype=True),
         prompt_sha256=prompt_digest(processor), dtype=settings["dtype"], version=version("lladamedv"),
-        candidates=candidates, pictures=len(scored), questions=len(questions), left_out=len(rows) - len(questions),
+        candidates=candidates, pictures=len(scored), questions=len(questions), left_out=left_out,
         threshold=threshold_of(questions), group_by=group_by,
         group_pictures={name: len({picture for _, picture in chosen}) for name, chosen in groups.items()},
         group_thresholds={name: value for name, value in thresholds.items() if value is not None},

@@ -45,7 +45,10 @@ from .privacy import SECRET
 MAIN = "main"
 # What a push of ours writes; such files are deleted in the same commit if they are no longer among those pushed. A
 # model.safetensors left beside new shards, for one, would be loaded instead of them.
-_OURS = ("*.safetensors", "*.safetensors.index.json", "*.py", "additional_chat_templates/*", "data/*.parquet")
+_OURS = (
+    "*.safetensors", "*.safetensors.index.json", "*.py", "additional_chat_templates/*", "data/*.parquet",
+    "calibration.json",
+)  # fmt: skip
 _SHARD_BYTES = 500_000_000
 _SPACE_TEMPLATE = package_files(__package__) / "space_template"
 _SPACE_PACKAGES = ("lladamedv", "gradio", "torch", "transformers", "huggingface_hub", "safetensors", "pillow", "numpy")

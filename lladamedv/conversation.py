@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from lladamedv.evaluation.answer_sets import picture_warning
 from lladamedv.evaluation.answering import question_about
 from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
@@ -85,6 +86,7 @@ class Reply:
         num_forwards: how many passes there were.
         abstained: whether the confidence is below `abstention_threshold`.
         suffix: the text behind the answer that `generation_suffix` gave.
+        warning: that the picture is unlike those that the model was calibrated on, if it is.
     """
 
     text: str
@@ -94,6 +96,7 @@ class Reply:
     num_forwards: int
     abstained: bool
     suffix: str
+    warning: str | None = None
 
     @property
     def summary(self) -> str:
@@ -157,6 +160,7 @@ def reply_to(
     if show is not None:
         length = model.resolve_generation_config(**options, return_dict_in_generate=True).max_new_tokens
         options["streamer"] = _Canvases(length, mask, lambda *canvas: show(_tokens(*canvas, processor.decode, mask)))
+    warning = picture_warning(model, inputs.get("pixel_values"))
     output = model.generate(**inputs, tokenizer=processor.tokenizer, **options, return_dict_in_generate=True)
 
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
@@ -174,6 +178,7 @@ def reply_to(
         num_forwards=int(output.num_forwards[0]),
         abstained=output.abstained is not None and bool(output.abstained[0]),
         suffix=processor.decode(ids[length:], skip_special_tokens=True),
+        warning=warning,
     )
 
 
