@@ -6,8 +6,6 @@ most probable one: the true one is in it for at least 1 - alpha of the questions
 answer is an answer; a larger one is none.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -27,7 +25,7 @@ from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets.columns import squash
 
 from .answering import candidate_probabilities, encode_chat, question_about
-from .conformal import fewest_pictures
+from .conformal import fewest_pictures, promised
 from .run_settings import model_fingerprint
 from .runs import replace_file
 from .unusual_pictures import FALSE_ALARMS, FEWEST_PICTURES, PictureModel, picture_features
@@ -72,7 +70,7 @@ class AnswerSet:
         """All probabilities, and the promise, in one line."""
         each = ", ".join(f"{text} {value:.1%}" for text, value in self.probabilities.items())
         which = "questions" if self.group is None else f"questions of the group {self.group!r}"
-        promise = f"at least {1 - self.alpha:.0%} of the sets hold the true answer"
+        promise = f"at least {promised(self.alpha)} of the sets hold the true answer"
         return f"{each}; {promise}, for {which} like those calibrated on"
 
     def __str__(self) -> str:
@@ -123,8 +121,9 @@ class Calibration:
     def validate_values(self):
         check_alpha(self.alpha)
         check_candidates(self.candidates)
-        for text in (self.dataset, self.split, self.dtype, self.version, *self.group_pictures, *sum(self.candidates, [])):
-            if not text.isprintable():  # it is shown in terminals
+        shown = [self.dataset, self.split, self.dtype, self.group_by or "", *self.group_pictures]
+        for text in (*shown, *(text for texts in self.candidates for text in texts)):
+            if not text.isprintable():  # but could act on a terminal
                 raise ValueError(f"{text!r:.200} holds what cannot be printed")
         for threshold in (self.threshold, *self.group_thresholds.values()):
             if threshold is not None and not 0 <= threshold <= 1:
@@ -138,7 +137,7 @@ class Calibration:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @classmethod
-    def load(cls, folder: str | Path) -> Calibration | None:
+    def load(cls, folder: str | Path) -> "Calibration | None":
         """The calibration in a model's folder; `None` if there is none.
 
         Raises:
@@ -213,7 +212,7 @@ class Calibration:
             text += "**These are too few for any guarantee: the sets hold every candidate.**"
         else:
             text += (
-                f"For questions and pictures like these, at least {1 - self.alpha:.0%} of the sets hold the true "
+                f"For questions and pictures like these, at least {promised(self.alpha)} of the sets hold the true "
                 "answer. For others, such as pictures of another hospital or device, that is not known."
             )
         if self.group_by is not None:
@@ -225,7 +224,7 @@ class Calibration:
         text += "\n\n"
         if self.picture_model is None:
             return text + f"Unusual pictures are not recognised: that needs {FEWEST_PICTURES} pictures."
-        return text + f"The software warns of pictures that are farther from these than {1 - FALSE_ALARMS:.0%} of them."
+        return text + f"The software warns of pictures farther from these than {promised(FALSE_ALARMS)} of them."
 
 
 def check_alpha(alpha: float) -> None:
@@ -333,7 +332,7 @@ def picture_warning(model: LLaDAMedVForConditionalGeneration, pixel_values: torc
         return None
     return (
         f"The picture is unlike those of {calibration.dataset} that the model was calibrated on (distance "
-        f"{distance:.1f}; {1 - FALSE_ALARMS:.0%} of them are within {calibration.picture_model.threshold:.1f}): its "
+        f"{distance:.1f}; {promised(FALSE_ALARMS)} of them are within {calibration.picture_model.threshold:.1f}): its "
         "answers may mean nothing, however sure it is."
     )
 

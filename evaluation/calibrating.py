@@ -31,7 +31,7 @@ from .answer_sets import (
     prompt_digest,
 )
 from .answering import candidate_probabilities, encode_chat, open_image, question_about
-from .conformal import conformal_threshold, wilson_interval
+from .conformal import conformal_threshold, promised, wilson_interval
 from .medical_vqa.medical_vqa import closed_polarity
 from .reports import interval_of_mean, markdown_table
 from .run_settings import model_fingerprint, run_settings
@@ -246,7 +246,7 @@ def render_sets(summary: dict | None) -> str:
         for name, each in summary["groups"].items()
     ]  # fmt: skip
     header = ["sets", "coverage", "95 % interval", "size", "95 % interval", "one answer", "and right", "n", "pictures"]
-    text = f"Sets of answers, made to hold the true one for {1 - summary['alpha']:.0%} of the questions"
+    text = f"Sets of answers, made to hold the true one for {promised(summary['alpha'])} of the questions"
     text += f" (calibrated on {summary['calibrated_on']}); {summary['unusual_pictures']} pictures are unlike those."
     if summary["same_data"]:
         text += " **These are the questions that were calibrated on: their coverage says nothing about others.**"

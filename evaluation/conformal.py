@@ -46,6 +46,11 @@ def fewest_pictures(alpha: float) -> int:
     return math.ceil(1 / alpha - 1 - 1e-9)
 
 
+def promised(alpha: float) -> str:
+    """The share that sets hold the true answer for, in words."""
+    return f"{100 * (1 - alpha):.5g} %"
+
+
 def wilson_interval(mean: float, count: int) -> list[float]:
     """The 95 % Wilson score interval of a mean of `count` independent values in [0, 1].
 
@@ -59,4 +64,4 @@ def wilson_interval(mean: float, count: int) -> list[float]:
     return [max(0.0, (center - spread) / (1 + z**2 / count)), min(1.0, (center + spread) / (1 + z**2 / count))]
 
 
-__all__ = ["conformal_threshold", "fewest_pictures", "wilson_interval"]
+__all__ = ["conformal_threshold", "fewest_pictures", "promised", "wilson_interval"]

@@ -6,8 +6,6 @@ of a probabilistic PCA (Tipping and Bishop, Journal of the Royal Statistical Soc
 largest directions and takes all others for equally wide.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import math
@@ -96,7 +94,7 @@ class PictureModel:
         self._mean, self._directions = mean, directions.reshape(-1, len(mean))
 
     @classmethod
-    def fit(cls, features: np.ndarray, seed: int = 0) -> PictureModel | None:
+    def fit(cls, features: np.ndarray, seed: int = 0) -> "PictureModel | None":
         """
         Args:
             features (`(pictures, features)`): of different pictures.

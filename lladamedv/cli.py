@@ -533,7 +533,7 @@ def vqa(
 
 
 @app.command(rich_help_panel=MEASURE)
-@takes(source=model_options(...), questions=questions_options())
+@takes(source=model_options(..., "--model-revision"), questions=questions_options())
 def calibrate(
     source: Source,
     questions: Questions,

@@ -181,7 +181,7 @@ def test_a_calibration_for_something_else_is_not_used(shipped, folder, caplog, w
     if what == "weights":
         model.lm_head.weight.data[5, 7] += 1
     else:
-        processor.chat_template += " "
+        processor.chat_template = "Mind: " + processor.chat_template
     attach_calibration(model, processor, folder)
     assert model.calibration is None and f"made for another {what}" in caplog.messages[0]
     with pytest.raises(ValueError, match="The model has no calibration"):
@@ -270,7 +270,7 @@ def test_ask_prints_the_set_and_warns_of_photographs(photograph, tmp_path):
     ("words", "message"),
     [
         (["--candidates", "Yes"], "'Yes'; allowed are two or more answers with commas between them"),
-        (["--candidates", "Yes,No", "--steps", "8"], "--candidates: it generates nothing"),
+        (["--candidates", "Yes,No", "--steps", "24"], "--candidates: it generates nothing"),
         (["--group", "mri"], "--group: 'mri'; it goes with --candidates"),
     ],
 )
