@@ -112,6 +112,8 @@ _TOKENS = (
 _DRAFT = f'<span class="ldm-text">{_TOKENS}</span>'
 _ANSWER = """\
 <span class="ldm-text">{{ spans or "(an empty answer)" }}</span><p>{{ reply.summary | capitalize }}.</p>
+{% if reply.warning %}<p><b>Warning: </b>{{ reply.warning }}</p>
+{% endif %}
 <details><summary>Confidence of every token</summary><table class="ldm-table"><thead><tr>
 <th scope="col">Token</th><th scope="col">Confidence</th></tr></thead><tbody>
 {% for token in reply.tokens if token.text and token.step is not none %}

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from lladamedv.evaluation.answer_sets import picture_warning
 from lladamedv.evaluation.answering import question_about
 from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
@@ -90,6 +91,7 @@ class Reply:
         num_forwards: how many passes there were.
         abstained: whether the confidence is below `abstention_threshold`.
         suffix: the text behind the answer that `generation_suffix` gave.
+        warning: that the picture is unlike those that the model was calibrated on, if it is.
     """
 
     text: str
@@ -99,6 +101,7 @@ class Reply:
     num_forwards: int
     abstained: bool
     suffix: str
+    warning: str | None = None
 
     @property
     def summary(self) -> str:
@@ -230,6 +233,7 @@ def _reply(model, processor, asked: dict, output: LLaDAMedVGenerationOutput) -> 
         num_forwards=int(output.num_forwards[0]),
         abstained=output.abstained is not None and bool(output.abstained[0]),
         suffix=processor.decode(ids[length:], skip_special_tokens=True),
+        warning=picture_warning(model, asked.get("pixel_values")),
     )
 
 

@@ -43,6 +43,7 @@ try:
 except ImportError as error:
     raise ImportError('The server needs libraries of its own: pip install "lladamedv[serve]".') from error
 
+from lladamedv.evaluation.answer_sets import picture_warning
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch, PositionsError
 from lladamedv.processing import LLaDAMedVProcessor
@@ -119,6 +120,7 @@ class _Answer:
         place: the request's place inside, which is left as soon as the answer is complete.
         gone: set then, or when the client has left.
         num_prompt: tokens of the prompt, known once the answer has begun.
+        notes: fields of the reply that OpenAI's API lacks: `warning`, if a picture is unusual.
         tokens: of the answer so far.
     """
 
@@ -127,7 +129,7 @@ class _Answer:
         self._request = None
         place.callback(self._leave)
         self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
-        self.num_prompt, self.tokens = 0, []
+        self.num_prompt, self.tokens, self.notes = 0, [], {}
         self._begun, self._sent = False, 0  # characters
 
     def submit(self) -> None:
@@ -144,6 +146,8 @@ class _Answer:
             ).to(desk.model.device)
             question.chat.clear()  # images may be large
             self._check_length(inputs["input_ids"].shape[1], processor.tokenizer)
+            if warning := picture_warning(desk.model, inputs.get("pixel_values")):
+                self.notes["warning"] = warning
             try:
                 self._request = desk.batch.submit(
                     **inputs, generation_config=question.options, tokenizer=processor.tokenizer, streamer=self,
@@ -279,7 +283,7 @@ class _ChatReply:
 
     def _build(self, kind: type[BaseModel], choices: list, **fields) -> BaseModel:
         name = "chat.completion" if kind is ChatCompletion else "chat.completion.chunk"
-        return kind(**self._head, object=name, choices=choices, **fields)
+        return kind(**self._head, **self._answer.notes, object=name, choices=choices, **fields)
 
 
 class _ResponseReply:
@@ -305,7 +309,7 @@ class _ResponseReply:
         is_cut = self._answer.finish_reason == "length"
         status = "incomplete" if is_cut else "completed"
         return OpenAIResponse(
-            **self._head, status=status, output=[self._message(status, text)], usage=counts,
+            **self._head, **self._answer.notes, status=status, output=[self._message(status, text)], usage=counts,
             incomplete_details={"reason": "max_output_tokens"} if is_cut else None,
         )  # fmt: skip
 

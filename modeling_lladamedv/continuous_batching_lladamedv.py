@@ -72,7 +72,8 @@ class ContinuousBatch:
     Args:
         model: with `generate`, on its device.
         max_positions: how many positions (prompt, canvas and suffix; twice as many with guidance) are in work at a
-            time. Requests beyond that wait in order; one that needs more is refused.
+            time. Requests beyond that wait in order; one that needs more is refused. What `output_image_reliance` runs
+            when an answer is finished does not count, and lets the others wait.
         image_cache_bytes: for features of pictures, so that more questions about one do not encode it again; the
             pictures that were not asked about for the longest time are dropped.
     """
@@ -123,7 +124,7 @@ class ContinuousBatch:
                 raise ValueError(f"`{name}` is {getattr(options, name)}; it is for `generate`, not for shared batches.")
         state.patience = PATIENCE
         positions = padded.shape[1] + state.canvas.shape[1] + len(state.suffix)
-        positions *= 2 if options.cfg_scale > 0 else 1
+        positions *= state.sides
         if positions > self.max_positions:
             raise PositionsError(positions, self.max_positions)
         images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
@@ -396,15 +397,18 @@ class _ImageFeatures:
         if not keys:
             model.begin_denoising(state, **images)
             return
-        known = [self._kept.get(key) for key in keys]
-        features = model.begin_denoising(state, **images, image_features=known).pooler_output
-        for key, image in zip(keys, features):
-            if key not in self._kept:
-                self._kept[key] = image.clone()  # it may be a part of what was made of all pictures
-                self.num_bytes += _num_bytes(image)
-            self._kept.move_to_end(key)
-        new = sum(image is None for image in known)
-        self.hits, self.misses = self.hits + len(keys) - new, self.misses + new
+        names = ("image_features", "neutral_features")[: 1 + state.needs_neutral]
+        places = {name: [name.encode() + key for key in keys] for name in names}
+        known = {name: [self._kept.get(place) for place in own] for name, own in places.items()}
+        features = model.begin_denoising(state, **images, **known)
+        for name, own in places.items():
+            for place, image in zip(own, features[name]):
+                if place not in self._kept:
+                    self._kept[place] = image.clone()  # it may be a part of what was made of all pictures
+                    self.num_bytes += _num_bytes(image)
+                self._kept.move_to_end(place)
+            new = sum(image is None for image in known[name])
+            self.hits, self.misses = self.hits + len(own) - new, self.misses + new
         while self.num_bytes > self.budget:
             self.num_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
 

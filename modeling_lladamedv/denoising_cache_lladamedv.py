@@ -22,6 +22,7 @@ class CachedPass:
         rows (`(rows of the pass,)`): their slots.
         positions (`(rows of the pass, positions)`): of each row; `None` for all of them.
         partial: whether the pass attends to the stored states of the other positions, too.
+        versions: of each row, one behind the other.
     """
 
     num_rows: int
@@ -29,6 +30,7 @@ class CachedPass:
     rows: torch.LongTensor | None = None
     positions: torch.LongTensor | None = None
     partial: bool = False
+    versions: int = 1
 
 
 class DenoisingCacheLayer(CacheLayerMixin):
@@ -53,6 +55,9 @@ class DenoisingCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, positions = self.current.rows, self.current.positions
+        if self.current.versions > 1:  # these are not kept: no pass attends to stored states of what it runs
+            stored, passed = (self.keys[rows], self.values[rows]), (key_states, value_states)
+            return tuple(torch.cat(pair, dim=2) for pair in zip(stored, passed))
         if positions is None:
             self.keys[rows], self.values[rows] = key_states, value_states
             return key_states, value_states
@@ -81,7 +86,9 @@ class DenoisingCacheLayer(CacheLayerMixin):
         self.keys, self.values = joined(self.keys, other.keys), joined(self.values, other.values)
 
     def get_mask_sizes(self, query_length):
-        return (self.current.row_length if self.current.partial else query_length), 0
+        if not self.current.partial:
+            return query_length, 0
+        return self.current.row_length + (query_length if self.current.versions > 1 else 0), 0
 
     def get_seq_length(self):
         return self.current.row_length if self.is_initialized else 0
@@ -95,7 +102,7 @@ class DenoisingCache(Cache):
 
     Args:
         num_layers: of the language model.
-        num_rows: rows of the batch, unconditional ones included.
+        num_rows: rows of the batch, those that they are contrasted with included.
         row_length: positions of a row: prompt, canvas and suffix.
     """
 
@@ -105,16 +112,19 @@ class DenoisingCache(Cache):
         super().__init__(layers=[DenoisingCacheLayer(self.current) for _ in range(num_layers)])
         self.slots: torch.LongTensor | None = None  # of each row, once some have left
 
-    def select(self, rows: torch.LongTensor, positions: torch.LongTensor | None, partial: bool) -> "DenoisingCache":
+    def select(
+        self, rows: torch.LongTensor, positions: torch.LongTensor | None, partial: bool, versions: int = 1
+    ) -> "DenoisingCache":
         """Say what the next pass runs.
 
         Args:
             rows (`(rows,)`): in ascending order.
             positions (`(rows, positions)`): of each row; `None` for all of them.
             partial: whether the pass attends to the stored states of the other positions, too.
+            versions: of each row, one behind the other.
         """
         self.current.rows = rows if self.slots is None else self.slots[rows]
-        self.current.positions, self.current.partial = positions, partial
+        self.current.positions, self.current.partial, self.current.versions = positions, partial, versions
         return self
 
     def keep(self, rows: torch.LongTensor, num_rows: int) -> None:
@@ -134,7 +144,7 @@ class DenoisingCache(Cache):
         """Append the rows of another cache of the same row length.
 
         Args:
-            sides: 2 if unconditional rows follow the others, which then stay behind all of these; or else 1.
+            sides: 2 if rows that others are contrasted with follow these, and then stay behind all of them; or else 1.
         """
         for layer, theirs in zip(self.layers, other.layers):
             layer.join(theirs, sides)

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_lladamedv import LLaDAMedVConfig
 from .decoder_layer_lladamedv import LLaDAMedVLastDecoderLayer, positions_in_rows
+from .evidence_lladamedv import LLaDAMedVEvidenceMixin
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig
 from .generation_lladamedv import LLaDAMedVGenerationMixin
 from .infilling_lladamedv import LLaDAMedVInfillingMixin
@@ -231,7 +232,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         Raises:
             ValueError: if the shapes do not fit each other or the config, or the model is text-only.
         """
-        grids = self._tile_grids(pixel_values, image_sizes, batch_num_images, image_index)
+        grids = self.tile_grids(pixel_values, image_sizes, batch_num_images, image_index)
         images = [None] * len(grids) if image_features is None else [*image_features]
         if len(images) != len(grids):
             raise ValueError(f"`image_features` has {len(images)} entries for {len(grids)} images; each needs one.")
@@ -251,7 +252,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         outputs.pooler_output = images if image_index is None else [images[number] for number in image_index.tolist()]
         return outputs
 
-    def _tile_grids(self, pixel_values, image_sizes, batch_num_images, image_index):
+    def tile_grids(self, pixel_values, image_sizes=None, batch_num_images=None, image_index=None):
         """Rows and columns of each image's tile grid, or `None` for an image of one tile; checks that all fits."""
         if self.config.text_only:
             raise ValueError("`pixel_values` is given, but this model is text-only: it has no vision tower.")
@@ -487,11 +488,13 @@ def _unpad(plane: torch.Tensor, original_height: int, original_width: int) -> to
 
 
 class LLaDAMedVForConditionalGeneration(
-    LLaDAMedVPreTrainedModel, LLaDAMedVGenerationMixin, LLaDAMedVInfillingMixin, LLaDAMedVScoringMixin, GenerationMixin
-):
+    LLaDAMedVPreTrainedModel, LLaDAMedVGenerationMixin, LLaDAMedVInfillingMixin, LLaDAMedVScoringMixin,
+    LLaDAMedVEvidenceMixin, GenerationMixin,
+):  # fmt: skip
     """LLaDA-MedV with its output layer, the denoising [`~LLaDAMedVGenerationMixin.generate`],
-    [`~LLaDAMedVInfillingMixin.infill`], which fills in templates, and [`~LLaDAMedVScoringMixin.score`], which says how
-    likely given answers are."""
+    [`~LLaDAMedVInfillingMixin.infill`], which fills in templates, [`~LLaDAMedVScoringMixin.score`], which says how
+    likely given answers are, and [`~LLaDAMedVEvidenceMixin.explain_image`], which says where in a picture they come
+    from."""
 
     generation_config_class = LLaDAMedVGenerationConfig
 

@@ -22,9 +22,12 @@ OPTIONS = [
     {"use_cache": True, "cache_implementation": "prefix"},
     {"use_cache": True, "confidence_threshold": 0.02},
     {"cfg_scale": 1.5, "use_cache": True},
+    {"image_guidance_scale": 1.5, "use_cache": True, "output_image_reliance": True},
     {"initial_canvas_length": 4, "grow_until_eos_confidence": 0.02},
     {"use_cache": True, "cache_drift_bound": 0.001},
     {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "schedule_shift": 3.0},
+    {"speculation_depth": 2, "use_cache": True, "cache_refresh_interval": 3},
+    {"speculation_depth": 3, "confidence_threshold": 0.02},
 ]
 
 
@@ -63,7 +66,7 @@ def assert_alone(request, options):
     found, alone = request.future.result(timeout=0), MODEL.generate(**options)
     for name in ("sequences", "commit_step", "num_forwards", "num_full_forwards"):
         assert torch.equal(found[name], alone[name]), name
-    for name in ("commit_confidence", "answer_confidence"):
+    for name in ("commit_confidence", "answer_confidence", *found.keys() & {"image_reliance"}):
         torch.testing.assert_close(found[name], alone[name], atol=5e-5, rtol=0, equal_nan=True)
 
 
