@@ -565,7 +565,7 @@ def build_app(
 
     class App(gradio.Blocks):
         def launch(self, **options):
-            limits = {"max_file_size": max_file_size, "state_session_capacity": 4 * queue_size}
+            limits = {"max_file_size": max_file_size, "state_session_capacity": 4 * queue_size + _AT_ONCE}
             return super().launch(**_launch_options(gradio, limits | options))
 
         def close(self, verbose: bool = True) -> None:

@@ -21,6 +21,7 @@ from lladamedv.app import build_app
 from lladamedv.conversation import LEVELS
 from lladamedv.demo import answer
 from lladamedv.explanation import image_as_url
+from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
 from lladamedv.processing.medical_images import read_medical_image
 from tests.dicom_files import SECRET, dataset, item, sequence, to_bytes
 from tests.faces import Gate, black_png, conversation, free_port, generated, two_frames, until
@@ -451,11 +452,13 @@ def test_questions_are_answered_side_by_side_and_the_queue_is_bounded(shipped, e
         tabs = [Browser(url) for _ in range(10)]
         for tab in tabs:
             assert tab.ask("", picture)[-1][3] == ""
-        gate = Gate(monkeypatch, shipped[0])
-        running = [tab.submit(example.question) for tab in tabs[:7]]
-        short = tabs[7].submit(example.question, sliders=(8, 8, 2, 0))
-        for job in (*running, short):
-            next(job)
+        gate, submit, submitted = Gate(monkeypatch, shipped[0]), ContinuousBatch.submit, []
+        monkeypatch.setattr(ContinuousBatch, "submit", lambda *a, **k: (submit(*a, **k), submitted.append(0))[0])
+        jobs = []
+        for tab, sliders in zip(tabs, [SLIDERS] * 7 + [(8, 8, 2, 0)]):
+            jobs.append(tab.submit(example.question, sliders=sliders))
+            until(lambda: len(submitted) == len(jobs))
+        *running, short = jobs
         waiting = tabs[8].submit(example.question)
         until(lambda: waiting.status().queue_size)
         with pytest.raises(Exception, match="full"):
