@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
+from lladamedv.modeling_lladamedv.scoring_lladamedv import LLaDAMedVScoreOutput
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import image_source
 
@@ -28,6 +29,7 @@ class Answer:
         num_tokens: its length up to the token that ended it.
         num_forwards: forward passes that it took part in.
         seconds: wall-clock time of its batch, divided by the batch's size.
+        image_reliance: of `generate`, in nats, if it was asked for (`output_image_reliance`) and there is one.
     """
 
     text: str
@@ -35,10 +37,13 @@ class Answer:
     num_tokens: int
     num_forwards: int
     seconds: float
+    image_reliance: float | None = None
 
     def as_record(self) -> dict:
         """The answer as a part of a line of predictions, where its text is called `prediction`."""
         fields = asdict(self)
+        if self.image_reliance is None:
+            del fields["image_reliance"]
         return {"prediction": fields.pop("text"), **fields}
 
 
@@ -69,11 +74,45 @@ def answer_batch(
     )
     new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
     texts = [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
-    confidences = [None if math.isnan(value) else value for value in output.answer_confidence.tolist()]
+    reliance = output.answer_confidence * math.nan if output.image_reliance is None else output.image_reliance
+    confidences, reliance = (
+        [None if math.isnan(value) else value for value in values.tolist()]
+        for values in (output.answer_confidence, reliance)
+    )
     forwards = output.num_forwards.tolist()
     lengths = (output.tokens_per_forward * output.num_forwards).round().long().tolist()
     seconds = (time.perf_counter() - started) / len(texts)
-    return [Answer(*row, seconds) for row in zip(texts, confidences, lengths, forwards)]
+    return [Answer(*row, seconds, relies) for *row, relies in zip(texts, confidences, lengths, forwards, reliance)]
+
+
+@torch.no_grad()
+def candidate_probabilities(
+    model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, inputs: Mapping, candidates: Sequence[str]
+) -> tuple[torch.DoubleTensor, LLaDAMedVScoreOutput]:
+    """How probable each candidate is among all of them, by the likelihood of its text.
+
+    Models are tuned to answers with a capital first letter or a small one: both are added up.
+
+    Args:
+        model, processor: as loaded.
+        inputs: of one chat, as the processor returns them.
+        candidates: the answers, each differently.
+
+    Returns:
+        `(candidates,)`, of sum 1, and the scores of all spellings.
+    """
+    spellings = [[*dict.fromkeys((text[:1].lower() + text[1:], text[:1].upper() + text[1:]))] for text in candidates]
+    texts = [text for each in spellings for text in each]
+    scores = model.score(**inputs, candidates=texts, tokenizer=processor.tokenizer)
+    likelihoods = scores.log_likelihood[0].split([len(each) for each in spellings])
+    return torch.stack([each.logsumexp(dim=0) for each in likelihoods]).softmax(dim=0), scores
+
+
+def encode_chat(model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, chat: list[dict]):
+    """The model's inputs for one chat, on its device."""
+    return processor.apply_chat_template(
+        [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
 
 
 def device_name(model: LLaDAMedVForConditionalGeneration) -> str:
@@ -102,4 +141,6 @@ def open_image(processor: LLaDAMedVProcessor, image, question_id: str):
         raise ValueError(f"The image of question {question_id!r} cannot be read: {error}") from error
 
 
-__all__ = ["Answer", "answer_batch", "device_name", "open_image", "question_about"]
+__all__ = [
+    "Answer", "answer_batch", "candidate_probabilities", "device_name", "encode_chat", "open_image", "question_about",
+]  # fmt: skip

@@ -192,7 +192,7 @@ class LLaDAMedVEvidenceMixin:
                 "less exact than in float32."
             )
         images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
-        grids = self.model._tile_grids(**images, image_index=None)
+        grids = self.model.tile_grids(**images, image_index=None)
         if image_sizes is None and self.config.vision_aspect_ratio != "square":
             raise ValueError("`image_sizes` is None; where a padded picture lies in its tile depends on its size.")
         sizes = [None] * len(grids) if image_sizes is None else image_sizes.tolist()

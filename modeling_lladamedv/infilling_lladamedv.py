@@ -17,10 +17,12 @@ from .denoising_state_lladamedv import DenoisingState, StepHooks
 
 
 _BLANK = re.compile(r"\[\[\s*(\w+)\s*(?::\s*(\d+)\s*)?\]\]")
-# Options of `generate` that say how long an answer is or where it ends, which here the template does.
-_DECIDED_BY_TEMPLATE = (
+# Options of `generate` that say how long an answer is or where it ends, which here the template does, that are about
+# the one answer of a row, or that foresee steps, which a template's choices change.
+_NOT_TAKEN = (
     "max_new_tokens", "min_new_tokens", "initial_canvas_length", "grow_until_eos_confidence", "stop_strings",
-    "generation_suffix", "abstention_threshold", "return_dict_in_generate",
+    "generation_suffix", "abstention_threshold", "output_image_reliance", "return_dict_in_generate",
+    "speculation_depth",
 )  # fmt: skip
 
 
@@ -193,15 +195,15 @@ class LLaDAMedVInfillingMixin:
                 empty, equal or hold a suppressed id, a block that cuts such a blank in two, or for the reasons of
                 `generate`.
         """
-        decided = sorted(set(kwargs) & set(_DECIDED_BY_TEMPLATE))
-        if decided:
-            raise ValueError(f"`{decided[0]}` is {kwargs[decided[0]]!r}, but the template decides it in `infill`.")
+        refused = sorted(set(kwargs) & set(_NOT_TAKEN))
+        if refused:
+            raise ValueError(f"`{refused[0]}` is {kwargs[refused[0]]!r}, which `infill` does not take.")
         ids, blanks = self._parse_template(template, tokenizer, choices or {})
         block_length = kwargs.pop("block_length", None) or len(ids)
         length = -(-len(ids) // block_length) * block_length
         kwargs["steps"] = kwargs.get("steps") or length
         kwargs = {
-            **dict.fromkeys(_DECIDED_BY_TEMPLATE),
+            **dict.fromkeys(_NOT_TAKEN),
             **kwargs,
             "max_new_tokens": length,
             "block_length": block_length,

@@ -16,6 +16,9 @@ from transformers.utils import ModelOutput
 from .denoising_state_lladamedv import NOT_FINITE
 
 
+_POSITIONS = 2**14  # in a forward pass for image reliance
+
+
 @dataclass
 class LLaDAMedVScoreOutput(ModelOutput):
     """What `score` returns; `candidates` counts those of the row that has most, and rows with fewer are filled up.
@@ -106,21 +109,43 @@ class LLaDAMedVScoringMixin:
                 bounds = []
                 for end in ends:
                     ids = torch.tensor(answer + end, device=input_ids.device)
-                    exact = len(ids) <= max_exact_tokens
-                    masks, weights = bound_masks(len(ids), max_exact_tokens, num_samples, seed)
-                    parts = masks.to(ids.device).split(batch_size)
-                    values = torch.cat([self._masked_log_probability(prompt[None], ids, part) for part in parts]).cpu()
-                    if not values.isfinite().all():
-                        raise ValueError(
-                            f"The model's logits are not finite for candidate {place} of row {row}. {NOT_FINITE}"
-                        )
-                    values = values * weights
-                    bounds.append((values.sum(), 0.0 if exact else values.std() * num_samples**0.5))
+                    bounds.append(self._bound([prompt], ids, batch_size, max_exact_tokens, num_samples, seed))
                 values, spread = torch.tensor(bounds, dtype=torch.float64).T  # (ends,)
+                if not values.isfinite().all():
+                    raise ValueError(
+                        f"The model's logits are not finite for candidate {place} of row {row}. {NOT_FINITE}"
+                    )
                 scores[row, place] = values.logsumexp(dim=0)
                 errors[row, place] = (values.softmax(dim=0) * spread).sum()
-                counts[row, place] = len(ids)
+                counts[row, place] = len(answer) + len(ends[0])
         return LLaDAMedVScoreOutput(log_likelihood=scores, standard_error=errors, num_tokens=counts)
+
+    def image_reliance(self, state) -> tuple[torch.DoubleTensor, torch.DoubleTensor]:
+        """How much likelier the pictures make the answers of rows that are finished, in nats, and its standard error,
+        both `(batch,)`; see [`LLaDAMedVGenerationOutput`]."""
+        batch = len(state.canvas)
+        found = torch.full((2, batch), math.nan, dtype=torch.float64, device=state.canvas.device)
+        for row, stop in enumerate(state.stop.tolist()):
+            ended = bool(torch.isin(state.canvas[row, stop : stop + 1], state.eos).any())
+            answer = state.canvas[row, : stop + ended]
+            shows = bool((state.prompt_ids[row] == self.config.image_token_id).any())
+            if shows and len(answer) and not bool((answer == state.mask_token_id).any()):
+                prompts = [each[row, state.prompt_mask[row]] for each in (state.prompt_embeds, state.neutral_embeds)]
+                rows = max(1, _POSITIONS // (len(prompts[0]) + len(answer)))
+                found[:, row] = torch.tensor(self._bound(prompts, answer, rows), dtype=torch.float64)
+        return found[0], found[1]
+
+    def _bound(self, prompts, answer, batch_size, max_exact_tokens=8, num_samples=128, seed=0) -> tuple[float, float]:
+        """The bound of an answer's ids behind a prompt's embeddings, and its standard error; for two prompts, of their
+        difference on the same masks."""
+        masks, weights = bound_masks(len(answer), max_exact_tokens, num_samples, seed)
+        parts = masks.to(answer.device).split(batch_size)
+        first, *others = (
+            torch.cat([self._masked_log_probability(prompt[None], answer, part) for part in parts]).cpu()
+            for prompt in prompts
+        )
+        values = (first - sum(others)) * weights
+        return float(values.sum()), 0.0 if len(answer) <= max_exact_tokens else float(values.std() * num_samples**0.5)
 
     def _ends(self) -> list[list[int]]:
         """The ids that may end an answer, each as a list, in ascending order; one empty list if there are none."""
