@@ -32,12 +32,16 @@ class LLaDAMedVEvidenceOutput(ModelOutput):
             negative where it makes it more likely, in nats for `method="occlusion"`.
         log_likelihood (`torch.DoubleTensor` of shape `(spans,)`):
             The bound on the log-likelihood of each span with the whole pictures, in nats, as of `score`.
+        whole_fall (`torch.DoubleTensor` of shape `(pictures, spans)`, *optional*):
+            How much that falls when all of a picture is hidden, for `method="occlusion"`. Where this is small, too, the
+            answer hardly depends on the picture; where only the map is, what speaks for it is all over the picture.
         answer (`torch.LongTensor` of shape `(tokens,)`): the answer that is explained, without its end.
         num_rows (`int`): rows that the language model ran.
     """
 
     maps: list[torch.DoubleTensor] = None
     log_likelihood: torch.DoubleTensor = None
+    whole_fall: torch.DoubleTensor | None = None
     answer: torch.LongTensor = None
     num_rows: int = None
 
@@ -94,7 +98,9 @@ def hide_regions(tiles: torch.Tensor, views: list[PictureView], regions: torch.T
     for view in views:
         top, left, bottom, right = view.box
         edges = regions * torch.tensor([bottom - top, right - left] * 2) + torch.tensor([top, left] * 2)
-        inside = _inside(edges.round(), view.rows * view.side, view.columns * view.side).to(tiles.device)
+        # A border pixel that shows a part of the picture is hidden with what is beside it.
+        edges = torch.where(regions <= 0, edges.floor(), torch.where(regions >= 1, edges.ceil(), edges.round()))
+        inside = _inside(edges, view.rows * view.side, view.columns * view.side).to(tiles.device)
         # (regions, height, width) -> (regions, tiles, 1, side, side)
         inside = inside.view(len(regions), view.rows, view.side, view.columns, view.side).transpose(2, 3)
         inside = inside.flatten(1, 2)[:, :, None]
@@ -138,8 +144,9 @@ class LLaDAMedVEvidenceMixin:
         ```
         1. Lay the answer behind the prompt, its end after it, and choose the masks of the likelihood's bound.
         2. Compute the log-likelihood with the whole pictures.
-        3. In each picture, hide windows of about a third of its shorter side that overlap by half, one at a time; then
-           windows of half the size where the map is strongest, and so on down to single cells, as the rows suffice.
+        3. Hide each picture as a whole; then windows of it of about a third of its shorter side that overlap by half,
+           one at a time; then windows of half the size where the map is strongest, and so on down to single cells, as
+           the rows suffice.
         4. A window's value is the fall of the log-likelihood; a cell's the mean over the windows of one size that cover
            it, added up over the sizes.
         ```
@@ -208,39 +215,44 @@ class LLaDAMedVEvidenceMixin:
         whole = ids + (self._ends()[0] if append_eos else [])
         self._check_context(attention_mask, f"the answer ({len(whole)} tokens)", len(whole))
         masks, weights = _span_masks(spans, len(ids), len(whole), max_exact_tokens, num_samples, seed)
-        plans = [_plan(shape, (max_rows // len(masks) - 1) // len(shapes)) for shape in shapes]
-        if method == "gradient":
-            plans = [[] for _ in shapes]
-        elif not all(plans):
-            raise ValueError(
-                f"`max_rows` is {max_rows}; the {len(masks)} masks of this answer and {len(shapes)} pictures need at "
-                f"least {len(masks) * (1 + len(shapes))}."
-            )
-        total = len(masks) * (1 + sum(count for plan in plans for _, count in plan))
         prompt = input_ids[attention_mask.bool()][None]
-        rows = _Rows(self, prompt, images, whole, masks, weights, batch_size, callback, total)
-
-        # 2. Compute the log-likelihood with the whole pictures.
+        rows = _Rows(self, prompt, images, whole, masks, weights, batch_size, callback)
+        answer = torch.tensor(ids)
         if method == "gradient":
             likelihood, maps = rows.gradient_maps(views, shapes)
-        else:
-            likelihood = rows.likelihood(rows.prompts(1, **images))[0]
-            maps = [
-                _occlusion_map(shape, plan, lambda regions, shown=shown: likelihood - rows.hiding(regions, *shown))
-                for shape, plan, shown in zip(shapes, plans, enumerate(views))
-            ]
+            return LLaDAMedVEvidenceOutput(maps=maps, log_likelihood=likelihood, answer=answer, num_rows=rows.done)
+        plans = [_plan(shape, (max_rows // len(masks) - 1) // len(shapes) - 1) for shape in shapes]
+        if not all(plans):
+            raise ValueError(
+                f"`max_rows` is {max_rows}; the {len(masks)} masks of this answer and {len(shapes)} pictures need at "
+                f"least {len(masks) * (1 + 2 * len(shapes))}."
+            )
+        rows.total = len(masks) * (1 + sum(1 + sum(count for _, count in plan) for plan in plans))
+
+        # 2. Compute the log-likelihood with the whole pictures.
+        likelihood = rows.likelihood(rows.prompts(1, **images))[0]
+
+        # 3. and 4. Hide each picture as a whole, then windows of it.
+        falls, maps = [], []
+        for number, (of_picture, shape, plan) in enumerate(zip(views, shapes, plans)):
+
+            def fall(regions, number=number, of_picture=of_picture):
+                return likelihood - rows.hiding(regions, number, of_picture)
+
+            falls.append(fall(torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64))[0])
+            maps.append(_occlusion_map(shape, plan, fall))
         return LLaDAMedVEvidenceOutput(
-            maps=maps, log_likelihood=likelihood, answer=torch.tensor(ids), num_rows=rows.done
+            maps=maps, log_likelihood=likelihood, whole_fall=torch.stack(falls), answer=answer, num_rows=rows.done
         )
 
 
 class _Rows:
     """The answer under every mask, behind prompts that differ in what their pictures hide."""
 
-    def __init__(self, model, ids, images, answer, masks, weights, batch_size, callback, total):
+    def __init__(self, model, ids, images, answer, masks, weights, batch_size, callback):
         self.model, self.ids, self.images, self.weights = model, ids, images, weights
         self.answer, self.masks = torch.tensor(answer, device=ids.device), masks.to(ids.device)
-        self.batch_size, self.callback, self.total, self.done = batch_size, callback, total, 0
+        self.batch_size, self.callback, self.total, self.done = batch_size, callback, len(masks), 0
 
     def prompts(self, count: int, **images) -> torch.FloatTensor:
         """Embeddings `(count, prompt, hidden)`."""
@@ -358,7 +370,7 @@ def _plan(shape: tuple[int, int], budget: int) -> list[tuple[int, int]]:
     size, plan = 2 ** int(math.log2(max(1, min(shape) // 3))), []
     while size < max(shape) and len(_windows(shape, size)) > budget:
         size *= 2
-    while size and budget:
+    while size and budget > 0:
         count = len(_windows(shape, size))
         if plan:
             count = min(count, budget // (int(math.log2(size)) + 1))

@@ -58,6 +58,11 @@ def test_hiding_is_painting_the_picture(nearest, aspect_ratio, sizes, cells):
     output = model.explain_image(prompt, answer, **inputs, cells=cells, append_eos=False, max_rows=400)
     whole = model.score(prompt, [answer], **inputs, append_eos=False).log_likelihood.item()
     assert output.log_likelihood.item() == pytest.approx(whole, abs=1e-6)
+    def fall(number, box):
+        changed = [painted(each, box) if each is pictures[number] else each for each in pictures]
+        scored = model.score(prompt, [answer], **processor([changed], return_tensors="pt"), append_eos=False)
+        return whole - scored.log_likelihood.item()
+
     for number, (width, height) in enumerate(sizes):
         (values,) = output.maps[number]
         assert values.dtype == torch.float64
@@ -68,10 +73,8 @@ def test_hiding_is_painting_the_picture(nearest, aspect_ratio, sizes, cells):
             for column in range(columns):
                 corner = (column * width // columns, row * height // rows)
                 box = (*corner, corner[0] + width // columns, corner[1] + height // rows)
-                changed = [painted(each, box) if each is pictures[number] else each for each in pictures]
-                scored = model.score(prompt, [answer], **processor([changed], return_tensors="pt"), append_eos=False)
-                fall = whole - scored.log_likelihood.item()
-                assert values[row, column].item() == pytest.approx(fall, abs=1e-5)
+                assert values[row, column].item() == pytest.approx(fall(number, box), abs=1e-5)
+        assert output.whole_fall[number].item() == pytest.approx(fall(number, (0, 0, width, height)), abs=1e-5)
 
 
 @pytest.mark.parametrize("singles", [64, 5])
@@ -81,7 +84,7 @@ def test_windows_of_several_sizes(model, singles):
     pixels = {"pixel_values": processor(picture, return_tensors="pt")["pixel_values"]}
     seen = []
     output = model.explain_image(
-        image_prompt(PROMPT), [7], **pixels, cells=count, append_eos=False, max_rows=1 + 49 + singles,
+        image_prompt(PROMPT), [7], **pixels, cells=count, append_eos=False, max_rows=2 + 49 + singles,
         callback=lambda *rows: seen.append(rows),
     )  # fmt: skip
 
@@ -99,7 +102,7 @@ def test_windows_of_several_sizes(model, singles):
     for cell in np.abs(expected).flatten().argsort()[::-1][:singles].tolist():
         expected[divmod(cell, count)] += fall(*divmod(cell, count), 1)
     np.testing.assert_allclose(output.maps[0][0].numpy(), expected, atol=1e-5)
-    assert output.num_rows == 1 + 49 + singles and seen[-1] == (output.num_rows, output.num_rows)
+    assert output.num_rows == 2 + 49 + singles and seen[-1] == (output.num_rows, output.num_rows)
 
 
 @torch.no_grad()
@@ -167,7 +170,8 @@ def _likelihood(model, prompt, features, answer):
     for given in ((), (0,), (1,)):
         canvas = [token if place in given else MASK for place, token in enumerate(answer)]
         ids = torch.cat([prompt, torch.tensor([canvas])], dim=1)
-        logs = model(input_ids=ids, image_features=[features]).logits[0, -2:].log_softmax(-1)
+        embeds = model.get_input_embeddings()(ids).masked_scatter((ids == 99)[..., None], features)
+        logs = model(inputs_embeds=embeds).logits[0, -2:].log_softmax(-1)
         logits[given] = [logs[place, token].item() for place, token in enumerate(answer)]
     return (logits[()][0] + logits[(0,)][1] + logits[()][1] + logits[(1,)][0]) / 2
 
@@ -196,7 +200,7 @@ def test_gradient_maps_of_tiles_lie_where_the_picture_is():
     ({"spans": [(1, 3)]}, r"`spans` holds \(1, 3\); allowed are \(start, end\) with 0 <= start < end <= 2"),
     ({"spans": []}, "`spans` is empty"),
     ({"cells": 0}, "`cells` is 0"),
-    ({"max_rows": 5}, "`max_rows` is 5; the 3 masks of this answer and 1 pictures need at least 6"),
+    ({"max_rows": 8}, "`max_rows` is 8; the 3 masks of this answer and 1 pictures need at least 9"),
 ])  # fmt: skip
 def test_bad_input(model, monkeypatch, options, message):
     monkeypatch.setattr(model.model, "forward", None)
