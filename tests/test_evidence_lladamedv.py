@@ -219,5 +219,6 @@ def test_the_overlay_says_for_and_against():
     assert orange[0] > 128 > orange[2] and blue[2] > 128 > blue[0] and nothing.tolist() == [128] * 3
     pale = np.asarray(draw_evidence(grey, values / 2000, legend=False), dtype=int)
     assert np.abs(pale - 128).max() <= 2, "a map of nearly nothing looks like nothing"
-    assert "2.00 nats" in "".join(evidence_legend(values).values())
-    assert draw_evidence(grey, values).height > 192
+    said = " ".join(text for _, text in evidence_legend(values, -0.5))
+    assert "by up to 2.00 nats" in said and "whole picture makes it more likely, by 0.50 nats" in said
+    assert draw_evidence(grey, values, 1.5).height > 192
