@@ -1,8 +1,8 @@
 """Where in its pictures an answer comes from: how much its likelihood falls when a region is hidden.
 
 Occlusion (Zeiler and Fergus, arXiv 1311.2901, section 4.2) hides pixels and runs the vision tower again, because the
-features of a patch hold what stands around it. Gradient times input (Shrikumar et al., arXiv 1605.01713) is the cheap
-first-order answer to the same question.
+features of a patch hold what stands around it. Gradient times input (Shrikumar et al., arXiv 1605.01713) of the pixels
+is the cheap first-order answer to the same question; that of the features points elsewhere, for the same reason.
 """
 
 import math
@@ -81,6 +81,12 @@ def picture_views(config, size: tuple[int, int] | None, grid: tuple[int, int] | 
     return [PictureView(0, 1, 1, side, box)]
 
 
+def median_colour(tiles: torch.Tensor, views: list[PictureView]) -> torch.Tensor:
+    """Of a picture `(tiles, 3, side, side)` in its first tile, which shows all of it: `(3, 1, 1)`."""
+    top, left, bottom, right = (round(edge) for edge in views[0].box)
+    return tiles[0, :, top:bottom, left:right].flatten(1).median(dim=1).values[:, None, None]
+
+
 def hide_regions(tiles: torch.Tensor, views: list[PictureView], regions: torch.Tensor) -> torch.Tensor:
     """A picture with each of `regions` hidden: its pixels take the picture's median colour in every tile that shows it.
 
@@ -92,8 +98,7 @@ def hide_regions(tiles: torch.Tensor, views: list[PictureView], regions: torch.T
     Returns:
         `(regions, tiles, 3, side, side)`.
     """
-    top, left, bottom, right = (round(edge) for edge in views[0].box)
-    colour = tiles[0, :, top:bottom, left:right].flatten(1).median(dim=1).values[:, None, None]
+    colour = median_colour(tiles, views)
     hidden = tiles.repeat(len(regions), 1, 1, 1, 1)
     for view in views:
         top, left, bottom, right = view.box
@@ -158,8 +163,8 @@ class LLaDAMedVEvidenceMixin:
             attention_mask (`(1, prompt)`, *optional*): 1 for tokens, 0 for padding.
             pixel_values, image_sizes, batch_num_images: as the processor returns them.
             tokenizer: turns a text into ids.
-            method: `"occlusion"`, or `"gradient"` for gradient times (feature - mean feature of the picture), which
-                takes one backward pass for each span and is less exact.
+            method: `"occlusion"`, or `"gradient"` for gradient times (pixel - median colour), which takes one backward
+                pass for each span: how the likelihood begins to fall as a cell fades, in steps 2 and 4.
             spans: (start, end) of tokens of the answer; each gets a map of its own, with the rest of the answer given.
                 By default the whole answer. Of a filled template, those of `infill`'s `field_spans`.
             append_eos: whether the answer's end stands behind it. It is given, not scored: how long an answer is says
@@ -296,46 +301,29 @@ class _Rows:
 
     @torch.enable_grad()
     def gradient_maps(self, views, shapes) -> tuple[torch.DoubleTensor, list[torch.DoubleTensor]]:
-        """The bound `(spans,)`, and the maps by gradient times (feature - mean feature)."""
-        features = []
-
-        def make_leaf(module, arguments, output):
-            features.append(output.detach().requires_grad_())  # (tiles, patches, hidden)
-            return features[0]
-
-        hook = self.model.model.multi_modal_projector.register_forward_hook(make_leaf)
-        try:
-            prompts = self.prompts(1, **self.images)
-        finally:
-            hook.remove()
-        likelihood = self.likelihood(prompts)[0]
-        slopes = [torch.autograd.grad(each, features, retain_graph=True)[0] for each in likelihood]
-        slopes, features = torch.stack(slopes).double().cpu(), features[0].detach().double().cpu()
-        patch, maps = self.model.config.vision_config.patch_size, []
-        for of_picture, shape in zip(views, shapes):
+        """The bound `(spans,)`, and the maps by gradient times (pixel - median colour)."""
+        pixels = self.images["pixel_values"].detach().clone().requires_grad_()
+        likelihood = self.likelihood(self.prompts(1, **self.images | {"pixel_values": pixels}))[0]
+        slopes = [torch.autograd.grad(each, pixels, retain_graph=True)[0] for each in likelihood]
+        slopes, pixels, maps = torch.stack(slopes), pixels.detach(), []
+        for number, (of_picture, shape) in enumerate(zip(views, shapes)):
+            away = pixels[number] - median_colour(pixels[number], of_picture)
+            values = (slopes[:, number] * away).sum(dim=2).double().cpu()  # (spans, tiles, side, side)
             total = torch.zeros(len(slopes), *shape, dtype=torch.float64)
             for view in of_picture:
-                own = features[view.tiles]
-                values = (slopes[:, view.tiles] * (own - own.mean(dim=(0, 1)))).sum(dim=-1)  # (spans, tiles, patches)
-                side = view.side // patch
-                values = values.view(-1, view.rows, view.columns, side, side).transpose(2, 3)
-                values = values.reshape(-1, view.rows * side, view.columns * side)
+                plane = values[:, view.tiles].view(-1, view.rows, view.columns, view.side, view.side).transpose(2, 3)
+                plane = plane.reshape(-1, view.rows * view.side, view.columns * view.side)
                 top, left, bottom, right = view.box
-                down = _shares(shape[0], top, bottom, view.rows, view.side, patch)
-                across = _shares(shape[1], left, right, view.columns, view.side, patch)
-                total += down @ values @ across.T
+                down = _shares(shape[0], top, bottom, plane.shape[1])
+                total += down @ plane @ _shares(shape[1], left, right, plane.shape[2]).T
             maps.append(total)
-            count = of_picture[-1].tiles.stop
-            slopes, features = slopes[:, count:], features[count:]
         return likelihood.detach(), maps
 
 
-def _shares(cells: int, start: float, end: float, tiles: int, side: int, patch: int) -> torch.DoubleTensor:
-    """Which share of each patch along an edge of the plane lies in each cell of a picture from `start` to `end`."""
-    inner = torch.arange(side // patch) * patch
-    begin = (torch.arange(tiles)[:, None] * side + inner).flatten().double()
-    edges = torch.linspace(start, end, cells + 1, dtype=torch.float64)[:, None]
-    return (torch.minimum(edges[1:], begin + patch) - torch.maximum(edges[:-1], begin)).clamp(min=0) / patch
+def _shares(cells: int, start: float, end: float, length: int) -> torch.DoubleTensor:
+    """Which share of each of `length` pixels is in each cell of a picture from `start` to `end`, `(cells, length)`."""
+    edges, pixel = torch.linspace(start, end, cells + 1, dtype=torch.float64)[:, None], torch.arange(length)
+    return (torch.minimum(edges[1:], pixel + 1) - torch.maximum(edges[:-1], pixel)).clamp(min=0)
 
 
 def _map_shape(size, cells: int) -> tuple[int, int]:
