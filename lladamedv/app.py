@@ -413,7 +413,9 @@ class _Page:
             return self.look(conversation, len(conversation.turns) - 1, word, progress)
 
         def look_at_word(conversation, event, progress=shows_progress):
-            return self.look(conversation, *event.word.split("-"), progress)
+            turn, word = event.word.split("-")
+            is_last = int(turn) == len(conversation.turns) - 1
+            return *self.look(conversation, int(turn), word, progress), gradio.update(value=word if is_last else None)
 
         look_at_word.__annotations__["event"] = gradio.EventData
         self.where.input(
@@ -421,7 +423,7 @@ class _Page:
             trigger_mode="always_last",
         )  # fmt: skip
         self.log.click(
-            look_at_word, self.state, [self.picture, self.alert], api_visibility="private",
+            look_at_word, self.state, [self.picture, self.alert, self.where], api_visibility="private",
             show_progress_on=self.picture, trigger_mode="always_last",
         )  # fmt: skip
         self.stop_button.click(
@@ -538,12 +540,12 @@ class _Page:
         """Show where in the picture the answer of a turn comes from, or a word of it."""
         if word == _NOTHING or not conversation.turns:
             return _show_picture(conversation.picture), ""
-        *before, turn = conversation.turns[: int(turn) + 1]
+        *before, turn = conversation.turns[: turn + 1]
 
         def report(done, total):
             if conversation.over:
                 raise ValueError("The image was read anew.")
-            progress((done, total), unit="views")
+            progress(done / total)
 
         try:
             evidence = self.conversations.find_evidence(
