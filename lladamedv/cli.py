@@ -157,9 +157,11 @@ def ask(
     given = explain_answer(model, processor, picture.image, question, picture.steps, **generation)
     notice, steps = demo_notice(model), list(map(str, picture.steps))
     if as_json:
-        print_json({"answer": given.text, "confidence": given.confidence, "image": steps, "notice": notice})
+        known = {"confidence": given.confidence, "image_reliance": given.image_reliance}
+        print_json({"answer": given.text, **known, "image": steps, "notice": notice})
     else:
-        for line in ([f"image: {'; '.join(steps)}"] if steps else []) + ([notice] if notice else []):
+        relies = given.image_reliance is not None and f"image reliance: {given.image_reliance:+.2f} nats"
+        for line in filter(None, (steps and f"image: {'; '.join(steps)}", relies, notice)):
             typer.echo(line, err=True)
         typer.echo(given.text)
     if explain is not None:

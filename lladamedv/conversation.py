@@ -85,6 +85,7 @@ class Reply:
         num_forwards: how many passes there were.
         abstained: whether the confidence is below `abstention_threshold`.
         suffix: the text behind the answer that `generation_suffix` gave.
+        image_reliance: as `generate` returns it, in nats; `None` without `output_image_reliance`.
     """
 
     text: str
@@ -94,6 +95,7 @@ class Reply:
     num_forwards: int
     abstained: bool
     suffix: str
+    image_reliance: float | None = None
 
     @property
     def summary(self) -> str:
@@ -101,6 +103,7 @@ class Reply:
         sure = "unknown" if self.confidence is None else f"{self.confidence:.1%}"
         line = f"confidence {sure}, {self.length} token{'s' * (self.length != 1)}, "
         line += f"{self.num_forwards} forward pass{'es' * (self.num_forwards != 1)}"
+        line += "" if self.image_reliance is None else f", {self.image_reliance:+.2f} nats from the picture"
         return line + ("; below the model's threshold: take it as no answer" if self.abstained else "")
 
 
@@ -162,18 +165,23 @@ def reply_to(
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     length = round(float(output.tokens_per_forward[0] * output.num_forwards[0]))  # up to the end, without a suffix
     steps = [step + 1 for step in output.commit_step[0].tolist()]
-    confidences, confidence = output.commit_confidence[0].tolist(), float(output.answer_confidence[0])
+    confidences = output.commit_confidence[0].tolist()
+    confidence, reliance = (
+        None if values is None or math.isnan(values[0]) else float(values[0])
+        for values in (output.answer_confidence, output.image_reliance)
+    )
     tokens = _tokens(ids[:length], steps, confidences, processor.decode, mask)
     if length < len(steps):
         tokens.append(Token(None, steps[length], confidences[length]))
     return Reply(
         text=processor.decode(ids, skip_special_tokens=True).strip(),
-        confidence=None if math.isnan(confidence) else confidence,
+        confidence=confidence,
         tokens=tuple(tokens),
         length=length,
         num_forwards=int(output.num_forwards[0]),
         abstained=output.abstained is not None and bool(output.abstained[0]),
         suffix=processor.decode(ids[length:], skip_special_tokens=True),
+        image_reliance=reliance,
     )
 
 

@@ -45,6 +45,7 @@ except ImportError as error:
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch, PositionsError
+from lladamedv.modeling_lladamedv.generation_options_lladamedv import GenerationOptionError
 from lladamedv.processing import LLaDAMedVProcessor
 
 from .doors import LOOPBACK_HOSTS, check_host
@@ -93,6 +94,9 @@ def _refusal(error: Exception) -> RequestError:
     """An error as the client sees it; of an unforeseen one the type alone, whose message may quote the request."""
     if isinstance(error, RequestError):
         return error
+    if isinstance(error, GenerationOptionError):  # of options that do not suit the prompt
+        field = f"generation_config.{error.options[0]}"
+        return RequestError(f"`{field}` is not allowed: {error}", field)
     if isinstance(error, (ValueError, ImportError)):
         return RequestError(str(error))
     logger.error("a request could not be answered: %s", type(error).__name__)
@@ -120,6 +124,7 @@ class _Answer:
         gone: set then, or when the client has left.
         num_prompt: tokens of the prompt, known once the answer has begun.
         tokens: of the answer so far.
+        extension: fields of the complete answer that OpenAI's API does not have.
     """
 
     def __init__(self, desk: _Desk, question: Question, place: ExitStack):
@@ -127,7 +132,7 @@ class _Answer:
         self._request = None
         place.callback(self._leave)
         self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
-        self.num_prompt, self.tokens = 0, []
+        self.num_prompt, self.tokens, self.extension = 0, [], {}
         self._begun, self._sent = False, 0  # characters
 
     def submit(self) -> None:
@@ -197,6 +202,9 @@ class _Answer:
         try:
             if error is None:
                 self._send_text(last=True)
+                reliance = future.result().image_reliance
+                if reliance is not None and not reliance.isnan():
+                    self.extension = {"image_reliance": float(reliance)}
             elif not isinstance(error, (_EnoughError, CancelledError)):
                 self._send(error)
         except _EnoughError:
@@ -261,14 +269,14 @@ class _ChatReply:
     def whole(self, text: str) -> ChatCompletion:
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": self._answer.finish_reason}
-        return self._build(ChatCompletion, [choice], usage=self._answer.usage)
+        return self._build(ChatCompletion, [choice], usage=self._answer.usage, **self._answer.extension)
 
     async def events(self, pieces: AsyncIterator[str]) -> AsyncIterator[ChatCompletionChunk]:
         yield self._chunk({"role": "assistant"})
         async for piece in pieces:
             yield self._chunk({"content": piece})
         answer, apart = self._answer, self._answer.question.include_usage
-        yield self._chunk({}, answer.finish_reason, usage=None if apart else answer.usage)
+        yield self._chunk({}, answer.finish_reason, usage=None if apart else answer.usage, **answer.extension)
         if apart:  # asked for, it is an event of its own in OpenAI's API
             yield self._build(ChatCompletionChunk, [], usage=answer.usage)
 
@@ -304,7 +312,7 @@ class _ResponseReply:
         is_cut = self._answer.finish_reason == "length"
         status = "incomplete" if is_cut else "completed"
         return OpenAIResponse(
-            **self._head, status=status, output=[self._message(status, text)], usage=counts,
+            **self._head, **self._answer.extension, status=status, output=[self._message(status, text)], usage=counts,
             incomplete_details={"reason": "max_output_tokens"} if is_cut else None,
         )  # fmt: skip
 

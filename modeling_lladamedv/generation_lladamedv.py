@@ -18,6 +18,7 @@ from .confidence_lladamedv import answer_confidence, calibrate_confidence
 from .denoising_cache_lladamedv import DenoisingCache
 from .denoising_state_lladamedv import CandidateLogits, DenoisingState, ForwardPass
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig, resolve_generation_config
+from .generation_options_lladamedv import GenerationOptionError
 from .neutral_image_lladamedv import neutral_pixel_values
 from .repetition_lladamedv import ban_repeated_ngrams
 
@@ -185,10 +186,11 @@ class LLaDAMedVGenerationMixin:
         state.prompt_embeds, features = self._embed(ids, images)
         features = {"image_features": features}
         if state.guides_by_image and not bool((ids == self.config.image_token_id).any(dim=1).all()):
-            raise ValueError(
+            raise GenerationOptionError(
                 f"`image_guidance_scale` is {options.image_guidance_scale}, but a prompt has no picture; it must be 0 "
-                "there."
-            )
+                "there.",
+                "image_guidance_scale",
+            )  # fmt: skip
         if state.needs_neutral:
             if neutral_features is not None:
                 images = {"image_features": neutral_features}

@@ -63,7 +63,7 @@ def test_json(shipped, example, picture):
     first = ask(shipped, example.image, DESCRIBE, confidence_threshold=0.9)
     second = ask(shipped, example.image, DESCRIBE, first.text, CLOSED, confidence_threshold=0.9)
     assert lines == [
-        {"question": question, "answer": given.text, "confidence": given.confidence}
+        {"question": question, "answer": given.text, "confidence": given.confidence, "image_reliance": None}
         for question, given in ((DESCRIBE, first), (CLOSED, second))
     ]
 
