@@ -171,20 +171,24 @@ def finding(controls: dict) -> str:
 def control_tables(controls: dict) -> list[str]:
     """Tables for the summary."""
     rows = [
-        [control, group, _value(of, "score"), _value(of, "drop"), f"{of['same_answers']:.1f}", str(of["count"])]
+        [
+            control, group, _value(of, "score"), f"{of['score'] + of['drop']:.2f}", _value(of, "drop"),
+            f"{of['same_answers']:.1f}", str(of["count"]),
+        ]
         for control in CONTROLS
         for group, of in controls[control].items()
-    ]
+    ]  # fmt: skip
     reliance = [
         [group, _value(of, "mean"), f"{of['median']:.2f}", f"{of['above_0']:.1f}", str(of["count"])]
         for group, of in controls["image_reliance"].items()
     ]
     return [
         markdown_table(
-            ["pictures", "questions", "score (95 %)", "drop (95 %, paired)", "same answers, %", "n"], rows
+            ["pictures", "questions", "score", "with their own", "drop, paired", "same answers, %", "n"], rows
         ),
-        "Pictures: " + "; ".join(f"{name}, {meaning}" for name, meaning in CONTROLS.items()) + ".",
-        markdown_table(["image reliance, nats", "mean (95 %)", "median", "above 0, %", "n"], reliance),
+        "Pictures: " + "; ".join(f"{name}, {meaning}" for name, meaning in CONTROLS.items()) + ". The score is closed "
+        "accuracy or open recall, in brackets 95 % intervals.",
+        markdown_table(["image reliance, nats", "mean", "median", "above 0, %", "n"], reliance),
     ]  # fmt: skip
 
 

@@ -266,7 +266,7 @@ class LLaDAMedVGenerationMixin:
         confidence = answer_confidence(state.commit_confidence, state.stop + 1)
         confidence = calibrate_confidence(confidence, options.confidence_temperature)
         threshold = options.abstention_threshold
-        reliance = self.image_reliance(state) if options.output_image_reliance else (None, None)
+        reliance = self._image_reliance(state) if options.output_image_reliance else (None, None)
         return LLaDAMedVGenerationOutput(
             sequences=torch.cat([state.prompt_ids, padded], dim=1),
             tokens_per_forward=state.stop / state.num_forwards,
