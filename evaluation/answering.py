@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
+from lladamedv.modeling_lladamedv.scoring_lladamedv import LLaDAMedVScoreOutput
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import image_source
 
@@ -84,6 +85,36 @@ def answer_batch(
     return [Answer(*row, seconds, relies) for *row, relies in zip(texts, confidences, lengths, forwards, reliance)]
 
 
+@torch.no_grad()
+def candidate_probabilities(
+    model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, inputs: Mapping, candidates: Sequence[str]
+) -> tuple[torch.DoubleTensor, LLaDAMedVScoreOutput]:
+    """How probable each candidate is among all of them, by the likelihood of its text.
+
+    Models are tuned to answers with a capital first letter or a small one: both are added up.
+
+    Args:
+        model, processor: as loaded.
+        inputs: of one chat, as the processor returns them.
+        candidates: the answers, each differently.
+
+    Returns:
+        `(candidates,)`, of sum 1, and the scores of all spellings.
+    """
+    spellings = [[*dict.fromkeys((text[:1].lower() + text[1:], text[:1].upper() + text[1:]))] for text in candidates]
+    texts = [text for each in spellings for text in each]
+    scores = model.score(**inputs, candidates=texts, tokenizer=processor.tokenizer)
+    likelihoods = scores.log_likelihood[0].split([len(each) for each in spellings])
+    return torch.stack([each.logsumexp(dim=0) for each in likelihoods]).softmax(dim=0), scores
+
+
+def encode_chat(model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, chat: list[dict]):
+    """The model's inputs for one chat, on its device."""
+    return processor.apply_chat_template(
+        [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+
+
 def device_name(model: LLaDAMedVForConditionalGeneration) -> str:
     """The hardware that a model runs on, as reports call it."""
     if model.device.type == "cuda":
@@ -110,4 +141,6 @@ def open_image(processor: LLaDAMedVProcessor, image, question_id: str):
         raise ValueError(f"The image of question {question_id!r} cannot be read: {error}") from error
 
 
-__all__ = ["Answer", "answer_batch", "device_name", "open_image", "question_about"]
+__all__ = [
+    "Answer", "answer_batch", "candidate_probabilities", "device_name", "encode_chat", "open_image", "question_about",
+]  # fmt: skip

@@ -91,9 +91,12 @@ def decoding_in_force(model: LLaDAMedVForConditionalGeneration, options: dict) -
     }
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
+def model_fingerprint(model: torch.nn.Module, any_dtype: bool = False) -> str:
     """sha256 of the names, shapes and some values of all weights and of the sum of their bits, and of what adapters are
-    scaled by and which are active: tells checkpoints apart in seconds, also where little differs."""
+    scaled by and which are active: tells checkpoints apart in seconds, also where little differs.
+
+    With `any_dtype` weights of the same values have the same digest in another dtype.
+    """
     digest = hashlib.sha256()
     for place, module in model.named_modules():
         digest.update(f"{place} {[vars(module).get(name) for name in _OF_ADAPTERS]}".encode())
@@ -102,6 +105,8 @@ def model_fingerprint(model: torch.nn.Module) -> str:
             for name, tensor in module.state_dict().items():
                 if name.startswith(children) or not isinstance(tensor, torch.Tensor):
                     continue
+                if any_dtype:
+                    tensor = tensor.float()
                 digest.update(f"{place}.{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 values = tensor.detach().reshape(-1)
                 if len(values):

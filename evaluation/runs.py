@@ -39,6 +39,7 @@ def run_items(
     folder: str | Path,
     settings: dict,
     batch_size: int = 1,
+    unit: str = "question",
 ) -> list[dict]:
     """Call `answer` for all items, each once.
 
@@ -51,6 +52,7 @@ def run_items(
         folder: where the files are; made if it does not exist.
         settings: JSON-able; all that the records depend on. A folder whose run had other settings is refused.
         batch_size: items at a time.
+        unit: what the progress counts.
 
     Returns:
         The records of all items in the order of `ids`, in every process.
@@ -80,7 +82,7 @@ def run_items(
     def answer_own() -> None:
         own = [place for place, item in enumerate(ids) if item not in done][state.process_index :: state.num_processes]
         label = f"process 1 of {state.num_processes}" if state.num_processes > 1 else None
-        with tqdm(total=len(own), unit="question", desc=label, disable=not state.is_main_process) as progress:
+        with tqdm(total=len(own), unit=unit, desc=label, disable=not state.is_main_process) as progress:
             for start in range(0, len(own), batch_size):
                 batch = own[start : start + batch_size]
                 records = answer(batch)

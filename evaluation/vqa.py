@@ -23,7 +23,17 @@ from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport, VQAReport
 from lladamedv.processing.datasets.readers import first_few, undecoded
 
-from .answering import Answer, answer_batch, device_name, open_image, question_about
+from .answer_sets import calibration_of
+from .answering import (
+    Answer,
+    answer_batch,
+    candidate_probabilities,
+    device_name,
+    encode_chat,
+    open_image,
+    question_about,
+)
+from .calibrating import answer_row, render_sets, summarize_sets
 from .calibration import area_under_risk_coverage, calibration_bins, expected_calibration_error, risk_coverage
 from .image_controls import CONTROLS, ControlPictures, control_tables, finding, summarize_controls
 from .medical_vqa.medical_vqa import ANSWER_TYPES, HEADLINES, POLARITY, MedicalVQA, closed_polarity
@@ -102,6 +112,8 @@ def evaluate_vqa(
         settings["image_controls"] = True
         pictures = ControlPictures(processor, dataset, seed)
         options = {**options, "output_image_reliance": True}
+    if (calibration := calibration_of(model)) is not None:
+        settings["calibration_sha256"] = calibration.sha256
 
     # 2. Answers.
     def answer(places: list[int]) -> list[dict]:
@@ -117,7 +129,10 @@ def evaluate_vqa(
         for row, answered in zip(rows, given if image_controls else ()):
             if answered.get("method") == "likelihood":
                 answered["image_reliance"] = pictures.reliance(model, row, answered["prediction"])
-        return [{**_asked(processor, row), **answered, **provenance} for row, answered in zip(rows, given)]
+        return [
+            {**_asked(processor, row), **answered, **answer_row(model, processor, row), **provenance}
+            for row, answered in zip(rows, given)
+        ]
 
     records = run_items(list(dataset["id"]), answer, folder, settings, batch_size)
 
@@ -126,7 +141,8 @@ def evaluate_vqa(
     scored = _summarize(records, candidates, bootstrap_samples, seed)
     summary = {
         **{name: settings[name] for name in ("benchmark", "split", "model", "model_revision", "model_sha256")},
-        **scored, "left_out": left_out, "complete": scored["complete"] and not left_out,
+        **scored, "answer_sets": summarize_sets(model, records, settings, bootstrap_samples, seed),
+        "left_out": left_out, "complete": scored["complete"] and not left_out,
         "decoding": settings["decoding"], "scoring": scoring, "data": report.as_dict(),
         "data_summary": report.summary().splitlines(),
         "environment": {
@@ -167,20 +183,15 @@ def _answer_rows(model, processor, rows: list[dict], options: dict, scoring: str
     return [answers[place] for place in range(len(rows))]
 
 
-@torch.no_grad()
 def _likelier(model, processor, chat: list[dict]) -> Answer:
     """The likelier of yes and no, and its probability among the two."""
     started = time.perf_counter()
-    inputs = processor.apply_chat_template(
-        [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    texts = [text for word in POLARITY for text in (word, word.capitalize())]  # models are tuned to either
-    scores = model.score(**inputs.to(model.device), candidates=texts, tokenizer=processor.tokenizer)
-    likelihoods = scores.log_likelihood[0].view(len(POLARITY), -1).logsumexp(dim=1)
-    place = int(likelihoods.argmax())
+    inputs = encode_chat(model, processor, chat)
+    probabilities, scores = candidate_probabilities(model, processor, inputs, POLARITY)
+    place = int(probabilities.argmax())
     # All subsets of an answer's tokens are masked once, each in a row of its own.
     rows = sum(2**count - 1 for count in scores.num_tokens[0].tolist())
-    confidence = float(likelihoods.softmax(dim=0)[place])
+    confidence = float(probabilities[place])
     return Answer(POLARITY[place], confidence, int(scores.num_tokens[0].max()), rows, time.perf_counter() - started)
 
 
@@ -294,6 +305,7 @@ def render_summary(summary: dict) -> str:
         ]
         paragraphs.append(markdown_table(["calibration", "n", "confidence", "accuracy", "ECE", "AURC"], rows))
     paragraphs += [] if controls is None else control_tables(controls)
+    paragraphs.append(render_sets(summary["answer_sets"]))
     cost, repetition, environment = summary["cost"], summary["repetition"], summary["environment"]
     rep_2 = "none" if repetition["rep_2"] is None else f"{repetition['rep_2']:.4f}"
     decoding = ", ".join(f"{name}={value}" for name, value in summary["decoding"].items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -173,6 +174,13 @@ def save_model_card(facts: ModelFacts, folder: str | Path, eval_results: bool = 
     return card
 
 
+def state_in_card(card: str, title: str, text: str) -> str:
+    """A card with a section of this title and text instead of one that it may have; without one for an empty text."""
+    card = re.sub(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
+    head, mark, tail = card.partition("\n## Provenance\n")
+    return f"{head.rstrip()}\n\n## {title}\n\n{scrub(text)}\n{mark}{tail}" if text else card
+
+
 def hash_files(folder: str | Path) -> dict[str, str]:
     """SHA-256 of the safetensors files of a folder, by their names."""
     hashes = {}
@@ -221,4 +229,4 @@ def build_dataset_card(report: Mapping | VQAReport, name: str, version: str, has
     )  # fmt: skip
 
 
-__all__ = ["ModelFacts", "build_dataset_card", "build_model_card", "hash_files", "save_model_card"]
+__all__ = ["ModelFacts", "build_dataset_card", "build_model_card", "hash_files", "save_model_card", "state_in_card"]

@@ -169,7 +169,7 @@ def check_folder(folder: str | Path) -> Path:
                 f"{str(file)!r} {problem}; allowed are files, and links to what is within the same folder. Copy what a "
                 "link leads to, if that can be trusted."
             )
-        is_read = file.name.endswith("config.json") or ".index." in file.name
+        is_read = file.name.endswith(("config.json", "calibration.json")) or ".index." in file.name
         if is_read and file.stat().st_size > _LARGEST_JSON:
             raise ValueError(f"{str(file)!r} has {file.stat().st_size} bytes; allowed are at most {_LARGEST_JSON}.")
     return folder

@@ -37,6 +37,7 @@ from safetensors import SafetensorError
 from lladamedv.processing.datasets import SOURCES, load_vqa
 
 from . import build_dataset_card, is_hub_id, may_redistribute, scrub
+from .cards import state_in_card
 from .checks import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_files, check_model_files, checked_files
 from .licences import CARD
 from .privacy import SECRET
@@ -45,7 +46,10 @@ from .privacy import SECRET
 MAIN = "main"
 # What a push of ours writes; such files are deleted in the same commit if they are no longer among those pushed. A
 # model.safetensors left beside new shards, for one, would be loaded instead of them.
-_OURS = ("*.safetensors", "*.safetensors.index.json", "*.py", "additional_chat_templates/*", "data/*.parquet")
+_OURS = (
+    "*.safetensors", "*.safetensors.index.json", "*.py", "additional_chat_templates/*", "data/*.parquet",
+    "calibration.json",
+)  # fmt: skip
 _SHARD_BYTES = 500_000_000
 _SPACE_TEMPLATE = package_files(__package__) / "space_template"
 _SPACE_PACKAGES = ("lladamedv", "gradio", "torch", "transformers", "huggingface_hub", "safetensors", "pillow", "numpy")
@@ -282,7 +286,8 @@ def _merge(folder: Path, base_model: str | None, out: Path, offline: bool) -> No
     tags = card.data.tags or []
     card.data.tags = [tag for tag in tags if tag not in ("lora", "peft") and not tag.startswith("base_model:")]
     note = "> The adapters that this card describes are merged into these weights: load them as a model, without PEFT."
-    card.text = scrub(f"\n{note}\n\n{card.text.lstrip()}")
+    # A calibration of the adapters is none of the merged weights, which are rounded anew.
+    card.text = scrub(f"\n{note}\n\n{state_in_card(card.text.lstrip(), 'Answer sets', '')}")
     card.save(out / CARD)
 
 

@@ -137,6 +137,8 @@ class Chat:
             )  # fmt: skip
             if self._live:
                 live.update(_shade(reply.tokens, reply.suffix), refresh=True)
+        if reply.warning is not None and not self._turns:  # once a picture
+            _say(f"Warning: {reply.warning}")
         self._turns.append((question, reply.text))
         if self._live:
             self._console.print(Text(reply.summary, "dim"))

@@ -43,7 +43,7 @@ from .cli_common import (
     word,
 )
 from .doors import LOOPBACK_HOSTS
-from .loading import DEMO, DTYPES, check_name, find_device
+from .loading import DEMO, DTYPES, check_name, find_device, find_folder
 from .paths import EXPLANATION_SUFFIXES, check_new_file, check_new_folder, check_shard_size
 
 
@@ -119,6 +119,14 @@ def demo(
         print_json({"output": output, "scores": scores})
 
 
+def _split(answers: str) -> list[str]:
+    """The answers that --candidates names."""
+    found = [each.strip() for each in answers.split(",")]
+    if len(found) < 2 or "" in found:
+        raise ValueError(f"{answers!r}; allowed are two or more answers with commas between them, as in Yes,No.")
+    return found
+
+
 @app.command(rich_help_panel=USE)
 @takes(source=model_options(), read=READING, generation=generation_options())
 def ask(
@@ -131,11 +139,17 @@ def ask(
         Path | None, "Also write how the answer was denoised, as an .html or .png file.",
         check=partial(check_new_file, suffixes=EXPLANATION_SUFFIXES),
     ) = None,
+    candidates: flag(
+        str | None, "Possible answers, as Yes,No: print those that the true one may be, by the model's calibration.",
+        check=_split,
+    ) = None,
+    group: flag(str | None, "With --candidates: the question's group, as the calibration calls it.") = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Answer one question about one image.
 
-    What was done to the image on the way (window, frame, …) is printed on standard error.
+    What was done to the image on the way (window, frame, …) is printed on standard error, and a warning if the image is
+    unlike those that the model was calibrated on.
 
     \b
     Examples:
@@ -143,27 +157,40 @@ def ask(
       lladamedv ask scan.dcm "Is there a fracture?" --window bone --model path/or/hub-id
       lladamedv ask picture.png "Describe the image." --steps 8 --json
       lladamedv ask picture.png "Describe the image." --explain denoising.html
+      lladamedv ask picture.png "Is there a lesion?" --candidates Yes,No
     """
     if not is_url(image) and not Path(image).expanduser().is_file() and Path(question).expanduser().is_file():
         raise usage("IMAGE", f"{image!r} is no file, but QUESTION {question!r} is one: the image comes first.")
     if not question.strip():
         raise usage("QUESTION", "it is empty.")
+    if candidates is not None and (generation or explain is not None):
+        raise usage("--candidates", "it generates nothing; options of generation and --explain do not go with it.")
+    if group is not None and candidates is None:
+        raise usage("--group", f"{group!r}; it goes with --candidates.")
     picture = read(image)
     quiet()
     from lladamedv.conversation import demo_notice
+    from lladamedv.evaluation.answer_sets import answer_set
     from lladamedv.explanation import explain_answer
 
     model, processor = source.load()
-    given = explain_answer(model, processor, picture.image, question, picture.steps, **generation)
+    if candidates is None:
+        given = explain_answer(model, processor, picture.image, question, picture.steps, **generation)
+        relies = given.image_reliance
+        found = {"answer": given.text, "confidence": given.confidence, "image_reliance": relies}
+        notes = () if relies is None else (f"image reliance: {relies:+.2f} nats",)
+    else:
+        given = answer_set(model, processor, picture.image, question, _split(candidates), group)
+        found = {"answer": str(given), "abstained": given.abstained, **vars(given)}
+        notes = (given.summary, *given.notes)
     notice, steps = demo_notice(model), list(map(str, picture.steps))
     if as_json:
-        known = {"confidence": given.confidence, "image_reliance": given.image_reliance}
-        print_json({"answer": given.text, **known, "image": steps, "notice": notice})
+        print_json({**found, "image": steps, "notice": notice, "warning": given.warning})
     else:
-        relies = given.image_reliance is not None and f"image reliance: {given.image_reliance:+.2f} nats"
-        for line in filter(None, (steps and f"image: {'; '.join(steps)}", relies, notice)):
+        warning = given.warning and f"Warning: {given.warning}"
+        for line in filter(None, (f"image: {'; '.join(steps)}" if steps else None, notice, warning, *notes)):
             typer.echo(line, err=True)
-        typer.echo(given.text)
+        typer.echo(found["answer"])
     if explain is not None:
         given.save(explain)
 
@@ -510,6 +537,60 @@ def vqa(
         bootstrap_samples=bootstrap_samples, seed=seed,
     )  # fmt: skip
     _finish(summary, render_summary(summary), as_json, output)
+
+
+@app.command(rich_help_panel=MEASURE)
+@takes(source=model_options(..., "--model-revision"), questions=questions_options())
+def calibrate(
+    source: Source,
+    questions: Questions,
+    output: Output,
+    alpha: flag(float, "Share of the sets that may lack the true answer, between 0 and 1.") = 0.1,
+    candidates: flag(
+        list[str], "Possible answers, as Yes,No; several times for several kinds of questions.",
+        check=lambda lists: [*map(_split, lists)],
+    ) = ["Yes,No"],  # noqa: B006
+    group_by: flag(str | None, "Column, as modality: also a threshold for each group of questions.") = None,
+    as_json: Summary = False,
+) -> None:  # fmt: skip
+    """Calibrate a model for sets of answers that hold the true one, and for telling unusual pictures.
+
+    The questions must be none that the model was trained on. calibration.json is written beside the model, which must
+    be a folder, and its card says what the guarantee rests on. `ask --candidates`, the app, the server and `eval vqa`
+    use it.
+
+    \b
+    Examples:
+      lladamedv calibrate --model FOLDER --data questions.csv --image-folder images --output runs/calibration
+      lladamedv calibrate --model FOLDER --benchmark slake --split validation --group-by modality --output runs/slake \\
+          --candidates Yes,No --candidates CT,MRI,X-Ray
+    """
+    folder = find_folder(source.model)
+    if folder is None:
+        raise usage("--model", f"{source.model!r} is on the Hub; calibration.json needs a folder: `hf download` it.")
+    if not 0 < alpha < 1:
+        raise usage("--alpha", f"{alpha}; allowed are numbers above 0 and below 1.")
+    quiet()
+    from lladamedv.evaluation.answer_sets import CALIBRATION_FILE
+    from lladamedv.evaluation.calibrating import calibrate
+    from lladamedv.evaluation.runs import process_state
+    from lladamedv.hub_cards.cards import CARD, state_in_card
+
+    dataset, report = questions.load()
+    if report.missing_images or report.invalid:
+        typer.echo(report.summary(), err=True)
+    model, processor = _load(source)
+    calibration = calibrate(
+        model, processor, dataset, report, output, alpha=alpha, candidates=[*map(_split, candidates)],
+        group_by=group_by,
+    )  # fmt: skip
+    if process_state().is_main_process:
+        calibration.save(folder)
+        if (card := folder / CARD).is_file():
+            text = state_in_card(card.read_text(encoding="utf-8"), "Answer sets", calibration.statement())
+            card.write_text(text, encoding="utf-8")
+    summary = {name: value for name, value in vars(calibration).items() if name != "picture_model"}
+    _finish(summary, calibration.statement(), as_json, folder / CALIBRATION_FILE)
 
 
 @eval_app.command("chat")

@@ -79,13 +79,14 @@ def explain_answer(
     """
     used = model.resolve_generation_config(**options, return_dict_in_generate=True)
     in_force = {name: getattr(used, name) for name, option in OPTIONS.items() if name not in _NOT_SHOWN}
+    reply = reply_to(model, processor, image, question, **options)
     return Explanation(
-        **vars(reply_to(model, processor, image, question, **options)),
+        **vars(reply),
         image=image,
         question=question,
         image_steps=image_steps,
         options={name: value for name, value in in_force.items() if value != OPTIONS[name].default},
-        notices=tuple(filter(None, (NOTICE, demo_notice(model)))),
+        notices=tuple(filter(None, (NOTICE, demo_notice(model), reply.warning))),
     )
 
 

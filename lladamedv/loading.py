@@ -41,7 +41,8 @@ def load_model(
         revision: of `name` on the Hub.
 
     Returns:
-        The model, in evaluation mode and on the device, and its processor.
+        The model, in evaluation mode and on the device, and its processor. The model has what it was calibrated on as
+        `calibration`, or `None`.
 
     Raises:
         ValueError: if `dtype` or `device` is not allowed or cannot be used, which is known before anything is loaded;
@@ -54,11 +55,14 @@ def load_model(
         dtype = "float32"
     folder = find_folder(name)
     try:
-        model, processor = _load(folder or name, dtype, revision)
+        model, processor, folder = _load(folder or name, dtype, revision)
     except Exception as error:  # the libraries raise many kinds for files that hold something else than they expect
         where = "cannot be loaded" if folder else "is no folder, and cannot be loaded from the Hub"
         raise ValueError(f"The model {str(name)!r} {where}: {' '.join(str(error).split())}") from error
-    return model.eval().to(device), processor
+    from lladamedv.evaluation.answer_sets import attach_calibration
+
+    attach_calibration(model.eval().to(device), processor, folder)
+    return model, processor
 
 
 def check_name(name: str | Path) -> Path | None:
@@ -121,7 +125,7 @@ def _load(name: str | Path, dtype: str, revision: str | None):
 
     folder = resolve_source(name, revision)
     if not (folder / _ADAPTERS).is_file():
-        return _load_whole(folder, name, dtype)
+        return *_load_whole(folder, name, dtype), folder
     from peft import PeftModel  # takes a second
 
     adapters = read_json(check_folder(folder) / _ADAPTERS)
@@ -136,7 +140,7 @@ def _load(name: str | Path, dtype: str, revision: str | None):
     model = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True).merge_and_unload()
     if (folder / "processor_config.json").is_file():
         processor = LLaDAMedVProcessor.from_pretrained(folder)
-    return model, processor
+    return model, processor, folder
 
 
 def _load_whole(folder: Path, name: str | Path, dtype: str):

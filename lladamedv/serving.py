@@ -18,7 +18,7 @@ import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
-from threading import Event, Lock, Thread
+from threading import Event, Lock
 
 import torch
 
@@ -43,6 +43,7 @@ try:
 except ImportError as error:
     raise ImportError('The server needs libraries of its own: pip install "lladamedv[serve]".') from error
 
+from lladamedv.evaluation.answer_sets import picture_warning
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch, PositionsError
 from lladamedv.modeling_lladamedv.generation_options_lladamedv import GenerationOptionError
@@ -80,8 +81,8 @@ _METRICS = {
     "tokens": (CounterMetricFamily, "Tokens of finished answers"),
     "passes": (CounterMetricFamily, "Forward passes"),
     "rows": (CounterMetricFamily, "Rows in forward passes; by passes, the rows per pass"),
-    "image_cache_hits": (CounterMetricFamily, "Prompts whose pictures were encoded before"),
-    "image_cache_misses": (CounterMetricFamily, "Prompts whose pictures had to be encoded"),
+    "image_cache_hits": (CounterMetricFamily, "Pictures that were encoded before"),
+    "image_cache_misses": (CounterMetricFamily, "Pictures that had to be encoded"),
     "image_cache_bytes": (GaugeMetricFamily, "Bytes of kept features of pictures"),
 }
 
@@ -123,8 +124,9 @@ class _Answer:
         place: the request's place inside, which is left as soon as the answer is complete.
         gone: set then, or when the client has left.
         num_prompt: tokens of the prompt, known once the answer has begun.
+        notes: fields of the reply that OpenAI's API lacks: `warning`, if a picture is unusual, and in the end
+            `image_reliance`, if it was asked for.
         tokens: of the answer so far.
-        extension: fields of the complete answer that OpenAI's API does not have.
     """
 
     def __init__(self, desk: _Desk, question: Question, place: ExitStack):
@@ -132,7 +134,7 @@ class _Answer:
         self._request = None
         place.callback(self._leave)
         self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
-        self.num_prompt, self.tokens, self.extension = 0, [], {}
+        self.num_prompt, self.tokens, self.notes = 0, [], {}
         self._begun, self._sent = False, 0  # characters
 
     def submit(self) -> None:
@@ -149,6 +151,8 @@ class _Answer:
             ).to(desk.model.device)
             question.chat.clear()  # images may be large
             self._check_length(inputs["input_ids"].shape[1], processor.tokenizer)
+            if warning := picture_warning(desk.model, inputs.get("pixel_values")):
+                self.notes["warning"] = warning
             try:
                 self._request = desk.batch.submit(
                     **inputs, generation_config=question.options, tokenizer=processor.tokenizer, streamer=self,
@@ -182,8 +186,8 @@ class _Answer:
     def _leave(self) -> None:
         """Take the request out of the batch, unless it is answered."""
         self.gone.set()
-        if self._request is not None:
-            self._desk.batch.cancel(self._request)
+        if (request := self._request) is not None:
+            self._desk.batch.cancel(request)
 
     def put(self, tokens: torch.Tensor) -> None:
         """First the prompt, once the request has joined the batch; then finished blocks, 1-D."""
@@ -198,13 +202,14 @@ class _Answer:
         """Nothing: how it ended, the future says."""
 
     def _end(self, future) -> None:
+        self._request = None  # which knows this answer: a cycle would stay in memory for long
         error = CancelledError() if future.cancelled() else future.exception()
         try:
             if error is None:
                 self._send_text(last=True)
                 reliance = future.result().image_reliance
                 if reliance is not None and not reliance.isnan():
-                    self.extension = {"image_reliance": float(reliance)}
+                    self.notes["image_reliance"] = float(reliance)
             elif not isinstance(error, (_EnoughError, CancelledError)):
                 self._send(error)
         except _EnoughError:
@@ -269,14 +274,14 @@ class _ChatReply:
     def whole(self, text: str) -> ChatCompletion:
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": self._answer.finish_reason}
-        return self._build(ChatCompletion, [choice], usage=self._answer.usage, **self._answer.extension)
+        return self._build(ChatCompletion, [choice], usage=self._answer.usage)
 
     async def events(self, pieces: AsyncIterator[str]) -> AsyncIterator[ChatCompletionChunk]:
         yield self._chunk({"role": "assistant"})
         async for piece in pieces:
             yield self._chunk({"content": piece})
         answer, apart = self._answer, self._answer.question.include_usage
-        yield self._chunk({}, answer.finish_reason, usage=None if apart else answer.usage, **answer.extension)
+        yield self._chunk({}, answer.finish_reason, usage=None if apart else answer.usage)
         if apart:  # asked for, it is an event of its own in OpenAI's API
             yield self._build(ChatCompletionChunk, [], usage=answer.usage)
 
@@ -286,7 +291,7 @@ class _ChatReply:
 
     def _build(self, kind: type[BaseModel], choices: list, **fields) -> BaseModel:
         name = "chat.completion" if kind is ChatCompletion else "chat.completion.chunk"
-        return kind(**self._head, object=name, choices=choices, **fields)
+        return kind(**self._head, **self._answer.notes, object=name, choices=choices, **fields)
 
 
 class _ResponseReply:
@@ -312,7 +317,7 @@ class _ResponseReply:
         is_cut = self._answer.finish_reason == "length"
         status = "incomplete" if is_cut else "completed"
         return OpenAIResponse(
-            **self._head, **self._answer.extension, status=status, output=[self._message(status, text)], usage=counts,
+            **self._head, **self._answer.notes, status=status, output=[self._message(status, text)], usage=counts,
             incomplete_details={"reason": "max_output_tokens"} if is_cut else None,
         )  # fmt: skip
 
@@ -384,7 +389,6 @@ class _Desk:
         self._waiting: set[ExitStack] = set()
         self._uploads: dict[anyio.CancelScope, int] = {}  # bytes that have arrived of each, the oldest first
         self.batch = ContinuousBatch(model, max_positions)
-        self._thread = Thread(target=self._run, name="lladamedv-batch", daemon=True)
         # A tokenizer must not be used by two threads: one is the batch's, for texts, and the readers share another.
         self.own_processor, self.preparing = copy.deepcopy(processor), Lock()
         self._readers = ThreadPoolExecutor(_READERS)
@@ -392,24 +396,13 @@ class _Desk:
         self.registry.register(_Numbers(self.batch))
         self.stopping = asyncio.Event()
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether requests can be answered."""
-        return self._thread.is_alive()
-
     def start(self) -> None:
-        self._thread.start()
+        torch.seed()  # otherwise each start of the server would draw the same noise
+        self.batch.start()
 
     def shutdown(self) -> None:
         self.batch.stop()
         self._readers.shutdown(wait=False)
-
-    def _run(self) -> None:
-        torch.seed()  # otherwise each start of the server would draw the same noise
-        try:
-            self.batch.run()
-        except Exception as error:  # whose message may quote a request
-            logger.error("the batch has ended: %s", type(error).__name__)
 
     def describe(self, name: str | None = None) -> dict:
         """The model that is served, if that is its name."""
@@ -442,7 +435,7 @@ class _Desk:
                 if not question.stream:
                     text = await self._first(_join(pieces), request)
                     return JSONResponse(reply.whole(text).model_dump(exclude_none=True), headers=headers)
-            except ClientDisconnect:
+            except (ClientDisconnect, RequestError):
                 raise
             except Exception as error:
                 raise _refusal(error) from error
@@ -464,6 +457,7 @@ class _Desk:
             ends[asyncio.ensure_future(request.receive())] = ClientDisconnect()
         if stops:
             ends[asyncio.ensure_future(self.stopping.wait())] = _stopping()
+        first = None
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             first = next(task for task in ends if task.done())
@@ -473,11 +467,12 @@ class _Desk:
         finally:
             for task in ends:
                 task.cancel()
+            del ends, first, work  # an error's frames would hold the task that holds the error, for long
 
     def _check_room(self):
         if self.stopping.is_set():
             raise _stopping()
-        if not self.is_ready:
+        if not self.batch.is_running:
             raise RequestError("The model answers no more; the server must be started again.", status=503)
         if len(self._waiting) > self._max_queue:
             message = f"{len(self._waiting)} requests wait for an answer to begin; no more are allowed at a time."
@@ -630,7 +625,7 @@ def _add_routes(api: FastAPI, desk: _Desk) -> None:
 
     @api.api_route("/health", methods=["GET", "HEAD"])
     async def health():
-        if not desk.is_ready:
+        if not desk.batch.is_running:
             return JSONResponse({"status": "the model answers no more"}, 503)
         return {"status": "ok"}
 

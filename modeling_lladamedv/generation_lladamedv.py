@@ -16,11 +16,12 @@ from transformers.utils import ModelOutput
 from .commit_rules_lladamedv import CandidateScores
 from .confidence_lladamedv import answer_confidence, calibrate_confidence
 from .denoising_cache_lladamedv import DenoisingCache
-from .denoising_state_lladamedv import CandidateLogits, DenoisingState, ForwardPass
+from .denoising_state_lladamedv import CandidateLogits, DenoisingState, ForwardPass, Proposals
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig, resolve_generation_config
 from .generation_options_lladamedv import GenerationOptionError
 from .neutral_image_lladamedv import neutral_pixel_values
 from .repetition_lladamedv import ban_repeated_ngrams
+from .speculation_lladamedv import draft_states, mask_of_versions, reaches, with_drafts
 
 
 # Logits that are turned into probabilities at a time, without a second copy of them all: on a CPU what fits into its
@@ -46,7 +47,8 @@ class LLaDAMedVGenerationOutput(ModelOutput):
         commit_confidence (`torch.DoubleTensor` of shape `(batch, max_new_tokens)`):
             Probability of each canvas token when it was committed; NaN where none was.
         commit_step (`torch.LongTensor` of shape `(batch, max_new_tokens)`):
-            Forward pass, from 0, at which each canvas token was committed; -1 where none was.
+            Denoising step, from 0, at which each canvas token was committed; -1 where none was. Each step has a
+            forward pass of its own, but with `speculation_depth`.
         answer_confidence (`torch.DoubleTensor` of shape `(batch,)`):
             Geometric mean of the confidences of the answer's tokens and of the first one that ends it, calibrated by
             `confidence_temperature`.
@@ -166,6 +168,12 @@ class LLaDAMedVGenerationMixin:
         attention_mask = self._check_prompt(input_ids, attention_mask)
         needed = f"the canvas (`max_new_tokens`, {options.max_new_tokens}) with the suffix ({len(suffix)})"
         self._check_context(attention_mask, needed, options.max_new_tokens + len(suffix))
+        implementation = self.model.language_model.config._attn_implementation
+        if options.speculation_depth and options.use_cache and implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"`speculation_depth` is {options.speculation_depth}; with `use_cache` it needs "
+                f"attn_implementation='sdpa' or 'eager', not {implementation!r}."
+            )
         canvas = torch.full((len(input_ids), options.max_new_tokens), self.config.mask_token_id).to(input_ids)
         return DenoisingState(self, options, input_ids, canvas, attention_mask, suffix, stops)
 
@@ -173,18 +181,18 @@ class LLaDAMedVGenerationMixin:
         """Embed the prompts and make room for the cache.
 
         Args:
-            images: `pixel_values`, `image_sizes` and `batch_num_images`, or `image_features`.
-            neutral_features: with `image_features`, those of the neutral pictures if the state `needs_neutral`.
+            images: arguments of [`~LLaDAMedVModel.get_image_features`].
+            neutral_features: the `image_features` of the neutral pictures, where the state `needs_neutral`.
 
         Returns:
-            Arguments for other prompts about the same pictures: `image_features`, and `neutral_features` if needed.
+            `image_features`, and `neutral_features` if needed: arguments for other prompts about the same pictures.
 
         Raises:
             ValueError: as [`generate`].
         """
         options, ids = state.options, state.prompt_ids
-        state.prompt_embeds, features = self._embed(ids, images)
-        features = {"image_features": features}
+        features = {}
+        state.prompt_embeds, features["image_features"] = self._embed(ids, images)
         if state.guides_by_image and not bool((ids == self.config.image_token_id).any(dim=1).all()):
             raise GenerationOptionError(
                 f"`image_guidance_scale` is {options.image_guidance_scale}, but a prompt has no picture; it must be 0 "
@@ -192,10 +200,10 @@ class LLaDAMedVGenerationMixin:
                 "image_guidance_scale",
             )  # fmt: skip
         if state.needs_neutral:
-            if neutral_features is not None:
-                images = {"image_features": neutral_features}
-            elif images["pixel_values"] is not None:
-                images = {**images, "pixel_values": neutral_pixel_values(self.model, **images)}
+            if images["pixel_values"] is not None:
+                shapes = {name: images[name] for name in ("pixel_values", "image_sizes", "batch_num_images")}
+                neutral = neutral_pixel_values(self.model, **shapes)
+                images = {**images, "pixel_values": neutral, "image_features": neutral_features}
             state.neutral_embeds, features["neutral_features"] = self._embed(ids, images)
         if options.use_cache:
             num_rows = len(ids) * state.sides
@@ -219,8 +227,8 @@ class LLaDAMedVGenerationMixin:
     def _embed(self, ids, images: dict):
         """Embeddings of the prompts, and the features of each picture in them."""
         embedded = self.model(ids, **images, embeddings_only=True, return_dict=True)
-        made = embedded.image_outputs
-        return embedded.last_hidden_state, images.get("image_features") if made is None else made.pooler_output
+        images = embedded.image_outputs
+        return embedded.last_hidden_state, None if images is None else images.pooler_output
 
     def _grow_canvas(self, state: DenoisingState) -> None:
         """Lengthen each row's canvas of masks until the model puts an end into it (DAEDAL, arXiv 2508.00819, stage 1).
@@ -238,7 +246,7 @@ class LLaDAMedVGenerationMixin:
             candidates = torch.zeros_like(window, dtype=torch.bool)
             candidates[each.rows] = state.positions < state.initial[each.rows, None]
             found = self._candidate_logits(state, window, candidates, each, whole=True)
-            state.note_broken(found)
+            state.note_broken(state.broken_rows(found))
             state.num_forwards[each.rows] += 1
             state.num_full_forwards[each.rows] += 1
             probability = torch.zeros_like(window, dtype=torch.float64)
@@ -312,13 +320,29 @@ class LLaDAMedVGenerationMixin:
         return passes
 
     def _run_step(self, state: DenoisingState, passes: list[ForwardPass]) -> None:
-        """Steps 1.a to 1.e of [`generate`], without a look at what is on the device."""
+        """Steps 1.a to 1.e of [`generate`], without a look at what is on the device.
+
+        With `speculation_depth` the passes also run drafts of the states that follow. Once a step leads where a draft
+        is, that draft's logits are those of the next step, which then needs no pass.
+        """
+        drafts = draft_states(state, passes, self._commit)
+        found, *ahead = self._proposals(*with_drafts(state, drafts, passes)).split(len(state.canvas))
+        active = self._commit(state, found)
+        reached = active
+        for draft, found in zip(drafts, ahead):
+            reached = reached & reaches(state, draft) & found.candidates.any(dim=1)  # with logits of its own
+            found.candidates &= reached[:, None]
+            state.num_saved += reached
+            self._commit(state, found)
+        state.note_passes(passes, active)
+
+    def _proposals(self, state, passes: list[ForwardPass]) -> Proposals:
+        """Steps 1.a to 1.c: the candidates, their logits and what these propose."""
         options = state.options
 
         # 1.a. Find the candidates: masked positions up to the end of the row's block and left of its stop.
         window = state.window  # (batch, window): where they may be
         candidates = state.candidates(window, passes)
-        active = candidates.any(dim=1)
         proposed = state.canvas.gather(1, window)
         scores = CandidateScores(torch.zeros_like(proposed, dtype=torch.float64))
         for name in state.rule.needs:
@@ -328,13 +352,14 @@ class LLaDAMedVGenerationMixin:
 
         # 1.b. Compute logits at the candidates only, guided if asked for. With a cache, rows that need no refresh run
         # only their block, or what begins with it.
+        broken = torch.zeros_like(state.finished)
         run = functools.partial(self._candidate_logits, state, window, candidates)
         if state.drift is not None:
             state.drift.begin_step(state)
             run = functools.partial(state.drift.run, state, run)
         for each in passes:
             found = run(each)
-            state.note_broken(found)
+            broken |= state.broken_rows(found)
             self._process_logits(state, window, found)
 
             # 1.c. Propose a token for each candidate, and its confidence.
@@ -344,19 +369,28 @@ class LLaDAMedVGenerationMixin:
             for name, value in values.items():
                 getattr(scores, name).view(-1).index_copy_(0, found.slots, value)
             state.hooks.choose(state, each, found, proposed, scores)
+        return Proposals(window, candidates, proposed, scores, broken)
+
+    @staticmethod
+    def _commit(state, found: Proposals) -> torch.BoolTensor:
+        """Steps 1.d and 1.e. Returns the rows `(batch,)` that took part."""
+        active = found.candidates.any(dim=1)
+        state.note_broken(found.broken & active)
 
         # 1.d. Commit what the rule keeps: by default the k most confident proposals, k from the block's schedule.
-        confidence = scores.confidence
-        if options.defer_eos:
-            scores = scores.defer(torch.isin(proposed, state.deferred))
-        committed = state.rule(candidates, scores, state.tokens_to_commit())
-        state.commit(window, state.hooks.complete(state, window, committed), proposed, confidence)
-        state.note_passes(passes, active)
+        scores = found.scores
+        if state.options.defer_eos:
+            scores = scores.defer(torch.isin(found.tokens, state.deferred))
+        committed = state.rule(found.candidates, scores, state.tokens_to_commit())
+        committed = state.hooks.complete(state, found.window, committed)
+        state.commit(found.window, committed, found.tokens, found.scores.confidence)
+        state.keep_for_drafts(found, active)
 
         # 1.e. Look for a stop sequence, and move on to the next block, or finish the row.
         state.hooks.close(state)
         state.find_stops()
         state.advance(active)
+        return active
 
     def _candidate_logits(self, state, window, candidates, each: ForwardPass, whole: bool = False) -> CandidateLogits:
         """Logits in at least float32 at the candidates of one pass.
@@ -393,11 +427,11 @@ class LLaDAMedVGenerationMixin:
             inputs_embeds = torch.cat([state.prompt_embeds[rows], inputs_embeds], dim=1)
         wanted = wanted.clamp(0, places.shape[1] - 1)  # what is beyond is no candidate
         visible = torch.cat([prompt_mask, tail_mask], dim=1)
+        cached_rows = rows[:: each.versions]
         slots = state.slots(candidates, each)
         own, size = candidates[rows], window.shape[1]
         if state.packs:
             wanted = torch.zeros_like(places).scatter_add_(1, wanted, own.long()) > 0
-        cached_rows = rows
         if state.sides == 2:
             # The row to contrast with has the same length: neutral pictures, or a mask for every prompt token.
             if not partial:
@@ -408,14 +442,24 @@ class LLaDAMedVGenerationMixin:
             visible, position_ids, wanted, places = (
                 value.repeat(2, 1) for value in (visible, position_ids, wanted, places)
             )
-            cached_rows = torch.cat([rows, rows + len(state.canvas)])
+            cached_rows = torch.cat([cached_rows, cached_rows + len(state.canvas) // state.versions])
+        mask = None if each.attends_everywhere else visible[:, None, None]
+        if partial and each.versions > 1:
+            # The versions of a row share its states: they stand in one row and do not see each other.
+            mask = mask_of_versions(visible, places, each.versions)
+            if not state.packs:
+                behind = torch.arange(len(wanted), device=rows.device) % each.versions * places.shape[1]
+                wanted = wanted + behind[:, None]
+            inputs_embeds, position_ids, wanted = (
+                values.reshape(len(mask), -1, *values.shape[2:]) for values in (inputs_embeds, position_ids, wanted)
+            )
         cache = None
         if options.use_cache and not whole:
-            everywhere = places.shape[1] == state.cache.row_length
-            cache = state.cache.select(cached_rows, None if everywhere else places, partial)
+            everywhere = places.shape[1] == state.cache.current.row_length
+            cache = state.cache.select(cached_rows, None if everywhere else places, partial, each.versions)
         logits = self(
             inputs_embeds=inputs_embeds,
-            attention_mask=None if each.attends_everywhere else self._attention_mask(visible, inputs_embeds),
+            attention_mask=mask if mask is None else self._attention_mask(mask, inputs_embeds),
             position_ids=position_ids,
             cache=cache,
             logits_to_keep=wanted,
@@ -433,14 +477,15 @@ class LLaDAMedVGenerationMixin:
         return CandidateLogits(row, row * size + slots % size, own.flatten()[slots], logits, unguided)
 
     def _attention_mask(self, visible, inputs_embeds):
-        """The mask of a pass for `visible` `(rows, keys)`, in a form that the attention takes without looking at it."""
+        """The mask of a pass for `visible` `(rows, 1, queries or 1, keys)`, in a form that the attention takes without
+        looking at it."""
         implementation = self.model.language_model.config._attn_implementation
         if implementation == "sdpa":
-            return visible[:, None, None]
+            return visible
         if implementation == "eager":
             lowest = torch.finfo(inputs_embeds.dtype).min
-            return torch.zeros_like(visible, dtype=inputs_embeds.dtype).masked_fill(~visible, lowest)[:, None, None]
-        return visible.long()
+            return torch.zeros_like(visible, dtype=inputs_embeds.dtype).masked_fill(~visible, lowest)
+        return visible[:, 0, 0].long()
 
     def _process_logits(self, state, window, found: CandidateLogits) -> None:
         """Change the logits of what must not, or had better not, be proposed."""

@@ -243,6 +243,14 @@ _TABLE = (
         "it. The answer stays what it is without.",
         role="report",
     ),
+    _count(
+        "speculation_depth",
+        "Verify up to this many further steps in a step's forward pass: the row is run beside the states that the "
+        "proposals of the pass before lead to. Answer, order and confidences stay what they are, in fewer passes, each "
+        "over more places: worth it where these are nearly free, on GPUs and with `use_cache`. For greedy decoding; "
+        "0 is off.",
+        least=0,
+    ),
     GenerationOption(
         "compile_config", (),
         "A `CompileConfig`: compile the denoising step with these options of `torch.compile`, one graph a shape. "
@@ -371,6 +379,17 @@ def check_options(values: Mapping[str, Any]) -> None:
         if values[name] and not values["use_cache"]:
             message = f"`{name}` is {values[name]!r}, which is allowed with use_cache=True only."
             raise GenerationOptionError(message, name, "use_cache")
+
+
+    for name in ("temperature", "cache_drift_bound", "output_cache_drift", "output_history"):
+        if values["speculation_depth"] and values[name]:
+            message = f"`speculation_depth` is {values['speculation_depth']}, which is not allowed with `{name}`."
+            raise GenerationOptionError(message, "speculation_depth", name)
+    if values["speculation_depth"] and values["remasking"] == "random":
+        raise GenerationOptionError(
+            "`speculation_depth` is not allowed with remasking='random', whose order cannot be foreseen.",
+            "speculation_depth", "remasking",
+        )  # fmt: skip
 
 
 def describe_options(indent: str = "") -> str:

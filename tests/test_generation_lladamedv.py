@@ -64,6 +64,9 @@ def test_against_brute_force(model, lengths, options, ends):
         options["eos_token_id"] = [answer[int(share * lengths["max_new_tokens"])] for share in ends]
     output = generate(model, **options)
     assert generated(output, prompt) == published(model, prompt, PIXELS, options)
+    speculative = generate(model, speculation_depth=3, **options)
+    assert generated(speculative, prompt)[:2] == generated(output, prompt)[:2]
+    assert (speculative.num_forwards <= output.num_forwards).all()
     special = options.keys() & {*WINDOWS[0], *WINDOWS[2], *REPETITION[0], *REPETITION[2]}
     if special and not ends:
         plain = generate(model, **{name: value for name, value in options.items() if name not in special})

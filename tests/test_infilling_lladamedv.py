@@ -101,6 +101,8 @@ def test_against_a_plain_loop(template, canvas, choices, per_step, end):
     fields, text, forwards = plain_infill(model, prompt, canvas, steps, ids, ends)
     output = infill(model, template, choices=choices, steps=steps, eos_token_id=ends or None)
     assert output.fields == [{name: Words().decode(values) for name, values in fields.items()}]
+    filled = output.sequences[0, prompt.shape[1] :]
+    assert {name: filled[start:end].tolist() for name, (start, end) in output.field_spans[0].items()} == fields
     assert output.sequences[0, prompt.shape[1] :].tolist() == text
     assert output.texts == [Words().decode(text)]
     assert output.num_forwards.tolist() == [forwards]
@@ -180,8 +182,8 @@ def test_temperature_draws_choices(model):
         ("[[a:2]]", {"choices": {"a": ["5 98"]}}, "that `suppress_tokens` does not allow: \\[98\\]"),
         ("1 2 3 [[a]]", {"choices": {"a": ["5 6"]}, "block_length": 4}, "the blank 'a' \\(tokens 3 to 4\\) in two"),
         ("[[a]]", {"choices": {"a": ["5 6"]}, "no_repeat_ngram_size": 2}, "not allowed with `choices`"),
-        ("[[a:2]]", {"max_new_tokens": 8}, "`max_new_tokens` is 8; `infill` does not take it"),
-        ("[[a:2]]", {"stop_strings": ["5"]}, "`stop_strings` is \\['5'\\]; `infill` does not take it"),
+        ("[[a:2]]", {"max_new_tokens": 8}, "`max_new_tokens` is 8, which `infill` does not take"),
+        ("[[a:2]]", {"stop_strings": ["5"]}, "`stop_strings` is \\['5'\\], which `infill` does not take"),
         ("[[a:2]]", {"gen_length": 8}, "Unknown generation arguments \\['gen_length'\\]"),
         ("[[a:600]]", {}, "need 619 positions; the model's context allows 512"),
     ],

@@ -13,11 +13,15 @@ from tests.tiny import Words, image_prompt
 MASK = 98
 
 
-def over_all_orders(model, prompt, pixel_values, answer):
-    """Mean over all orders of the sum of log p(token | tokens revealed before): the bound, said the other way."""
+def over_all_orders(model, prompt, pixel_values, answer, places=None):
+    """Mean over all orders of the sum of log p(token | tokens revealed before): the bound, said the other way.
+
+    With `places`, of these tokens of the answer, with the others given.
+    """
     totals = []
-    for order in itertools.permutations(range(len(answer))):
-        canvas, total = [MASK] * len(answer), 0.0
+    places = range(len(answer)) if places is None else places
+    for order in itertools.permutations(places):
+        canvas, total = [MASK if place in places else token for place, token in enumerate(answer)], 0.0
         for place in order:
             ids = torch.tensor([[*prompt[0].tolist(), *canvas]])
             logits = model(input_ids=ids, pixel_values=pixel_values).logits[0, prompt.shape[1] + place].double()

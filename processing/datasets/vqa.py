@@ -402,10 +402,12 @@ def _download(source: VQASource, split: str, revision: str | None, streaming: bo
 
 def phantom_records(phantoms: dict) -> Iterator[tuple[str, dict]]:
     """The records of a [`PhantomVQA`] with these arguments, as [`load_rows`] takes them."""
-    for number, example in enumerate(PhantomVQA(**phantoms)):
+    examples = PhantomVQA(**phantoms)
+    for number, example in enumerate(examples):
         example.image.save(file := io.BytesIO(), "PNG")
-        name = f"phantoms/{phantoms['seed']}/{number}"
-        record = {"id": name, "image": {"bytes": file.getvalue(), "path": None}, "image_id": f"{name}.png"}
+        name, picture = f"phantoms/{phantoms['seed']}", number // examples.questions_per_picture
+        record = {"id": f"{name}/{number}", "image_id": f"{name}/{picture}.png"}
+        record |= {"image": {"bytes": file.getvalue(), "path": None}}
         record |= {"question": example.question, "answer": example.answer}
         record |= {"answer_type": "closed" if example.kind == "closed" else "open"}
         yield "", record | {"modality": example.attributes.domain, "question_type": example.topic}
