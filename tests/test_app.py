@@ -284,7 +284,8 @@ def test_an_answer_about_another_frame_ends(browser, shipped, files, monkeypatch
     gate.let(1_000)
     conversation = browser.ask("Is there a lesion?")[-1][2]
     assert len(answers(conversation)) == 1
-    assert gate.passes == 3 + int(re.search(r"(\d+) forward passes", conversation)[1]), "one more may have begun"
+    passes = int(re.search(r"(\d+) forward passes", conversation)[1])
+    assert gate.passes in (2 + passes, 3 + passes), "one more may have begun"
 
 
 def test_an_image_alone_is_shown(browser, picture):

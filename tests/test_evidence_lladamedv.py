@@ -167,7 +167,7 @@ def _likelihood(model, prompt, features, answer):
     for given in ((), (0,), (1,)):
         canvas = [token if place in given else MASK for place, token in enumerate(answer)]
         ids = torch.cat([prompt, torch.tensor([canvas])], dim=1)
-        logs = model(input_ids=ids, image_features=[features]).logits[0, -2:].log_softmax(-1)
+        logs = model(input_ids=ids, pixel_values=PIXELS.double(), image_features=[features]).logits[0, -2:].log_softmax(-1)
         logits[given] = [logs[place, token].item() for place, token in enumerate(answer)]
     return (logits[()][0] + logits[(0,)][1] + logits[()][1] + logits[(1,)][0]) / 2
 
