@@ -18,7 +18,7 @@ from .confidence_lladamedv import answer_confidence, calibrate_confidence
 from .denoising_cache_lladamedv import DenoisingCache
 from .denoising_state_lladamedv import CandidateLogits, DenoisingState, ForwardPass, Proposals
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig, resolve_generation_config
-from .neutral_image_lladamedv import neutral_pixel_values
+from .hidden_regions_lladamedv import neutral_pixel_values
 from .repetition_lladamedv import ban_repeated_ngrams
 from .speculation_lladamedv import draft_states, mask_of_versions, reaches, with_drafts
 
