@@ -52,13 +52,6 @@ def folder(tmp_path):
     return shutil.copytree(DEMO_MODEL, tmp_path / "model")
 
 
-@pytest.fixture
-def photograph(tmp_path):
-    from tests.test_unusual_pictures import PHOTOGRAPHS
-
-    return PHOTOGRAPHS[0]
-
-
 # Calibrating
 
 
