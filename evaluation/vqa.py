@@ -23,7 +23,7 @@ from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport, VQAReport
 from lladamedv.processing.datasets.readers import first_few, undecoded
 
-from .answer_sets import calibration_of
+from .answer_sets import attach_calibration, calibration_of
 from .answering import (
     Answer,
     answer_batch,
@@ -104,6 +104,7 @@ def evaluate_vqa(
         "scoring": scoring,
     }  # fmt: skip
     settings = {**provenance, **in_force, "benchmark": report.benchmark, "seed": seed}
+    attach_calibration(model, processor)  # if it still fits
     if (calibration := calibration_of(model)) is not None:
         settings["calibration_sha256"] = calibration.sha256
 
