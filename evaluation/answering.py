@@ -29,6 +29,7 @@ class Answer:
         num_tokens: its length up to the token that ended it.
         num_forwards: forward passes that it took part in.
         seconds: wall-clock time of its batch, divided by the batch's size.
+        image_reliance: of `generate`, in nats, if it was asked for (`output_image_reliance`) and there is one.
     """
 
     text: str
@@ -36,10 +37,13 @@ class Answer:
     num_tokens: int
     num_forwards: int
     seconds: float
+    image_reliance: float | None = None
 
     def as_record(self) -> dict:
         """The answer as a part of a line of predictions, where its text is called `prediction`."""
         fields = asdict(self)
+        if self.image_reliance is None:
+            del fields["image_reliance"]
         return {"prediction": fields.pop("text"), **fields}
 
 
@@ -70,11 +74,15 @@ def answer_batch(
     )
     new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
     texts = [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
-    confidences = [None if math.isnan(value) else value for value in output.answer_confidence.tolist()]
+    reliance = output.answer_confidence * math.nan if output.image_reliance is None else output.image_reliance
+    confidences, reliance = (
+        [None if math.isnan(value) else value for value in values.tolist()]
+        for values in (output.answer_confidence, reliance)
+    )
     forwards = output.num_forwards.tolist()
     lengths = (output.tokens_per_forward * output.num_forwards).round().long().tolist()
     seconds = (time.perf_counter() - started) / len(texts)
-    return [Answer(*row, seconds) for row in zip(texts, confidences, lengths, forwards)]
+    return [Answer(*row, seconds, relies) for *row, relies in zip(texts, confidences, lengths, forwards, reliance)]
 
 
 @torch.no_grad()

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets.readers import undecoded
 
 from .answering import answer_batch, device_name, open_image, question_about
+from .image_controls import noise_picture
 from .medical_vqa.medical_vqa import MedicalVQA, complete_reference
 from .published import PUBLISHED_ABLATION, PUBLISHED_EFFICIENCY
 from .reports import document, interval_of_mean, line_plots, markdown_table, number, write_report
@@ -196,10 +196,7 @@ def noise_pictures(records: Sequence[dict] | Dataset, seed: int = 0) -> list[dic
         seed: of the noise.
     """
     random = np.random.default_rng(seed)
-    return [
-        {**record, "image": Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))}
-        for record in _as_stored(records)
-    ]
+    return [{**record, "image": noise_picture((64, 64), random)} for record in _as_stored(records)]
 
 
 def _read_items(records, bootstrap_samples: int) -> list[dict]:

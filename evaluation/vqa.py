@@ -35,7 +35,8 @@ from .answering import (
 )
 from .calibrating import answer_row, render_sets, summarize_sets
 from .calibration import area_under_risk_coverage, calibration_bins, expected_calibration_error, risk_coverage
-from .medical_vqa.medical_vqa import ANSWER_TYPES, POLARITY, MedicalVQA, closed_polarity
+from .image_controls import CONTROLS, ControlPictures, control_tables, finding, summarize_controls
+from .medical_vqa.medical_vqa import ANSWER_TYPES, HEADLINES, POLARITY, MedicalVQA, closed_polarity
 from .published import PUBLISHED_VQA, VQA_DECODING
 from .reports import document, markdown_table, reliability_diagram, risk_coverage_curve, write_report
 from .run_settings import run_settings
@@ -45,7 +46,6 @@ from .text_repetition.text_repetition import TextRepetition
 
 logger = logging.getLogger(__name__)
 SCORINGS = ("generate", "likelihood")
-_HEADLINES = {"closed": "closed_accuracy", "open": "open_recall"}
 
 
 def evaluate_vqa(
@@ -58,6 +58,7 @@ def evaluate_vqa(
     model_name: str,
     options: dict | None = None,
     scoring: str = "generate",
+    image_controls: bool = False,
     batch_size: int = 8,
     candidates: Sequence[str] | None = None,
     bootstrap_samples: int = 1000,
@@ -74,6 +75,9 @@ def evaluate_vqa(
             steps.
         scoring: `"generate"`, or `"likelihood"`: closed questions whose true answer says yes or no are answered by the
             likelier of the two (see [`~LLaDAMedVScoringMixin.score`]), all others still by generation.
+        image_controls: ask each question three times more, about another picture of the set, about one of one colour
+            and about noise, and say how much likelier the picture makes each answer (`image_reliance`): whether the
+            scores come from the pictures. The summary begins with that, and has it as `image_controls`.
         batch_size: questions at a time.
         candidates: see the `medical_vqa` metric.
         bootstrap_samples: how often images are drawn anew for 95 % confidence intervals; 0 computes none.
@@ -86,8 +90,8 @@ def evaluate_vqa(
         options in force, including the checkpoint's.
 
     Raises:
-        ValueError: before anything is answered, for a value that is not allowed, an empty data set, or a folder of
-            a run with other options, weights, data, kind of device, ….
+        ValueError: before anything is answered, for a value that is not allowed, an empty data set, one picture alone
+            with `image_controls`, or a folder of a run with other options, weights, data, kind of device, ….
     """
     # 1. Everything that the answers depend on.
     if scoring not in SCORINGS:
@@ -104,6 +108,10 @@ def evaluate_vqa(
         "scoring": scoring,
     }  # fmt: skip
     settings = {**provenance, **in_force, "benchmark": report.benchmark, "seed": seed}
+    if image_controls:
+        settings["image_controls"] = True
+        pictures = ControlPictures(processor, dataset, seed)
+        options = {**options, "output_image_reliance": True}
     attach_calibration(model, processor)  # if it still fits
     if (calibration := calibration_of(model)) is not None:
         settings["calibration_sha256"] = calibration.sha256
@@ -114,6 +122,14 @@ def evaluate_vqa(
         digest = hashlib.sha256("\n".join([str(seed), *(row["id"] for row in rows)]).encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # the same draws, whenever a run continues
         given = _answer_rows(model, processor, rows, options, scoring)
+        for control in CONTROLS if image_controls else ():
+            replaced = [pictures.replace(control, row) for row in rows]
+            others = _answer_rows(model, processor, replaced, {**options, "output_image_reliance": False}, scoring)
+            for answered, other in zip(given, others):
+                answered.setdefault("controls", {})[control] = other
+        for row, answered in zip(rows, given if image_controls else ()):
+            if answered.get("method") == "likelihood":
+                answered["image_reliance"] = pictures.reliance(model, row, answered["prediction"])
         return [
             {**_asked(processor, row), **answered, **answer_row(model, processor, row), **provenance}
             for row, answered in zip(rows, given)
@@ -189,7 +205,7 @@ def _summarize(records: list[dict], candidates, bootstrap_samples: int, seed: in
     summary = {
         "complete": not failed, "num_questions": len(records), "num_scored": len(scored),
         "coverage": len(scored) / len(records), "failed": failed, "without_reference": unanswerable,
-        "scores": None, "repetition": None, "calibration": {}, "cost": None,
+        "scores": None, "image_controls": None, "repetition": None, "calibration": {}, "cost": None,
     }  # fmt: skip
     if not scored:
         return summary
@@ -203,7 +219,7 @@ def _summarize(records: list[dict], candidates, bootstrap_samples: int, seed: in
     repetition = TextRepetition(keep_in_memory=True).compute(predictions=predictions)
     for answer_type in ANSWER_TYPES:
         pairs = [
-            (record["confidence"], item[_HEADLINES[answer_type]])
+            (record["confidence"], item[HEADLINES[answer_type]])
             for record, item in zip(scored, items)
             if record["answer_type"] == answer_type and record["confidence"] is not None
         ]
@@ -216,6 +232,8 @@ def _summarize(records: list[dict], candidates, bootstrap_samples: int, seed: in
         "forwards_per_question": totals["num_forwards"] / len(scored),
         "tokens_per_forward": totals["num_tokens"] / totals["num_forwards"],
     }
+    if "controls" in scored[0]:
+        summary["image_controls"] = summarize_controls(scored, bootstrap_samples, seed)
     return summary | {"scores": scores, "repetition": repetition, "cost": cost}
 
 
@@ -262,6 +280,9 @@ def render_summary(summary: dict) -> str:
             paragraphs.append(f"**INCOMPLETE: {len(names)} {problem} ({first_few(names)}).**")
     if scores is None:
         return document([*paragraphs, "No question could be scored."])
+    controls = summary["image_controls"]
+    if controls is not None:
+        paragraphs.append(finding(controls))
     counts = {name.removeprefix("num_").replace("_", " "): scores[name] for name in scores if name.startswith("num_")}
     if asked_a_part:
         counts[f"asked of {questions} questions"] = summary["num_questions"]
@@ -284,6 +305,7 @@ def render_summary(summary: dict) -> str:
             for answer_type, each in summary["calibration"].items()
         ]
         paragraphs.append(markdown_table(["calibration", "n", "confidence", "accuracy", "ECE", "AURC"], rows))
+    paragraphs += [] if controls is None else control_tables(controls)
     paragraphs.append(render_sets(summary["answer_sets"]))
     cost, repetition, environment = summary["cost"], summary["repetition"], summary["environment"]
     rep_2 = "none" if repetition["rep_2"] is None else f"{repetition['rep_2']:.4f}"
@@ -292,7 +314,8 @@ def render_summary(summary: dict) -> str:
         f"Answers: {cost['words_per_question']:.1f} words, repeated bigrams {rep_2}, longest run of one word "
         f"{repetition['longest_run']}; {cost['forwards_per_question']:.1f} forward passes, "
         f"{cost['tokens_per_forward']:.2f} tokens a pass, {cost['seconds_per_question']:.3f} s a question in batches "
-        f"of {environment['batch_size']} on {environment['device']}, {environment['dtype']}.",
+        f"of {environment['batch_size']} on {environment['device']}, {environment['dtype']}"
+        f"{'' if controls is None else ', of which image reliance is a part'}.",
         f"Decoding: {decoding}; answers by {summary['scoring']}.",
         "Data:",
         "\n".join(f"- {line}" for line in summary["data_summary"]),

@@ -13,13 +13,11 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Lock
+from threading import Lock
 
 from markupsafe import Markup
 
@@ -29,7 +27,7 @@ from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.medical_images import WINDOW_PRESETS, MedicalImage, MedicalImageError, read_medical_image
 from lladamedv.processing.nifti import AXES
 
-from .conversation import LEVELS, MASK, NOTICE, Reply, Token, demo_notice, level_styles, reply_to
+from .conversation import LEVELS, MASK, NOTICE, Reply, SharedConversations, Token, demo_notice, level_styles
 from .doors import LOOPBACK_HOSTS, OwnPageOnly
 from .explanation import image_as_url, render
 
@@ -39,6 +37,7 @@ _UPLOADS = "Do not upload images that could identify a person."
 _MAX_PIXELS = 2**25  # of an image that is kept in memory while its conversation lasts: 100 MB
 _MAX_QUESTION = 4_000  # characters
 _SESSION_SECONDS = 3_600
+_AT_ONCE = 8  # questions that are answered side by side
 _DEFAULT, _FULL_RANGE = "default", "full range"  # of the controls
 # What the arguments of `read_medical_image` are called here.
 _CONTROLS = {
@@ -264,39 +263,6 @@ def _explain(error: Exception) -> str:
     return f"This could not be answered ({type(error).__name__})."
 
 
-class _StoppedError(Exception):
-    """Ends `generate` when its answer is no longer wanted."""
-
-
-def _denoise(lock: Lock, *asked, **options) -> Iterator[list[Token] | Reply]:
-    """Yield each canvas, at first and after every forward pass; at last the reply.
-
-    `reply_to`, whose arguments the others are, runs in a thread of its own; when the iterator is closed it ends after
-    its current forward pass.
-    """
-    canvases: SimpleQueue[list[Token] | None] = SimpleQueue()
-    stopped = Event()
-
-    def show(tokens: list[Token]) -> None:
-        if stopped.is_set():
-            raise _StoppedError
-        canvases.put(tokens)
-
-    def reply() -> Reply:
-        with lock:
-            return reply_to(*asked, show=show, **options)
-
-    pool = ThreadPoolExecutor(1)
-    answer = pool.submit(reply)
-    answer.add_done_callback(lambda _: canvases.put(None))
-    pool.shutdown(wait=False)
-    try:
-        yield from iter(canvases.get, None)
-    finally:
-        stopped.set()
-    yield answer.result()
-
-
 # The page
 
 
@@ -347,8 +313,9 @@ class _Page:
     """
 
     def __init__(self, gradio, model, processor, title: str, longest_canvas: int, max_file_size: int):
-        self._gradio, self._model, self._processor, self._max_file_size = gradio, model, processor, max_file_size
-        self._longest_canvas, self._lock = longest_canvas, Lock()
+        self._gradio, self._model, self._max_file_size = gradio, model, max_file_size
+        self._longest_canvas, self._reading = longest_canvas, Lock()  # files may take much memory while they are read
+        self.conversations = SharedConversations(model, processor)
         notice = " ".join(filter(None, (NOTICE, _UPLOADS, demo_notice(model))))
         heading = '<h1>{{ title }}</h1><p role="note" class="ldm-note"><b>{{ notice }}</b></p>'
         self.state = gradio.State(_Conversation(), time_to_live=_SESSION_SECONDS)
@@ -410,7 +377,7 @@ class _Page:
         gradio, shown = self._gradio, [self.picture, self.log, self.alert, self.state]
         asked = self.box.submit(
             self.ask, [self.box, self.state, *self.sliders], [self.box, *shown, *self.choices],
-            api_name="ask", show_progress="hidden", concurrency_limit=1, trigger_mode="once",
+            api_name="ask", show_progress="hidden", concurrency_limit=_AT_ONCE, trigger_mode="once",
         )  # fmt: skip
         gradio.on(
             [choice.change for choice in self.choices], self.choose, [self.state, *self.choices],
@@ -478,7 +445,8 @@ class _Page:
         if wanted.get("axis") != conversation.chosen.get("axis"):
             wanted.pop("slice_index", None)  # it counts along the axis
         try:
-            begun = _begin(conversation.source, **wanted)
+            with self._reading:
+                begun = _begin(conversation.source, **wanted)
         except (ValueError, ImportError) as error:
             return {self.alert: _show_message(_explain(error)), **self._show_choices(conversation)}
         conversation.over = True
@@ -495,7 +463,8 @@ class _Page:
         box = {self.box: {"text": question, "files": []}}
         try:
             if files:
-                conversation = _read_upload(files, self._max_file_size)
+                with self._reading:
+                    conversation = _read_upload(files, self._max_file_size)
                 yield box | self._show(conversation) | self._show_choices(conversation)
                 if not question and conversation.picture is not None:
                     return
@@ -504,8 +473,8 @@ class _Page:
             if not 0 < len(question) <= _MAX_QUESTION:
                 raise ValueError(f"The question has {len(question)} characters; allowed are 1 to {_MAX_QUESTION}.")
             turns = [(turn.question, turn.answer) for turn in conversation.turns]
-            for shown in _denoise(
-                self._lock, self._model, self._processor, conversation.picture.image, question, turns,
+            for shown in self.conversations.reply_to(
+                conversation.picture.image, question, turns,
                 max_new_tokens=canvas_length, block_length=block_length, steps=steps,
                 confidence_threshold=threshold or None,
                 generation_suffix=None,  # it would stand behind the answer, with no confidence
@@ -562,8 +531,8 @@ def build_app(
 ):
     """Build the app around a model; `launch()` of what is returned serves it.
 
-    Questions are answered one at a time. `launch` takes what Gradio's does, but by default limits uploads, keeps no
-    history, monitoring or footer, and listens on 127.0.0.1.
+    Up to eight questions are answered side by side, from now until it is closed. `launch` takes what Gradio's does, but
+    by default limits uploads, keeps no history, monitoring or footer, and listens on 127.0.0.1.
 
     Args:
         model: the model, on the device it is to run on.
@@ -598,6 +567,10 @@ def build_app(
         def launch(self, **options):
             limits = {"max_file_size": max_file_size, "state_session_capacity": 4 * queue_size}
             return super().launch(**_launch_options(gradio, limits | options))
+
+        def close(self, verbose: bool = True) -> None:
+            page.conversations.close()
+            super().close(verbose)
 
     with App(title=title, analytics_enabled=False, delete_cache=(60, 600)) as app:
         page = _Page(gradio, model, processor, title, longest_canvas, max_file_size)

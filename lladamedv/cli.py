@@ -493,6 +493,10 @@ def vqa(
         str, "generate, or likelihood: yes or no, whichever is the likelier answer.",
         check=one_of("generate", "likelihood"),
     ) = "generate",
+    image_controls: flag(
+        bool, "Also ask about another, an empty and a noise picture: do the scores come from the pictures?",
+        "--image-controls",
+    ) = False,
     train_candidates: flag(
         bool, "Also LLaVA-Med's choice among the open answers of the train split.", "--train-candidates"
     ) = False,
@@ -515,7 +519,7 @@ def vqa(
       lladamedv eval vqa --data questions.csv --image-folder images --model demo --output runs/own
       lladamedv eval vqa --benchmark slake --model path/or/hub-id --output runs/slake --dtype bfloat16
       lladamedv eval vqa --benchmark phantoms --model demo --output runs/phantoms --max-new-tokens 24 \\
-          --block-length 8 --steps 24
+          --block-length 8 --steps 24 --image-controls
     """
     quiet()
     from lladamedv.evaluation.vqa import evaluate_vqa, render_summary
@@ -527,7 +531,8 @@ def vqa(
         candidates = training_open_answers(questions._replace(split="train", limit=None).load()[0])
     summary = evaluate_vqa(
         *_load(source), dataset, report, output, model_name=source.model, options=generation, scoring=scoring,
-        batch_size=batch_size, candidates=candidates, bootstrap_samples=bootstrap_samples, seed=seed,
+        image_controls=image_controls, batch_size=batch_size, candidates=candidates,
+        bootstrap_samples=bootstrap_samples, seed=seed,
     )  # fmt: skip
     _finish(summary, render_summary(summary), as_json, output)
 

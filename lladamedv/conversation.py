@@ -3,10 +3,13 @@ denoised, and how the answer's tokens become text whose look is their confidence
 
 from __future__ import annotations
 
+import copy
 import math
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -15,6 +18,8 @@ from PIL import Image
 from lladamedv.evaluation.answer_sets import picture_warning
 from lladamedv.evaluation.answering import question_about
 from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
+from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
+from lladamedv.modeling_lladamedv.generation_lladamedv import LLaDAMedVGenerationOutput
 from lladamedv.processing import LLaDAMedVProcessor
 
 from .loading import DEMO_MODEL
@@ -147,6 +152,58 @@ def reply_to(
     Raises:
         ValueError: as `generate` does.
     """
+    asked = _ask(model, processor, image, question, turns, options)
+    if show is not None:
+        asked["streamer"] = _Canvases(model, options, lambda *canvas: show(_tokens(*canvas, processor, model)))
+    return _reply(model, processor, asked, model.generate(**asked))
+
+
+class SharedConversations:
+    """Conversations of many people with one model, whose answers are denoised side by side.
+
+    Use it from any number of threads.
+
+    Args:
+        model, processor: as loaded.
+    """
+
+    def __init__(self, model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor):
+        self._model, self._processor, self._batch = model, processor, ContinuousBatch(model)
+        # A tokenizer that encodes must not be used by two threads: one thread at a time asks, with its own.
+        self._asking, self._own_processor = Lock(), copy.deepcopy(processor)
+        self._batch.start()
+
+    def close(self) -> None:
+        """End all answers; no other ones can be had."""
+        self._batch.stop()
+
+    def reply_to(
+        self, image: Image.Image, question: str, turns: Sequence[tuple[str, str]] = (), **options
+    ) -> Iterator[list[Token] | Reply]:
+        """Answer a question as [`reply_to`] does: yields the canvases that it shows, and at last the reply.
+
+        If the iterator is closed before, its place is free for others after the forward pass that runs.
+
+        Raises:
+            ValueError: as [`ContinuousBatch.submit`] does.
+            RuntimeError: after [`close`].
+        """
+        model, canvases = self._model, SimpleQueue()
+        with self._asking:
+            asked = _ask(model, self._own_processor, image, question, turns, options)
+            streamer = _Canvases(model, options, lambda *canvas: canvases.put(canvas))
+            request = self._batch.submit(**asked, streamer=streamer)
+        request.future.add_done_callback(lambda _: canvases.put(None))
+        try:
+            for canvas in iter(canvases.get, None):
+                yield _tokens(*canvas, self._processor, model)
+        finally:
+            self._batch.cancel(request)
+        yield _reply(model, self._processor, asked, request.future.result())
+
+
+def _ask(model, processor, image, question, turns, options) -> dict:
+    """Arguments of `generate`, for the last question of a conversation."""
     texts = [text for turn in turns for text in turn] + [question]
     later = [
         {"role": ("user", "assistant")[index % 2], "content": [{"type": "text", "text": text}]}
@@ -156,18 +213,16 @@ def reply_to(
         [question_about(image, texts[0]) + later[1:]], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
     ).to(model.device)  # fmt: skip
-    mask = model.config.mask_token_id
-    if show is not None:
-        length = model.resolve_generation_config(**options, return_dict_in_generate=True).max_new_tokens
-        options["streamer"] = _Canvases(length, mask, lambda *canvas: show(_tokens(*canvas, processor.decode, mask)))
-    warning = picture_warning(model, inputs.get("pixel_values"))
-    output = model.generate(**inputs, tokenizer=processor.tokenizer, **options, return_dict_in_generate=True)
+    return {**inputs, "tokenizer": processor.tokenizer, **options, "return_dict_in_generate": True}
 
-    ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+
+def _reply(model, processor, asked: dict, output: LLaDAMedVGenerationOutput) -> Reply:
+    """What was answered, in words, and how."""
+    ids = output.sequences[0, asked["input_ids"].shape[1] :].tolist()
     length = round(float(output.tokens_per_forward[0] * output.num_forwards[0]))  # up to the end, without a suffix
     steps = [step + 1 for step in output.commit_step[0].tolist()]
     confidences, confidence = output.commit_confidence[0].tolist(), float(output.answer_confidence[0])
-    tokens = _tokens(ids[:length], steps, confidences, processor.decode, mask)
+    tokens = _tokens(ids[:length], steps, confidences, processor, model)
     if length < len(steps):
         tokens.append(Token(None, steps[length], confidences[length]))
     return Reply(
@@ -178,16 +233,18 @@ def reply_to(
         num_forwards=int(output.num_forwards[0]),
         abstained=output.abstained is not None and bool(output.abstained[0]),
         suffix=processor.decode(ids[length:], skip_special_tokens=True),
-        warning=warning,
+        warning=picture_warning(model, asked.get("pixel_values")),
     )
 
 
 class _Canvases:
-    """A streamer for `generate`: shows the ids of each canvas, and the step and confidence of each of them."""
+    """A streamer for `generate` with these options: shows the ids of each canvas, and the step and confidence of each
+    of them."""
 
-    def __init__(self, length: int, mask_token_id: int, show: Callable[[list[int], list[int], list[float]], object]):
-        self._mask, self._show, self._passes, self._begun = mask_token_id, show, 0, False
-        self._length, self._steps = length, {}
+    def __init__(self, model, options: dict, show: Callable[[list[int], list[int], list[float]], object]):
+        self._length = model.resolve_generation_config(**options, return_dict_in_generate=True).max_new_tokens
+        self._mask, self._show, self._passes, self._begun = model.config.mask_token_id, show, 0, False
+        self._steps = {}
 
     def put(self, tokens: torch.Tensor) -> None:
         """First the prompt, when the loop begins; then finished blocks, which the canvases hold, too."""
@@ -212,10 +269,11 @@ def _tokens(
     ids: Sequence[int],
     steps: Sequence[int | None],
     confidences: Sequence[float],
-    decode: Callable[[list[int]], str],
-    mask_token_id: int,
+    processor: LLaDAMedVProcessor,
+    model: LLaDAMedVForConditionalGeneration,
 ) -> list[Token]:
     """The tokens of a canvas; several ids are one where they share a character."""
+    mask_token_id = model.config.mask_token_id
 
     def groups() -> Iterator[list[int]]:
         group: list[int] = []
@@ -232,7 +290,7 @@ def _tokens(
             yield group
 
     def text_of(group: list[int]) -> str:
-        return decode([ids[place] for place in group])
+        return processor.decode([ids[place] for place in group])
 
     return [
         Token(MASK, None, None)
@@ -243,6 +301,6 @@ def _tokens(
 
 
 __all__ = [
-    "DEMO_NOTICE", "LEVELS", "MASK", "NOTICE", "Level", "Reply", "Token", "demo_notice", "level_styles", "printable",
-    "reply_to",
+    "DEMO_NOTICE", "LEVELS", "MASK", "NOTICE", "Level", "Reply", "SharedConversations", "Token", "demo_notice",
+    "level_styles", "printable", "reply_to",
 ]  # fmt: skip

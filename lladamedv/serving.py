@@ -18,7 +18,7 @@ import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
-from threading import Event, Lock, Thread
+from threading import Event, Lock
 
 import torch
 
@@ -80,8 +80,8 @@ _METRICS = {
     "tokens": (CounterMetricFamily, "Tokens of finished answers"),
     "passes": (CounterMetricFamily, "Forward passes"),
     "rows": (CounterMetricFamily, "Rows in forward passes; by passes, the rows per pass"),
-    "image_cache_hits": (CounterMetricFamily, "Prompts whose pictures were encoded before"),
-    "image_cache_misses": (CounterMetricFamily, "Prompts whose pictures had to be encoded"),
+    "image_cache_hits": (CounterMetricFamily, "Pictures that were encoded before"),
+    "image_cache_misses": (CounterMetricFamily, "Pictures that had to be encoded"),
     "image_cache_bytes": (GaugeMetricFamily, "Bytes of kept features of pictures"),
 }
 
@@ -181,8 +181,8 @@ class _Answer:
     def _leave(self) -> None:
         """Take the request out of the batch, unless it is answered."""
         self.gone.set()
-        if self._request is not None:
-            self._desk.batch.cancel(self._request)
+        if (request := self._request) is not None:
+            self._desk.batch.cancel(request)
 
     def put(self, tokens: torch.Tensor) -> None:
         """First the prompt, once the request has joined the batch; then finished blocks, 1-D."""
@@ -197,6 +197,7 @@ class _Answer:
         """Nothing: how it ended, the future says."""
 
     def _end(self, future) -> None:
+        self._request = None  # which knows this answer: a cycle would stay in memory for long
         error = CancelledError() if future.cancelled() else future.exception()
         try:
             if error is None:
@@ -380,7 +381,6 @@ class _Desk:
         self._waiting: set[ExitStack] = set()
         self._uploads: dict[anyio.CancelScope, int] = {}  # bytes that have arrived of each, the oldest first
         self.batch = ContinuousBatch(model, max_positions)
-        self._thread = Thread(target=self._run, name="lladamedv-batch", daemon=True)
         # A tokenizer must not be used by two threads: one is the batch's, for texts, and the readers share another.
         self.own_processor, self.preparing = copy.deepcopy(processor), Lock()
         self._readers = ThreadPoolExecutor(_READERS)
@@ -388,24 +388,13 @@ class _Desk:
         self.registry.register(_Numbers(self.batch))
         self.stopping = asyncio.Event()
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether requests can be answered."""
-        return self._thread.is_alive()
-
     def start(self) -> None:
-        self._thread.start()
+        torch.seed()  # otherwise each start of the server would draw the same noise
+        self.batch.start()
 
     def shutdown(self) -> None:
         self.batch.stop()
         self._readers.shutdown(wait=False)
-
-    def _run(self) -> None:
-        torch.seed()  # otherwise each start of the server would draw the same noise
-        try:
-            self.batch.run()
-        except Exception as error:  # whose message may quote a request
-            logger.error("the batch has ended: %s", type(error).__name__)
 
     def describe(self, name: str | None = None) -> dict:
         """The model that is served, if that is its name."""
@@ -438,7 +427,7 @@ class _Desk:
                 if not question.stream:
                     text = await self._first(_join(pieces), request)
                     return JSONResponse(reply.whole(text).model_dump(exclude_none=True), headers=headers)
-            except ClientDisconnect:
+            except (ClientDisconnect, RequestError):
                 raise
             except Exception as error:
                 raise _refusal(error) from error
@@ -460,6 +449,7 @@ class _Desk:
             ends[asyncio.ensure_future(request.receive())] = ClientDisconnect()
         if stops:
             ends[asyncio.ensure_future(self.stopping.wait())] = _stopping()
+        first = None
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             first = next(task for task in ends if task.done())
@@ -469,11 +459,12 @@ class _Desk:
         finally:
             for task in ends:
                 task.cancel()
+            del ends, first, work  # an error's frames would hold the task that holds the error, for long
 
     def _check_room(self):
         if self.stopping.is_set():
             raise _stopping()
-        if not self.is_ready:
+        if not self.batch.is_running:
             raise RequestError("The model answers no more; the server must be started again.", status=503)
         if len(self._waiting) > self._max_queue:
             message = f"{len(self._waiting)} requests wait for an answer to begin; no more are allowed at a time."
@@ -626,7 +617,7 @@ def _add_routes(api: FastAPI, desk: _Desk) -> None:
 
     @api.api_route("/health", methods=["GET", "HEAD"])
     async def health():
-        if not desk.is_ready:
+        if not desk.batch.is_running:
             return JSONResponse({"status": "the model answers no more"}, 503)
         return {"status": "ok"}
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import threading
+import traceback
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from .denoising_state_lladamedv import DenoisingState
 from .generation_lladamedv import stream
 
 
+logger = logging.getLogger(__name__)
 PATIENCE = 4  # steps that a row may wait for others before a pass over all of it
 _NOT_SHARED = ("output_history", "output_cache_drift", "compile_config")  # of a whole call of `generate`
 
@@ -47,8 +50,9 @@ class Request:
     `future.cancel()` before it runs, and [`ContinuousBatch.cancel`] at any time, take it out.
     """
 
-    state: DenoisingState
+    state: DenoisingState | None  # until its rows have joined those of others
     images: dict
+    image_keys: list[bytes]
     key: tuple  # requests of one key share passes
     positions: int  # what it needs of the budget
     padding: int  # on the left of its prompt
@@ -62,12 +66,14 @@ class Request:
 class ContinuousBatch:
     """Denoise many prompts at once, each with its own options, arriving and leaving at any step.
 
-    Use it from any number of threads: `submit` returns at once, and one thread runs `run` (or calls `step`).
+    Use it from any number of threads: `submit` returns at once, and one thread runs `run` (or calls `step`); `start`
+    makes one.
 
     Args:
         model: with `generate`, on its device.
         max_positions: how many positions (prompt, canvas and suffix; twice as many with guidance) are in work at a
-            time. Requests beyond that wait in order; one that needs more is refused.
+            time. Requests beyond that wait in order; one that needs more is refused. What `output_image_reliance` runs
+            when an answer is finished does not count, and lets the others wait.
         image_cache_bytes: for features of pictures, so that more questions about one do not encode it again; the
             pictures that were not asked about for the longest time are dropped.
     """
@@ -80,6 +86,7 @@ class ContinuousBatch:
         self._changed = threading.Condition()
         self._stopped = False
         self._counts = Counter()
+        self._thread = threading.Thread(target=self._run_quietly, name="lladamedv-batch", daemon=True)
 
     def submit(
         self, input_ids, generation_config=None, attention_mask=None, tokenizer=None, streamer=None, pixel_values=None,
@@ -98,6 +105,8 @@ class ContinuousBatch:
         """
         if len(input_ids) != 1:
             raise ValueError(f"`input_ids` holds {len(input_ids)} prompts; submit one at a time.")
+        if batch_num_images is not None and len(batch_num_images) != 1:
+            raise ValueError(f"`batch_num_images` is {batch_num_images.tolist()}; of one prompt it has one entry.")
         if attention_mask is not None and int(attention_mask.sum()) == attention_mask.numel():
             attention_mask = None
         # A few tokens of padding, an eighth at most, let prompts of unequal length share passes.
@@ -115,7 +124,7 @@ class ContinuousBatch:
                 raise ValueError(f"`{name}` is {getattr(options, name)}; it is for `generate`, not for shared batches.")
         state.patience = PATIENCE
         positions = padded.shape[1] + state.canvas.shape[1] + len(state.suffix)
-        positions *= 2 if options.cfg_scale > 0 else 1
+        positions *= state.sides
         if positions > self.max_positions:
             raise PositionsError(positions, self.max_positions)
         images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
@@ -123,7 +132,8 @@ class ContinuousBatch:
         noise = None
         if seed is not None and (options.temperature > 0 or options.remasking == "random"):
             noise, key = self._seeded(seed), (*key, object())  # like no other
-        request = Request(state, images, key, positions, padding, streamer, noise)
+        image_keys = [] if pixel_values is None else self._features.keys(self.model, **images)
+        request = Request(state, images, image_keys, key, positions, padding, streamer, noise)
         with self._changed:
             if self._stopped:
                 raise RuntimeError("The batch is stopped.")
@@ -156,6 +166,22 @@ class ContinuousBatch:
                 "image_cache_misses": self._features.misses,
                 "image_cache_bytes": self._features.num_bytes,
             }
+
+    def start(self) -> None:
+        """Let a thread of its own [`run`] the batch. Of an error that ends it the log has the type alone: its message
+        may quote a prompt."""
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread of [`start`] answers requests."""
+        return self._thread.is_alive()
+
+    def _run_quietly(self) -> None:
+        try:
+            self.run()
+        except Exception as error:
+            logger.error("the batch has ended: %s", type(error).__name__)
 
     def run(self) -> None:
         """Answer requests until [`stop`] is called. An error that ends it stops the batch, too."""
@@ -190,7 +216,7 @@ class ContinuousBatch:
                 with self._drawing(requests[0]):
                     passes = self.model.denoising_step(state)
             except Exception as error:  # such as too little memory: these rows are lost, others are not
-                self._end(key, requests, error)
+                self._end(key, requests, _light(error))
                 continue
             if state.drift is not None:
                 del state.drift.history[:-1]  # of rows that are gone
@@ -257,12 +283,12 @@ class ContinuousBatch:
                 continue
             self._counts.update(requests=1)
             try:
-                self._features.begin(self.model, request.state, request.images)
+                self._features.begin(self.model, request.state, request.images, request.image_keys)
                 request.images = {}
                 if request.streamer is not None:
                     request.streamer.put(request.state.prompt_ids[:, request.padding :].cpu())
             except Exception as error:  # pictures that do not fit the prompt, or too little memory
-                self._close(request, "failed", error)
+                self._close(request, "failed", _light(error))
                 continue
             state, requests = self._groups.get(request.key, (request.state, []))
             with self._changed:
@@ -271,7 +297,8 @@ class ContinuousBatch:
                 if requests:
                     state.join(request.state)
             except Exception as error:  # too little memory: half joined, none of these rows can go on
-                self._end(request.key, [*requests, request], error)
+                self._end(request.key, [*requests, request], _light(error))
+            request.state = None
 
     def _finish(self, key) -> None:
         """Give finished rows their answers."""
@@ -293,7 +320,7 @@ class ContinuousBatch:
                 self._counts.update(tokens=int(alone.stop[0]))
                 self._close(request, "finished", output=output)
             except Exception as error:
-                self._close(request, "failed", error)
+                self._close(request, "failed", _light(error))
         self._keep(key, left)
 
     def _keep(self, key, left: list[int]) -> None:
@@ -307,10 +334,11 @@ class ContinuousBatch:
             request.streamed = stream(request.streamer, state, request.streamed, row)
         except Exception as error:  # of the streamer, which is not ours
             request.is_cancelled = True
-            request.future.set_exception(error)
+            request.future.set_exception(_light(error))
 
     def _close(self, request, how: str, error: Exception | None = None, output=None) -> None:
         self._counts.update([how])
+        request.state, request.images = None, {}
         if request.streamer is not None:
             request.streamer.end()
         if request.future.done():
@@ -336,39 +364,54 @@ class ContinuousBatch:
         self._groups.clear()
 
 
+def _light(error: Exception) -> Exception:
+    """An error whose traceback is a text: frames hold the states of all rows, and the request that holds the error, so
+    that both would stay in memory until Python looks for cycles."""
+    error.add_note("".join(traceback.format_tb(error.__traceback__)))
+    return error.with_traceback(None)
+
+
 class _ImageFeatures:
-    """Features of the pictures of a prompt, by a digest of their pixels; the least recently used are dropped."""
+    """Features of pictures, by a digest of what they depend on; the least recently used are dropped."""
 
     def __init__(self, budget: int):
         self.budget, self.num_bytes, self.hits, self.misses = budget, 0, 0, 0
-        self._kept: OrderedDict[str, list[torch.Tensor]] = OrderedDict()
+        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
-    def begin(self, model, state, images: dict) -> None:
-        """Embed a prompt, with known features if there are any."""
-        if images["pixel_values"] is None:
+    @staticmethod
+    def keys(model, pixel_values, image_sizes, batch_num_images) -> list[bytes]:
+        """Of each picture of a prompt: anyres cuts one into tiles, by its size, where it is alone."""
+        sizes, keys = itertools.repeat(None) if image_sizes is None else image_sizes.tolist(), []
+        is_cut = model.config.max_anyres_tiles and (batch_num_images is None or int(batch_num_images[0]) == 1)
+        for tiles, size in zip(pixel_values, sizes):
+            digest = hashlib.sha256(f"{tiles.dtype}{tuple(tiles.shape)}{is_cut and size}".encode())
+            digest.update(tiles.contiguous().view(torch.uint8).cpu().numpy())
+            keys.append(digest.digest())
+        return keys
+
+    def begin(self, model, state, images: dict, keys: list[bytes]) -> None:
+        """Embed a prompt, with the features of pictures that are known."""
+        if not keys:
             model.begin_denoising(state, **images)
             return
-        digest = hashlib.sha256()
-        for name, values in images.items():
-            if values is not None:
-                digest.update(f"{name}{values.dtype}{tuple(values.shape)}".encode())
-                digest.update(values.contiguous().view(torch.uint8).cpu().numpy().tobytes())
-        key = digest.hexdigest()
-        if key in self._kept:
-            self.hits += 1
-            self._kept.move_to_end(key)
-            model.begin_denoising(state, image_features=self._kept[key])
-            return
-        self.misses += 1
-        features = model.begin_denoising(state, **images).pooler_output
-        self._kept[key] = features
-        self.num_bytes += _num_bytes(features)
+        names = ("image_features", "neutral_features")[: 1 + state.needs_neutral]
+        places = {name: [name.encode() + key for key in keys] for name in names}
+        known = {name: [self._kept.get(place) for place in own] for name, own in places.items()}
+        features = model.begin_denoising(state, **images, **known)
+        for name, own in places.items():
+            for place, image in zip(own, features[name]):
+                if place not in self._kept:
+                    self._kept[place] = image.clone()  # it may be a part of what was made of all pictures
+                    self.num_bytes += _num_bytes(image)
+                self._kept.move_to_end(place)
+            new = sum(image is None for image in known[name])
+            self.hits, self.misses = self.hits + len(own) - new, self.misses + new
         while self.num_bytes > self.budget:
             self.num_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
 
 
-def _num_bytes(features: list[torch.Tensor]) -> int:
-    return sum(each.numel() * each.element_size() for each in features)
+def _num_bytes(features: torch.Tensor) -> int:
+    return features.numel() * features.element_size()
 
 
 __all__ = ["PATIENCE", "ContinuousBatch", "PositionsError", "Request"]

@@ -5,20 +5,43 @@ stale: a cache is an approximation. A full pass writes every slot; a partial one
 that it runs and attends to all of them, each key where it was in the full pass.
 """
 
+from dataclasses import dataclass
+
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 
+@dataclass
+class CachedPass:
+    """What the current pass runs, which all layers of a cache look up.
+
+    Args:
+        num_rows: rows that have slots.
+        row_length: positions of a row.
+        rows (`(rows of the pass,)`): their slots.
+        positions (`(rows of the pass, positions)`): of each row; `None` for all of them.
+        partial: whether the pass attends to the stored states of the other positions, too.
+        versions: of each row, one behind the other.
+    """
+
+    num_rows: int
+    row_length: int
+    rows: torch.LongTensor | None = None
+    positions: torch.LongTensor | None = None
+    partial: bool = False
+    versions: int = 1
+
+
 class DenoisingCacheLayer(CacheLayerMixin):
     """One layer's keys and values, `(rows, heads, row length, head width)` each."""
 
-    def __init__(self, cache: "DenoisingCache"):
+    def __init__(self, current: CachedPass):
         super().__init__()
-        self.cache = cache
+        self.current = current
 
     def lazy_initialization(self, key_states, value_states):
-        shape = (self.cache.num_rows, key_states.shape[1], self.cache.row_length)
+        shape = (self.current.num_rows, key_states.shape[1], self.current.row_length)
         self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
         self.values = value_states.new_zeros(*shape, value_states.shape[-1])
         self.is_initialized = True
@@ -31,16 +54,19 @@ class DenoisingCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, positions = self.cache.rows, self.cache.positions
+        rows, positions = self.current.rows, self.current.positions
+        if self.current.versions > 1:  # these are not kept: no pass attends to stored states of what it runs
+            stored, passed = (self.keys[rows], self.values[rows]), (key_states, value_states)
+            return tuple(torch.cat(pair, dim=2) for pair in zip(stored, passed))
         if positions is None:
             self.keys[rows], self.values[rows] = key_states, value_states
             return key_states, value_states
         place = (rows[:, None], slice(None), positions)
         self.keys[place] = key_states.transpose(1, 2)
         self.values[place] = value_states.transpose(1, 2)
-        if not self.cache.partial:
+        if not self.current.partial:
             return key_states, value_states
-        if len(rows) == self.cache.num_rows:
+        if len(rows) == self.current.num_rows:
             return self.keys, self.values
         return self.keys[rows], self.values[rows]
 
@@ -54,19 +80,21 @@ class DenoisingCacheLayer(CacheLayerMixin):
 
         def joined(ours, theirs):
             if theirs is None:
-                theirs = ours.new_zeros(other.cache.num_rows, *ours.shape[1:])
+                theirs = ours.new_zeros(other.current.num_rows, *ours.shape[1:])
             return torch.cat([part for pair in zip(ours.chunk(sides), theirs.chunk(sides)) for part in pair])
 
         self.keys, self.values = joined(self.keys, other.keys), joined(self.values, other.values)
 
     def get_mask_sizes(self, query_length):
-        return (self.cache.row_length if self.cache.partial else query_length), 0
+        if not self.current.partial:
+            return query_length, 0
+        return self.current.row_length + (query_length if self.current.versions > 1 else 0), 0
 
     def get_seq_length(self):
-        return self.cache.row_length if self.is_initialized else 0
+        return self.current.row_length if self.is_initialized else 0
 
     def get_max_length(self):
-        return self.cache.row_length
+        return self.current.row_length
 
 
 class DenoisingCache(Cache):
@@ -74,29 +102,29 @@ class DenoisingCache(Cache):
 
     Args:
         num_layers: of the language model.
-        num_rows: rows of the batch, unconditional ones included.
+        num_rows: rows of the batch, those that they are contrasted with included.
         row_length: positions of a row: prompt, canvas and suffix.
     """
 
     def __init__(self, num_layers: int, num_rows: int, row_length: int):
-        super().__init__(layers=[DenoisingCacheLayer(self) for _ in range(num_layers)])
-        self.num_rows = num_rows
-        self.row_length = row_length
+        # Layers that knew the cache itself would keep all memory until Python looks for cycles.
+        self.current = CachedPass(num_rows, row_length)
+        super().__init__(layers=[DenoisingCacheLayer(self.current) for _ in range(num_layers)])
         self.slots: torch.LongTensor | None = None  # of each row, once some have left
-        self.rows: torch.LongTensor | None = None  # slots of the current pass
-        self.positions: torch.LongTensor | None = None
-        self.partial = False
 
-    def select(self, rows: torch.LongTensor, positions: torch.LongTensor | None, partial: bool) -> "DenoisingCache":
+    def select(
+        self, rows: torch.LongTensor, positions: torch.LongTensor | None, partial: bool, versions: int = 1
+    ) -> "DenoisingCache":
         """Say what the next pass runs.
 
         Args:
             rows (`(rows,)`): in ascending order.
             positions (`(rows, positions)`): of each row; `None` for all of them.
             partial: whether the pass attends to the stored states of the other positions, too.
+            versions: of each row, one behind the other.
         """
-        self.rows = rows if self.slots is None else self.slots[rows]
-        self.positions, self.partial = positions, partial
+        self.current.rows = rows if self.slots is None else self.slots[rows]
+        self.current.positions, self.current.partial, self.current.versions = positions, partial, versions
         return self
 
     def keep(self, rows: torch.LongTensor, num_rows: int) -> None:
@@ -110,17 +138,17 @@ class DenoisingCache(Cache):
             layer.keep(rows if self.slots is None else self.slots[rows])
         self.slots = torch.zeros(num_rows, dtype=torch.long, device=rows.device)
         self.slots[rows] = torch.arange(len(rows), device=rows.device)
-        self.num_rows = len(rows)
+        self.current.num_rows = len(rows)
 
     def join(self, other: "DenoisingCache", sides: int) -> None:
         """Append the rows of another cache of the same row length.
 
         Args:
-            sides: 2 if unconditional rows follow the others, which then stay behind all of these; or else 1.
+            sides: 2 if rows that others are contrasted with follow these, and then stay behind all of them; or else 1.
         """
         for layer, theirs in zip(self.layers, other.layers):
             layer.join(theirs, sides)
-        self.num_rows += other.num_rows
+        self.current.num_rows += other.current.num_rows
 
 
 __all__ = ["DenoisingCache"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .cache_drift_lladamedv import INITIAL_INTERVAL, CacheDrift
-from .commit_rules_lladamedv import build_commit_rule, commit_schedule
+from .commit_rules_lladamedv import CandidateScores, build_commit_rule, commit_schedule
 
 
 NOT_FINITE = (
@@ -27,12 +27,13 @@ class ForwardPass:
     """What one forward pass of a step runs.
 
     Args:
-        numbers: of the rows, ascending.
+        numbers: of the rows.
         rows (`(rows,)`): the same on the device.
         end: up to where the longest canvas of them takes part.
         attends_everywhere: whether no row has a place that is not attended to.
         partial: whether it runs a part of each row, on cached states of the rest.
         start: where in the canvas that part begins, if all rows begin at one place (the prefix cache).
+        versions: of each row that it runs, one behind the other: the row and its drafts.
     """
 
     numbers: list[int]
@@ -41,6 +42,7 @@ class ForwardPass:
     attends_everywhere: bool
     partial: bool = False
     start: int | None = None
+    versions: int = 1
 
 
 @dataclass
@@ -52,16 +54,50 @@ class CandidateLogits:
         slots (`(n,)`): its place among those of all rows' windows, `(batch, window)` flattened.
         valid (`(n,)`): whether it is a candidate: with fixed shapes every place of a window has logits.
         logits (`(n, vocabulary)`).
+        unguided (`(n, vocabulary)`, *optional*): those before image guidance.
     """
 
     rows: torch.LongTensor
     slots: torch.LongTensor
     valid: torch.BoolTensor
     logits: torch.Tensor
+    unguided: torch.Tensor | None = None
 
     def take(self, chosen: torch.Tensor) -> CandidateLogits:
         """Some of them: indices, or a mask."""
-        return CandidateLogits(self.rows[chosen], self.slots[chosen], self.valid[chosen], self.logits[chosen])
+        unguided = None if self.unguided is None else self.unguided[chosen]
+        return CandidateLogits(self.rows[chosen], self.slots[chosen], self.valid[chosen], self.logits[chosen], unguided)
+
+
+@dataclass
+class Proposals:
+    """What a step has found at the places where it may commit; all `(batch, window)`.
+
+    Args:
+        window: the places in the canvas.
+        candidates: which of them may be committed.
+        tokens: the proposed tokens.
+        scores: what is known of them.
+        broken (`(batch,)`): rows whose logits are not finite.
+    """
+
+    window: torch.LongTensor
+    candidates: torch.BoolTensor
+    tokens: torch.LongTensor
+    scores: CandidateScores
+    broken: torch.BoolTensor
+
+    def split(self, rows: int) -> list[Proposals]:
+        """Parts of `rows` rows each."""
+        scores = {name: values.split(rows) for name, values in vars(self.scores).items() if values is not None}
+        values = (each.split(rows) for each in (self.window, self.candidates, self.tokens, self.broken))
+        return [
+            Proposals(
+                window, candidates, tokens,
+                CandidateScores(**{name: parts[number] for name, parts in scores.items()}), broken,
+            )
+            for number, (window, candidates, tokens, broken) in enumerate(zip(*values))
+        ]  # fmt: skip
 
 
 class StepHooks:
@@ -80,7 +116,7 @@ class StepHooks:
         """What follows from what is committed."""
 
 
-_KNOWN = ("block", "step", "age", "initial", "interval", "finished", "broken")  # of each row
+_KNOWN = ("block", "step", "age", "initial", "interval", "finished", "broken", "saved")  # of each row
 
 
 class Progress:
@@ -98,9 +134,10 @@ class Progress:
         self.initial = state.initial.tolist()
         self.finished = [False] * len(state.block)
         self.broken = [-1] * len(state.block)  # first forward pass whose logits were not finite
+        self.saved = [0] * len(state.block)  # steps that needed no pass of their own
         # The schedule of a block full of masks; commits that may be masks, or wholes, are not foreseen.
         self.foreseen = state.hooks.predictable and not state.rule.adaptive and state.drift is None
-        self.foreseen &= state.mask_is_suppressed
+        self.foreseen &= state.mask_is_suppressed and not state.options.speculation_depth
         self.steps_in_block = int((state.schedule[-1] > 0).sum())
         self._flag = None
 
@@ -108,8 +145,7 @@ class Progress:
         """Follow what a step has done."""
         run = sorted({row for each in passes for row in each.numbers})
         renewed = {row for each in passes if not each.partial for row in each.numbers}
-        for row in run:
-            self.age[row] = 1 if row in renewed else self.age[row] + 1
+        saved = self.saved
         if self.foreseen and not self._seen(state):
             for row in run:
                 step = self.step[row]
@@ -120,11 +156,13 @@ class Progress:
         else:
             self.foreseen = False
             self.read(state)
+        for row in run:
+            self.age[row] = 1 if row in renewed else self.age[row] + 1 + self.saved[row] - saved[row]
 
     def read(self, state: DenoisingState) -> None:
         """Copy the progress from the device."""
-        known = torch.stack([state.block, state.step, state.interval, state.finished.long(), state.broken])
-        self.block, self.step, self.interval, finished, self.broken = known.tolist()
+        known = [state.block, state.step, state.interval, state.finished.long(), state.broken, state.num_saved]
+        self.block, self.step, self.interval, finished, self.broken, self.saved = torch.stack(known).tolist()
         self.finished = [bool(each) for each in finished]
 
     def take(self, rows: list[int]) -> Progress:
@@ -157,10 +195,10 @@ class Progress:
 
 
 # Tensors with an entry for each row.
-_OF_ROWS = (
-    "prompt_ids", "prompt_embeds", "prompt_mask", "prompt_lengths", "prompt_positions", "canvas", "absent", "stop",
-    "block", "step", "initial", "masks_at_start", "finished", "broken", "interval", "num_forwards", "num_full_forwards",
-    "commit_step", "commit_confidence",
+OF_ROWS = (
+    "prompt_ids", "prompt_embeds", "neutral_embeds", "prompt_mask", "prompt_lengths", "prompt_positions", "canvas",
+    "absent", "stop", "block", "step", "initial", "masks_at_start", "finished", "broken", "interval", "num_forwards",
+    "num_full_forwards", "num_saved", "commit_step", "commit_confidence", "drafted", "draft_scores",
 )  # fmt: skip
 
 
@@ -208,7 +246,10 @@ class DenoisingState:
         self.absent = absent
         self.hooks = hooks or StepHooks()
         self.prompt_ids = prompt_ids
-        self.prompt_embeds = self.cache = None  # as soon as the loop begins
+        self.prompt_embeds = self.neutral_embeds = self.cache = None  # as soon as the loop begins
+        self.guides_by_image = options.image_guidance_scale > 0
+        self.needs_neutral = self.guides_by_image or bool(options.output_image_reliance)
+        self.sides = 2 if options.cfg_scale > 0 or self.guides_by_image else 1  # rows of a pass for each of the batch
         self.positions = torch.arange(length, device=device)
         self.initial = torch.full((batch,), options.initial_canvas_length or length, device=device)  # of the canvas
         self.stop = torch.full((batch,), length, device=device)  # first position that is not part of the answer
@@ -224,16 +265,24 @@ class DenoisingState:
         self.interval = torch.full((batch,), interval or torch.iinfo(torch.long).max, device=device)
         self.num_forwards = torch.zeros(batch, dtype=torch.long, device=device)
         self.num_full_forwards = torch.zeros(batch, dtype=torch.long, device=device)
+        self.num_saved = torch.zeros(batch, dtype=torch.long, device=device)  # steps without a pass of their own
         self.commit_step = torch.full((batch, length), -1, device=device)
         self.commit_confidence = torch.full((batch, length), float("nan"), dtype=torch.float64, device=device)
         self.drift = None
         if options.output_cache_drift or options.cache_drift_bound is not None:
             self.drift = CacheDrift(options.output_cache_drift, options.cache_drift_bound)
+        self.versions = 1  # of each row: itself and its drafts
         self.packs = model.packs_candidates
         if self.packs is None:
             self.packs = device.type == "cpu" and options.compile_config is None
         # Steps that rows due for a whole pass may wait for others, so that not every step has passes of both kinds.
         self.patience = self.waited = 0
+        # What the last pass has proposed, from which drafts are made.
+        self.drafted = self.draft_scores = None
+        if options.speculation_depth:
+            self.drafted = self.window.clone()
+            of_rule = (batch, 1 + len(self.rule.needs), self.drafted.shape[1])
+            self.draft_scores = torch.zeros(of_rule, dtype=torch.float64, device=device)
         self.progress = Progress(self)
         self.kept = list(range(batch))  # rows that passes run
         self._indices: dict[tuple[int, ...], torch.LongTensor] = {}
@@ -270,15 +319,14 @@ class DenoisingState:
         """The same for some of the rows, which are then numbered from 0; this state is of no use any more where it has
         a cache."""
         taken, index, batch = copy.copy(self), torch.tensor(rows, device=self.canvas.device), len(self.canvas)
-        for name in _OF_ROWS:
+        for name in OF_ROWS:
             values = getattr(self, name)
             setattr(taken, name, None if values is None else values[index])
         taken.progress = self.progress.take(rows)
         taken.kept, taken._indices = list(range(len(rows))), {}
         taken.is_padded = not bool(taken.prompt_mask.all())
         if self.cache is not None:
-            sides = 2 if self.options.cfg_scale > 0 else 1
-            self.cache.keep(self.index([row + batch * side for side in range(sides) for row in rows]), batch * sides)
+            self._keep_cached(rows, batch)
             self.cache.slots = None  # rows are where their numbers say
         return taken
 
@@ -290,14 +338,19 @@ class DenoisingState:
 
     def join(self, other: DenoisingState) -> None:
         """Append the rows of a state with the same options and the same lengths of prompt and canvas."""
-        for name in _OF_ROWS:
+        for name in OF_ROWS:
             values = getattr(self, name)
             setattr(self, name, None if values is None else torch.cat([values, getattr(other, name)]))
         self.progress.join(other.progress)
         self.kept, self._indices = list(range(len(self.canvas))), {}
         self.is_padded |= other.is_padded
         if self.cache is not None:
-            self.cache.join(other.cache, 2 if self.options.cfg_scale > 0 else 1)
+            self.cache.join(other.cache, self.sides)
+
+    def _keep_cached(self, rows: list[int], batch: int) -> None:
+        """Let the cache of `batch` rows keep some; those that they are contrasted with follow all of them."""
+        kept = [row + batch * side for side in range(self.sides) for row in rows]
+        self.cache.keep(self.index(kept), batch * self.sides)
 
     # What stands in the row
 
@@ -358,7 +411,8 @@ class DenoisingState:
         if some_wait:
             full = []
         elif rest and not self.packs and self.options.cache_implementation != "prefix" and self.drift is None:
-            rest = self.kept  # one shape; what it says of the others is overwritten by the full pass
+            if not (full and self.options.speculation_depth):
+                rest = self.kept  # one shape; what it says of the others is overwritten by the full pass
         return self.partial_passes(rest) + ([self.whole_pass(full)] if full else [])
 
     def partial_passes(self, rows: list[int]) -> list[ForwardPass]:
@@ -380,7 +434,12 @@ class DenoisingState:
         ends = {self.canvas_in_row(progress.block[row], progress.initial[row]) for row in counted}
         everywhere = not self.is_padded and self.absent is None
         everywhere &= len(ends) == 1 and (not partial or ends == {len(self.positions)})
-        return ForwardPass(numbers, self.index(numbers), max(ends), everywhere, partial, start)
+        depth = self.options.speculation_depth or 0
+        if partial:  # where all rows are run whole again, drafts end
+            depth = min(depth, max(progress.interval[row] - progress.age[row] - 1 for row in counted))
+        elif self.options.use_cache or not any(progress.step[row] for row in counted):
+            depth = 0
+        return ForwardPass(numbers, self.index(numbers), max(ends), everywhere, partial, start, 1 + max(depth, 0))
 
     @property
     def window(self):
@@ -424,11 +483,14 @@ class DenoisingState:
             self.progress.initial[row] += self.block_length
         self.initial.index_add_(0, self.index(rows), torch.full_like(self.index(rows), self.block_length))
 
-    def note_broken(self, found: CandidateLogits):
-        """Take note of rows whose logits are not finite."""
+    def broken_rows(self, found: CandidateLogits):
+        """Rows `(batch,)` whose logits are not finite."""
         # A sum is finite if what it is of is, and much cheaper than to look at each.
         bad = ~found.logits.sum(dim=1).isfinite() & found.valid
-        broken = torch.zeros_like(self.broken).index_add_(0, found.rows, bad.long()) > 0
+        return torch.zeros_like(self.broken).index_add_(0, found.rows, bad.long()) > 0
+
+    def note_broken(self, broken):
+        """Take note of rows `(batch,)` whose logits are not finite."""
         self.broken.copy_(torch.where(broken & (self.broken < 0), self.num_forwards, self.broken))
 
     def note_passes(self, passes, active):
@@ -441,11 +503,18 @@ class DenoisingState:
 
     def commit(self, window, committed, proposed, confidences):
         """Write the committed proposals into the canvas and take note of when and how sure; all `(batch, window)`."""
-        when = self.num_forwards[:, None].expand_as(window)
+        when = (self.num_forwards + self.num_saved)[:, None].expand_as(window)
         for target, values in (
             (self.canvas, proposed), (self.commit_step, when), (self.commit_confidence, confidences),
         ):  # fmt: skip
             target.scatter_(1, window, torch.where(committed, values, target.gather(1, window)))
+
+    def keep_for_drafts(self, found: Proposals, active):
+        """Keep what was proposed to the `active` rows `(batch,)`."""
+        if self.drafted is not None:
+            scores = torch.stack([getattr(found.scores, name) for name in ("confidence", *self.rule.needs)], dim=1)
+            self.drafted.copy_(torch.where(active[:, None], found.tokens, self.drafted))
+            self.draft_scores.copy_(torch.where(active[:, None, None], scores, self.draft_scores))
 
     def remove(self, places):
         """Take `places` `(batch, canvas)` out of the canvas for good."""
@@ -495,9 +564,7 @@ class DenoisingState:
         if left and (len(left) < len(self.kept) if self.packs else half):
             self.kept = left
             if self.cache is not None:
-                batch, sides = len(self.canvas), 2 if self.options.cfg_scale > 0 else 1  # the unconditional rows follow
-                rows = [row + batch * side for side in range(sides) for row in left]
-                self.cache.keep(self.index(rows), batch * sides)
+                self._keep_cached(left, len(self.canvas))
 
 
-__all__ = ["CandidateLogits", "DenoisingState", "ForwardPass", "StepHooks"]
+__all__ = ["OF_ROWS", "CandidateLogits", "DenoisingState", "ForwardPass", "Proposals", "StepHooks"]

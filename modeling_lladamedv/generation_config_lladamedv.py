@@ -221,12 +221,13 @@ def _check_combinations(options) -> None:
             "say from which length the canvas grows.",
             "grow_until_eos_confidence", "initial_canvas_length",
         )  # fmt: skip
-    if options.abstention_threshold is not None and not options.return_dict_in_generate:
-        raise GenerationOptionError(
-            f"`abstention_threshold` is {options.abstention_threshold}; it needs return_dict_in_generate=True: "
-            "only that output says which answers are below it.",
-            "abstention_threshold",
-        )  # fmt: skip
+    for name in ("abstention_threshold", "output_image_reliance"):
+        if getattr(options, name) and not options.return_dict_in_generate:
+            raise GenerationOptionError(
+                f"`{name}` is {getattr(options, name)}; it needs return_dict_in_generate=True: only that output says "
+                "what comes of it.",
+                name,
+            )  # fmt: skip
     if options.no_repeat_ngram_size is not None:
         several = [name for name in ADAPTIVE_RULES if getattr(options, name) is not None]
         if options.steps < options.max_new_tokens:

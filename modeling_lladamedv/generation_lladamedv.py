@@ -6,6 +6,7 @@ the same numbers. Sources: LLaDA (arXiv 2502.09992, algorithms 4 and 5), LLaDA-M
 
 import functools
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,11 @@ from transformers.utils import ModelOutput
 from .commit_rules_lladamedv import CandidateScores
 from .confidence_lladamedv import answer_confidence, calibrate_confidence
 from .denoising_cache_lladamedv import DenoisingCache
-from .denoising_state_lladamedv import CandidateLogits, DenoisingState, ForwardPass
+from .denoising_state_lladamedv import CandidateLogits, DenoisingState, ForwardPass, Proposals
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig, resolve_generation_config
+from .neutral_image_lladamedv import neutral_pixel_values
 from .repetition_lladamedv import ban_repeated_ngrams
+from .speculation_lladamedv import draft_states, mask_of_versions, reaches, with_drafts
 
 
 # Logits that are turned into probabilities at a time, without a second copy of them all: on a CPU what fits into its
@@ -43,12 +46,21 @@ class LLaDAMedVGenerationOutput(ModelOutput):
         commit_confidence (`torch.DoubleTensor` of shape `(batch, max_new_tokens)`):
             Probability of each canvas token when it was committed; NaN where none was.
         commit_step (`torch.LongTensor` of shape `(batch, max_new_tokens)`):
-            Forward pass, from 0, at which each canvas token was committed; -1 where none was.
+            Denoising step, from 0, at which each canvas token was committed; -1 where none was. Each step has a
+            forward pass of its own, but with `speculation_depth`.
         answer_confidence (`torch.DoubleTensor` of shape `(batch,)`):
             Geometric mean of the confidences of the answer's tokens and of the first one that ends it, calibrated by
             `confidence_temperature`.
         abstained (`torch.BoolTensor` of shape `(batch,)`, *optional*):
             Whether that is below `abstention_threshold`, if there is one.
+        image_reliance (`torch.DoubleTensor` of shape `(batch,)`, *optional*):
+            With `output_image_reliance`: the log-likelihood of the answer and the end in it, in nats, less that behind
+            the same prompt with each picture in its median colour, both bounds of [`~LLaDAMedVScoringMixin.score`] on
+            the same masks. Above 0, the picture speaks for the answer; near 0, the answer does not come from it. It is
+            that of the whole answer, a Bayes factor's logarithm, and so adds up over tokens. NaN for a prompt without
+            a picture, and an answer without tokens or with masks left in it.
+        image_reliance_error (`torch.DoubleTensor` of shape `(batch,)`, *optional*):
+            Its standard error, from 128 drawn masks; 0 for answers of up to 8 tokens, where it is exact.
         cache_drift (`torch.DoubleTensor` of shape `(forward passes, batch)`, *optional*):
             KL divergence, in nats, of the cached from the exact distributions, averaged over the row's candidates, with
             `output_cache_drift` or `cache_drift_bound`; NaN where it was not measured.
@@ -64,6 +76,8 @@ class LLaDAMedVGenerationOutput(ModelOutput):
     commit_step: torch.LongTensor = None
     answer_confidence: torch.DoubleTensor = None
     abstained: torch.BoolTensor | None = None
+    image_reliance: torch.DoubleTensor | None = None
+    image_reliance_error: torch.DoubleTensor | None = None
     cache_drift: torch.DoubleTensor | None = None
     history: torch.LongTensor | None = None
 
@@ -127,8 +141,8 @@ class LLaDAMedVGenerationMixin:
         Raises:
             ValueError: before the first forward pass, for unknown arguments, values that are not allowed, a
                 `max_new_tokens` that `block_length` does not divide, `steps` that are no multiple of the number of
-                blocks, a row longer than the model's context, or a prompt that is empty or holds the mask token; in
-                the loop, for logits that are not finite.
+                blocks, a row longer than the model's context, a prompt that is empty or holds the mask token, or one
+                without a picture with `image_guidance_scale`; in the loop, for logits that are not finite.
         """
         # 0. Check the arguments, embed the prompts and lay a canvas of masks (and the fixed suffix) behind each.
         state = self.prepare_denoising(input_ids, generation_config, attention_mask, tokenizer, **kwargs)
@@ -153,23 +167,44 @@ class LLaDAMedVGenerationMixin:
         attention_mask = self._check_prompt(input_ids, attention_mask)
         needed = f"the canvas (`max_new_tokens`, {options.max_new_tokens}) with the suffix ({len(suffix)})"
         self._check_context(attention_mask, needed, options.max_new_tokens + len(suffix))
+        implementation = self.model.language_model.config._attn_implementation
+        if options.speculation_depth and options.use_cache and implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"`speculation_depth` is {options.speculation_depth}; with `use_cache` it needs "
+                f"attn_implementation='sdpa' or 'eager', not {implementation!r}."
+            )
         canvas = torch.full((len(input_ids), options.max_new_tokens), self.config.mask_token_id).to(input_ids)
         return DenoisingState(self, options, input_ids, canvas, attention_mask, suffix, stops)
 
-    def begin_denoising(self, state: DenoisingState, **images):
+    def begin_denoising(self, state: DenoisingState, neutral_features=None, **images) -> dict:
         """Embed the prompts and make room for the cache.
 
         Args:
-            images: `pixel_values`, `image_sizes` and `batch_num_images`, or `image_features`.
+            images: arguments of [`~LLaDAMedVModel.get_image_features`].
+            neutral_features: the `image_features` of the neutral pictures, where the state `needs_neutral`.
 
         Returns:
-            What [`~LLaDAMedVModel.get_image_features`] returns, if it was asked.
+            `image_features`, and `neutral_features` if needed: arguments for other prompts about the same pictures.
+
+        Raises:
+            ValueError: as [`generate`].
         """
         options, ids = state.options, state.prompt_ids
-        embedded = self.model(ids, **images, embeddings_only=True, return_dict=True)
-        state.prompt_embeds = embedded.last_hidden_state
+        features = {}
+        state.prompt_embeds, features["image_features"] = self._embed(ids, images)
+        if state.guides_by_image and not bool((ids == self.config.image_token_id).any(dim=1).all()):
+            raise ValueError(
+                f"`image_guidance_scale` is {options.image_guidance_scale}, but a prompt has no picture; it must be 0 "
+                "there."
+            )
+        if state.needs_neutral:
+            if images["pixel_values"] is not None:
+                shapes = {name: images[name] for name in ("pixel_values", "image_sizes", "batch_num_images")}
+                neutral = neutral_pixel_values(self.model, **shapes)
+                images = {**images, "pixel_values": neutral, "image_features": neutral_features}
+            state.neutral_embeds, features["neutral_features"] = self._embed(ids, images)
         if options.use_cache:
-            num_rows = len(ids) * (2 if options.cfg_scale > 0 else 1)
+            num_rows = len(ids) * state.sides
             row_length = ids.shape[1] + state.canvas.shape[1] + len(state.suffix)
             text_config = self.config.get_text_config()
             state.cache = DenoisingCache(text_config.num_hidden_layers, num_rows, row_length)
@@ -185,7 +220,13 @@ class LLaDAMedVGenerationMixin:
             for tensor in [*vars(state).values(), *(each for layer in layers for each in (layer.keys, layer.values))]:
                 if isinstance(tensor, torch.Tensor):
                     torch._dynamo.mark_static_address(tensor, guard=False)
-        return embedded.image_outputs
+        return features
+
+    def _embed(self, ids, images: dict):
+        """Embeddings of the prompts, and the features of each picture in them."""
+        embedded = self.model(ids, **images, embeddings_only=True, return_dict=True)
+        images = embedded.image_outputs
+        return embedded.last_hidden_state, None if images is None else images.pooler_output
 
     def _grow_canvas(self, state: DenoisingState) -> None:
         """Lengthen each row's canvas of masks until the model puts an end into it (DAEDAL, arXiv 2508.00819, stage 1).
@@ -203,13 +244,12 @@ class LLaDAMedVGenerationMixin:
             candidates = torch.zeros_like(window, dtype=torch.bool)
             candidates[each.rows] = state.positions < state.initial[each.rows, None]
             found = self._candidate_logits(state, window, candidates, each, whole=True)
-            state.note_broken(found)
+            state.note_broken(state.broken_rows(found))
             state.num_forwards[each.rows] += 1
             state.num_full_forwards[each.rows] += 1
             probability = torch.zeros_like(window, dtype=torch.float64)
-            for part, slots in zip(
-                *(values.split(_rows_at_a_time(found.logits)) for values in (found.logits, found.slots))
-            ):
+            logits = self._plausible_logits(options, found)
+            for part, slots in zip(*(values.split(_rows_at_a_time(logits)) for values in (logits, found.slots))):
                 of_ends = part.double().softmax(dim=-1)[:, ends].sum(dim=-1)
                 is_end = torch.isin(part.argmax(dim=-1), ends)
                 probability.view(-1).index_copy_(0, slots, torch.where(is_end, of_ends, 0.0))
@@ -232,6 +272,7 @@ class LLaDAMedVGenerationMixin:
         confidence = answer_confidence(state.commit_confidence, state.stop + 1)
         confidence = calibrate_confidence(confidence, options.confidence_temperature)
         threshold = options.abstention_threshold
+        reliance = self.image_reliance(state) if options.output_image_reliance else (None, None)
         return LLaDAMedVGenerationOutput(
             sequences=torch.cat([state.prompt_ids, padded], dim=1),
             tokens_per_forward=state.stop / state.num_forwards,
@@ -241,6 +282,8 @@ class LLaDAMedVGenerationMixin:
             commit_step=state.commit_step,
             answer_confidence=confidence,
             abstained=None if threshold is None else confidence < threshold,
+            image_reliance=reliance[0],
+            image_reliance_error=reliance[1],
             cache_drift=None if state.drift is None else torch.stack(state.drift.history),
             history=history,
         )
@@ -275,13 +318,29 @@ class LLaDAMedVGenerationMixin:
         return passes
 
     def _run_step(self, state: DenoisingState, passes: list[ForwardPass]) -> None:
-        """Steps 1.a to 1.e of [`generate`], without a look at what is on the device."""
+        """Steps 1.a to 1.e of [`generate`], without a look at what is on the device.
+
+        With `speculation_depth` the passes also run drafts of the states that follow. Once a step leads where a draft
+        is, that draft's logits are those of the next step, which then needs no pass.
+        """
+        drafts = draft_states(state, passes, self._commit)
+        found, *ahead = self._proposals(*with_drafts(state, drafts, passes)).split(len(state.canvas))
+        active = self._commit(state, found)
+        reached = active
+        for draft, found in zip(drafts, ahead):
+            reached = reached & reaches(state, draft) & found.candidates.any(dim=1)  # with logits of its own
+            found.candidates &= reached[:, None]
+            state.num_saved += reached
+            self._commit(state, found)
+        state.note_passes(passes, active)
+
+    def _proposals(self, state, passes: list[ForwardPass]) -> Proposals:
+        """Steps 1.a to 1.c: the candidates, their logits and what these propose."""
         options = state.options
 
         # 1.a. Find the candidates: masked positions up to the end of the row's block and left of its stop.
         window = state.window  # (batch, window): where they may be
         candidates = state.candidates(window, passes)
-        active = candidates.any(dim=1)
         proposed = state.canvas.gather(1, window)
         scores = CandidateScores(torch.zeros_like(proposed, dtype=torch.float64))
         for name in state.rule.needs:
@@ -291,34 +350,45 @@ class LLaDAMedVGenerationMixin:
 
         # 1.b. Compute logits at the candidates only, guided if asked for. With a cache, rows that need no refresh run
         # only their block, or what begins with it.
+        broken = torch.zeros_like(state.finished)
         run = functools.partial(self._candidate_logits, state, window, candidates)
         if state.drift is not None:
             state.drift.begin_step(state)
             run = functools.partial(state.drift.run, state, run)
         for each in passes:
             found = run(each)
-            state.note_broken(found)
+            broken |= state.broken_rows(found)
             self._process_logits(state, window, found)
 
             # 1.c. Propose a token for each candidate, and its confidence.
-            tokens, values = self._propose(found.logits, options.temperature, state.rule.needs)
+            logits = self._plausible_logits(options, found)
+            tokens, values = self._propose(logits, options.temperature, state.rule.needs)
             proposed.view(-1).index_copy_(0, found.slots, tokens)
             for name, value in values.items():
                 getattr(scores, name).view(-1).index_copy_(0, found.slots, value)
             state.hooks.choose(state, each, found, proposed, scores)
+        return Proposals(window, candidates, proposed, scores, broken)
+
+    @staticmethod
+    def _commit(state, found: Proposals) -> torch.BoolTensor:
+        """Steps 1.d and 1.e. Returns the rows `(batch,)` that took part."""
+        active = found.candidates.any(dim=1)
+        state.note_broken(found.broken & active)
 
         # 1.d. Commit what the rule keeps: by default the k most confident proposals, k from the block's schedule.
-        confidence = scores.confidence
-        if options.defer_eos:
-            scores = scores.defer(torch.isin(proposed, state.deferred))
-        committed = state.rule(candidates, scores, state.tokens_to_commit())
-        state.commit(window, state.hooks.complete(state, window, committed), proposed, confidence)
-        state.note_passes(passes, active)
+        scores = found.scores
+        if state.options.defer_eos:
+            scores = scores.defer(torch.isin(found.tokens, state.deferred))
+        committed = state.rule(found.candidates, scores, state.tokens_to_commit())
+        committed = state.hooks.complete(state, found.window, committed)
+        state.commit(found.window, committed, found.tokens, found.scores.confidence)
+        state.keep_for_drafts(found, active)
 
         # 1.e. Look for a stop sequence, and move on to the next block, or finish the row.
         state.hooks.close(state)
         state.find_stops()
         state.advance(active)
+        return active
 
     def _candidate_logits(self, state, window, candidates, each: ForwardPass, whole: bool = False) -> CandidateLogits:
         """Logits in at least float32 at the candidates of one pass.
@@ -345,7 +415,7 @@ class LLaDAMedVGenerationMixin:
         places = columns + prompt_length  # within the row
         wanted = window[rows] - first  # within what is run
         tail_mask = state.tail_mask(rows)
-        blank_embeds = inputs_embeds
+        contrast_embeds = inputs_embeds
         if not partial:
             prompt_places = torch.arange(prompt_length, device=rows.device).expand_as(prompt_mask)
             places = torch.cat([prompt_places, places], dim=1)
@@ -355,27 +425,39 @@ class LLaDAMedVGenerationMixin:
             inputs_embeds = torch.cat([state.prompt_embeds[rows], inputs_embeds], dim=1)
         wanted = wanted.clamp(0, places.shape[1] - 1)  # what is beyond is no candidate
         visible = torch.cat([prompt_mask, tail_mask], dim=1)
+        cached_rows = rows[:: each.versions]
         slots = state.slots(candidates, each)
         own, size = candidates[rows], window.shape[1]
         if state.packs:
             wanted = torch.zeros_like(places).scatter_add_(1, wanted, own.long()) > 0
-        cached_rows = rows
-        if options.cfg_scale > 0:
-            # The unconditional row has the same length, with a mask for every prompt token.
+        if state.sides == 2:
+            # The row to contrast with has the same length: neutral pictures, or a mask for every prompt token.
             if not partial:
-                blank_embeds = torch.cat([embed(prompt_places * 0 + state.mask_token_id), blank_embeds], dim=1)
-            inputs_embeds = torch.cat([inputs_embeds, blank_embeds])
+                blank = state.neutral_embeds[rows] if state.guides_by_image else None
+                blank = embed(prompt_places * 0 + state.mask_token_id) if blank is None else blank
+                contrast_embeds = torch.cat([blank, contrast_embeds], dim=1)
+            inputs_embeds = torch.cat([inputs_embeds, contrast_embeds])
             visible, position_ids, wanted, places = (
                 value.repeat(2, 1) for value in (visible, position_ids, wanted, places)
             )
-            cached_rows = torch.cat([rows, rows + len(state.canvas)])
+            cached_rows = torch.cat([cached_rows, cached_rows + len(state.canvas) // state.versions])
+        mask = None if each.attends_everywhere else visible[:, None, None]
+        if partial and each.versions > 1:
+            # The versions of a row share its states: they stand in one row and do not see each other.
+            mask = mask_of_versions(visible, places, each.versions)
+            if not state.packs:
+                behind = torch.arange(len(wanted), device=rows.device) % each.versions * places.shape[1]
+                wanted = wanted + behind[:, None]
+            inputs_embeds, position_ids, wanted = (
+                values.reshape(len(mask), -1, *values.shape[2:]) for values in (inputs_embeds, position_ids, wanted)
+            )
         cache = None
         if options.use_cache and not whole:
-            everywhere = places.shape[1] == state.cache.row_length
-            cache = state.cache.select(cached_rows, None if everywhere else places, partial)
+            everywhere = places.shape[1] == state.cache.current.row_length
+            cache = state.cache.select(cached_rows, None if everywhere else places, partial, each.versions)
         logits = self(
             inputs_embeds=inputs_embeds,
-            attention_mask=None if each.attends_everywhere else self._attention_mask(visible, inputs_embeds),
+            attention_mask=mask if mask is None else self._attention_mask(mask, inputs_embeds),
             position_ids=position_ids,
             cache=cache,
             logits_to_keep=wanted,
@@ -383,21 +465,25 @@ class LLaDAMedVGenerationMixin:
         ).logits.flatten(0, -2)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        if options.cfg_scale > 0:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + (options.cfg_scale + 1) * (conditional - unconditional)
+        conditional = None
+        if state.sides == 2:
+            conditional, contrast = logits.chunk(2)
+            scale = options.image_guidance_scale if state.guides_by_image else options.cfg_scale
+            logits = contrast + (scale + 1) * (conditional - contrast)
         row = rows[slots // size]
-        return CandidateLogits(row, row * size + slots % size, own.flatten()[slots], logits)
+        unguided = conditional if state.guides_by_image else None
+        return CandidateLogits(row, row * size + slots % size, own.flatten()[slots], logits, unguided)
 
     def _attention_mask(self, visible, inputs_embeds):
-        """The mask of a pass for `visible` `(rows, keys)`, in a form that the attention takes without looking at it."""
+        """The mask of a pass for `visible` `(rows, 1, queries or 1, keys)`, in a form that the attention takes without
+        looking at it."""
         implementation = self.model.language_model.config._attn_implementation
         if implementation == "sdpa":
-            return visible[:, None, None]
+            return visible
         if implementation == "eager":
             lowest = torch.finfo(inputs_embeds.dtype).min
-            return torch.zeros_like(visible, dtype=inputs_embeds.dtype).masked_fill(~visible, lowest)[:, None, None]
-        return visible.long()
+            return torch.zeros_like(visible, dtype=inputs_embeds.dtype).masked_fill(~visible, lowest)
+        return visible[:, 0, 0].long()
 
     def _process_logits(self, state, window, found: CandidateLogits) -> None:
         """Change the logits of what must not, or had better not, be proposed."""
@@ -419,6 +505,19 @@ class LLaDAMedVGenerationMixin:
         if options.no_repeat_ngram_size is not None:
             canvas = torch.where(committed, state.canvas, -1)
             ban_repeated_ngrams(found.logits, row, place, canvas, options.no_repeat_ngram_size)
+
+    @staticmethod
+    def _plausible_logits(options, found: CandidateLogits) -> torch.Tensor:
+        """The logits, after image guidance without what the picture itself makes implausible.
+
+        Source: visual contrastive decoding (arXiv 2311.16922), the adaptive plausibility constraint; what must not be
+        proposed does not count as the most probable token here.
+        """
+        if found.unguided is None or options.image_guidance_cutoff == 0:
+            return found.logits
+        unguided = found.unguided.masked_fill(found.logits == float("-inf"), float("-inf"))
+        least = unguided.amax(dim=-1, keepdim=True) + math.log(options.image_guidance_cutoff)
+        return found.logits.masked_fill(unguided < least, float("-inf"))
 
     @staticmethod
     def _propose(logits, temperature, needs=()):

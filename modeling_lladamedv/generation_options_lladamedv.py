@@ -104,8 +104,9 @@ def _number(
     role: str = "answer",
 ) -> GenerationOption:  # fmt: skip
     """A finite number above 0, or 0 itself with `zero`, of at most `most`."""
-    allowed = f"are numbers in (0, {most}]" if most < math.inf else "are finite numbers above 0"
-    allowed = "are finite numbers of at least 0" if zero else allowed
+    allowed = f"are finite numbers {'of at least' if zero else 'above'} 0"
+    if most < math.inf:
+        allowed = f"are numbers in {'[' if zero else '('}0, {most}]"
 
     def accepts(value: Any) -> bool:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -172,6 +173,20 @@ _TABLE = (
         "Strength of the classifier-free guidance `u + (cfg_scale + 1) * (c - u)`; 0 is off. It doubles the work.", 0.0,
         zero=True,
     ),
+    _number(
+        "image_guidance_scale",
+        "Strength g of the guidance by the picture `c + g * (c - n)`, n with each picture in its median colour and the "
+        "question as it is (visual contrastive decoding, arXiv 2311.16922, with that picture for its noisy one); 0 is "
+        "off. It doubles the work, needs a picture in each prompt, and excludes `cfg_scale`.",
+        0.0, zero=True,
+    ),
+    _number(
+        "image_guidance_cutoff",
+        "With `image_guidance_scale`: propose only tokens whose probability without guidance is at least this share of "
+        "the largest one that is allowed (the paper's β); 0 is off. Probabilities are then those among these tokens. "
+        "The choices of `infill` are not cut.",
+        0.1, zero=True, most=1,
+    ),
     _choice(
         "remasking", ("low_confidence", "random", "margin", "entropy"),
         'Which masked tokens stay masked at each step: those of the lowest probability (`"low_confidence"`), of the '
@@ -226,6 +241,14 @@ _TABLE = (
         "With `use_cache`: whether to measure the drift at every step, which costs a whole pass each, and to return "
         "it. The answer stays what it is without.",
         role="report",
+    ),
+    _count(
+        "speculation_depth",
+        "Verify up to this many further steps in a step's forward pass: the row is run beside the states that the "
+        "proposals of the pass before lead to. Answer, order and confidences stay what they are, in fewer passes, each "
+        "over more places: worth it where these are nearly free, on GPUs and with `use_cache`. For greedy decoding; "
+        "0 is off.",
+        least=0,
     ),
     GenerationOption(
         "compile_config", (),
@@ -284,6 +307,12 @@ _TABLE = (
         "Mark answers of a lower (calibrated) confidence as `abstained`; needs `return_dict_in_generate`. In (0, 1].",
         most=1, role="report",
     ),
+    _switch(
+        "output_image_reliance",
+        "Whether to return how much likelier the picture makes the answer: `image_reliance`; needs "
+        "`return_dict_in_generate`. Takes up to 510 rows of forward passes for each answer.",
+        role="report",
+    ),
     _switch("output_history", "Whether to return the canvas after every forward pass.", role="report"),
     _switch(
         "return_dict_in_generate",
@@ -335,10 +364,31 @@ def check_options(values: Mapping[str, Any]) -> None:
             "it must be None.", "schedule_shift",
             adaptive[0],
         )  # fmt: skip
+    if values["cfg_scale"] and values["image_guidance_scale"]:
+        raise GenerationOptionError(
+            f"`image_guidance_scale` is {values['image_guidance_scale']} and `cfg_scale` is {values['cfg_scale']}; "
+            "each contrasts the prompt with another one: only one may be above 0.",
+            "image_guidance_scale", "cfg_scale",
+        )  # fmt: skip
+    cutoff = values["image_guidance_cutoff"]
+    if cutoff != OPTIONS["image_guidance_cutoff"].default and not values["image_guidance_scale"]:
+        message = f"`image_guidance_cutoff` is {cutoff}, which is allowed with an `image_guidance_scale` above 0 only."
+        raise GenerationOptionError(message, "image_guidance_cutoff", "image_guidance_scale")
     for name in ("cache_implementation", "cache_refresh_interval", "cache_drift_bound", "output_cache_drift"):
         if values[name] and not values["use_cache"]:
             message = f"`{name}` is {values[name]!r}, which is allowed with use_cache=True only."
             raise GenerationOptionError(message, name, "use_cache")
+
+
+    for name in ("temperature", "cache_drift_bound", "output_cache_drift", "output_history"):
+        if values["speculation_depth"] and values[name]:
+            message = f"`speculation_depth` is {values['speculation_depth']}, which is not allowed with `{name}`."
+            raise GenerationOptionError(message, "speculation_depth", name)
+    if values["speculation_depth"] and values["remasking"] == "random":
+        raise GenerationOptionError(
+            "`speculation_depth` is not allowed with remasking='random', whose order cannot be foreseen.",
+            "speculation_depth", "remasking",
+        )  # fmt: skip
 
 
 def describe_options(indent: str = "") -> str:

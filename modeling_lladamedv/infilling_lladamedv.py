@@ -17,10 +17,12 @@ from .denoising_state_lladamedv import DenoisingState, StepHooks
 
 
 _BLANK = re.compile(r"\[\[\s*(\w+)\s*(?::\s*(\d+)\s*)?\]\]")
-# Options of `generate` that say how long an answer is or where it ends, which here the template does.
-_DECIDED_BY_TEMPLATE = (
+# Options of `generate` that say how long an answer is or where it ends, which here the template does, that are about
+# the one answer of a row, or that foresee steps, which a template's choices change.
+_NOT_TAKEN = (
     "max_new_tokens", "min_new_tokens", "initial_canvas_length", "grow_until_eos_confidence", "stop_strings",
-    "generation_suffix", "abstention_threshold", "return_dict_in_generate",
+    "generation_suffix", "abstention_threshold", "output_image_reliance", "return_dict_in_generate",
+    "speculation_depth",
 )  # fmt: skip
 
 
@@ -33,6 +35,8 @@ class LLaDAMedVInfillOutput(ModelOutput):
             Prompt and filled-in text, padded on the right.
         texts (`list[str]`): the filled-in template of each row.
         fields (`list[dict[str, str]]`): what stands in the blanks, by their names.
+        field_spans (`list[dict[str, tuple[int, int]]]`):
+            Where the blanks are, (start, end) in tokens of the filled-in text.
         field_confidence (`list[dict[str, float]]`):
             Geometric mean of the confidences that the blank's tokens were committed with, the one that ended it
             included; for a choice, the probability that it had among the allowed texts.
@@ -44,6 +48,7 @@ class LLaDAMedVInfillOutput(ModelOutput):
     sequences: torch.LongTensor = None
     texts: list[str] | None = None
     fields: list[dict[str, str]] | None = None
+    field_spans: list[dict[str, tuple[int, int]]] | None = None
     field_confidence: list[dict[str, float]] | None = None
     num_forwards: torch.LongTensor = None
     history: torch.LongTensor | None = None
@@ -190,15 +195,15 @@ class LLaDAMedVInfillingMixin:
                 empty, equal or hold a suppressed id, a block that cuts such a blank in two, or for the reasons of
                 `generate`.
         """
-        decided = sorted(set(kwargs) & set(_DECIDED_BY_TEMPLATE))
-        if decided:
-            raise ValueError(f"`{decided[0]}` is {kwargs[decided[0]]!r}, but the template decides it in `infill`.")
+        refused = sorted(set(kwargs) & set(_NOT_TAKEN))
+        if refused:
+            raise ValueError(f"`{refused[0]}` is {kwargs[refused[0]]!r}, which `infill` does not take.")
         ids, blanks = self._parse_template(template, tokenizer, choices or {})
         block_length = kwargs.pop("block_length", None) or len(ids)
         length = -(-len(ids) // block_length) * block_length
         kwargs["steps"] = kwargs.get("steps") or length
         kwargs = {
-            **dict.fromkeys(_DECIDED_BY_TEMPLATE),
+            **dict.fromkeys(_NOT_TAKEN),
             **kwargs,
             "max_new_tokens": length,
             "block_length": block_length,
@@ -222,17 +227,21 @@ class LLaDAMedVInfillingMixin:
         answers = [row[~gone] for row, gone in zip(state.canvas, state.absent)]
         padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=state.padding)
         lengths = hooks.length
-        fields, confidences = [{} for _ in range(batch)], [{} for _ in range(batch)]
+        fields, spans, confidences = ([{} for _ in range(batch)] for _ in range(3))
         for number, blank in enumerate(blanks):
             values = answer_confidence(state.commit_confidence[:, blank.start : blank.end], lengths[:, number] + 1)
             for row in range(batch):
-                own = state.canvas[row, blank.start : blank.start + int(lengths[row, number])]
+                width = int(lengths[row, number])
+                own = state.canvas[row, blank.start : blank.start + width]
+                start = int((~state.absent[row, : blank.start]).sum())
+                spans[row][blank.name] = (start, start + width)
                 fields[row][blank.name] = tokenizer.decode(own, skip_special_tokens=True).strip()
                 confidences[row][blank.name] = float(values[row])
         return LLaDAMedVInfillOutput(
             sequences=torch.cat([input_ids, padded], dim=1),
             texts=[tokenizer.decode(answer, skip_special_tokens=True) for answer in answers],
             fields=fields,
+            field_spans=spans,
             field_confidence=confidences,
             num_forwards=state.num_forwards,
             history=history,

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_lladamedv import LLaDAMedVConfig
 from .decoder_layer_lladamedv import LLaDAMedVLastDecoderLayer, positions_in_rows
+from .evidence_lladamedv import LLaDAMedVEvidenceMixin
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig
 from .generation_lladamedv import LLaDAMedVGenerationMixin
 from .infilling_lladamedv import LLaDAMedVInfillingMixin
@@ -206,6 +207,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         image_sizes: torch.LongTensor | None = None,
         batch_num_images: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
+        image_features: list[torch.FloatTensor | None] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode, project and lay out every image as a sequence of embeddings.
@@ -218,29 +220,39 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
                 alone in its prompt, as LLaVA-OneVision does; `None` means that each is.
             image_index (`(placeholders,)`, *optional*): which image stands at each placeholder of the batch, so that an
                 image that several prompts show is encoded once; by default one after the other.
+            image_features (list, *optional*): of each image what was made of it before, `(num_image_tokens, hidden)`,
+                or `None` for those that are to be encoded.
             kwargs: `output_hidden_states` and `output_attentions` of the vision tower, and `return_dict`.
 
         Returns:
             `BaseModelOutputWithPooling`. Its `pooler_output` is a list of `(num_image_tokens, hidden_size)`, one per
-            placeholder, its `last_hidden_state` what the vision tower sees, `(tiles, patches, vision width)`.
+            placeholder, its `last_hidden_state` what the vision tower sees, `(tiles, patches, vision width)`; `None` if
+            all features are given.
 
         Raises:
             ValueError: if the shapes do not fit each other or the config, or the model is text-only.
         """
-        grids = self._tile_grids(pixel_values, image_sizes, batch_num_images, image_index)
-        counts = [_count_tiles(grid) for grid in grids]
-        tiles = torch.cat([image[:count] for image, count in zip(pixel_values, counts)])
-        # A frozen tower keeps no activations, even where its inputs are made to require gradients (as PEFT does).
-        trained = any(weight.requires_grad for weight in self.vision_tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            outputs = self.vision_tower(tiles.to(self.dtype), return_dict=True, **kwargs)
-        features = self.multi_modal_projector(outputs.last_hidden_state)  # (tiles, patches, hidden)
-        sizes = image_sizes.tolist() if image_sizes is not None else [None] * len(counts)
-        images = [self._lay_out(*each) for each in zip(features.split(counts), grids, sizes)]
+        grids = self.tile_grids(pixel_values, image_sizes, batch_num_images, image_index)
+        images = [None] * len(grids) if image_features is None else [*image_features]
+        if len(images) != len(grids):
+            raise ValueError(f"`image_features` has {len(images)} entries for {len(grids)} images; each needs one.")
+        new = [number for number, image in enumerate(images) if image is None]
+        outputs = BaseModelOutputWithPooling()
+        if new:
+            counts = [_count_tiles(grids[number]) for number in new]
+            tiles = torch.cat([pixel_values[number, :count] for number, count in zip(new, counts)])
+            # A frozen tower keeps no activations, even where its inputs are made to require gradients (as PEFT does).
+            trained = any(weight.requires_grad for weight in self.vision_tower.parameters())
+            with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+                outputs = self.vision_tower(tiles.to(self.dtype), return_dict=True, **kwargs)
+            features = self.multi_modal_projector(outputs.last_hidden_state)  # (tiles, patches, hidden)
+            sizes = image_sizes.tolist() if image_sizes is not None else [None] * len(grids)
+            for number, part in zip(new, features.split(counts)):
+                images[number] = self._lay_out(part, grids[number], sizes[number])
         outputs.pooler_output = images if image_index is None else [images[number] for number in image_index.tolist()]
         return outputs
 
-    def _tile_grids(self, pixel_values, image_sizes, batch_num_images, image_index):
+    def tile_grids(self, pixel_values, image_sizes=None, batch_num_images=None, image_index=None):
         """Rows and columns of each image's tile grid, or `None` for an image of one tile; checks that all fits."""
         if self.config.text_only:
             raise ValueError("`pixel_values` is given, but this model is text-only: it has no vision tower.")
@@ -311,13 +323,10 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         image_sizes: torch.LongTensor | None = None,
         batch_num_images: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
-        image_features: list[torch.FloatTensor] | None = None,
+        image_features: list[torch.FloatTensor | None] | None = None,
         **kwargs,
     ) -> tuple[torch.FloatTensor, BaseModelOutputWithPooling | None]:
         """Token embeddings `(batch, sequence, hidden)` with the image features at the image tokens.
-
-        Args:
-            image_features: `pooler_output` of [`~LLaDAMedVModel.get_image_features`], in place of `pixel_values`.
 
         The other arguments are those of [`~LLaDAMedVModel.get_image_features`].
 
@@ -330,20 +339,17 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         is_image = input_ids == self.config.image_token_id  # (batch, sequence)
         embeddings = self.get_input_embeddings()(input_ids)
         num_tokens = int(is_image.sum())
-        images = None
-        if pixel_values is None and image_features is None:
+        if pixel_values is None:
             if num_tokens:
                 raise ValueError(
                     f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}) but `pixel_values` "
                     "is None: pass everything that the processor returned."
                 )
             return embeddings, None
-        if image_features is None:
-            images = self.get_image_features(
-                pixel_values, image_sizes, batch_num_images, image_index, return_dict=True, **kwargs
-            )
-            image_features = images.pooler_output
-        features = torch.cat(image_features).to(embeddings)
+        images = self.get_image_features(
+            pixel_values, image_sizes, batch_num_images, image_index, image_features, return_dict=True, **kwargs
+        )
+        features = torch.cat(images.pooler_output).to(embeddings)
         if num_tokens != len(features):
             raise ValueError(
                 f"`input_ids` holds {num_tokens} image tokens (id {self.config.image_token_id}), but the images make "
@@ -368,14 +374,15 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         query_positions: torch.LongTensor | None = None,
         cache: Cache | None = None,
         embeddings_only: bool = False,
-        image_features: list[torch.FloatTensor] | None = None,
+        image_features: list[torch.FloatTensor | None] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LLaDAMedVModelOutput:
         """One bidirectional pass.
 
         Args:
             input_ids (`(batch, sequence)`): tokens; give either these or `inputs_embeds`.
-            pixel_values, image_sizes, batch_num_images, image_index: see [`~LLaDAMedVModel.get_image_features`].
+            pixel_values, image_sizes, batch_num_images, image_index, image_features: see
+                [`~LLaDAMedVModel.get_image_features`].
             attention_mask (`(batch, sequence)`, *optional*): 1 for tokens, 0 for padding on either side.
             position_ids (`(batch, sequence)`, *optional*): by default a row's tokens are numbered from 0, its padding
                 left out, so that a row means the same alone and in any batch.
@@ -393,7 +400,6 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
             embeddings_only: return what [`~LLaDAMedVModel.get_multimodal_embeddings`] makes, as `last_hidden_state`
                 and `image_outputs`, and run no layer. Weights that accelerate has offloaded come back for a
                 forward pass only.
-            image_features: see [`~LLaDAMedVModel.get_multimodal_embeddings`].
 
         Returns:
             [`LLaDAMedVModelOutput`] with `last_hidden_state` `(batch, sequence, hidden)`, with `query_mask`
@@ -482,11 +488,13 @@ def _unpad(plane: torch.Tensor, original_height: int, original_width: int) -> to
 
 
 class LLaDAMedVForConditionalGeneration(
-    LLaDAMedVPreTrainedModel, LLaDAMedVGenerationMixin, LLaDAMedVInfillingMixin, LLaDAMedVScoringMixin, GenerationMixin
-):
+    LLaDAMedVPreTrainedModel, LLaDAMedVGenerationMixin, LLaDAMedVInfillingMixin, LLaDAMedVScoringMixin,
+    LLaDAMedVEvidenceMixin, GenerationMixin,
+):  # fmt: skip
     """LLaDA-MedV with its output layer, the denoising [`~LLaDAMedVGenerationMixin.generate`],
-    [`~LLaDAMedVInfillingMixin.infill`], which fills in templates, and [`~LLaDAMedVScoringMixin.score`], which says how
-    likely given answers are."""
+    [`~LLaDAMedVInfillingMixin.infill`], which fills in templates, [`~LLaDAMedVScoringMixin.score`], which says how
+    likely given answers are, and [`~LLaDAMedVEvidenceMixin.explain_image`], which says where in a picture they come
+    from."""
 
     generation_config_class = LLaDAMedVGenerationConfig
 

@@ -16,6 +16,9 @@ from transformers.utils import ModelOutput
 from .denoising_state_lladamedv import NOT_FINITE
 
 
+_POSITIONS = 2**14  # in a forward pass for image reliance
+
+
 @dataclass
 class LLaDAMedVScoreOutput(ModelOutput):
     """What `score` returns; `candidates` counts those of the row that has most, and rows with fewer are filled up.
@@ -106,26 +109,43 @@ class LLaDAMedVScoringMixin:
                 bounds = []
                 for end in ends:
                     ids = torch.tensor(answer + end, device=input_ids.device)
-                    exact = len(ids) <= max_exact_tokens
-                    masks = _all_masks(len(ids)) if exact else _random_masks(len(ids), num_samples, seed)
-                    values = self._masked_log_probability(prompt, ids, masks.to(input_ids.device), batch_size).cpu()
-                    if not values.isfinite().all():
-                        raise ValueError(
-                            f"The model's logits are not finite for candidate {place} of row {row}. {NOT_FINITE}"
-                        )
-                    sizes = masks.sum(dim=1)
-                    values = values * len(ids) / sizes
-                    if exact:
-                        # Every number of masks weighs the same, and within it every subset.
-                        subsets = torch.tensor([math.comb(len(ids), int(size)) for size in sizes])
-                        bounds.append(((values / subsets).sum() / len(ids), 0.0))
-                    else:
-                        bounds.append((values.mean(), values.std() / num_samples**0.5))
+                    bounds.append(self._bound([prompt], ids, batch_size, max_exact_tokens, num_samples, seed))
                 values, spread = torch.tensor(bounds, dtype=torch.float64).T  # (ends,)
+                if not values.isfinite().all():
+                    raise ValueError(
+                        f"The model's logits are not finite for candidate {place} of row {row}. {NOT_FINITE}"
+                    )
                 scores[row, place] = values.logsumexp(dim=0)
                 errors[row, place] = (values.softmax(dim=0) * spread).sum()
-                counts[row, place] = len(ids)
+                counts[row, place] = len(answer) + len(ends[0])
         return LLaDAMedVScoreOutput(log_likelihood=scores, standard_error=errors, num_tokens=counts)
+
+    def image_reliance(self, state) -> tuple[torch.DoubleTensor, torch.DoubleTensor]:
+        """How much likelier the pictures make the answers of rows that are finished, in nats, and its standard error,
+        both `(batch,)`; see [`LLaDAMedVGenerationOutput`]."""
+        batch = len(state.canvas)
+        found = torch.full((2, batch), math.nan, dtype=torch.float64, device=state.canvas.device)
+        for row, stop in enumerate(state.stop.tolist()):
+            ended = bool(torch.isin(state.canvas[row, stop : stop + 1], state.eos).any())
+            answer = state.canvas[row, : stop + ended]
+            shows = bool((state.prompt_ids[row] == self.config.image_token_id).any())
+            if shows and len(answer) and not bool((answer == state.mask_token_id).any()):
+                prompts = [each[row, state.prompt_mask[row]] for each in (state.prompt_embeds, state.neutral_embeds)]
+                rows = max(1, _POSITIONS // (len(prompts[0]) + len(answer)))
+                found[:, row] = torch.tensor(self._bound(prompts, answer, rows), dtype=torch.float64)
+        return found[0], found[1]
+
+    def _bound(self, prompts, answer, batch_size, max_exact_tokens=8, num_samples=128, seed=0) -> tuple[float, float]:
+        """The bound of an answer's ids behind a prompt's embeddings, and its standard error; for two prompts, of their
+        difference on the same masks."""
+        masks, weights = bound_masks(len(answer), max_exact_tokens, num_samples, seed)
+        parts = masks.to(answer.device).split(batch_size)
+        first, *others = (
+            torch.cat([self._masked_log_probability(prompt[None], answer, part) for part in parts]).cpu()
+            for prompt in prompts
+        )
+        values = (first - sum(others)) * weights
+        return float(values.sum()), 0.0 if len(answer) <= max_exact_tokens else float(values.std() * num_samples**0.5)
 
     def _ends(self) -> list[list[int]]:
         """The ids that may end an answer, each as a list, in ascending order; one empty list if there are none."""
@@ -143,46 +163,54 @@ class LLaDAMedVScoringMixin:
         rows = list(candidates) if nested else [candidates] * batch
         if len(rows) != batch:
             raise ValueError(f"`candidates` holds lists for {len(rows)} prompts; `input_ids` holds {batch}.")
-        prepared = []
-        for row in rows:
-            prepared.append([])
-            for candidate in row:
-                ids = candidate
-                if isinstance(candidate, str):
-                    if tokenizer is None:
-                        raise ValueError(f"`candidates` holds the text {candidate!r}; texts need `tokenizer`.")
-                    ids = tokenizer(candidate, add_special_tokens=False).input_ids
-                ids = ids.tolist() if isinstance(ids, (np.ndarray, torch.Tensor)) else ids
-                size = self.config.get_text_config().vocab_size
-                known = isinstance(ids, (list, tuple)) and ids and all(token in range(size) for token in ids)
-                if not known or self.config.mask_token_id in ids:
-                    raise ValueError(
-                        f"`candidates` holds {candidate!r}; allowed are non-empty answers of ids below {size} without "
-                        f"the mask token {self.config.mask_token_id}."
-                    )
-                prepared[-1].append([int(token) for token in ids])
-        return prepared
+        return [[self._answer_ids("candidates", candidate, tokenizer) for candidate in row] for row in rows]
 
-    def _masked_log_probability(self, prompt, answer, masks, batch_size) -> torch.DoubleTensor:
-        """Sum of the log-probabilities of the masked tokens, for each of `masks` `(masks, answer)`."""
-        embed = self.get_input_embeddings()
-        sums = []
-        for part in masks.split(batch_size):
-            ids = torch.where(part, self.config.mask_token_id, answer)  # (rows, answer)
-            embeds = torch.cat([prompt.expand(len(part), -1, -1), embed(ids)], dim=1)
-            keep = torch.nn.functional.pad(part, (len(prompt), 0))
-            # (masked tokens, vocabulary)
-            logits = self(inputs_embeds=embeds, logits_to_keep=keep, return_dict=True).logits
-            targets = answer.expand(len(part), -1)[part]
-            chosen = []
-            for values, target in zip(logits.split(8), targets.split(8)):  # a float64 copy of all would be large
-                values = values.double()
-                chosen.append(values.gather(-1, target[:, None])[:, 0] - values.logsumexp(dim=-1))
-            row = torch.arange(len(part), device=part.device)[:, None].expand_as(part)[part]
-            sums.append(
-                torch.zeros(len(part), dtype=torch.float64, device=part.device).index_add(0, row, torch.cat(chosen))
+    def _answer_ids(self, name: str, answer, tokenizer) -> list[int]:
+        """The ids of an answer, which the argument `name` holds."""
+        ids = answer
+        if isinstance(answer, str):
+            if tokenizer is None:
+                raise ValueError(f"`{name}` holds the text {answer!r}; texts need `tokenizer`.")
+            ids = tokenizer(answer, add_special_tokens=False).input_ids
+        ids = ids.tolist() if isinstance(ids, (np.ndarray, torch.Tensor)) else ids
+        size = self.config.get_text_config().vocab_size
+        known = isinstance(ids, (list, tuple)) and ids and all(token in range(size) for token in ids)
+        if not known or self.config.mask_token_id in ids:
+            raise ValueError(
+                f"`{name}` holds {answer!r}; allowed are non-empty answers of ids below {size} without the mask token "
+                f"{self.config.mask_token_id}."
             )
-        return torch.cat(sums)
+        return [int(token) for token in ids]
+
+    def _masked_log_probability(self, prompts, answer, masks) -> torch.DoubleTensor:
+        """Sum of the log-probabilities of the masked tokens of `answer`, for each row `(rows,)` of `masks`
+        `(rows, answer)` behind the same row of `prompts` `(rows or 1, prompt, hidden)`."""
+        embeds = self.get_input_embeddings()(torch.where(masks, self.config.mask_token_id, answer))
+        embeds = torch.cat([prompts.expand(len(masks), -1, -1), embeds], dim=1)
+        keep = torch.nn.functional.pad(masks, (prompts.shape[1], 0))
+        # (masked tokens, vocabulary)
+        logits = self(inputs_embeds=embeds, logits_to_keep=keep, return_dict=True).logits
+        targets = answer.expand(len(masks), -1)[masks]
+        chosen = []
+        for values, target in zip(logits.split(8), targets.split(8)):  # a float64 copy of all would be large
+            values = values.double()
+            chosen.append(values.gather(-1, target[:, None])[:, 0] - values.logsumexp(dim=-1))
+        row = torch.arange(len(masks), device=masks.device)[:, None].expand_as(masks)[masks]
+        sums = torch.zeros(len(masks), dtype=torch.float64, device=masks.device)
+        return sums.index_add(0, row, torch.cat(chosen))
+
+
+def bound_masks(length: int, max_exact: int, num_samples: int, seed: int) -> tuple[torch.BoolTensor, torch.Tensor]:
+    """The masks `(masks, length)` of the bound, and what the sum over each one's masked places weighs in it, in float64
+    `(masks,)`: every subset of up to `max_exact` places, `num_samples` draws of more."""
+    if length <= max_exact:
+        # Every number of masks weighs the same, and within it every subset.
+        masks = _all_masks(length)
+        return masks, torch.tensor(
+            [1 / (size * math.comb(length, size)) for size in masks.sum(dim=1).tolist()], dtype=torch.float64
+        )
+    masks = _random_masks(length, num_samples, seed)
+    return masks, length / masks.sum(dim=1).double() / num_samples
 
 
 def _all_masks(length: int) -> torch.BoolTensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
@@ -130,6 +130,7 @@ class PhantomExample:
         kind: one of `KINDS`, or `NEW_KIND`; closed answers are Yes, No, Axial or Coronal.
         topic: what is asked about, for example `"on_left"`.
         attributes: what was drawn.
+        lesions: the pixels of each lesion, at least half covered by it: bool `(count, image_size, image_size)`.
     """
 
     image: Image.Image
@@ -138,6 +139,7 @@ class PhantomExample:
     kind: str
     topic: str
     attributes: PhantomAttributes
+    lesions: np.ndarray = field(compare=False, repr=False)
 
     def messages(self) -> list[dict]:
         """The question as chat messages for `processor.apply_chat_template`."""
@@ -235,8 +237,9 @@ class PhantomVQA(Sequence):
             filler = _fill_in(topic, attributes, bool(of_question.integers(2)), of_question)
             wording = of_question.integers(2)
         question = _WORDINGS[topic][wording].format(x=filler)
-        image = draw_phantom(attributes, rng, self.image_size)
-        return PhantomExample(image, question, _answer(topic, attributes, filler), _KIND_OF[topic], topic, attributes)
+        image, lesions = _draw_phantom(attributes, rng, self.image_size)
+        answer = _answer(topic, attributes, filler)
+        return PhantomExample(image, question, answer, _KIND_OF[topic], topic, attributes, lesions)
 
 
 def sample_attributes(rng: np.random.Generator) -> PhantomAttributes:
@@ -328,6 +331,11 @@ def draw_phantom(attributes: PhantomAttributes, rng: np.random.Generator, image_
     Returns:
         An RGB `PIL.Image`.
     """
+    return _draw_phantom(attributes, rng, image_size)[0]
+
+
+def _draw_phantom(attributes, rng, image_size) -> tuple[Image.Image, np.ndarray]:
+    """The picture and the pixels of each lesion `(count, image_size, image_size)`."""
     scale = rng.uniform(0.94, 1.06)
     shift_x, shift_y = rng.uniform(-0.05, 0.05, 2).tolist()
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) * (2 / image_size) - 1
@@ -335,7 +343,8 @@ def draw_phantom(attributes: PhantomAttributes, rng: np.random.Generator, image_
     _DRAW[attributes.domain](canvas, attributes, rng)
     pixels = canvas.pixels * rng.uniform(0.88, 1.12) + rng.uniform(-0.04, 0.04)
     pixels = pixels + 0.03 * rng.standard_normal((*pixels.shape[:2], 1), dtype=np.float32)
-    return Image.fromarray((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8), "RGB")
+    image = Image.fromarray((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8), "RGB")
+    return image, np.array(canvas.coverages).reshape(-1, image_size, image_size) >= 0.5
 
 
 class _Canvas:
@@ -345,6 +354,7 @@ class _Canvas:
         self.x, self.y = np.broadcast_arrays(x, y)
         self.softness = image_size / 2  # a distance of one pixel is 1 after this factor
         self.pixels = np.zeros((image_size, image_size, 3), dtype=np.float32)
+        self.coverages = []  # of the lesions, each 0…1
 
     def inside(self, signed_distance):
         """Coverage 0…1 from a distance that is negative inside: a sigmoid about one pixel wide."""
@@ -387,7 +397,8 @@ class _Canvas:
                 distance = np.sqrt(dx**2 + dy**2)
                 ring = attributes.shape == "ring"
                 distance = np.abs(distance - 0.74 * radius) - 0.26 * radius if ring else distance - radius
-            self.paint(self.inside(distance), color)
+            self.coverages.append(self.inside(distance))
+            self.paint(self.coverages[-1], color)
 
 
 def _draw_chest_xray(canvas, attributes, rng):

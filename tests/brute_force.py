@@ -83,9 +83,16 @@ def would_repeat(canvas, place, token, size, mask):
     return any(run == other and i != j for i, run in own for j, other in runs)
 
 
+def median_picture(pixel_values):
+    """Pictures of one tile, each in the lower median of its channels."""
+    middle = pixel_values.flatten(3).sort(dim=3).values[..., (pixel_values[0, 0, 0].numel() - 1) // 2]
+    return middle[..., None, None].expand_as(pixel_values).clone()
+
+
 def denoise(
     model, prompt, pixel_values, length, block_length, steps, cfg_scale=0.0, suppressed=(), stops=(), suffix=(),
     choose=most_probable, adaptive=False, forward=None, initial=None, suffix_blocks=None, penalty=1.0, ngram=None,
+    image_guidance=0.0, cutoff=0.1,
 ):  # fmt: skip
     """Answer token ids, with the (step, position) order of commits.
 
@@ -117,6 +124,10 @@ def denoise(
                 blank = {"input_ids": torch.tensor([[mask] * start + row[start:]])}
                 free = model(**blank, position_ids=torch.tensor([positions])).logits[0].double()
                 logits = free + (cfg_scale + 1) * (logits - free)
+            unguided = logits[start:].clone()
+            if image_guidance:
+                grey = model(**inputs, pixel_values=median_picture(pixel_values)).logits[0].double()
+                logits = logits + image_guidance * (logits - grey)
             logits = logits[start:]
             for place in open_places:
                 if penalty != 1:
@@ -125,6 +136,12 @@ def denoise(
                     if would_repeat(canvas, place, token, ngram, mask):
                         logits[place, token] = -torch.inf
             logits[:, list(suppressed)] = -torch.inf
+            for place in open_places if image_guidance else ():
+                allowed = [token for token in range(logits.shape[1]) if logits[place, token] > -torch.inf]
+                most = max(unguided[place, token].exp() for token in allowed)
+                for token in allowed:
+                    if unguided[place, token].exp() < cutoff * most:
+                        logits[place, token] = -torch.inf
             probabilities = logits.softmax(-1)
             for place in choose({i: probabilities[i].tolist() for i in open_places}, quota):
                 canvas[place] = probabilities[place].argmax().item()
@@ -164,7 +181,9 @@ def published(model, prompt, pixel_values, options, **more):
         options.get("steps", options["max_new_tokens"]), options.get("cfg_scale", 0.0), options["suppress_tokens"],
         stops=stop_sequences(options), suffix=Words()(options.get("generation_suffix", "")).input_ids,
         initial=options.get("initial_canvas_length"), suffix_blocks=options.get("suffix_blocks"),
-        penalty=options.get("repetition_penalty", 1.0), ngram=options.get("no_repeat_ngram_size"), **more,
+        penalty=options.get("repetition_penalty", 1.0), ngram=options.get("no_repeat_ngram_size"),
+        image_guidance=options.get("image_guidance_scale", 0.0), cutoff=options.get("image_guidance_cutoff", 0.1),
+        **more,
     )  # fmt: skip
     return answer, sorted(commits), forwards
 

@@ -444,7 +444,7 @@ def test_an_abandoned_answer_stops(browser, shipped, example, picture, monkeypat
     assert gate.passes <= 4 + int(re.search(r"(\d+) forward passes", conversation)[1]), "more may have begun"
 
 
-def test_the_queue_is_bounded_and_the_model_runs_once_at_a_time(shipped, example, picture, monkeypatch, tmp_path):
+def test_questions_are_answered_side_by_side_and_the_queue_is_bounded(shipped, example, picture, monkeypatch, tmp_path):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     app = build_app(*shipped, queue_size=1, max_file_size=LIMIT)
     options = {"server_name": "127.0.0.1", "max_file_size": None}  # not Gradio's limit, but the app's own
@@ -452,20 +452,25 @@ def test_the_queue_is_bounded_and_the_model_runs_once_at_a_time(shipped, example
     try:
         (tmp_path / "large.bin").write_bytes(bytes(2 * LIMIT))
         assert "The file has 0.2 MB; allowed are 0.1 MB" in Browser(url).ask("What?", tmp_path / "large.bin")[-1][3]
-        tabs = [Browser(url) for _ in range(3)]
+        tabs = [Browser(url) for _ in range(10)]
         for tab in tabs:
             assert tab.ask("", picture)[-1][3] == ""
         gate = Gate(monkeypatch, shipped[0])
-        running = tabs[0].submit(example.question)
-        next(running)
-        waiting = tabs[1].submit(example.question)
+        running = [tab.submit(example.question) for tab in tabs[:7]]
+        short = tabs[7].submit(example.question, sliders=(8, 8, 2, 0))
+        for job in (*running, short):
+            next(job)
+        waiting = tabs[8].submit(example.question)
         until(lambda: waiting.status().queue_size)
         with pytest.raises(Exception, match="full"):
-            tabs[2].ask(example.question)
-        assert gate.passes == 0
+            tabs[9].ask(example.question)
+        gate.let(10)  # of both groups
+        until(short.done)
+        assert not any(job.done() for job in running)
         gate.let(1_000)
         expected = answer(*shipped, [example.messages()])
-        assert [answers(job.result()[2]) for job in (running, waiting)] == [expected, expected]
+        assert [answers(job.result()[2]) for job in (*running, waiting)] == [expected] * 8
+        assert gate.passes < 3 * 24, "they share passes"
     finally:
         app.close()
 

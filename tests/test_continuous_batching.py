@@ -21,9 +21,12 @@ OPTIONS = [
     {"use_cache": True, "cache_implementation": "prefix"},
     {"use_cache": True, "confidence_threshold": 0.02},
     {"cfg_scale": 1.5, "use_cache": True},
+    {"image_guidance_scale": 1.5, "use_cache": True, "output_image_reliance": True},
     {"initial_canvas_length": 4, "grow_until_eos_confidence": 0.02},
     {"use_cache": True, "cache_drift_bound": 0.001},
     {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "schedule_shift": 3.0},
+    {"speculation_depth": 2, "use_cache": True, "cache_refresh_interval": 3},
+    {"speculation_depth": 3, "confidence_threshold": 0.02},
 ]
 
 
@@ -62,7 +65,7 @@ def assert_alone(request, options):
     found, alone = request.future.result(timeout=0), MODEL.generate(**options)
     for name in ("sequences", "commit_step", "num_forwards", "num_full_forwards"):
         assert torch.equal(found[name], alone[name]), name
-    for name in ("commit_confidence", "answer_confidence"):
+    for name in ("commit_confidence", "answer_confidence", *found.keys() & {"image_reliance"}):
         torch.testing.assert_close(found[name], alone[name], atol=5e-5, rtol=0, equal_nan=True)
 
 
@@ -149,6 +152,39 @@ def test_pictures_are_encoded_once():
     small.submit(**arguments(0, (5,), 1, 4))
     small.step()
     assert small.stats()["image_cache_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("aspect_ratio", "tiles"), [("square", [1, 1, 1, 0, 0]), ("anyres_max_4", [5, 2, 1, 0, 0])], ids=str
+)
+def test_only_new_pictures_are_encoded(aspect_ratio, tiles):
+    """Anyres cuts a picture only where it is alone: what it is beside others is another thing."""
+    model, seen = tiny_model(aspect_ratio, seed=1), []
+    batch = ContinuousBatch(model)
+    pixels = torch.randn(3, tiles[0], 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+    def encoded(*pictures):
+        count = len(pictures)
+        images = {
+            "pixel_values": pixels[list(pictures)] if count == 1 else pixels[list(pictures), :1],
+            "image_sizes": torch.tensor([[64, 64]] * count), "batch_num_images": torch.tensor([count]),
+        }  # fmt: skip
+        num_tokens = sum(map(len, model.model.get_image_features(**images).pooler_output))
+        options = arguments(0, (5, 6), 1, 4) | images | {"input_ids": torch.tensor([[99] * num_tokens + [5, 6]])}
+        alone = model.generate(**options)
+        seen.clear()
+        request = batch.submit(**options)
+        while batch.step():
+            pass
+        assert torch.equal(request.future.result().sequences, alone.sequences)
+        found = request.future.result().commit_confidence
+        torch.testing.assert_close(found, alone.commit_confidence, atol=5e-5, rtol=0)
+        return sum(seen)
+
+    with model.model.vision_tower.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0]))):
+        assert [encoded(0), encoded(0, 1), encoded(1, 2), encoded(2, 0, 1), encoded(0)] == tiles
+    with pytest.raises(ValueError, match=r"`batch_num_images` is \[1, 1\]; of one prompt it has one entry"):
+        batch.submit(**arguments(0, (5,), 1, 4) | {"batch_num_images": torch.tensor([1, 1])})
 
 
 def test_a_prompt_that_cannot_be_answered_fails_alone():

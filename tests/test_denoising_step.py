@@ -38,6 +38,8 @@ MODES = {
     "dual": {"use_cache": True, "cache_implementation": "dual"},
     "prefix": {"use_cache": True, "cache_implementation": "prefix"},
     "guidance": {"cfg_scale": 1.5},
+    "image guidance": {"image_guidance_scale": 1.5},
+    "image guidance in a cache": {"image_guidance_scale": 1.5, "use_cache": True},
     "growth": {"initial_canvas_length": 4},
     "window": {"suffix_blocks": 1},
     "drift": {"use_cache": True, "output_cache_drift": True},
@@ -48,6 +50,7 @@ MODES = {
     "threshold": {"confidence_threshold": 0.9},
     "threshold in a cache": {"confidence_threshold": 0.9, "use_cache": True},
     "deferred": {"defer_eos": True, "eos_token_id": [7], "pad_token_id": 8},
+    "speculation": {"speculation_depth": 2, "use_cache": True, "cache_refresh_interval": 5},
 }
 
 
@@ -74,7 +77,8 @@ def test_a_step_makes_the_host_wait_at_most_once(mode, monkeypatch):
     more_waits, more_copies, more_passes = count(model, 16, monkeypatch, **options)
     steps = more_passes - passes
     assert steps > 1 and more_waits == waits
-    foreseen = not {"confidence_threshold", "output_cache_drift", "cache_drift_bound"} & set(options)
+    looked_at = {"confidence_threshold", "output_cache_drift", "cache_drift_bound", "speculation_depth"}
+    foreseen = not looked_at & set(options)
     assert more_copies - copies == (0 if foreseen else steps)
 
 
@@ -95,7 +99,34 @@ def test_fixed_shapes_say_the_same(mode):
     torch.testing.assert_close(*confidences, atol=5e-5, rtol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("options", "graphs"), [({}, 1), (MODES["dual"], 2)], ids=["exact", "dual"])
+@pytest.mark.parametrize("mode", sorted({*MODES} - {"temperature", "drift", "drift bound"}))
+@pytest.mark.parametrize("packs", [True, False])
+@torch.no_grad()
+def test_speculation_changes_nothing_but_the_number_of_passes(mode, packs):
+    """As a draft is its own row without a cache, and shares its row's states with one."""
+    model = tiny_model(seed=1)
+    model.packs_candidates = packs
+    options = {"max_new_tokens": 16, "block_length": 8, "steps": 16, "suppress_tokens": SUPPRESSED}
+    options |= {"return_dict_in_generate": True, "eos_token_id": [3], **MODES[mode]}
+    if "initial_canvas_length" in options:
+        options["initial_canvas_length"] = 8
+    plain, *others = [
+        model.generate(ROWS, pixel_values=PICTURES, **options | {"speculation_depth": depth}) for depth in (0, 1, 3)
+    ]
+    passes = [int(plain.num_forwards.sum())]
+    for output in others:
+        for name in ("sequences", "commit_step"):
+            assert torch.equal(plain[name], output[name]), name
+        torch.testing.assert_close(plain.commit_confidence, output.commit_confidence, atol=5e-5, rtol=0, equal_nan=True)
+        passes.append(int(output.num_forwards.sum()))
+    assert passes[0] > passes[1] >= passes[2] or options.get("cache_refresh_interval") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [({}, 1), (MODES["dual"], 2), ({**MODES["dual"], "speculation_depth": 2}, 2)],
+    ids=["exact", "dual", "speculation"],
+)
 @torch.no_grad()
 def test_rows_that_finish_compile_nothing(options, graphs):
     """One graph a shape, whole rows and blocks: neither the next block nor a row that ends needs another."""

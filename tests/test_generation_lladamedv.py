@@ -30,16 +30,20 @@ WAYS = [
     {"remasking": "margin"}, {"remasking": "entropy", "cfg_scale": 1.5}, {"confidence_threshold": 0.2},
     {"factor": 2.4, "generation_suffix": "30 31"}, {"entropy_bound": 3.0},
     {"entropy_bound": 3.0, "cfg_scale": 1.5, "generation_suffix": "30 31"},
+    {"image_guidance_scale": 1.0, "generation_suffix": "30 31"}, {"image_guidance_scale": 2.0, "remasking": "margin"},
+    {"image_guidance_scale": 0.5, "image_guidance_cutoff": 0.0, "entropy_bound": 3.0},
 ]  # fmt: skip
 # Each must change something.
 WINDOWS = [
     {"initial_canvas_length": 4}, {"initial_canvas_length": 8, "cfg_scale": 1.0}, {"suffix_blocks": 0},
     {"suffix_blocks": 1, "generation_suffix": "30 31"}, {"initial_canvas_length": 12, "suffix_blocks": 1},
     {"initial_canvas_length": 4, "cfg_scale": 1.0, "generation_suffix": "30 31"},
+    {"initial_canvas_length": 4, "image_guidance_scale": 1.0},
 ]  # fmt: skip
 REPETITION = [
     {"repetition_penalty": 1.7}, {"repetition_penalty": 0.6}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2},
     {"no_repeat_ngram_size": 3, "repetition_penalty": 0.5},
+    {"no_repeat_ngram_size": 1, "image_guidance_scale": 1.0, "image_guidance_cutoff": 0.2},
 ]  # fmt: skip
 GRID = [
     *itertools.product([(8, 8, 1), (8, 8, 5), (12, 4, 3), (12, 4, 6), (6, 2, 15)], WAYS),
@@ -60,6 +64,9 @@ def test_against_brute_force(model, lengths, options, ends):
         options["eos_token_id"] = [answer[int(share * lengths["max_new_tokens"])] for share in ends]
     output = generate(model, **options)
     assert generated(output, prompt) == published(model, prompt, PIXELS, options)
+    speculative = generate(model, speculation_depth=3, **options)
+    assert generated(speculative, prompt)[:2] == generated(output, prompt)[:2]
+    assert (speculative.num_forwards <= output.num_forwards).all()
     special = options.keys() & {*WINDOWS[0], *WINDOWS[2], *REPETITION[0], *REPETITION[2]}
     if special and not ends:
         plain = generate(model, **{name: value for name, value in options.items() if name not in special})
@@ -375,7 +382,7 @@ def test_only_the_window_is_run(model):
 # Compiled, and in half precision
 
 
-@pytest.mark.parametrize("cache", [{}, {"use_cache": True}])
+@pytest.mark.parametrize("cache", [{}, {"use_cache": True}, {"use_cache": True, "image_guidance_scale": 1.0}])
 @torch.no_grad()
 def test_compiled_once_for_all_blocks(cache):
     """Later blocks and later answers compile nothing more; the answer is the same."""
@@ -395,7 +402,7 @@ def test_compiled_once_for_all_blocks(cache):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("cache", [{}, {"use_cache": True}])
+@pytest.mark.parametrize("cache", [{}, {"use_cache": True}, {"use_cache": True, "image_guidance_scale": 1.0}])
 @torch.no_grad()
 def test_half_precision(dtype, cache):
     output = generate(tiny_model().to(dtype), max_new_tokens=12, block_length=4, **cache)

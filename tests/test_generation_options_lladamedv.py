@@ -77,6 +77,11 @@ CACHE, EIGHT, SIXTEEN = {"use_cache": True}, {"max_new_tokens": 8}, {"max_new_to
         ({"no_repeat_ngram_size": 2, "steps": 4, **EIGHT}, "and `steps` is 4: tokens that are committed"),
         ({"no_repeat_ngram_size": 2, "confidence_threshold": 0.9}, "and `confidence_threshold` is 0.9: tokens"),
         ({"abstention_threshold": 0.5, "return_dict_in_generate": False}, "needs return_dict_in_generate=True"),
+        ({"output_image_reliance": True, "return_dict_in_generate": False}, "needs return_dict_in_generate=True"),
+        ({"image_guidance_scale": 1, "cfg_scale": 0.5}, "`image_guidance_scale` is 1 and `cfg_scale` is 0.5; each"),
+        ({"image_guidance_cutoff": 0.2}, "`image_guidance_cutoff` is 0.2, which is allowed with an `image_guidance_sc"),
+        ({"image_guidance_scale": 1, "image_guidance_cutoff": 2}, r"allowed are numbers in \[0, 1\]"),
+        ({"image_guidance_scale": 1, "prompt": torch.tensor([[5]]), "pixel_values": None}, "a prompt has no picture"),
     ],
 )
 def test_bad_options_fail_before_the_first_forward(model, monkeypatch, options, message):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lladamedv import LLaDAMedVGenerationConfig
+from tests.brute_force import median_picture
 from tests.test_generation_lladamedv import PIXELS, PROMPT, SUPPRESSED, generate
 from tests.tiny import Words, image_prompt, tiny_model
 
@@ -100,15 +101,18 @@ def test_against_a_plain_loop(template, canvas, choices, per_step, end):
     fields, text, forwards = plain_infill(model, prompt, canvas, steps, ids, ends)
     output = infill(model, template, choices=choices, steps=steps, eos_token_id=ends or None)
     assert output.fields == [{name: Words().decode(values) for name, values in fields.items()}]
+    filled = output.sequences[0, prompt.shape[1] :]
+    assert {name: filled[start:end].tolist() for name, (start, end) in output.field_spans[0].items()} == fields
     assert output.sequences[0, prompt.shape[1] :].tolist() == text
     assert output.texts == [Words().decode(text)]
     assert output.num_forwards.tolist() == [forwards]
 
 
+@pytest.mark.parametrize("guidance", [{}, {"image_guidance_scale": 1.0}])
 @torch.no_grad()
-def test_the_suffix_is_a_special_case(model):
-    expected = generate(model, max_new_tokens=8, block_length=8, generation_suffix="30 31")
-    output = infill(model, "[[answer:8]] 30 31")
+def test_the_suffix_is_a_special_case(model, guidance):
+    expected = generate(model, max_new_tokens=8, block_length=8, generation_suffix="30 31", **guidance)
+    output = infill(model, "[[answer:8]] 30 31", **guidance)
     assert torch.equal(output.sequences, expected.sequences)
     values = list(output.field_confidence[0].values())
     assert values[0] == pytest.approx(expected.answer_confidence.item(), rel=1e-4)
@@ -128,14 +132,17 @@ def test_a_growing_canvas_of_the_model_is_left_out(model):
         model.generation_config = own
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.5])
 @torch.no_grad()
-def test_the_choice_of_one_token_is_the_more_probable(model):
-    """With one place, the probability of a choice is a softmax over the allowed tokens' logits."""
-    prompt = image_prompt(PROMPT)
-    logits = model(input_ids=torch.cat([prompt, torch.tensor([[98]])], dim=1), pixel_values=PIXELS).logits[0, -1]
+def test_the_choice_of_one_token_is_the_more_probable(model, scale):
+    """With one place, the probability of a choice is a softmax over the allowed tokens' logits, guided if asked for."""
+    row = torch.cat([image_prompt(PROMPT), torch.tensor([[98]])], dim=1)
+    logits, neutral = (model(row, pixel_values=each).logits[0, -1] for each in (PIXELS, median_picture(PIXELS)))
+    logits = logits + scale * (logits - neutral)
     allowed = [5, 9, 40]
     probability = logits[allowed].double().softmax(-1)
-    output = infill(model, "[[a]]", choices={"a": [str(token) for token in allowed]})
+    choices = {"a": [str(token) for token in allowed]}
+    output = infill(model, "[[a]]", choices=choices, image_guidance_scale=scale)
     assert output.fields == [{"a": str(allowed[int(probability.argmax())])}]
     assert output.field_confidence[0]["a"] == pytest.approx(probability.max().item(), abs=1e-5)
     assert output.num_forwards.tolist() == [1]
@@ -175,8 +182,8 @@ def test_temperature_draws_choices(model):
         ("[[a:2]]", {"choices": {"a": ["5 98"]}}, "that `suppress_tokens` does not allow: \\[98\\]"),
         ("1 2 3 [[a]]", {"choices": {"a": ["5 6"]}, "block_length": 4}, "the blank 'a' \\(tokens 3 to 4\\) in two"),
         ("[[a]]", {"choices": {"a": ["5 6"]}, "no_repeat_ngram_size": 2}, "not allowed with `choices`"),
-        ("[[a:2]]", {"max_new_tokens": 8}, "`max_new_tokens` is 8, but the template decides it"),
-        ("[[a:2]]", {"stop_strings": ["5"]}, "`stop_strings` is \\['5'\\], but the template decides it"),
+        ("[[a:2]]", {"max_new_tokens": 8}, "`max_new_tokens` is 8, which `infill` does not take"),
+        ("[[a:2]]", {"stop_strings": ["5"]}, "`stop_strings` is \\['5'\\], which `infill` does not take"),
         ("[[a:2]]", {"gen_length": 8}, "Unknown generation arguments \\['gen_length'\\]"),
         ("[[a:600]]", {}, "need 619 positions; the model's context allows 512"),
     ],

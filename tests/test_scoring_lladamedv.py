@@ -5,18 +5,23 @@ import itertools
 import pytest
 import torch
 
-from tests.test_generation_lladamedv import PIXELS, PROMPT
+from tests.brute_force import median_picture
+from tests.test_generation_lladamedv import PIXELS, PROMPT, generate
 from tests.tiny import Words, image_prompt
 
 
 MASK = 98
 
 
-def over_all_orders(model, prompt, pixel_values, answer):
-    """Mean over all orders of the sum of log p(token | tokens revealed before): the bound, said the other way."""
+def over_all_orders(model, prompt, pixel_values, answer, places=None):
+    """Mean over all orders of the sum of log p(token | tokens revealed before): the bound, said the other way.
+
+    With `places`, of these tokens of the answer, with the others given.
+    """
     totals = []
-    for order in itertools.permutations(range(len(answer))):
-        canvas, total = [MASK] * len(answer), 0.0
+    places = range(len(answer)) if places is None else places
+    for order in itertools.permutations(places):
+        canvas, total = [MASK if place in places else token for place, token in enumerate(answer)], 0.0
         for place in order:
             ids = torch.tensor([[*prompt[0].tolist(), *canvas]])
             logits = model(input_ids=ids, pixel_values=pixel_values).logits[0, prompt.shape[1] + place].double()
@@ -147,3 +152,41 @@ def test_bad_input(model, monkeypatch, candidates, options, message):
     monkeypatch.setattr(model.model, "forward", None)
     with pytest.raises(ValueError, match=message):
         model.score(image_prompt(PROMPT), candidates, pixel_values=PIXELS, **options)
+
+
+@pytest.mark.parametrize("length", [4, 12])
+@torch.no_grad()
+def test_image_reliance_is_the_difference_of_two_scores(model, length):
+    """Of answers with and without an end in them, behind pictures and behind their medians."""
+    texts = [(5, 6, 7), (8,)]
+    width = image_prompt(texts[0]).shape[1]
+    prompts = [torch.nn.functional.pad(image_prompt(text), (width - 16 - len(text), 0), value=91) for text in texts]
+    mask = torch.tensor([[1] * width, [0, 0] + [1] * (width - 2)])
+    pixels = torch.cat([PIXELS, -0.5 * PIXELS + 0.1])
+    options = {"max_new_tokens": length, "block_length": length, "attention_mask": mask, "output_image_reliance": True}
+    free = generate(model, torch.cat(prompts), pixels, **options)
+    ends = [int(free.sequences[1, width + length // 2])]
+    for end in (None, ends):
+        output = generate(model, torch.cat(prompts), pixels, **options, eos_token_id=end)
+        stops = (output.tokens_per_forward * output.num_forwards).round().long().tolist()
+        assert end is None or stops[1] <= length // 2
+        for row, text in enumerate(texts):
+            answer = output.sequences[row, width : width + stops[row]].tolist() + (ends if stops[row] < length else [])
+            with_, without = (
+                model.score(image_prompt(text), [answer], pixel_values=each[row : row + 1], append_eos=False)
+                for each in (pixels, median_picture(pixels))
+            )
+            expected = with_.log_likelihood - without.log_likelihood
+            assert output.image_reliance[row].item() == pytest.approx(expected.item(), abs=1e-3)
+            drawn = len(answer) > 8
+            assert (output.image_reliance_error[row] > 0) == drawn
+            # The masks are the same, so that the difference is known better than both.
+            assert not drawn or output.image_reliance_error[row] < with_.standard_error + without.standard_error
+
+
+@torch.no_grad()
+def test_nothing_to_rely_on(model):
+    options = {"max_new_tokens": 4, "block_length": 4, "output_image_reliance": True}
+    assert generate(model, torch.tensor([[5, 6]]), None, **options).image_reliance.isnan().all()
+    neutral = generate(model, image_prompt(PROMPT), median_picture(PIXELS), **options)
+    assert neutral.image_reliance.tolist() == [0] and generate(model, max_new_tokens=4).image_reliance is None

@@ -19,6 +19,7 @@ from .vqa_normalization import normalize_answer
 
 
 ANSWER_TYPES = ("open", "closed")
+HEADLINES = {"closed": "closed_accuracy", "open": "open_recall"}
 POLARITY = ("yes", "no")
 _TRUTH_VALUES = {"true": "yes", "false": "no"}
 

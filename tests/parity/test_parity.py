@@ -185,7 +185,7 @@ def check_logits(model, name, case):
     torch.testing.assert_close(logits.double().logsumexp(-1)[valid], data[f"{case}.logsumexp"][valid], **close)
 
 
-def run_scenario(model, name, scenario, monkeypatch):
+def run_scenario(model, name, scenario, monkeypatch, **options):
     everything = numbers(name, "generate")
     recorded = everything["scenarios"][scenario]
     arguments = dict(recorded["args"])
@@ -207,7 +207,7 @@ def run_scenario(model, name, scenario, monkeypatch):
         arguments["generation_suffix"] = Words().decode(everything["suffix_ids"])
     arguments["stop_strings"] = [Words().decode(stop) for stop in recorded["stop_token_ids"] or ()]
     arguments |= {"suppress_tokens": suppressed, "eos_token_id": None, "return_dict_in_generate": True}
-    output = model.generate(ids, **inputs, **arguments, tokenizer=Words())
+    output = model.generate(ids, **inputs, **arguments, **options, tokenizer=Words())
     return recorded, ids, output
 
 
@@ -236,6 +236,15 @@ def test_generate(models, name, scenario, monkeypatch):
     if recorded["args"].get("generation_suffix") is None:
         canvas = output.sequences[0, ids.shape[1] :].tolist()
         assert all(canvas[place] == token for place, (_, token, _) in last.items() if place < len(canvas))
+    if recorded["args"].get("remasking") == "random" or recorded["args"].get("temperature"):
+        return
+    for depth in (1, 4):  # the same in fewer passes
+        _, _, speculative = run_scenario(models[name], name, scenario, monkeypatch, speculation_depth=depth)
+        assert torch.equal(speculative.sequences, output.sequences)
+        assert torch.equal(speculative.commit_step, output.commit_step)
+        confidences = speculative.commit_confidence, output.commit_confidence
+        torch.testing.assert_close(*confidences, atol=5e-5, rtol=0, equal_nan=True)
+        assert (speculative.num_forwards <= output.num_forwards).all()
 
 
 def ids_of(processor, chat, template, **options):

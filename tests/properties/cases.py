@@ -240,6 +240,8 @@ def generation_cases(
     spec = draw(model_specs(attention=attention))
     batch = draw(st.lists(prompts(spec.kind), min_size=rows[0], max_size=rows[1]))
     options = draw(generation_options(sampled, ends, masks, cached))
+    if all(prompt.images for prompt in batch) and draw(st.booleans()):
+        options["image_guidance_scale"] = options.pop("cfg_scale")
     if ends and draw(st.booleans()):
         endless = {name: value for name, value in options.items() if name not in END_OPTIONS} | {"temperature": 0.0}
         output, _ = generate(spec, batch[:1], endless)

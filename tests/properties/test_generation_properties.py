@@ -307,6 +307,7 @@ def test_the_published_loop(case, stop):
     spec, batch, options = case
     options = {name: value for name, value in options.items() if "cache" not in name and name != "schedule_shift"}
     options |= {} if stop is None else {"stop_strings": stop}
+    options["cfg_scale"] = options.pop("image_guidance_scale", 0.0) or options.get("cfg_scale", 0.0)
     options["suppress_tokens"] = [*options.get("suppress_tokens", [MASK]), IMAGE]  # the loop would look for its picture
     output, inputs = generate(spec, batch, options)
     choose, _ = rule_of(options)
