@@ -25,7 +25,7 @@ from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_json
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets.columns import squash
 
-from .answering import candidate_probabilities, encode_chat, question_about
+from .answering import candidate_probabilities, encode_chats, question_about
 from .conformal import fewest_pictures, promised
 from .run_settings import model_fingerprint
 from .runs import replace_file
@@ -312,7 +312,7 @@ def answer_set(
     if group is not None and calibration.group_by is None:
         raise ValueError(f"`group` is {group!r}, but the model's calibration has no groups.")
     candidates = calibration.list_of(candidates)
-    inputs = encode_chat(model, processor, question_about(image, question))
+    inputs = encode_chats(model, processor, [question_about(image, question)])
     probabilities = candidate_probabilities(model, processor, inputs, candidates)[0].tolist()
     answers, group, notes = calibration.choose(candidates, probabilities, group)
     dtype = str(model.dtype).removeprefix("torch.")

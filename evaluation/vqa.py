@@ -29,7 +29,7 @@ from .answering import (
     answer_batch,
     candidate_probabilities,
     device_name,
-    encode_chat,
+    encode_chats,
     open_image,
     question_about,
 )
@@ -187,7 +187,7 @@ def _answer_rows(model, processor, rows: list[dict], options: dict, scoring: str
 def _likelier(model, processor, chat: list[dict]) -> Answer:
     """The likelier of yes and no, and its probability among the two."""
     started = time.perf_counter()
-    inputs = encode_chat(model, processor, chat)
+    inputs = encode_chats(model, processor, [chat])
     probabilities, scores = candidate_probabilities(model, processor, inputs, POLARITY)
     place = int(probabilities.argmax())
     # All subsets of an answer's tokens are masked once, each in a row of its own.
