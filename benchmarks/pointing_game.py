@@ -29,6 +29,7 @@ from lladamedv.demo import DEMO_MODEL, HELD_OUT_SEED, load_model
 from lladamedv.evaluation.answering import question_about
 from lladamedv.modeling_lladamedv.evidence_lladamedv import METHODS
 from lladamedv.processing.datasets import load_vqa
+from lladamedv.processing.datasets.readers import undecoded
 from lladamedv.processing.phantoms import PhantomVQA
 
 
@@ -64,7 +65,7 @@ def slake_items(folder: Path, split: str) -> Iterator[Item]:
         ValueError: for a box that leaves the picture.
     """
     rows, _ = load_vqa("slake", split, path=folder)
-    for row in rows:
+    for row in undecoded(rows):
         place = Path(row["image"]["path"]).parent
         boxes = defaultdict(list)
         for entry in json.loads((place / "detection.json").read_text()):

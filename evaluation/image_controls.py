@@ -18,7 +18,7 @@ from PIL import Image
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 
-from .answering import encode_chat, open_image, question_about
+from .answering import encode_chats, open_image, question_about
 from .medical_vqa.medical_vqa import ANSWER_TYPES, HEADLINES, normalize_answer, score_closed, score_open
 from .reports import interval_of_mean, markdown_table
 
@@ -77,7 +77,7 @@ class ControlPictures:
         likelihoods = []
         for each in (row, self.replace("blank", row)):
             chat = question_about(open_image(self._processor, each["image"], row["id"]), row["question"])
-            inputs = encode_chat(model, self._processor, chat)
+            inputs = encode_chats(model, self._processor, [chat])
             candidates = [answer, answer.capitalize()]
             scores = model.score(**inputs, candidates=candidates, tokenizer=self._processor.tokenizer)
             likelihoods.append(float(scores.log_likelihood.logsumexp(dim=1)))

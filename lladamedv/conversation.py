@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from lladamedv.evaluation.answer_sets import picture_warning
-from lladamedv.evaluation.answering import question_about
+from lladamedv.evaluation.answering import encode_chats, question_about
 from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
 from lladamedv.modeling_lladamedv.generation_lladamedv import LLaDAMedVGenerationOutput
@@ -212,10 +212,7 @@ def _ask(model, processor, image, question, turns, options) -> dict:
         {"role": ("user", "assistant")[index % 2], "content": [{"type": "text", "text": text}]}
         for index, text in enumerate(texts)
     ]
-    inputs = processor.apply_chat_template(
-        [question_about(image, texts[0]) + later[1:]], add_generation_prompt=True, tokenize=True, return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)  # fmt: skip
+    inputs = encode_chats(model, processor, [question_about(image, texts[0]) + later[1:]])
     return {**inputs, "tokenizer": processor.tokenizer, **options, "return_dict_in_generate": True}
 
 

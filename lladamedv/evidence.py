@@ -11,24 +11,35 @@ FOR, AGAINST = "#d55e00", "#0072b2"
 _OPACITY, _SIDE, _LINE = 0.65, 384, 18
 
 
-def evidence_legend(values: np.ndarray) -> dict[str, str]:
-    """What the two colours say, by colour, for a map `(rows, columns)` of `explain_image`, in nats."""
-    high, low = max(0.0, float(values.max())), max(0.0, float(-values.min()))
-    return {
-        FOR: f"hiding this makes the answer less likely, by up to {high:.2f} nats",
-        AGAINST: f"hiding this makes the answer more likely, by up to {low:.2f} nats",
-    }
+def evidence_legend(values, whole_fall: float | None = None) -> list[tuple[str | None, str]]:
+    """Colours and what they say, and without a colour how much all of the picture matters.
+
+    Args:
+        values: a map `(rows, columns)` of `explain_image`, an array or tensor.
+        whole_fall: that of the same picture and span, if it is known.
+    """
+    values = np.asarray(values)
+    said = [
+        (FOR, f"hiding this makes the answer less likely, by up to {max(0.0, values.max()):.2f} nats"),
+        (AGAINST, f"hiding this makes the answer more likely, by up to {max(0.0, -values.min()):.2f} nats"),
+    ]
+    if whole_fall is not None:
+        direction = "less" if whole_fall >= 0 else "more"
+        said.append((None, f"hiding the whole picture makes it {direction} likely, by {abs(whole_fall):.2f} nats"))
+    return said
 
 
-def draw_evidence(image: Image.Image, values, *, least: float = 0.1, legend: bool = True) -> Image.Image:
+def draw_evidence(
+    image: Image.Image, values, whole_fall: float | None = None, *, least: float = 0.1, legend: bool = True
+) -> Image.Image:
     """Lay a map over its picture: orange where hiding a cell makes the answer less likely, blue where more likely.
 
     Args:
         image: the picture, at its own size; small ones are enlarged to 384 pixels on the longer side.
-        values: a map `(rows, columns)` of `explain_image`, an array or tensor.
+        values, whole_fall: see [`evidence_legend`].
         least: of the values for which full colour may stand, so that a map of nearly nothing looks like nothing. Full
             colour is the largest value by amount, if that is more.
-        legend: whether two lines below the picture say what the colours mean.
+        legend: whether lines below the picture say what the colours mean.
 
     Returns:
         An RGB `PIL.Image`.
@@ -46,14 +57,15 @@ def draw_evidence(image: Image.Image, values, *, least: float = 0.1, legend: boo
     drawn = Image.fromarray(mixed.round().astype(np.uint8))
     if not legend:
         return drawn
-    lines, font = evidence_legend(values), ImageFont.load_default(12)
-    width = max(size[0], *(int(font.getlength(line)) + 34 for line in lines.values()))
+    lines, font = evidence_legend(values, whole_fall), ImageFont.load_default(12)
+    width = max(size[0], *(int(font.getlength(line)) + 34 for _, line in lines))
     sheet = Image.new("RGB", (width, size[1] + _LINE * len(lines) + 8), "white")
     sheet.paste(drawn)
     pen = ImageDraw.Draw(sheet)
-    for number, (colour, line) in enumerate(lines.items()):
+    for number, (colour, line) in enumerate(lines):
         y = size[1] + 6 + _LINE * number
-        pen.rectangle((6, y, 20, y + 12), fill=colour)
+        if colour is not None:
+            pen.rectangle((6, y, 20, y + 12), fill=colour)
         pen.text((28, y + 6), line, fill="#1b2430", font=font, anchor="lm")
     return sheet
 

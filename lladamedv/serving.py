@@ -44,6 +44,7 @@ except ImportError as error:
     raise ImportError('The server needs libraries of its own: pip install "lladamedv[serve]".') from error
 
 from lladamedv.evaluation.answer_sets import picture_warning
+from lladamedv.evaluation.answering import encode_chats
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch, PositionsError
 from lladamedv.modeling_lladamedv.generation_options_lladamedv import GenerationOptionError
@@ -146,9 +147,7 @@ class _Answer:
             return
         with desk.preparing:
             processor = desk.own_processor
-            inputs = processor.apply_chat_template(
-                [question.chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            ).to(desk.model.device)
+            inputs = encode_chats(desk.model, processor, [question.chat])
             question.chat.clear()  # images may be large
             self._check_length(inputs["input_ids"].shape[1], processor.tokenizer)
             if warning := picture_warning(desk.model, inputs.get("pixel_values")):

@@ -1,20 +1,18 @@
 """Where in its pictures an answer comes from: how much its likelihood falls when a region is hidden.
 
 Occlusion (Zeiler and Fergus, arXiv 1311.2901, section 4.2) hides pixels and runs the vision tower again, because the
-features of a patch hold what stands around it. Gradient times input (Shrikumar et al., arXiv 1605.01713) is the cheap
-first-order answer to the same question.
+features of a patch hold what stands around it. Gradient times input (Shrikumar et al., arXiv 1605.01713) of the pixels
+is the cheap first-order answer to the same question; that of the features points elsewhere, for the same reason.
 """
 
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from transformers.image_processing_utils import get_patch_output_size
-from transformers.image_utils import ChannelDimension
 from transformers.utils import ModelOutput, logging
 
 from .denoising_state_lladamedv import NOT_FINITE
+from .hidden_regions_lladamedv import WHOLE, hide_regions, inside, median_colour, picture_views
 from .scoring_lladamedv import bound_masks
 
 
@@ -32,81 +30,18 @@ class LLaDAMedVEvidenceOutput(ModelOutput):
             negative where it makes it more likely, in nats for `method="occlusion"`.
         log_likelihood (`torch.DoubleTensor` of shape `(spans,)`):
             The bound on the log-likelihood of each span with the whole pictures, in nats, as of `score`.
+        whole_fall (`torch.DoubleTensor` of shape `(pictures, spans)`, *optional*):
+            How much that falls when all of a picture is hidden, for `method="occlusion"`. Where this is small, too, the
+            answer hardly depends on the picture; where only the map is, what speaks for it is all over the picture.
         answer (`torch.LongTensor` of shape `(tokens,)`): the answer that is explained, without its end.
         num_rows (`int`): rows that the language model ran.
     """
 
     maps: list[torch.DoubleTensor] = None
     log_likelihood: torch.DoubleTensor = None
+    whole_fall: torch.DoubleTensor | None = None
     answer: torch.LongTensor = None
     num_rows: int = None
-
-
-@dataclass(frozen=True)
-class PictureView:
-    """A picture as the vision tower sees it: it takes `box` (top, left, bottom, right), in pixels, of a plane of `rows`
-    by `columns` tiles of `side` pixels, of which tile `first` is the first."""
-
-    first: int
-    rows: int
-    columns: int
-    side: int
-    box: tuple[float, float, float, float]
-
-    @property
-    def tiles(self) -> slice:
-        return slice(self.first, self.first + self.rows * self.columns)
-
-
-def picture_views(config, size: tuple[int, int] | None, grid: tuple[int, int] | None) -> list[PictureView]:
-    """Where the image processor puts a picture of `size` (height, width), which may be `None` where it is stretched to
-    one tile; `grid` is that of its tiles, if it has one."""
-    side = config.vision_config.image_size
-    whole = PictureView(0, 1, 1, side, (0, 0, side, side))
-    if grid is not None:
-        rows, columns = grid
-        target = (rows * side, columns * side)
-        height, width = get_patch_output_size(np.empty((1, *size)), target, ChannelDimension.FIRST)
-        top, left = (target[0] - height) // 2, (target[1] - width) // 2
-        return [whole, PictureView(1, rows, columns, side, (top, left, top + height, left + width))]
-    if config.vision_aspect_ratio == "square":
-        return [whole]
-    longest = max(size)
-    top, left = ((longest - edge) // 2 for edge in size)
-    box = tuple(edge * side / longest for edge in (top, left, top + size[0], left + size[1]))
-    return [PictureView(0, 1, 1, side, box)]
-
-
-def hide_regions(tiles: torch.Tensor, views: list[PictureView], regions: torch.Tensor) -> torch.Tensor:
-    """A picture with each of `regions` hidden: its pixels take the picture's median colour in every tile that shows it.
-
-    Args:
-        tiles: those of the picture, `(tiles, 3, side, side)`.
-        views: of the picture.
-        regions: `(regions, 4)`, (top, left, bottom, right) in fractions of the picture, float64.
-
-    Returns:
-        `(regions, tiles, 3, side, side)`.
-    """
-    top, left, bottom, right = (round(edge) for edge in views[0].box)
-    colour = tiles[0, :, top:bottom, left:right].flatten(1).median(dim=1).values[:, None, None]
-    hidden = tiles.repeat(len(regions), 1, 1, 1, 1)
-    for view in views:
-        top, left, bottom, right = view.box
-        edges = regions * torch.tensor([bottom - top, right - left] * 2) + torch.tensor([top, left] * 2)
-        inside = _inside(edges.round(), view.rows * view.side, view.columns * view.side).to(tiles.device)
-        # (regions, height, width) -> (regions, tiles, 1, side, side)
-        inside = inside.view(len(regions), view.rows, view.side, view.columns, view.side).transpose(2, 3)
-        inside = inside.flatten(1, 2)[:, :, None]
-        hidden[:, view.tiles] = torch.where(inside, colour, hidden[:, view.tiles])
-    return hidden
-
-
-def _inside(boxes: torch.Tensor, height: int, width: int) -> torch.BoolTensor:
-    """Which places of a plane lie in each of `boxes` (top, left, bottom, right), `(boxes, height, width)`."""
-    top, left, bottom, right = boxes.T[:, :, None]
-    y, x = torch.arange(height), torch.arange(width)
-    return ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]
 
 
 class LLaDAMedVEvidenceMixin:
@@ -138,8 +73,9 @@ class LLaDAMedVEvidenceMixin:
         ```
         1. Lay the answer behind the prompt, its end after it, and choose the masks of the likelihood's bound.
         2. Compute the log-likelihood with the whole pictures.
-        3. In each picture, hide windows of about a third of its shorter side that overlap by half, one at a time; then
-           windows of half the size where the map is strongest, and so on down to single cells, as the rows suffice.
+        3. Hide each picture as a whole; then windows of it of about a third of its shorter side that overlap by half,
+           one at a time; then windows of half the size where the map is strongest, and so on down to single cells, as
+           the rows suffice.
         4. A window's value is the fall of the log-likelihood; a cell's the mean over the windows of one size that cover
            it, added up over the sizes.
         ```
@@ -151,8 +87,8 @@ class LLaDAMedVEvidenceMixin:
             attention_mask (`(1, prompt)`, *optional*): 1 for tokens, 0 for padding.
             pixel_values, image_sizes, batch_num_images: as the processor returns them.
             tokenizer: turns a text into ids.
-            method: `"occlusion"`, or `"gradient"` for gradient times (feature - mean feature of the picture), which
-                takes one backward pass for each span and is less exact.
+            method: `"occlusion"`, or `"gradient"` for gradient times (pixel - median colour), which takes one backward
+                pass for each span: how the likelihood begins to fall as a cell fades, in steps 2 and 4.
             spans: (start, end) of tokens of the answer; each gets a map of its own, with the rest of the answer given.
                 By default the whole answer. Of a filled template, those of `infill`'s `field_spans`.
             append_eos: whether the answer's end stands behind it. It is given, not scored: how long an answer is says
@@ -192,11 +128,8 @@ class LLaDAMedVEvidenceMixin:
                 "less exact than in float32."
             )
         images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
-        grids = self.model.tile_grids(**images, image_index=None)
-        if image_sizes is None and self.config.vision_aspect_ratio != "square":
-            raise ValueError("`image_sizes` is None; where a padded picture lies in its tile depends on its size.")
-        sizes = [None] * len(grids) if image_sizes is None else image_sizes.tolist()
-        views = [picture_views(self.config, *each) for each in zip(sizes, grids)]
+        views = picture_views(self.model, **images)
+        sizes = [None] * len(views) if image_sizes is None else image_sizes.tolist()
         patches = self.config.vision_config.image_size // self.config.vision_config.patch_size
         shapes = [_map_shape(size, cells or patches) for size in sizes]
 
@@ -208,39 +141,44 @@ class LLaDAMedVEvidenceMixin:
         whole = ids + (self._ends()[0] if append_eos else [])
         self._check_context(attention_mask, f"the answer ({len(whole)} tokens)", len(whole))
         masks, weights = _span_masks(spans, len(ids), len(whole), max_exact_tokens, num_samples, seed)
-        plans = [_plan(shape, (max_rows // len(masks) - 1) // len(shapes)) for shape in shapes]
-        if method == "gradient":
-            plans = [[] for _ in shapes]
-        elif not all(plans):
-            raise ValueError(
-                f"`max_rows` is {max_rows}; the {len(masks)} masks of this answer and {len(shapes)} pictures need at "
-                f"least {len(masks) * (1 + len(shapes))}."
-            )
-        total = len(masks) * (1 + sum(count for plan in plans for _, count in plan))
         prompt = input_ids[attention_mask.bool()][None]
-        rows = _Rows(self, prompt, images, whole, masks, weights, batch_size, callback, total)
-
-        # 2. Compute the log-likelihood with the whole pictures.
+        rows = _Rows(self, prompt, images, whole, masks, weights, batch_size, callback)
+        answer = torch.tensor(ids)
         if method == "gradient":
             likelihood, maps = rows.gradient_maps(views, shapes)
-        else:
-            likelihood = rows.likelihood(rows.prompts(1, **images))[0]
-            maps = [
-                _occlusion_map(shape, plan, lambda regions, shown=shown: likelihood - rows.hiding(regions, *shown))
-                for shape, plan, shown in zip(shapes, plans, enumerate(views))
-            ]
+            return LLaDAMedVEvidenceOutput(maps=maps, log_likelihood=likelihood, answer=answer, num_rows=rows.done)
+        plans = [_plan(shape, (max_rows // len(masks) - 1) // len(shapes) - 1) for shape in shapes]
+        if not all(plans):
+            raise ValueError(
+                f"`max_rows` is {max_rows}; the {len(masks)} masks of this answer and {len(shapes)} pictures need at "
+                f"least {len(masks) * (1 + 2 * len(shapes))}."
+            )
+        rows.total = len(masks) * (1 + sum(1 + sum(count for _, count in plan) for plan in plans))
+
+        # 2. Compute the log-likelihood with the whole pictures.
+        likelihood = rows.likelihood(rows.prompts(1, **images))[0]
+
+        # 3. and 4. Hide each picture as a whole, then windows of it.
+        falls, maps = [], []
+        for number, (of_picture, shape, plan) in enumerate(zip(views, shapes, plans)):
+
+            def fall(regions, number=number, of_picture=of_picture):
+                return likelihood - rows.hiding(regions, number, of_picture)
+
+            falls.append(fall(WHOLE)[0])
+            maps.append(_occlusion_map(shape, plan, fall))
         return LLaDAMedVEvidenceOutput(
-            maps=maps, log_likelihood=likelihood, answer=torch.tensor(ids), num_rows=rows.done
+            maps=maps, log_likelihood=likelihood, whole_fall=torch.stack(falls), answer=answer, num_rows=rows.done
         )
 
 
 class _Rows:
     """The answer under every mask, behind prompts that differ in what their pictures hide."""
 
-    def __init__(self, model, ids, images, answer, masks, weights, batch_size, callback, total):
+    def __init__(self, model, ids, images, answer, masks, weights, batch_size, callback):
         self.model, self.ids, self.images, self.weights = model, ids, images, weights
         self.answer, self.masks = torch.tensor(answer, device=ids.device), masks.to(ids.device)
-        self.batch_size, self.callback, self.total, self.done = batch_size, callback, total, 0
+        self.batch_size, self.callback, self.total, self.done = batch_size, callback, len(masks), 0
 
     def prompts(self, count: int, **images) -> torch.FloatTensor:
         """Embeddings `(count, prompt, hidden)`."""
@@ -284,46 +222,29 @@ class _Rows:
 
     @torch.enable_grad()
     def gradient_maps(self, views, shapes) -> tuple[torch.DoubleTensor, list[torch.DoubleTensor]]:
-        """The bound `(spans,)`, and the maps by gradient times (feature - mean feature)."""
-        features = []
-
-        def make_leaf(module, arguments, output):
-            features.append(output.detach().requires_grad_())  # (tiles, patches, hidden)
-            return features[0]
-
-        hook = self.model.model.multi_modal_projector.register_forward_hook(make_leaf)
-        try:
-            prompts = self.prompts(1, **self.images)
-        finally:
-            hook.remove()
-        likelihood = self.likelihood(prompts)[0]
-        slopes = [torch.autograd.grad(each, features, retain_graph=True)[0] for each in likelihood]
-        slopes, features = torch.stack(slopes).double().cpu(), features[0].detach().double().cpu()
-        patch, maps = self.model.config.vision_config.patch_size, []
-        for of_picture, shape in zip(views, shapes):
+        """The bound `(spans,)`, and the maps by gradient times (pixel - median colour)."""
+        pixels = self.images["pixel_values"].detach().clone().requires_grad_()
+        likelihood = self.likelihood(self.prompts(1, **self.images | {"pixel_values": pixels}))[0]
+        slopes = [torch.autograd.grad(each, pixels, retain_graph=True)[0] for each in likelihood]
+        slopes, pixels, maps = torch.stack(slopes), pixels.detach(), []
+        for number, (of_picture, shape) in enumerate(zip(views, shapes)):
+            away = pixels[number] - median_colour(pixels[number], of_picture)
+            values = (slopes[:, number] * away).sum(dim=2).double().cpu()  # (spans, tiles, side, side)
             total = torch.zeros(len(slopes), *shape, dtype=torch.float64)
             for view in of_picture:
-                own = features[view.tiles]
-                values = (slopes[:, view.tiles] * (own - own.mean(dim=(0, 1)))).sum(dim=-1)  # (spans, tiles, patches)
-                side = view.side // patch
-                values = values.view(-1, view.rows, view.columns, side, side).transpose(2, 3)
-                values = values.reshape(-1, view.rows * side, view.columns * side)
+                plane = values[:, view.tiles].view(-1, view.rows, view.columns, view.side, view.side).transpose(2, 3)
+                plane = plane.reshape(-1, view.rows * view.side, view.columns * view.side)
                 top, left, bottom, right = view.box
-                down = _shares(shape[0], top, bottom, view.rows, view.side, patch)
-                across = _shares(shape[1], left, right, view.columns, view.side, patch)
-                total += down @ values @ across.T
+                down = _shares(shape[0], top, bottom, plane.shape[1])
+                total += down @ plane @ _shares(shape[1], left, right, plane.shape[2]).T
             maps.append(total)
-            count = of_picture[-1].tiles.stop
-            slopes, features = slopes[:, count:], features[count:]
         return likelihood.detach(), maps
 
 
-def _shares(cells: int, start: float, end: float, tiles: int, side: int, patch: int) -> torch.DoubleTensor:
-    """Which share of each patch along an edge of the plane lies in each cell of a picture from `start` to `end`."""
-    inner = torch.arange(side // patch) * patch
-    begin = (torch.arange(tiles)[:, None] * side + inner).flatten().double()
-    edges = torch.linspace(start, end, cells + 1, dtype=torch.float64)[:, None]
-    return (torch.minimum(edges[1:], begin + patch) - torch.maximum(edges[:-1], begin)).clamp(min=0) / patch
+def _shares(cells: int, start: float, end: float, length: int) -> torch.DoubleTensor:
+    """Which share of each of `length` pixels is in each cell of a picture from `start` to `end`, `(cells, length)`."""
+    edges, pixel = torch.linspace(start, end, cells + 1, dtype=torch.float64)[:, None], torch.arange(length)
+    return (torch.minimum(edges[1:], pixel + 1) - torch.maximum(edges[:-1], pixel)).clamp(min=0)
 
 
 def _map_shape(size, cells: int) -> tuple[int, int]:
@@ -358,7 +279,7 @@ def _plan(shape: tuple[int, int], budget: int) -> list[tuple[int, int]]:
     size, plan = 2 ** int(math.log2(max(1, min(shape) // 3))), []
     while size < max(shape) and len(_windows(shape, size)) > budget:
         size *= 2
-    while size and budget:
+    while size and budget > 0:
         count = len(_windows(shape, size))
         if plan:
             count = min(count, budget // (int(math.log2(size)) + 1))
@@ -373,13 +294,13 @@ def _occlusion_map(shape, plan, fall) -> torch.DoubleTensor:
     total = None
     for size, count in plan:
         windows = _windows(shape, size)
-        inside = _inside(windows, *shape).double()
+        within = inside(windows, *shape).double()
         if count < len(windows):
             strength = (total.abs() / total.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-300)).sum(dim=0)
-            best = (inside * strength).sum(dim=(1, 2)).topk(count).indices
-            windows, inside = windows[best], inside[best]
-        values = torch.einsum("ws,wrc->src", fall(windows / torch.tensor(shape * 2)), inside)
-        values /= inside.sum(dim=0).clamp(min=1)
+            best = (within * strength).sum(dim=(1, 2)).topk(count).indices
+            windows, within = windows[best], within[best]
+        values = torch.einsum("ws,wrc->src", fall(windows / torch.tensor(shape * 2)), within)
+        values /= within.sum(dim=0).clamp(min=1)
         total = values if total is None else total + values
     return total
 

@@ -19,7 +19,7 @@ from .denoising_cache_lladamedv import DenoisingCache
 from .denoising_state_lladamedv import CandidateLogits, DenoisingState, ForwardPass, Proposals
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig, resolve_generation_config
 from .generation_options_lladamedv import GenerationOptionError
-from .neutral_image_lladamedv import neutral_pixel_values
+from .hidden_regions_lladamedv import neutral_pixel_values
 from .repetition_lladamedv import ban_repeated_ngrams
 from .speculation_lladamedv import draft_states, mask_of_versions, reaches, with_drafts
 

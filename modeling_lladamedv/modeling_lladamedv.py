@@ -241,9 +241,10 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         if new:
             counts = [_count_tiles(grids[number]) for number in new]
             tiles = torch.cat([pixel_values[number, :count] for number, count in zip(new, counts)])
-            # A frozen tower keeps no activations, even where its inputs are made to require gradients (as PEFT does).
-            trained = any(weight.requires_grad for weight in self.vision_tower.parameters())
-            with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            # A frozen tower keeps no activations, even where its inputs are made to require gradients (as PEFT does),
+            # unless those of the pixels are asked for.
+            traced = tiles.requires_grad or any(weight.requires_grad for weight in self.vision_tower.parameters())
+            with torch.set_grad_enabled(torch.is_grad_enabled() and traced):
                 outputs = self.vision_tower(tiles.to(self.dtype), return_dict=True, **kwargs)
             features = self.multi_modal_projector(outputs.last_hidden_state)  # (tiles, patches, hidden)
             sizes = image_sizes.tolist() if image_sizes is not None else [None] * len(grids)

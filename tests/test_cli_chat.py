@@ -57,6 +57,11 @@ def test_in_a_pipe(shipped, example, picture):
     assert "There is no image yet; /image FILE takes one." in result.stderr
 
 
+def test_unusual_pictures_are_told_once(picture, photograph):
+    result = chat(picture, lines=[CLOSED, f"/image {photograph}", CLOSED, CLOSED])
+    assert result.stderr.count("Warning: The picture is unlike those of phantoms") == 1
+
+
 def test_json(shipped, example, picture):
     result = chat(picture, "--json", "--confidence-threshold", 0.9, lines=[DESCRIBE, CLOSED])
     lines = [json.loads(line) for line in result.stdout.splitlines()]

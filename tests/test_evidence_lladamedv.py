@@ -8,7 +8,7 @@ from PIL import Image
 from lladamedv import LLaDAMedVGenerationConfig
 from lladamedv.evidence import draw_evidence, evidence_legend
 from tests.test_generation_lladamedv import PIXELS, PROMPT, SUPPRESSED
-from tests.test_scoring_lladamedv import MASK, over_all_orders
+from tests.test_scoring_lladamedv import over_all_orders
 from tests.tiny import Words, image_prompt, tiny_model, tiny_processor
 
 
@@ -41,23 +41,42 @@ def nearest():
     return make
 
 
-@pytest.mark.parametrize(("aspect_ratio", "sizes", "cells"), [
+def prompt_of(processor, sizes):
+    """Pictures of these sizes, what the processor makes of them, and a prompt that shows them."""
+    pictures = [scene(*size, seed=seed) for seed, size in enumerate(sizes)]
+    counts = [processor.get_number_of_image_tokens(*size[::-1], alone=len(sizes) == 1) for size in sizes]
+    return pictures, processor([pictures], return_tensors="pt"), torch.tensor([[99] * sum(counts) + [5, 6, 7]])
+
+
+def box_of(row, column, shape, width, height):
+    """A cell of a map of `shape` in a picture's pixels, as Pillow has boxes."""
+    x, y = width // shape[1], height // shape[0]
+    return column * x, row * y, (column + 1) * x, (row + 1) * y
+
+
+LAYOUTS = [
     ("square", [(64, 32)], 2),
     ("pad", [(32, 64), (32, 32)], 2),
     ("anyres_max_4", [(64, 64)], 4),
     ("anyres_max_4", [(96, 64)], 3),
     ("anyres_max_4", [(64, 32), (32, 32)], 2),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize(("aspect_ratio", "sizes", "cells"), LAYOUTS)
 def test_hiding_is_painting_the_picture(nearest, aspect_ratio, sizes, cells):
     """A cell's value is the fall that painting it in the picture file makes."""
     model, processor = tiny_model(aspect_ratio), nearest(aspect_ratio)
-    pictures = [scene(*size, seed=seed) for seed, size in enumerate(sizes)]
-    inputs = processor([pictures], return_tensors="pt")
-    counts = [processor.get_number_of_image_tokens(*size[::-1], alone=len(sizes) == 1) for size in sizes]
-    prompt, answer = torch.tensor([[99] * sum(counts) + [5, 6, 7]]), [7, 20]
+    pictures, inputs, prompt = prompt_of(processor, sizes)
+    answer = [7, 20]
     output = model.explain_image(prompt, answer, **inputs, cells=cells, append_eos=False, max_rows=400)
     whole = model.score(prompt, [answer], **inputs, append_eos=False).log_likelihood.item()
     assert output.log_likelihood.item() == pytest.approx(whole, abs=1e-6)
+    def fall(number, box):
+        changed = [painted(each, box) if each is pictures[number] else each for each in pictures]
+        scored = model.score(prompt, [answer], **processor([changed], return_tensors="pt"), append_eos=False)
+        return whole - scored.log_likelihood.item()
+
     for number, (width, height) in enumerate(sizes):
         (values,) = output.maps[number]
         assert values.dtype == torch.float64
@@ -66,12 +85,9 @@ def test_hiding_is_painting_the_picture(nearest, aspect_ratio, sizes, cells):
         assert values.abs().max() > 0.01
         for row in range(rows):
             for column in range(columns):
-                corner = (column * width // columns, row * height // rows)
-                box = (*corner, corner[0] + width // columns, corner[1] + height // rows)
-                changed = [painted(each, box) if each is pictures[number] else each for each in pictures]
-                scored = model.score(prompt, [answer], **processor([changed], return_tensors="pt"), append_eos=False)
-                fall = whole - scored.log_likelihood.item()
-                assert values[row, column].item() == pytest.approx(fall, abs=1e-5)
+                box = box_of(row, column, (rows, columns), width, height)
+                assert values[row, column].item() == pytest.approx(fall(number, box), abs=1e-5)
+        assert output.whole_fall[number].item() == pytest.approx(fall(number, (0, 0, width, height)), abs=1e-5)
 
 
 @pytest.mark.parametrize("singles", [64, 5])
@@ -81,7 +97,7 @@ def test_windows_of_several_sizes(model, singles):
     pixels = {"pixel_values": processor(picture, return_tensors="pt")["pixel_values"]}
     seen = []
     output = model.explain_image(
-        image_prompt(PROMPT), [7], **pixels, cells=count, append_eos=False, max_rows=1 + 49 + singles,
+        image_prompt(PROMPT), [7], **pixels, cells=count, append_eos=False, max_rows=2 + 49 + singles,
         callback=lambda *rows: seen.append(rows),
     )  # fmt: skip
 
@@ -99,7 +115,7 @@ def test_windows_of_several_sizes(model, singles):
     for cell in np.abs(expected).flatten().argsort()[::-1][:singles].tolist():
         expected[divmod(cell, count)] += fall(*divmod(cell, count), 1)
     np.testing.assert_allclose(output.maps[0][0].numpy(), expected, atol=1e-5)
-    assert output.num_rows == 1 + 49 + singles and seen[-1] == (output.num_rows, output.num_rows)
+    assert output.num_rows == 2 + 49 + singles and seen[-1] == (output.num_rows, output.num_rows)
 
 
 @torch.no_grad()
@@ -144,47 +160,27 @@ def test_the_models_own_answer_and_padding(model, monkeypatch):
     torch.testing.assert_close(found.maps[0], given.maps[0], atol=1e-5, rtol=0)
 
 
-def test_gradient_is_a_directional_derivative():
-    """A cell's value is how fast the likelihood changes as its patch's feature leaves the mean of all."""
-    model, answer = tiny_model().double(), [7, 20]
-    prompt, pixels = image_prompt(PROMPT), PIXELS.double()
-    output = model.explain_image(prompt, answer, pixel_values=pixels, method="gradient", append_eos=False)
-    with torch.no_grad():
-        (features,) = model.get_image_features(pixels).pooler_output  # (patches, hidden)
-        slopes, step = [], 1e-2  # the norms of the language model compute in float32
-        for patch in range(len(features)):
-            away = torch.zeros_like(features)
-            away[patch] = features[patch] - features.mean(dim=0)
-            ends = [_likelihood(model, prompt, features + sign * step * away, answer) for sign in (1, -1)]
-            slopes.append((ends[0] - ends[1]) / (2 * step))
-    assert output.maps[0].flatten().tolist() == pytest.approx(slopes, abs=1e-3)
-    assert output.num_rows == 3
-
-
-def _likelihood(model, prompt, features, answer):
-    """The bound of two tokens over all orders, from features of the picture."""
-    logits = {}
-    for given in ((), (0,), (1,)):
-        canvas = [token if place in given else MASK for place, token in enumerate(answer)]
-        ids = torch.cat([prompt, torch.tensor([canvas])], dim=1)
-        logs = model(input_ids=ids, pixel_values=PIXELS.double(), image_features=[features]).logits[0, -2:].log_softmax(-1)
-        logits[given] = [logs[place, token].item() for place, token in enumerate(answer)]
-    return (logits[()][0] + logits[(0,)][1] + logits[()][1] + logits[(1,)][0]) / 2
-
-
-def test_gradient_maps_of_tiles_lie_where_the_picture_is():
-    """All of the gradient of a picture that fills its tiles is in the map, whatever the cells."""
-    model, processor = tiny_model("anyres_max_4").double(), tiny_processor("anyres_max_4").image_processor
-    inputs = processor(scene(64, 64), return_tensors="pt").to(torch.float64)
-    prompt = torch.tensor([[99] * processor.get_number_of_image_tokens(64, 64) + [5, 6, 7]])
-    maps = {
-        cells: model.explain_image(prompt, [7], **inputs, method="gradient", cells=cells).maps[0][0]
-        for cells in (1, 3, 8)
-    }
-    for values in maps.values():
-        assert values.sum().item() == pytest.approx(maps[1].item(), abs=1e-12)
-    # A tile has 4 by 4 patches: two cells of 8 to a patch of the overview, one to a patch of the grid.
-    assert maps[8].unique().numel() > 60 and maps[1].abs() > 1e-6
+@pytest.mark.parametrize(("aspect_ratio", "sizes", "cells"), [each for each in LAYOUTS if each[2] != 3])
+def test_gradients_are_how_the_likelihood_begins_to_fall(nearest, aspect_ratio, sizes, cells):
+    """A cell's value is the slope of the fall as the cell fades into the colour that it is painted in; the tower may be
+    frozen."""
+    model, processor = tiny_model(aspect_ratio).double(), nearest(aspect_ratio)
+    model.model.vision_tower.requires_grad_(False)
+    pictures, inputs, prompt = prompt_of(processor, sizes)
+    output = model.explain_image(prompt, [7], **inputs, method="gradient", append_eos=False, cells=cells)
+    assert output.num_rows == 1 and output.whole_fall is None
+    for number, (width, height) in enumerate(sizes):
+        (values,) = output.maps[number]
+        for row, column in ((0, 0), (values.shape[0] - 1, values.shape[1] - 1)):
+            box = box_of(row, column, values.shape, width, height)
+            changed = [painted(each, box) if each is pictures[number] else each for each in pictures]
+            away = processor([changed], return_tensors="pt")["pixel_values"] - inputs["pixel_values"]
+            slope = 0
+            for step, weight in ((-0.02, -1), (-0.01, 8), (0.01, -8), (0.02, 1)):  # exact to the fourth order
+                faded = {**inputs, "pixel_values": inputs["pixel_values"] + step * away}
+                slope += weight / 0.12 * model.score(prompt, [[7]], **faded, append_eos=False).log_likelihood.item()
+            # The norms of the language model compute in float32.
+            assert values[row, column].item() == pytest.approx(slope, abs=5e-3, rel=1e-2)
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -196,7 +192,7 @@ def test_gradient_maps_of_tiles_lie_where_the_picture_is():
     ({"spans": [(1, 3)]}, r"`spans` holds \(1, 3\); allowed are \(start, end\) with 0 <= start < end <= 2"),
     ({"spans": []}, "`spans` is empty"),
     ({"cells": 0}, "`cells` is 0"),
-    ({"max_rows": 5}, "`max_rows` is 5; the 3 masks of this answer and 1 pictures need at least 6"),
+    ({"max_rows": 8}, "`max_rows` is 8; the 3 masks of this answer and 1 pictures need at least 9"),
 ])  # fmt: skip
 def test_bad_input(model, monkeypatch, options, message):
     monkeypatch.setattr(model.model, "forward", None)
@@ -215,5 +211,6 @@ def test_the_overlay_says_for_and_against():
     assert orange[0] > 128 > orange[2] and blue[2] > 128 > blue[0] and nothing.tolist() == [128] * 3
     pale = np.asarray(draw_evidence(grey, values / 2000, legend=False), dtype=int)
     assert np.abs(pale - 128).max() <= 2, "a map of nearly nothing looks like nothing"
-    assert "2.00 nats" in "".join(evidence_legend(values).values())
-    assert draw_evidence(grey, values).height > 192
+    said = " ".join(text for _, text in evidence_legend(values, -0.5))
+    assert "by up to 2.00 nats" in said and "whole picture makes it more likely, by 0.50 nats" in said
+    assert draw_evidence(grey, values, 1.5).height > 192

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from math import gamma, pi
 
 import numpy as np
 import pytest
@@ -129,3 +130,22 @@ def test_sets_as_text(text, arguments):
     else:
         with pytest.raises(ValueError, match="allowed is SEED:COUNT"):
             parse_phantoms(text)
+
+
+def area(shape, radius):
+    """Of a disk, of a ring whose inner radius is 0.48 of the outer one, and of an astroid |x|^p + |y|^p = a^p."""
+    if shape == "star":
+        power, reach = 0.62, 1.35 * radius
+        return 4 * reach**2 * gamma(1 + 1 / power) ** 2 / gamma(1 + 2 / power)
+    return pi * radius**2 * (1 - 0.48**2 if shape == "ring" else 1)
+
+
+def test_the_pixels_of_lesions():
+    """As many as the attributes say, on their side, and of the area of their shape."""
+    for example in PhantomVQA(7, 60, ("open",), image_size=256):
+        attributes, lesions = example.attributes, example.lesions
+        assert lesions.shape == (attributes.count, 256, 256)
+        radius = 128 * (0.12 if attributes.size == "small" else 0.195)
+        for lesion in lesions:
+            assert (np.nonzero(lesion)[1].mean() < 128) == (attributes.side == "left")
+            assert lesion.sum() == pytest.approx(area(attributes.shape, radius), rel=0.2)  # drawn at 0.94 to 1.06

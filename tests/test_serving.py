@@ -278,6 +278,16 @@ def test_responses(client, shipped, image):
     assert short.output_text == answer_batch(*shipped, [system], max_new_tokens=8, steps=2)[0].text
 
 
+def test_unusual_pictures_are_told(client, image, photograph):
+    for picture, told in ((Image.open(photograph).resize((128, 128)), True), (image, False)):
+        whole = ask(client, chat_about(picture), max_tokens=8)
+        chunk = next(iter(ask(client, chat_about(picture), max_tokens=8, stream=True)))
+        parts = [{"type": "input_image", "image_url": data_url(picture)}, {"type": "input_text", "text": QUESTION}]
+        response = client.responses.create(model="demo", input=parts, max_output_tokens=8)
+        for reply in (whole, chunk, response):
+            assert ("The picture is unlike" in (getattr(reply, "warning", None) or "")) is told
+
+
 def test_many_at_once_are_not_mixed_up(url, shipped):
     examples = list(PhantomVQA(77, 12))
     truths = [expected(shipped, example.image, example.question).text for example in examples]
