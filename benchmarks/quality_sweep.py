@@ -1,6 +1,8 @@
-"""What faster decoding costs in answers: the shipped demo model on held-out questions, option by option.
+"""What decoding otherwise does to answers: the shipped demo model on held-out questions, option by option.
 
     python benchmarks/quality_sweep.py --questions 300 --json sweep.json
+    python benchmarks/quality_sweep.py --modes exact "image guidance 0.5" --noise 60
+    python benchmarks/quality_sweep.py --modes exact "image guidance 0.5" --hidden 0.25
 
 Closed accuracy, open recall and description recall as `lladamedv demo` counts them, the tokens a row commits per
 forward pass, and the time as a ratio to exact decoding in the same run.
@@ -11,9 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from lladamedv.demo import DEMO_MODEL, HELD_OUT_SEED, load_model, score
 from lladamedv.processing.phantoms import PhantomVQA
@@ -49,7 +54,19 @@ MODES = {
     "dual, threshold 0.9, no suffix": CACHE | {"confidence_threshold": 0.9, "suffix_blocks": 0},
     "repetition penalty 1.2": {"repetition_penalty": 1.2},
     "no bigram twice": {"no_repeat_ngram_size": 2},
+    **{f"image guidance {scale}": {"image_guidance_scale": scale} for scale in (0.5, 1.0, 2.0)},
+    "image guidance 1.0, no cutoff": {"image_guidance_scale": 1.0, "image_guidance_cutoff": 0.0},
+    "prompt guidance 1.0": {"cfg_scale": 1.0},
 }
+
+
+def disturbed(image: Image.Image, noise: float, hidden: float, random: np.random.Generator) -> Image.Image:
+    """A picture with normal noise of so many grey levels, and a square of its area's share in its median colour."""
+    pixels = np.asarray(image).astype(float)
+    side = round(hidden**0.5 * min(image.size))
+    top, left = (int(random.integers(0, length - side + 1)) for length in pixels.shape[:2])
+    pixels[top : top + side, left : left + side] = np.median(pixels, axis=(0, 1))
+    return Image.fromarray((pixels + noise * random.standard_normal(pixels.shape)).clip(0, 255).astype(np.uint8))
 
 
 def answer_all(model, processor, examples, options: dict, batch_size: int = 64) -> tuple[list[str], float, float]:
@@ -82,12 +99,16 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--model", default=DEMO_MODEL)
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
+    parser.add_argument("--noise", type=float, default=0.0, help="normal noise in the pictures, in grey levels")
+    parser.add_argument("--hidden", type=float, default=0.0, help="share of each picture under a square")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(2)
     model, processor = load_model(options.model)
     examples = list(PhantomVQA(HELD_OUT_SEED, options.questions, image_size=model.config.vision_config.image_size))
-    rows = []
+    random, rows = np.random.default_rng(0), []
+    if options.noise or options.hidden:
+        examples = [replace(one, image=disturbed(one.image, options.noise, options.hidden, random)) for one in examples]
     for name in options.modes:
         torch.manual_seed(0)
         answers, per_forward, seconds = answer_all(model, processor, examples, MODES[name])
@@ -104,7 +125,8 @@ def main() -> None:
             flush=True,
         )
     if options.json is not None:
-        options.json.write_text(json.dumps({"questions": options.questions, "rows": rows}, indent=2) + "\n")
+        told = {name: value for name, value in vars(options).items() if name not in ("json", "model")}
+        options.json.write_text(json.dumps({**told, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

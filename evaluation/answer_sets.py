@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from lladamedv.modeling_lladamedv.stored_weights_lladamedv import read_json
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets.columns import squash
 
-from .answering import candidate_probabilities, encode_chat, question_about
+from .answering import candidate_probabilities, encode_chats, question_about
 from .conformal import fewest_pictures, promised
 from .run_settings import model_fingerprint
 from .runs import replace_file
@@ -203,28 +204,27 @@ class Calibration:
     def statement(self) -> str:
         """What the guarantee rests on, for a model's card."""
         source = f"{self.dataset} ({self.split})" + (f", revision {self.revision}" if self.revision else "")
-        text = (
+        basis = (
             f"`{CALIBRATION_FILE}` makes sets of answers with these weights (`lladamedv ask --candidates`), of "
             f"{' or '.join(map(', '.join, self.candidates))}. It rests on {self.questions} questions about "
-            f"{self.pictures} pictures of {source}. "
+            f"{self.pictures} pictures of {source}."
         )
-        if self.threshold is None:
-            text += "**These are too few for any guarantee: the sets hold every candidate.**"
-        else:
-            text += (
+        promise = "**These are too few for any guarantee: the sets hold every candidate.**"
+        if self.threshold is not None:
+            promise = (
                 f"For questions and pictures like these, at least {promised(self.alpha)} of the sets hold the true "
                 "answer. For others, such as pictures of another hospital or device, that is not known."
             )
-        if self.group_by is not None:
-            named = ", ".join(
-                f"{name} ({count} pictures{'' if name in self.group_thresholds else ': too few'})"
-                for name, count in sorted(self.group_pictures.items())
-            )
-            text += f"\n\nThe same holds within each group by {self.group_by} that has enough pictures: {named}."
-        text += "\n\n"
+        named = ", ".join(
+            f"{name} ({count} pictures{'' if name in self.group_thresholds else ': too few'})"
+            for name, count in sorted(self.group_pictures.items())
+        )
+        groups = f"The same holds within each group by {self.group_by} that has enough pictures: {named}."
+        unusual = f"The software warns of pictures farther from these than {promised(FALSE_ALARMS)} of them."
         if self.picture_model is None:
-            return text + f"Unusual pictures are not recognised: that needs {FEWEST_PICTURES} pictures."
-        return text + f"The software warns of pictures farther from these than {promised(FALSE_ALARMS)} of them."
+            unusual = f"Unusual pictures are not recognised: that needs {FEWEST_PICTURES} pictures."
+        paragraphs = (f"{basis} {promise}", groups if named else "", unusual)
+        return "\n\n".join(textwrap.fill(each, 120, break_on_hyphens=False) for each in paragraphs if each)
 
 
 def check_alpha(alpha: float) -> None:
@@ -251,27 +251,32 @@ def check_candidates(lists: Sequence[Sequence[str]]) -> None:
 
 
 def attach_calibration(
-    model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, folder: str | Path
+    model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, folder: str | Path | None = None
 ) -> None:
-    """Let a model use the calibration in a folder, as `model.calibration`, if there is one that was made for it.
+    """Let a model use a calibration, as `model.calibration`, if it was made for this model.
 
     One that was made for other weights or another prompt is not used, and a warning says so.
+
+    Args:
+        model, processor: as loaded.
+        folder: of the calibration; by default it is the one that the model has, which its weights may have left behind.
 
     Raises:
         ValueError: as [`Calibration.load`].
     """
-    model.calibration, found = None, Calibration.load(folder)
+    found = calibration_of(model) if folder is None else Calibration.load(folder)
+    model.calibration = None
     if found is None:
         return
     for what, there, here in (
-        ("weights", found.model_sha256, lambda: model_fingerprint(model, any_dtype=True)),
+        ("set of weights", found.model_sha256, lambda: model_fingerprint(model, any_dtype=True)),
         ("prompt", found.prompt_sha256, lambda: prompt_digest(processor)),
     ):
         if there != (here := here()):
             logger.warning(
-                "%s in %r is not used, because it was made for another %s: %.12s there (%s), %.12s here (%s). "
-                "`lladamedv calibrate` makes a new one.",
-                CALIBRATION_FILE, str(folder), what, there, found.dtype, here, str(model.dtype).removeprefix("torch."),
+                "The calibration on %s is not used, because it was made for another %s: %.12s there (%s), %.12s here "
+                "(%s). `lladamedv calibrate` makes a new one.",
+                found.dataset, what, there, found.dtype, here, str(model.dtype).removeprefix("torch."),
             )  # fmt: skip
             return
     model.calibration = found
@@ -307,13 +312,13 @@ def answer_set(
     if group is not None and calibration.group_by is None:
         raise ValueError(f"`group` is {group!r}, but the model's calibration has no groups.")
     candidates = calibration.list_of(candidates)
-    inputs = encode_chat(model, processor, question_about(image, question))
+    inputs = encode_chats(model, processor, [question_about(image, question)])
     probabilities = candidate_probabilities(model, processor, inputs, candidates)[0].tolist()
     answers, group, notes = calibration.choose(candidates, probabilities, group)
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype != calibration.dtype:
         notes += (f"The calibration was made in {calibration.dtype}, and the model runs in {dtype}.",)
-    warning = picture_warning(model, inputs["pixel_values"])
+    warning = picture_warning(model, inputs.get("pixel_values"))
     return AnswerSet(answers, dict(zip(candidates, probabilities)), calibration.alpha, group, notes, warning)
 
 

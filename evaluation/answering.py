@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from transformers import BatchFeature
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.scoring_lladamedv import LLaDAMedVScoreOutput
@@ -47,6 +48,16 @@ class Answer:
         return {"prediction": fields.pop("text"), **fields}
 
 
+def encode_chats(
+    model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, chats: Sequence[list[dict]]
+) -> BatchFeature:
+    """The model's inputs for chats, a row each, on its device."""
+    return processor.apply_chat_template(
+        list(chats), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        processor_kwargs={"padding": True},
+    ).to(model.device)  # fmt: skip
+
+
 def answer_batch(
     model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, chats: Sequence[list[dict]], **options
 ) -> list[Answer]:
@@ -65,13 +76,8 @@ def answer_batch(
     """
     model.eval()  # dropout would make answers random
     started = time.perf_counter()
-    inputs = processor.apply_chat_template(
-        list(chats), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )  # fmt: skip
-    output = model.generate(
-        **inputs.to(model.device), tokenizer=processor.tokenizer, **options, return_dict_in_generate=True
-    )
+    inputs = encode_chats(model, processor, chats)
+    output = model.generate(**inputs, tokenizer=processor.tokenizer, **options, return_dict_in_generate=True)
     new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
     texts = [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
     reliance = output.answer_confidence * math.nan if output.image_reliance is None else output.image_reliance
@@ -108,13 +114,6 @@ def candidate_probabilities(
     return torch.stack([each.logsumexp(dim=0) for each in likelihoods]).softmax(dim=0), scores
 
 
-def encode_chat(model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, chat: list[dict]):
-    """The model's inputs for one chat, on its device."""
-    return processor.apply_chat_template(
-        [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
-
-
 def device_name(model: LLaDAMedVForConditionalGeneration) -> str:
     """The hardware that a model runs on, as reports call it."""
     if model.device.type == "cuda":
@@ -142,5 +141,5 @@ def open_image(processor: LLaDAMedVProcessor, image, question_id: str):
 
 
 __all__ = [
-    "Answer", "answer_batch", "candidate_probabilities", "device_name", "encode_chat", "open_image", "question_about",
+    "Answer", "answer_batch", "candidate_probabilities", "device_name", "encode_chats", "open_image", "question_about",
 ]  # fmt: skip

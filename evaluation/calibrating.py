@@ -30,7 +30,7 @@ from .answer_sets import (
     check_candidates,
     prompt_digest,
 )
-from .answering import candidate_probabilities, encode_chat, open_image, question_about
+from .answering import candidate_probabilities, encode_chats, open_image, question_about
 from .conformal import conformal_threshold, promised, wilson_interval
 from .medical_vqa.medical_vqa import closed_polarity
 from .reports import interval_of_mean, markdown_table
@@ -154,7 +154,7 @@ def _score_picture(model, processor, dataset: Dataset, places: list[tuple], cand
         return record | {"error": str(error)}
     for place, number, answer in places:
         row = dataset[place]
-        inputs = encode_chat(model, processor, question_about(image, row["question"]))
+        inputs = encode_chats(model, processor, [question_about(image, row["question"])])
         probabilities, _ = candidate_probabilities(model, processor, inputs, candidates[number])
         record["questions"].append(
             {"id": row["id"], "list": number, "answer": answer, "probabilities": probabilities.tolist(),

@@ -18,7 +18,7 @@ from PIL import Image
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 
-from .answering import open_image, question_about
+from .answering import encode_chats, open_image, question_about
 from .medical_vqa.medical_vqa import ANSWER_TYPES, HEADLINES, normalize_answer, score_closed, score_open
 from .reports import interval_of_mean, markdown_table
 
@@ -77,9 +77,7 @@ class ControlPictures:
         likelihoods = []
         for each in (row, self.replace("blank", row)):
             chat = question_about(open_image(self._processor, each["image"], row["id"]), row["question"])
-            inputs = self._processor.apply_chat_template(
-                [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            ).to(model.device)
+            inputs = encode_chats(model, self._processor, [chat])
             candidates = [answer, answer.capitalize()]
             scores = model.score(**inputs, candidates=candidates, tokenizer=self._processor.tokenizer)
             likelihoods.append(float(scores.log_likelihood.logsumexp(dim=1)))
@@ -171,20 +169,24 @@ def finding(controls: dict) -> str:
 def control_tables(controls: dict) -> list[str]:
     """Tables for the summary."""
     rows = [
-        [control, group, _value(of, "score"), _value(of, "drop"), f"{of['same_answers']:.1f}", str(of["count"])]
+        [
+            control, group, _value(of, "score"), f"{of['score'] + of['drop']:.2f}", _value(of, "drop"),
+            f"{of['same_answers']:.1f}", str(of["count"]),
+        ]
         for control in CONTROLS
         for group, of in controls[control].items()
-    ]
+    ]  # fmt: skip
     reliance = [
         [group, _value(of, "mean"), f"{of['median']:.2f}", f"{of['above_0']:.1f}", str(of["count"])]
         for group, of in controls["image_reliance"].items()
     ]
     return [
         markdown_table(
-            ["pictures", "questions", "score (95 %)", "drop (95 %, paired)", "same answers, %", "n"], rows
+            ["pictures", "questions", "score", "with their own", "drop, paired", "same answers, %", "n"], rows
         ),
-        "Pictures: " + "; ".join(f"{name}, {meaning}" for name, meaning in CONTROLS.items()) + ".",
-        markdown_table(["image reliance, nats", "mean (95 %)", "median", "above 0, %", "n"], reliance),
+        "Pictures: " + "; ".join(f"{name}, {meaning}" for name, meaning in CONTROLS.items()) + ". The score is closed "
+        "accuracy or open recall, in brackets 95 % intervals.",
+        markdown_table(["image reliance, nats", "mean", "median", "above 0, %", "n"], reliance),
     ]  # fmt: skip
 
 

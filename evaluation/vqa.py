@@ -23,13 +23,13 @@ from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import LoadReport, VQAReport
 from lladamedv.processing.datasets.readers import first_few, undecoded
 
-from .answer_sets import calibration_of
+from .answer_sets import attach_calibration, calibration_of
 from .answering import (
     Answer,
     answer_batch,
     candidate_probabilities,
     device_name,
-    encode_chat,
+    encode_chats,
     open_image,
     question_about,
 )
@@ -112,6 +112,7 @@ def evaluate_vqa(
         settings["image_controls"] = True
         pictures = ControlPictures(processor, dataset, seed)
         options = {**options, "output_image_reliance": True}
+    attach_calibration(model, processor)  # if it still fits
     if (calibration := calibration_of(model)) is not None:
         settings["calibration_sha256"] = calibration.sha256
 
@@ -186,7 +187,7 @@ def _answer_rows(model, processor, rows: list[dict], options: dict, scoring: str
 def _likelier(model, processor, chat: list[dict]) -> Answer:
     """The likelier of yes and no, and its probability among the two."""
     started = time.perf_counter()
-    inputs = encode_chat(model, processor, chat)
+    inputs = encode_chats(model, processor, [chat])
     probabilities, scores = candidate_probabilities(model, processor, inputs, POLARITY)
     place = int(probabilities.argmax())
     # All subsets of an answer's tokens are masked once, each in a row of its own.

@@ -143,7 +143,8 @@ class Chat:
         if self._live:
             self._console.print(Text(reply.summary, "dim"))
         elif self._as_json:
-            print_json({"question": question, "answer": reply.text, "confidence": reply.confidence})
+            known = {"confidence": reply.confidence, "image_reliance": reply.image_reliance}
+            print_json({"question": question, "answer": reply.text, **known})
         else:
             typer.echo(printable(reply.text))
 

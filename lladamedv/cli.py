@@ -186,7 +186,9 @@ def ask(
     model, processor = source.load()
     if candidates is None:
         given = explain_answer(model, processor, picture.image, question, picture.steps, **generation)
-        found, notes = {"answer": given.text, "confidence": given.confidence}, ()
+        relies = given.image_reliance
+        found = {"answer": given.text, "confidence": given.confidence, "image_reliance": relies}
+        notes = () if relies is None else (f"image reliance: {relies:+.2f} nats",)
     else:
         given = answer_set(model, processor, picture.image, question, _split(candidates), group)
         found = {"answer": str(given), "abstained": given.abstained, **vars(given)}

@@ -255,7 +255,7 @@ _PANEL = "Generation (by default as the model's own configuration says)"
 
 def _is_shown(name: str) -> bool:
     """Whether an option changes what commands show: Python objects, and what only adds to the output, do not."""
-    return OPTIONS[name].types not in ((), (bool,)) or OPTIONS[name].role == "answer"
+    return OPTIONS[name].types != () and OPTIONS[name].role != "report"
 
 
 def _read_option(name: str, text: str) -> Any:

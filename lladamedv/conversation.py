@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from lladamedv.evaluation.answer_sets import picture_warning
-from lladamedv.evaluation.answering import question_about
+from lladamedv.evaluation.answering import encode_chats, question_about
 from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
 from lladamedv.modeling_lladamedv.generation_lladamedv import LLaDAMedVGenerationOutput
@@ -92,6 +92,7 @@ class Reply:
         num_forwards: how many passes there were.
         abstained: whether the confidence is below `abstention_threshold`.
         suffix: the text behind the answer that `generation_suffix` gave.
+        image_reliance: as `generate` returns it, in nats; `None` without `output_image_reliance`.
         warning: that the picture is unlike those that the model was calibrated on, if it is.
         ids: of each token of the answer, without what ended it.
     """
@@ -103,6 +104,7 @@ class Reply:
     num_forwards: int
     abstained: bool
     suffix: str
+    image_reliance: float | None = None
     warning: str | None = None
     ids: tuple[tuple[int, ...], ...] = ()
 
@@ -124,6 +126,7 @@ class Reply:
         sure = "unknown" if self.confidence is None else f"{self.confidence:.1%}"
         line = f"confidence {sure}, {self.length} token{'s' * (self.length != 1)}, "
         line += f"{self.num_forwards} forward pass{'es' * (self.num_forwards != 1)}"
+        line += "" if self.image_reliance is None else f", {self.image_reliance:+.2f} nats from the picture"
         return line + ("; below the model's threshold: take it as no answer" if self.abstained else "")
 
 
@@ -279,10 +282,7 @@ def _inputs(model, processor, image, question, turns) -> Mapping[str, torch.Tens
         {"role": ("user", "assistant")[index % 2], "content": [{"type": "text", "text": text}]}
         for index, text in enumerate(texts)
     ]
-    return processor.apply_chat_template(
-        [question_about(image, texts[0]) + later[1:]], add_generation_prompt=True, tokenize=True, return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)  # fmt: skip
+    return encode_chats(model, processor, [question_about(image, texts[0]) + later[1:]])
 
 
 def _reply(model, processor, asked: dict, output: LLaDAMedVGenerationOutput) -> Reply:
@@ -290,18 +290,23 @@ def _reply(model, processor, asked: dict, output: LLaDAMedVGenerationOutput) -> 
     ids = output.sequences[0, asked["input_ids"].shape[1] :].tolist()
     length = round(float(output.tokens_per_forward[0] * output.num_forwards[0]))  # up to the end, without a suffix
     steps = [step + 1 for step in output.commit_step[0].tolist()]
-    confidences, confidence = output.commit_confidence[0].tolist(), float(output.answer_confidence[0])
+    confidences = output.commit_confidence[0].tolist()
+    confidence, reliance = (
+        None if values is None or math.isnan(values[0]) else float(values[0])
+        for values in (output.answer_confidence, output.image_reliance)
+    )
     tokens = _tokens(ids[:length], steps, confidences, processor, model)
     if length < len(steps):
         tokens.append(Token(None, steps[length], confidences[length]))
     return Reply(
         text=processor.decode(ids, skip_special_tokens=True).strip(),
-        confidence=None if math.isnan(confidence) else confidence,
+        confidence=confidence,
         tokens=tuple(tokens),
         length=length,
         num_forwards=int(output.num_forwards[0]),
         abstained=output.abstained is not None and bool(output.abstained[0]),
         suffix=processor.decode(ids[length:], skip_special_tokens=True),
+        image_reliance=reliance,
         warning=picture_warning(model, asked.get("pixel_values")),
         ids=tuple(tuple(ids[place] for place in group) for group in _groups(ids[:length], processor, model)),
     )

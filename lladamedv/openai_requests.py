@@ -79,7 +79,9 @@ RESPONSES = Endpoint(
     "/v1/responses", "input", {"max_output_tokens": "max_new_tokens", "temperature": "temperature"}, ("instructions",)
 )
 _COMMON = ("model", "stream", "stream_options", "seed", "generation_config", "evidence")
-_OFFERED = {name: option for name, option in OPTIONS.items() if option.role == "answer"}
+_OFFERED = {
+    name: option for name, option in OPTIONS.items() if option.role == "answer" or name == "output_image_reliance"
+}
 _READING_FIELDS = {option.name: option for option in READING_OPTIONS}
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # and their own names
 _TEXT_PARTS = ("text", "input_text", "output_text")

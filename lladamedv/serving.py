@@ -45,8 +45,10 @@ except ImportError as error:
     raise ImportError('The server needs libraries of its own: pip install "lladamedv[serve]".') from error
 
 from lladamedv.evaluation.answer_sets import picture_warning
+from lladamedv.evaluation.answering import encode_chats
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch, PositionsError
+from lladamedv.modeling_lladamedv.generation_options_lladamedv import GenerationOptionError
 from lladamedv.processing import LLaDAMedVProcessor
 
 from .doors import LOOPBACK_HOSTS, check_host
@@ -95,6 +97,9 @@ def _refusal(error: Exception) -> RequestError:
     """An error as the client sees it; of an unforeseen one the type alone, whose message may quote the request."""
     if isinstance(error, RequestError):
         return error
+    if isinstance(error, GenerationOptionError):  # of options that do not suit the prompt
+        field = f"generation_config.{error.options[0]}"
+        return RequestError(f"`{field}` is not allowed: {error}", field)
     if isinstance(error, (ValueError, ImportError)):
         return RequestError(str(error))
     logger.error("a request could not be answered: %s", type(error).__name__)
@@ -121,7 +126,8 @@ class _Answer:
         place: the request's place inside, which is left as soon as the answer is complete.
         gone: set then, or when the client has left.
         num_prompt: tokens of the prompt, known once the answer has begun.
-        notes: fields of the reply that OpenAI's API lacks: `warning`, if a picture is unusual, and `evidence`.
+        notes: fields of the reply that OpenAI's API lacks: `warning`, if a picture is unusual, and in the end
+            `image_reliance` and `evidence`, if they were asked for.
         inputs: of the processor, if they are needed for evidence.
         tokens: of the answer so far.
     """
@@ -143,9 +149,7 @@ class _Answer:
             return
         with desk.preparing:
             processor = desk.own_processor
-            inputs = processor.apply_chat_template(
-                [question.chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            ).to(desk.model.device)
+            inputs = encode_chats(desk.model, processor, [question.chat])
             question.chat.clear()  # images may be large
             self._check_length(inputs["input_ids"].shape[1], processor.tokenizer)
             if question.evidence:
@@ -206,6 +210,9 @@ class _Answer:
         try:
             if error is None:
                 self._send_text(last=True)
+                reliance = future.result().image_reliance
+                if reliance is not None and not reliance.isnan():
+                    self.notes["image_reliance"] = float(reliance)
             elif not isinstance(error, (_EnoughError, CancelledError)):
                 self._send(error)
         except _EnoughError:

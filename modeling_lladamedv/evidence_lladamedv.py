@@ -8,13 +8,11 @@ is the cheap first-order answer to the same question; that of the features point
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from transformers.image_processing_utils import get_patch_output_size
-from transformers.image_utils import ChannelDimension
 from transformers.utils import ModelOutput, logging
 
 from .denoising_state_lladamedv import NOT_FINITE
+from .hidden_regions_lladamedv import WHOLE, hide_regions, inside, median_colour, picture_views
 from .scoring_lladamedv import bound_masks
 
 
@@ -44,80 +42,6 @@ class LLaDAMedVEvidenceOutput(ModelOutput):
     whole_fall: torch.DoubleTensor | None = None
     answer: torch.LongTensor = None
     num_rows: int = None
-
-
-@dataclass(frozen=True)
-class PictureView:
-    """A picture as the vision tower sees it: it takes `box` (top, left, bottom, right), in pixels, of a plane of `rows`
-    by `columns` tiles of `side` pixels, of which tile `first` is the first."""
-
-    first: int
-    rows: int
-    columns: int
-    side: int
-    box: tuple[float, float, float, float]
-
-    @property
-    def tiles(self) -> slice:
-        return slice(self.first, self.first + self.rows * self.columns)
-
-
-def picture_views(config, size: tuple[int, int] | None, grid: tuple[int, int] | None) -> list[PictureView]:
-    """Where the image processor puts a picture of `size` (height, width), which may be `None` where it is stretched to
-    one tile; `grid` is that of its tiles, if it has one."""
-    side = config.vision_config.image_size
-    whole = PictureView(0, 1, 1, side, (0, 0, side, side))
-    if grid is not None:
-        rows, columns = grid
-        target = (rows * side, columns * side)
-        height, width = get_patch_output_size(np.empty((1, *size)), target, ChannelDimension.FIRST)
-        top, left = (target[0] - height) // 2, (target[1] - width) // 2
-        return [whole, PictureView(1, rows, columns, side, (top, left, top + height, left + width))]
-    if config.vision_aspect_ratio == "square":
-        return [whole]
-    longest = max(size)
-    top, left = ((longest - edge) // 2 for edge in size)
-    box = tuple(edge * side / longest for edge in (top, left, top + size[0], left + size[1]))
-    return [PictureView(0, 1, 1, side, box)]
-
-
-def median_colour(tiles: torch.Tensor, views: list[PictureView]) -> torch.Tensor:
-    """Of a picture `(tiles, 3, side, side)` in its first tile, which shows all of it: `(3, 1, 1)`."""
-    top, left, bottom, right = (round(edge) for edge in views[0].box)
-    return tiles[0, :, top:bottom, left:right].flatten(1).median(dim=1).values[:, None, None]
-
-
-def hide_regions(tiles: torch.Tensor, views: list[PictureView], regions: torch.Tensor) -> torch.Tensor:
-    """A picture with each of `regions` hidden: its pixels take the picture's median colour in every tile that shows it.
-
-    Args:
-        tiles: those of the picture, `(tiles, 3, side, side)`.
-        views: of the picture.
-        regions: `(regions, 4)`, (top, left, bottom, right) in fractions of the picture, float64.
-
-    Returns:
-        `(regions, tiles, 3, side, side)`.
-    """
-    colour = median_colour(tiles, views)
-    hidden = tiles.repeat(len(regions), 1, 1, 1, 1)
-    for view in views:
-        top, left, bottom, right = view.box
-        edges = regions * torch.tensor([bottom - top, right - left] * 2) + torch.tensor([top, left] * 2)
-        # A border pixel that shows a part of the picture is hidden with what is beside it.
-        edges = torch.where(regions <= 0, edges.floor(), torch.where(regions >= 1, edges.ceil(), edges.round()))
-        inside = _inside(edges, view.rows * view.side, view.columns * view.side).to(tiles.device)
-        # (regions, height, width) -> (regions, tiles, 1, side, side)
-        inside = inside.view(len(regions), view.rows, view.side, view.columns, view.side).transpose(2, 3)
-        inside = inside.flatten(1, 2)[:, :, None]
-        hidden[:, view.tiles] = torch.where(inside, colour, hidden[:, view.tiles])
-    return hidden
-
-
-def _inside(boxes: torch.Tensor, height: int, width: int) -> torch.BoolTensor:
-    """Which places of a plane lie in each of `boxes` (top, left, bottom, right), `(boxes, height, width)`."""
-    top, left, bottom, right = boxes.T[:, :, None]
-    y, x = torch.arange(height), torch.arange(width)
-    return ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]
 
 
 class LLaDAMedVEvidenceMixin:
@@ -204,11 +128,8 @@ class LLaDAMedVEvidenceMixin:
                 "less exact than in float32."
             )
         images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
-        grids = self.model.tile_grids(**images, image_index=None)
-        if image_sizes is None and self.config.vision_aspect_ratio != "square":
-            raise ValueError("`image_sizes` is None; where a padded picture lies in its tile depends on its size.")
-        sizes = [None] * len(grids) if image_sizes is None else image_sizes.tolist()
-        views = [picture_views(self.config, *each) for each in zip(sizes, grids)]
+        views = picture_views(self.model, **images)
+        sizes = [None] * len(views) if image_sizes is None else image_sizes.tolist()
         patches = self.config.vision_config.image_size // self.config.vision_config.patch_size
         shapes = [_map_shape(size, cells or patches) for size in sizes]
 
@@ -244,7 +165,7 @@ class LLaDAMedVEvidenceMixin:
             def fall(regions, number=number, of_picture=of_picture):
                 return likelihood - rows.hiding(regions, number, of_picture)
 
-            falls.append(fall(torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64))[0])
+            falls.append(fall(WHOLE)[0])
             maps.append(_occlusion_map(shape, plan, fall))
         return LLaDAMedVEvidenceOutput(
             maps=maps, log_likelihood=likelihood, whole_fall=torch.stack(falls), answer=answer, num_rows=rows.done
@@ -373,13 +294,13 @@ def _occlusion_map(shape, plan, fall) -> torch.DoubleTensor:
     total = None
     for size, count in plan:
         windows = _windows(shape, size)
-        inside = _inside(windows, *shape).double()
+        within = inside(windows, *shape).double()
         if count < len(windows):
             strength = (total.abs() / total.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-300)).sum(dim=0)
-            best = (inside * strength).sum(dim=(1, 2)).topk(count).indices
-            windows, inside = windows[best], inside[best]
-        values = torch.einsum("ws,wrc->src", fall(windows / torch.tensor(shape * 2)), inside)
-        values /= inside.sum(dim=0).clamp(min=1)
+            best = (within * strength).sum(dim=(1, 2)).topk(count).indices
+            windows, within = windows[best], within[best]
+        values = torch.einsum("ws,wrc->src", fall(windows / torch.tensor(shape * 2)), within)
+        values /= within.sum(dim=0).clamp(min=1)
         total = values if total is None else total + values
     return total
 

@@ -18,7 +18,8 @@ from .confidence_lladamedv import answer_confidence, calibrate_confidence
 from .denoising_cache_lladamedv import DenoisingCache
 from .denoising_state_lladamedv import CandidateLogits, DenoisingState, ForwardPass, Proposals
 from .generation_config_lladamedv import LLaDAMedVGenerationConfig, resolve_generation_config
-from .neutral_image_lladamedv import neutral_pixel_values
+from .generation_options_lladamedv import GenerationOptionError
+from .hidden_regions_lladamedv import neutral_pixel_values
 from .repetition_lladamedv import ban_repeated_ngrams
 from .speculation_lladamedv import draft_states, mask_of_versions, reaches, with_drafts
 
@@ -193,10 +194,11 @@ class LLaDAMedVGenerationMixin:
         features = {}
         state.prompt_embeds, features["image_features"] = self._embed(ids, images)
         if state.guides_by_image and not bool((ids == self.config.image_token_id).any(dim=1).all()):
-            raise ValueError(
+            raise GenerationOptionError(
                 f"`image_guidance_scale` is {options.image_guidance_scale}, but a prompt has no picture; it must be 0 "
-                "there."
-            )
+                "there.",
+                "image_guidance_scale",
+            )  # fmt: skip
         if state.needs_neutral:
             if images["pixel_values"] is not None:
                 shapes = {name: images[name] for name in ("pixel_values", "image_sizes", "batch_num_images")}
@@ -272,7 +274,7 @@ class LLaDAMedVGenerationMixin:
         confidence = answer_confidence(state.commit_confidence, state.stop + 1)
         confidence = calibrate_confidence(confidence, options.confidence_temperature)
         threshold = options.abstention_threshold
-        reliance = self.image_reliance(state) if options.output_image_reliance else (None, None)
+        reliance = self._image_reliance(state) if options.output_image_reliance else (None, None)
         return LLaDAMedVGenerationOutput(
             sequences=torch.cat([state.prompt_ids, padded], dim=1),
             tokens_per_forward=state.stop / state.num_forwards,

@@ -40,8 +40,9 @@ class GenerationOption:
         allowed: what values are allowed, in the words of the error message.
         accepts: whether a value other than `None` is allowed.
         default: `None` where something else decides.
-        role: `"answer"` if it changes the answer, `"report"` if it changes only what is returned about the answer,
-            `"model"` for ids and objects that belong to the model and its tokenizer.
+        role: `"answer"` if it changes the answer, `"reply"` if it changes what commands say about the answer,
+            `"report"` if it changes only what `generate` returns about it, `"model"` for ids and objects that belong to
+            the model and its tokenizer.
     """
 
     name: str
@@ -300,18 +301,18 @@ _TABLE = (
     _number(
         "confidence_temperature",
         "Calibrates the confidence of answers (not of tokens), see `fit_confidence_temperature`; 1 is off.",
-        default=1.0, role="report",
+        default=1.0, role="reply",
     ),
     _number(
         "abstention_threshold",
         "Mark answers of a lower (calibrated) confidence as `abstained`; needs `return_dict_in_generate`. In (0, 1].",
-        most=1, role="report",
+        most=1, role="reply",
     ),
     _switch(
         "output_image_reliance",
         "Whether to return how much likelier the picture makes the answer: `image_reliance`; needs "
         "`return_dict_in_generate`. Takes up to 510 rows of forward passes for each answer.",
-        role="report",
+        role="reply",
     ),
     _switch("output_history", "Whether to return the canvas after every forward pass.", role="report"),
     _switch(

@@ -120,7 +120,7 @@ class LLaDAMedVScoringMixin:
                 counts[row, place] = len(answer) + len(ends[0])
         return LLaDAMedVScoreOutput(log_likelihood=scores, standard_error=errors, num_tokens=counts)
 
-    def image_reliance(self, state) -> tuple[torch.DoubleTensor, torch.DoubleTensor]:
+    def _image_reliance(self, state) -> tuple[torch.DoubleTensor, torch.DoubleTensor]:
         """How much likelier the pictures make the answers of rows that are finished, in nats, and its standard error,
         both `(batch,)`; see [`LLaDAMedVGenerationOutput`]."""
         batch = len(state.canvas)

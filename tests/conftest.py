@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import datasets
+import matplotlib
 import pytest
 import torch
 
@@ -79,6 +81,12 @@ def shipped() -> tuple[lladamedv.LLaDAMedVForConditionalGeneration, lladamedv.LL
 def example():
     """A phantom that the demo model describes."""
     return PhantomVQA(5, 1, ("description",))[0]
+
+
+@pytest.fixture(scope="session")
+def photograph():
+    """The file of a photograph, a portrait that comes with matplotlib: nothing that the demo model has ever seen."""
+    return Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 
 
 @pytest.fixture(scope="module")

@@ -52,13 +52,6 @@ def folder(tmp_path):
     return shutil.copytree(DEMO_MODEL, tmp_path / "model")
 
 
-@pytest.fixture
-def photograph(tmp_path):
-    from tests.test_unusual_pictures import PHOTOGRAPHS
-
-    return PHOTOGRAPHS[0]
-
-
 # Calibrating
 
 
@@ -173,16 +166,16 @@ def test_files_of_others_are_checked(folder, change, message):
     assert CALIBRATION_FILE in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("what", ["weights", "prompt"])
+@pytest.mark.parametrize("what", ["set of weights", "prompt"])
 def test_a_calibration_for_something_else_is_not_used(shipped, folder, caplog, what):
     model, processor = load_model(folder)
     assert model.calibration is not None and not caplog.messages
     assert load_model(folder, dtype="float16")[0].calibration is not None  # the values are the same
-    if what == "weights":
+    if what != "prompt":
         model.lm_head.weight.data[5, 7] += 1
     else:
         processor.chat_template = "Mind: " + processor.chat_template
-    attach_calibration(model, processor, folder)
+    attach_calibration(model, processor)
     assert model.calibration is None and f"made for another {what}" in caplog.messages[0]
     with pytest.raises(ValueError, match="The model has no calibration"):
         answer_set(model, processor, PhantomVQA(1, 1)[0].image, LESION)
@@ -262,8 +255,10 @@ def test_ask_prints_the_set_and_warns_of_photographs(photograph, tmp_path):
     assert asked.exit_code == 0 and asked.stdout.strip() in ("Yes", "No", "not sure: Yes or No", "not sure: No or Yes")
     assert "Warning: The picture is unlike those of phantoms" in asked.stderr
     assert "of the sets hold the true answer, for questions of the group 'mri'" in asked.stderr
-    plain = call("ask", photograph, LESION, "--json")
+    page = tmp_path / "page.html"
+    plain = call("ask", photograph, LESION, "--json", "--explain", page)
     assert json.loads(plain.stdout)["warning"].startswith("The picture is unlike those of phantoms")
+    assert "The picture is unlike those of phantoms" in page.read_text()
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,11 @@ def test_an_answer_appears_while_it_is_denoised(browser, shipped, example, pictu
     assert "read as it is" in seen[0][1]
 
 
+def test_unusual_pictures_are_told(browser, example, picture, photograph):
+    for file, told in ((photograph, True), (picture, False)):
+        assert ("<b>Warning: </b>The picture is unlike" in browser.ask(example.question, file)[-1][2]) is told
+
+
 def test_follow_up_questions_are_about_the_same_image(browser, shipped, example, picture):
     first = "Is there a lesion?"
     one = answers(browser.ask(first, picture)[-1][2])

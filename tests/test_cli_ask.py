@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import numpy as np
 import pytest
@@ -53,6 +54,10 @@ def test_options_of_generate(example, tmp_path):
     example.image.save(file)
     assert call(file, example.question, "--steps", 24, "--confidence-threshold", 0.9).stdout.strip() == expected
     assert call(file, example.question, "--option", "steps=24", "--use-cache").stdout.strip() == expected
+    result = call(file, example.question, "--output-image-reliance", "--json")
+    assert json.loads(result.stdout)["image_reliance"] > 1
+    result = call(file, example.question, "--output-image-reliance")
+    assert result.stdout.strip() == expected and re.search(r"^image reliance: \+\d+\.\d\d nats$", result.stderr, re.M)
 
 
 @pytest.mark.parametrize(

@@ -57,13 +57,18 @@ def test_in_a_pipe(shipped, example, picture):
     assert "There is no image yet; /image FILE takes one." in result.stderr
 
 
+def test_unusual_pictures_are_told_once(picture, photograph):
+    result = chat(picture, lines=[CLOSED, f"/image {photograph}", CLOSED, CLOSED])
+    assert result.stderr.count("Warning: The picture is unlike those of phantoms") == 1
+
+
 def test_json(shipped, example, picture):
     result = chat(picture, "--json", "--confidence-threshold", 0.9, lines=[DESCRIBE, CLOSED])
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     first = ask(shipped, example.image, DESCRIBE, confidence_threshold=0.9)
     second = ask(shipped, example.image, DESCRIBE, first.text, CLOSED, confidence_threshold=0.9)
     assert lines == [
-        {"question": question, "answer": given.text, "confidence": given.confidence}
+        {"question": question, "answer": given.text, "confidence": given.confidence, "image_reliance": None}
         for question, given in ((DESCRIBE, first), (CLOSED, second))
     ]
 

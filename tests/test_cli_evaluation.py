@@ -50,6 +50,13 @@ def test_one_and_two_processes_give_the_same(tmp_path):
     assert [summary["environment"]["processes"] for summary in summaries] == [1, 2]
 
 
+def test_image_controls(tmp_path):
+    words = ["eval", "vqa", "--benchmark", "phantoms", "--path", "9000:3", "--model", "demo", *SHORT]
+    result = call(*words, "--output", tmp_path, "--image-controls")
+    assert result.exit_code == 0 and "the score" in result.stdout.split("\n\n")[1].lower(), result.output
+    assert all(row["image_reliance"] > -1 and {"noise"} < {*row["controls"]} for row in predictions(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -67,6 +74,7 @@ def test_one_and_two_processes_give_the_same(tmp_path):
         (["--benchmark", "phantoms", "--data", "."], 2, "--benchmark, --data: both given; exactly one is needed"),
         ([], 2, "--benchmark, --data: none given; exactly one is needed"),
         (["--data", "none.csv"], 2, "'--data': 'none.csv'; there is no such file or folder"),
+        (["--benchmark", "phantoms", "--limit", "1", "--image-controls"], 1, "1 picture; --image-controls need two"),
         (["--data", ".", "--revision", "x"], 2, "--revision: 'x'; it goes with --benchmark"),
         (["--data", ".", "--image-folder", "none"], 2, "'--image-folder': 'none'; there is no such file or folder"),
     ],

@@ -16,6 +16,7 @@ from tests.faces import generated
         {"steps": 9},
         {"use_cache": True, "block_length": 24},
         {"initial_canvas_length": 8},
+        {"image_guidance_scale": 0.5, "output_image_reliance": True},
     ],
 )
 def test_every_canvas_is_shown(shipped, example, options, of_one_block):
@@ -25,6 +26,8 @@ def test_every_canvas_is_shown(shipped, example, options, of_one_block):
     expected = generated(shipped, example.image, example.question, **options)
     assert seen == expected.canvases
     assert reply.num_forwards == len(seen) - 1 and reply.confidence == expected.output.answer_confidence[0]
+    assert reply.image_reliance == expected.output.image_reliance
+    assert (" nats from the picture" in reply.summary) == ("output_image_reliance" in options)
     assert reply.text == example.answer and "".join(token.text or "" for token in reply.tokens) == reply.text
 
 

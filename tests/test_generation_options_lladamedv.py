@@ -144,7 +144,8 @@ def test_the_configuration_is_made_from_the_table():
     config = LLaDAMedVGenerationConfig()
     for name, option in OPTIONS.items():
         assert getattr(config, name) == option.default
-        assert f"{name} (" in LLaDAMedVGenerationConfig.__doc__ and option.role in ("answer", "report", "model")
+        assert f"{name} (" in LLaDAMedVGenerationConfig.__doc__
+        assert option.role in ("answer", "reply", "report", "model")
     assert LLaDAMedVGenerationConfig(compile_config=CompileConfig()).compile_config is not None
 
 

@@ -61,7 +61,7 @@ def test_every_option_of_generate_is_one_here_or_changes_no_answer():
     everything = {name for name in vars(LLaDAMedVGenerationConfig()) if not name.startswith("_")}
     assert everything - set(options.GENERATION_OPTIONS) == {
         "abstention_threshold", "compile_config", "confidence_temperature", "output_cache_drift", "output_history",
-        "return_dict_in_generate", "transformers_version",
+        "output_image_reliance", "return_dict_in_generate", "transformers_version",
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from lladamedv import cli
+from lladamedv import LLaDAMedVGenerationOutput, cli
 from lladamedv.conversation import find_evidence, reply_to
 from lladamedv.evaluation.answering import answer_batch
 from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
@@ -156,6 +156,7 @@ def passes(shipped, monkeypatch):
         ({}, {"use_cache": True, "cfg_scale": 3, "min_new_tokens": 24},
          {"use_cache": True, "cfg_scale": 3, "min_new_tokens": 24}),
         ({}, {"repetition_penalty": 3.0}, {"repetition_penalty": 3.0}),
+        ({}, {"image_guidance_scale": 3}, {"image_guidance_scale": 3}),
         ({"max_tokens": 12}, {"block_length": 3, "remasking": "margin"},
          {"max_new_tokens": 12, "block_length": 3, "remasking": "margin"}),
         ({"temperature": 5, "seed": 3}, {"steps": 3}, {"temperature": 5, "steps": 3}),  # half characters, too
@@ -210,7 +211,7 @@ def test_characters_of_several_tokens_are_sent_whole(client, shipped, monkeypatc
         try:
             for token in tokens:
                 streamer.put(torch.tensor([token]))
-            future.set_result(None)
+            future.set_result(LLaDAMedVGenerationOutput())
         except Exception as error:
             future.set_exception(error)
         return SimpleNamespace(future=future)
@@ -295,6 +296,16 @@ def test_evidence_on_request(client, shipped, image):
     assert not hasattr(ask(client, chat_about(image), short), "evidence")
 
 
+def test_unusual_pictures_are_told(client, image, photograph):
+    for picture, told in ((Image.open(photograph).resize((128, 128)), True), (image, False)):
+        whole = ask(client, chat_about(picture), max_tokens=8)
+        chunk = next(iter(ask(client, chat_about(picture), max_tokens=8, stream=True)))
+        parts = [{"type": "input_image", "image_url": data_url(picture)}, {"type": "input_text", "text": QUESTION}]
+        response = client.responses.create(model="demo", input=parts, max_output_tokens=8)
+        for reply in (whole, chunk, response):
+            assert ("The picture is unlike" in (getattr(reply, "warning", None) or "")) is told
+
+
 def test_many_at_once_are_not_mixed_up(url, shipped):
     examples = list(PhantomVQA(77, 12))
     truths = [expected(shipped, example.image, example.question).text for example in examples]
@@ -319,6 +330,23 @@ def test_a_short_question_overtakes_a_long_answer(url, shipped, image):
         short = ask(client_of(url), chat_about(image), {"max_new_tokens": 1, "block_length": 1, "steps": 1})
         assert short.usage.completion_tokens == 1 and not long.done()
         assert long.result(120).usage.completion_tokens == 256
+
+
+def test_image_reliance(client, shipped, image):
+    """A field of its own at the end of the answer, where it is asked for and there is a picture."""
+    config = {"output_image_reliance": True, "block_length": 24, "confidence_threshold": 0.9}
+    truth = pytest.approx(expected(shipped, image, **config).image_reliance, abs=1e-3)
+    parts = [{"type": "input_image", "image_url": data_url(image)}, {"type": "input_text", "text": QUESTION}]
+    given = {"model": "demo", "input": [{"role": "user", "content": parts}]}
+    given["extra_body"] = {"generation_config": json.dumps(config)}
+    assert ask(client, chat_about(image), config).image_reliance == truth
+    assert [*ask(client, chat_about(image), config, stream=True)][-1].image_reliance == truth
+    assert client.responses.create(**given).image_reliance == truth
+    assert [*client.responses.create(**given, stream=True)][-1].response.image_reliance == truth
+    assert not hasattr(ask(client, chat_about(image)), "image_reliance")
+    assert not hasattr(ask(client, TEXT["messages"], config), "image_reliance")
+    with pytest.raises(openai.BadRequestError, match="image_guidance_scale` is not allowed"):
+        ask(client, TEXT["messages"], {"image_guidance_scale": 1})
 
 
 def test_mixed_options_and_pictures_at_once(url, shipped):

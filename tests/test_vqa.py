@@ -80,7 +80,7 @@ CHANGES = {
     "chat_template": lambda _, processor: setattr(processor, "chat_template", processor.chat_template + " "),
     "tokenizer_sha256": lambda _, processor: processor.tokenizer.add_tokens(["lesion"]),
     "model_sha256": lambda model, _: model.lm_head.weight.data.mul_(2),
-    "(model_sha256": lambda model, _: model.lm_head.weight.data[586].mul_(2),  # one id of all
+    "; model_sha256": lambda model, _: model.lm_head.weight.data[586].mul_(2),  # one id of all
     "rms_norm_eps: 1e-05 there": lambda model, _: setattr(model.config.text_config, "rms_norm_eps", 0.1),
     "dtype: 'float32' there, 'float64' here": lambda model, _: model.double(),
 }

@@ -18,7 +18,9 @@ from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
 
 # All that change the answer and can be written as text.
 GENERATION_OPTIONS = tuple(
-    name for name, each in OPTIONS.items() if each.role != "report" and each.types and name != "transformers_version"
+    name
+    for name, each in OPTIONS.items()
+    if each.role not in ("report", "reply") and each.types and name != "transformers_version"
 )
 
 
