@@ -217,10 +217,8 @@ def read_question(
     chat = _read_chat(body, endpoint)
     parts = [part for message in chat for part in message["content"]]
     num_images = sum(part["type"] == "image" for part in parts)
-    guided = "generation_config.image_guidance_scale"
-    for field, value in (("evidence", evidence), (guided, options.image_guidance_scale)):
-        if value and not num_images:
-            raise RequestError(f"`{field}` is {json.dumps(value)}; it needs an image.", field)
+    if evidence and not num_images:
+        raise RequestError("`evidence` is true; it needs an image.", "evidence")
     for unit, count, most in (
         ("images", num_images, limits.images),
         ("characters", sum(len(part.get("text", "")) for part in parts), limits.characters),
