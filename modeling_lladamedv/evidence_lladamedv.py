@@ -77,7 +77,7 @@ class LLaDAMedVEvidenceMixin:
            one at a time; then windows of half the size where the map is strongest, and so on down to single cells, as
            the rows suffice.
         4. A window's value is the fall of the log-likelihood; a cell's the mean over the windows of one size that cover
-           it, added up over the sizes.
+           it, averaged over the sizes.
         ```
         The same masks are used with and without a region, so that the difference is less noisy than either.
 
@@ -302,7 +302,7 @@ def _occlusion_map(shape, plan, fall) -> torch.DoubleTensor:
         values = torch.einsum("ws,wrc->src", fall(windows / torch.tensor(shape * 2)), within)
         values /= within.sum(dim=0).clamp(min=1)
         total = values if total is None else total + values
-    return total
+    return total / len(plan)  # what is not hidden at a size counts as 0, so that the map stays strongest where it was
 
 
 __all__ = ["LLaDAMedVEvidenceMixin", "LLaDAMedVEvidenceOutput"]

@@ -114,7 +114,7 @@ def test_windows_of_several_sizes(model, singles):
     ])  # fmt: skip
     for cell in np.abs(expected).flatten().argsort()[::-1][:singles].tolist():
         expected[divmod(cell, count)] += fall(*divmod(cell, count), 1)
-    np.testing.assert_allclose(output.maps[0][0].numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(output.maps[0][0].numpy(), expected / 2, atol=1e-5)
     assert output.num_rows == 2 + 49 + singles and seen[-1] == (output.num_rows, output.num_rows)
 
 
