@@ -194,11 +194,13 @@ async def load(url: str, process: psutil.Process, arguments, questions) -> dict:
     await asyncio.gather(watch(process, until, sizes), *visits)
     times, memory = np.array(sizes)[len(sizes) // 3 :].T
     first, last, most = (round(float(size), 1) for size in (sizes[0][1], memory[-1], memory.max()))
+    minutes = [[size for when, size in sizes if (when - sizes[0][0]) // 60 == minute] for minute in range(60)]
     cuts = statistics.quantiles(latencies, n=100) if len(latencies) > 1 else [float("nan")] * 99
     return {
         **{name: counts[name] for name in ("done", "aborted", "429", "wrong", "lost")},
         "latency_seconds": {f"p{share}": round(cuts[share - 1], 3) for share in (50, 90, 99)},
         "rss_mb": {"first": first, "last": last, "most": most},
+        "rss_mb_by_minute": [round(statistics.median(each), 1) for each in minutes if each],
         "rss_slope_mb_per_minute": round(float(np.polyfit(times, memory, 1)[0]) * 60, 2),
     }
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 
@@ -29,7 +30,8 @@ from lladamedv.processing.nifti import AXES
 
 from .conversation import LEVELS, MASK, NOTICE, Reply, SharedConversations, Token, demo_notice, level_styles
 from .doors import LOOPBACK_HOSTS, OwnPageOnly
-from .explanation import image_as_url, render
+from .evidence import Evidence
+from .explanation import image_as_url, render, show_legend
 
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ _UPLOADS = "Do not upload images that could identify a person."
 _MAX_PIXELS = 2**25  # of an image that is kept in memory while its conversation lasts: 100 MB
 _MAX_QUESTION = 4_000  # characters
 _SESSION_SECONDS = 3_600
+_NOTHING, _WHOLE = "nothing", "answer"  # values beside the numbers of words
 _AT_ONCE = 8  # questions that are answered side by side
 _DEFAULT, _FULL_RANGE = "default", "full range"  # of the controls
 # What the arguments of `read_medical_image` are called here.
@@ -71,6 +74,7 @@ _STYLE = (
 .ldm-turn { border-top: 1px solid #767676; padding: 8px 0; }
 .ldm-text, .ldm-question span { white-space: pre-wrap; overflow-wrap: anywhere; }
 .ldm-text { line-height: 1.9; }
+.ldm-token[data-word] { cursor: pointer; }
 .ldm-token { padding-bottom: 7px; text-underline-offset: 2px; }
 .ldm-mask { background: #767676; color: #767676 !important; border: 1px solid #fff; border-radius: 3px;
 margin: 0 1px; display: inline-block; height: 1.3em; overflow: hidden; vertical-align: text-bottom; }
@@ -98,6 +102,10 @@ _TAKE_PASTED_FILES = """() => document.addEventListener("paste", event => {
     event.preventDefault();
 })"""
 
+_TELL_WORD = """element.addEventListener("click", ({target}) => {
+    if (target.dataset.word) trigger("click", {word: target.dataset.word});
+})"""
+
 
 # HTML, of which white space is shown inside .ldm-text
 
@@ -106,7 +114,8 @@ _TOKENS = (
     "{% for token in tokens %}{% if token.step is none %}"
     f'<span class="ldm-mask" title="still masked" aria-hidden="true">{2 * MASK}</span>'
     "{% elif token.text %}"
-    f'<span class="ldm-token ldm-level-{{{{ token.level }}}}" title="confidence {_SURE}">{{{{ token.text }}}}</span>'
+    '<span class="ldm-token ldm-level-{{ token.level }}"{% if words %} data-word="{{ words[loop.index0] }}"{% endif %} '
+    f'title="confidence {_SURE}">{{{{ token.text }}}}</span>'
     "{% endif %}{% endfor %}"
 )
 _DRAFT = f'<span class="ldm-text">{_TOKENS}</span>'
@@ -131,27 +140,32 @@ _CONVERSATION = """\
 </section>"""
 _PICTURE = """\
 <figure class="ldm-picture">
-<img src="{{ url }}" alt="The uploaded image as it was read, {{ width }} by {{ height }} pixels">
-<figcaption>{{ width }} by {{ height }} pixels (width by height). What was done to them:<ol>
+<img src="{{ url }}" alt="The uploaded image as it was read, {{ width }} by {{ height }} pixels
+{%- if said %}, with a map of where {{ said }} comes from{% endif %}">
+<figcaption>{% if said %}<div class="ldm-where"><b>Where {{ said }} comes from:</b>{{ legend }}</div>{% endif %}
+{{ width }} by {{ height }} pixels (width by height). What was done to them:<ol>
 {% for step in steps %}
 <li>{{ step }}</li>
 {% endfor %}
 </ol></figcaption></figure>"""
 _LEGEND = """\
 <section aria-label="Legend" class="ldm-legend"><p>Confidence: the probability of a token when it was committed. It says
-how sure the model was, not whether it is right. Point at a token for its own.</p><ul>
+how sure the model was, not whether it is right. Point at a token for its own; click it to see where in the
+image its word comes from.</p><ul>
 {% for level in levels %}
 <li><span class="ldm-token ldm-level-{{ loop.index0 }}">{{ level.name }}</span></li>
 {% endfor %}
 <li>{{ mask }} still masked</li></ul></section>"""
 
 
-def _show_answer(reply: Reply) -> Markup:
-    """An answer, shaded, and the confidence of its tokens as a table.
+def _show_answer(reply: Reply, turn: int) -> Markup:
+    """An answer, shaded, and the confidence of its tokens as a table; a word knows its number and that of its turn.
 
     It holds a mask where the model proposed the mask itself until the steps were used up.
     """
-    return render(_ANSWER, spans=render(_TOKENS, tokens=reply.tokens), reply=reply)
+    begins = (index > 0 and (token.text or " ")[:1].isspace() for index, token in enumerate(reply.tokens))
+    words = [f"{turn}-{word}" for word in accumulate(begins, initial=0)][1:]
+    return render(_ANSWER, spans=render(_TOKENS, tokens=reply.tokens, words=words), reply=reply)
 
 
 def _show_turns(
@@ -164,13 +178,14 @@ def _show_turns(
     return str(render(_CONVERSATION, turns=pairs, busy=question is not None, nothing=nothing))
 
 
-def _show_picture(picture: MedicalImage | None) -> str:
-    """The picture as it was read, and what was done to its pixels."""
+def _show_picture(picture: MedicalImage | None, evidence: Evidence | None = None, said: str = "") -> str:
+    """The picture as it was read, and what was done to its pixels; over it where what was `said` comes from."""
     if picture is None:
         return '<p class="ldm-picture">No image yet.</p>'
     height, width = picture.size
     steps = [*map(str, picture.steps)] or ["nothing: read as it is"]
-    return str(render(_PICTURE, url=image_as_url(picture.image), width=width, height=height, steps=steps))
+    url, legend = image_as_url(picture.image, evidence), "" if evidence is None else show_legend(evidence)
+    return str(render(_PICTURE, url=url, width=width, height=height, steps=steps, said=said, legend=legend))
 
 
 def _show_message(message: str) -> str:
@@ -185,7 +200,7 @@ class _Turn:
     """A question, its answer, and the answer as HTML."""
 
     question: str
-    answer: str
+    reply: Reply
     shown: Markup
 
 
@@ -323,9 +338,13 @@ class _Page:
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
                 self.picture = gradio.HTML(_show_picture(None), label="Image")
+                self.where = gradio.Dropdown(
+                    [("nothing", _NOTHING)], value=_NOTHING, visible=False, label="Show where it comes from",
+                    info="Of the last answer: hides parts of the image, and looks how likely it is then.",
+                )  # fmt: skip
                 self._place_choices()
             with gradio.Column(scale=2, min_width=320):
-                self.log = gradio.HTML(_show_turns(()), label="Conversation")
+                self.log = gradio.HTML(_show_turns(()), label="Conversation", js_on_load=_TELL_WORD)
                 self.alert = gradio.HTML("", label="Message")
                 self.box = gradio.MultimodalTextbox(
                     label="Image and question", show_label=True, sources=["upload"], file_count="single",
@@ -376,23 +395,43 @@ class _Page:
     def _connect(self) -> None:
         gradio, shown = self._gradio, [self.picture, self.log, self.alert, self.state]
         asked = self.box.submit(
-            self.ask, [self.box, self.state, *self.sliders], [self.box, *shown, *self.choices],
+            self.ask, [self.box, self.state, *self.sliders], [self.box, *shown, *self.choices, self.where],
             api_name="ask", show_progress="hidden", concurrency_limit=_AT_ONCE, trigger_mode="once",
         )  # fmt: skip
         gradio.on(
             [choice.change for choice in self.choices], self.choose, [self.state, *self.choices],
-            [*shown, *self.choices], api_name="choose", show_progress="hidden", trigger_mode="always_last",
+            [*shown, *self.choices, self.where], api_name="choose", show_progress="hidden", trigger_mode="always_last",
         )  # fmt: skip
         gradio.on(  # the arrow keys release nothing, and the button that resets is no input
             [self.sliders[0].input, self.sliders[0].release], self.fit, self.sliders[0], self.sliders[1:3],
             api_name="fit", show_progress="hidden", trigger_mode="always_last",
+        )  # fmt: skip
+
+        shows_progress = gradio.Progress()
+
+        def look(conversation, word, progress=shows_progress):
+            return self.look(conversation, len(conversation.turns) - 1, word, progress)
+
+        def look_at_word(conversation, event, progress=shows_progress):
+            turn, word = event.word.split("-")
+            is_last = int(turn) == len(conversation.turns) - 1
+            return *self.look(conversation, int(turn), word, progress), gradio.update(value=word if is_last else None)
+
+        look_at_word.__annotations__["event"] = gradio.EventData
+        self.where.input(
+            look, [self.state, self.where], [self.picture, self.alert], api_name="look", show_progress_on=self.picture,
+            trigger_mode="always_last",
+        )  # fmt: skip
+        self.log.click(
+            look_at_word, self.state, [self.picture, self.alert, self.where], api_visibility="private",
+            show_progress_on=self.picture, trigger_mode="always_last",
         )  # fmt: skip
         self.stop_button.click(
             lambda conversation: (_show_turns(conversation.turns), ""), self.state, [self.log, self.alert],
             cancels=[asked], api_visibility="private", show_progress="hidden",
         )  # fmt: skip
         self.clear_button.click(
-            self.clear, None, [self.box, *shown, *self.choices], cancels=[asked], api_name="clear",
+            self.clear, None, [self.box, *shown, *self.choices, self.where], cancels=[asked], api_name="clear",
             show_progress="hidden",
         )  # fmt: skip
 
@@ -403,8 +442,16 @@ class _Page:
         """The parts of the page that show a conversation."""
         return {
             self.state: conversation, self.picture: _show_picture(conversation.picture),
-            self.log: _show_turns(conversation.turns, **more), self.alert: alert,
+            self.log: _show_turns(conversation.turns, **more), self.alert: alert, self.where: self._offer(conversation),
         }  # fmt: skip
+
+    def _offer(self, conversation: _Conversation):
+        """What of the last answer can be looked for in the picture."""
+        choices = [("nothing", _NOTHING)]
+        if conversation.turns:
+            words = enumerate(conversation.turns[-1].reply.words)
+            choices += [("the whole answer", _WHOLE), *((f"{n + 1}: {text.strip()}", str(n)) for n, (text, _) in words)]
+        return self._gradio.update(visible=len(choices) > 2, choices=choices, value=_NOTHING)
 
     def _show_choices(self, conversation: _Conversation) -> dict:
         """Show the controls for what can be chosen from the file, and hide the others."""
@@ -472,7 +519,7 @@ class _Page:
                 raise ValueError(conversation.refusal or "There is no image yet; add one to the question.")
             if not 0 < len(question) <= _MAX_QUESTION:
                 raise ValueError(f"The question has {len(question)} characters; allowed are 1 to {_MAX_QUESTION}.")
-            turns = [(turn.question, turn.answer) for turn in conversation.turns]
+            turns = [(turn.question, turn.reply.text) for turn in conversation.turns]
             for shown in self.conversations.reply_to(
                 conversation.picture.image, question, turns,
                 max_new_tokens=canvas_length, block_length=block_length, steps=steps,
@@ -483,14 +530,33 @@ class _Page:
                     return
                 if not isinstance(shown, Reply):
                     yield {self.log: _show_turns(conversation.turns, question, shown), self.alert: ""}
-            turn = _Turn(question, shown.text, _show_answer(shown))
+            turn = _Turn(question, shown, _show_answer(shown, len(conversation.turns)))
             conversation = replace(conversation, turns=(*conversation.turns, turn))
-            yield {
-                self.log: _show_turns(conversation.turns), self.state: conversation, self.alert: "",
-                self.box: {"text": "", "files": []},
-            }  # fmt: skip
+            yield {self.box: {"text": "", "files": []}} | self._show(conversation)
         except Exception as error:
             yield box | {self.log: _show_turns(conversation.turns), self.alert: _show_message(_explain(error))}
+
+    def look(self, conversation, turn, word, progress):
+        """Show where in the picture the answer of a turn comes from, or a word of it."""
+        if word == _NOTHING or not conversation.turns:
+            return _show_picture(conversation.picture), ""
+        *before, turn = conversation.turns[: turn + 1]
+
+        def report(done, total):
+            if conversation.over:
+                raise ValueError("The image was read anew.")
+            progress(done / total)
+
+        try:
+            evidence = self.conversations.find_evidence(
+                conversation.picture.image, turn.question, turn.reply,
+                [(each.question, each.reply.text) for each in before],
+                word=None if word == _WHOLE else int(word), callback=report,
+            )  # fmt: skip
+        except Exception as error:
+            return self._gradio.skip(), _show_message(_explain(error))
+        said = "the answer" if word == _WHOLE else f"“{turn.reply.words[int(word)][0].strip()}”"
+        return _show_picture(conversation.picture, evidence, said), ""
 
     def fit(self, canvas_length):
         """Block length and steps that suit a canvas."""
@@ -565,7 +631,7 @@ def build_app(
 
     class App(gradio.Blocks):
         def launch(self, **options):
-            limits = {"max_file_size": max_file_size, "state_session_capacity": 4 * queue_size}
+            limits = {"max_file_size": max_file_size, "state_session_capacity": 4 * queue_size + _AT_ONCE}
             return super().launch(**_launch_options(gradio, limits | options))
 
         def close(self, verbose: bool = True) -> None:

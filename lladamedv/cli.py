@@ -3,6 +3,7 @@
 Each command checks its words first, then calls `quiet`, which imports PyTorch, and then what does the work.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -38,6 +39,7 @@ from .cli_common import (
     print_json,
     progress,
     quiet,
+    row_counter,
     takes,
     usage,
     word,
@@ -139,6 +141,10 @@ def ask(
         Path | None, "Also write how the answer was denoised, as an .html or .png file.",
         check=partial(check_new_file, suffixes=EXPLANATION_SUFFIXES),
     ) = None,
+    where: flag(
+        Path | None, "Also write where in the image the answer comes from, as a map over it in a .png file.",
+        check=partial(check_new_file, suffixes=(".png",)),
+    ) = None,
     candidates: flag(
         str | None, "Possible answers, as Yes,No: print those that the true one may be, by the model's calibration.",
         check=_split,
@@ -148,6 +154,8 @@ def ask(
 ) -> None:  # fmt: skip
     """Answer one question about one image.
 
+    --where, and a page of --explain, take up to 256 forward passes more.
+
     What was done to the image on the way (window, frame, …) is printed on standard error, and a warning if the image is
     unlike those that the model was calibrated on.
 
@@ -156,20 +164,22 @@ def ask(
       lladamedv ask picture.png "Is there a lesion?"
       lladamedv ask scan.dcm "Is there a fracture?" --window bone --model path/or/hub-id
       lladamedv ask picture.png "Describe the image." --steps 8 --json
-      lladamedv ask picture.png "Describe the image." --explain denoising.html
+      lladamedv ask picture.png "Describe the image." --explain denoising.html --where map.png
       lladamedv ask picture.png "Is there a lesion?" --candidates Yes,No
     """
     if not is_url(image) and not Path(image).expanduser().is_file() and Path(question).expanduser().is_file():
         raise usage("IMAGE", f"{image!r} is no file, but QUESTION {question!r} is one: the image comes first.")
     if not question.strip():
         raise usage("QUESTION", "it is empty.")
-    if candidates is not None and (generation or explain is not None):
-        raise usage("--candidates", "it generates nothing; options of generation and --explain do not go with it.")
+    if candidates is not None and (generation or explain or where):
+        raise usage(
+            "--candidates", "it generates nothing; options of generation, --explain and --where do not go with it."
+        )
     if group is not None and candidates is None:
         raise usage("--group", f"{group!r}; it goes with --candidates.")
     picture = read(image)
     quiet()
-    from lladamedv.conversation import demo_notice
+    from lladamedv.conversation import demo_notice, find_evidence
     from lladamedv.evaluation.answer_sets import answer_set
     from lladamedv.explanation import explain_answer
 
@@ -191,6 +201,15 @@ def ask(
         for line in filter(None, (f"image: {'; '.join(steps)}" if steps else None, notice, warning, *notes)):
             typer.echo(line, err=True)
         typer.echo(found["answer"])
+    page = explain is not None and explain.suffix.lower() == ".html"
+    if where is not None or (page and given.ids):
+        from lladamedv.evidence import save_evidence
+
+        with row_counter() as count:
+            evidence = find_evidence(model, processor, picture.image, question, given, callback=count)
+        if where is not None:
+            save_evidence(where, picture.image, evidence)
+        given = dataclasses.replace(given, evidence=evidence)
     if explain is not None:
         given.save(explain)
 

@@ -15,8 +15,8 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -460,6 +460,18 @@ class _ToStandardError(logging.Handler):
 def progress(as_json: bool) -> Callable[[str], None]:
     """Where lines on the way to a result go: with `--json` the result alone is on standard output."""
     return lambda line: typer.echo(line, err=as_json)
+
+
+@contextmanager
+def row_counter() -> Iterator[Callable[[int, int], None]]:
+    """Shows on a terminal how many rows of how many are done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("rows", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_json(result: Any) -> None:

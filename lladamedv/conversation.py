@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Lock
@@ -22,6 +22,7 @@ from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import Continuou
 from lladamedv.modeling_lladamedv.generation_lladamedv import LLaDAMedVGenerationOutput
 from lladamedv.processing import LLaDAMedVProcessor
 
+from .evidence import Evidence
 from .loading import DEMO_MODEL
 
 
@@ -93,6 +94,7 @@ class Reply:
         suffix: the text behind the answer that `generation_suffix` gave.
         image_reliance: as `generate` returns it, in nats; `None` without `output_image_reliance`.
         warning: that the picture is unlike those that the model was calibrated on, if it is.
+        ids: of each token of the answer, without what ended it.
     """
 
     text: str
@@ -104,6 +106,19 @@ class Reply:
     suffix: str
     image_reliance: float | None = None
     warning: str | None = None
+    ids: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def words(self) -> list[tuple[str, tuple[int, int]]]:
+        """Words of the answer, each with the (start, end) of its ids."""
+        found, end = [], 0
+        for token, ids in zip(self.tokens, self.ids):
+            text, start, end = token.text, end, end + len(ids)
+            if found and not text[:1].isspace():
+                before, (start, _) = found.pop()
+                text = before + text
+            found.append((text, (start, end)))
+        return found
 
     @property
     def summary(self) -> str:
@@ -204,16 +219,69 @@ class SharedConversations:
             self._batch.cancel(request)
         yield _reply(model, self._processor, asked, request.future.result())
 
+    def find_evidence(self, image: Image.Image, question: str, reply: Reply, turns=(), **options) -> Evidence:
+        """As [`find_evidence`] does."""
+        with self._asking:
+            inputs = _inputs(self._model, self._own_processor, image, question, turns)
+        return explain_reply(self._model, inputs, reply, **options)
+
+
+def find_evidence(
+    model: LLaDAMedVForConditionalGeneration,
+    processor: LLaDAMedVProcessor,
+    image: Image.Image,
+    question: str,
+    reply: Reply,
+    turns: Sequence[tuple[str, str]] = (),
+    **options,
+) -> Evidence:
+    """Where in the image an answer comes from, as `explain_image` finds it by occlusion.
+
+    Args:
+        model, processor, image, question, turns: as of [`reply_to`].
+        reply: its answer.
+        options: those of [`explain_reply`].
+
+    Raises:
+        ValueError: as `explain_image` does, such as for an empty answer.
+    """
+    return explain_reply(model, _inputs(model, processor, image, question, turns), reply, **options)
+
+
+def explain_reply(
+    model: LLaDAMedVForConditionalGeneration,
+    inputs: Mapping[str, torch.Tensor],
+    reply: Reply,
+    word: int | None = None,
+    callback: Callable[[int, int], object] | None = None,
+) -> Evidence:
+    """The same for what the processor makes of the question.
+
+    Args:
+        inputs: of the processor.
+        word: number of the word of the answer that is explained; by default all of them together.
+        callback: called with the rows done and those there will be; what it raises ends the search.
+    """
+    ids = [each for token in reply.ids for each in token]
+    spans = None if word is None else [reply.words[word][1]]
+    found = model.explain_image(**inputs, answer=ids, spans=spans, callback=callback)
+    return Evidence(found.maps[0][0].numpy(), float(found.whole_fall[0, 0]))
+
 
 def _ask(model, processor, image, question, turns, options) -> dict:
     """Arguments of `generate`, for the last question of a conversation."""
+    inputs = _inputs(model, processor, image, question, turns)
+    return {**inputs, "tokenizer": processor.tokenizer, **options, "return_dict_in_generate": True}
+
+
+def _inputs(model, processor, image, question, turns) -> Mapping[str, torch.Tensor]:
+    """What the processor makes of the last question of a conversation."""
     texts = [text for turn in turns for text in turn] + [question]
     later = [
         {"role": ("user", "assistant")[index % 2], "content": [{"type": "text", "text": text}]}
         for index, text in enumerate(texts)
     ]
-    inputs = encode_chats(model, processor, [question_about(image, texts[0]) + later[1:]])
-    return {**inputs, "tokenizer": processor.tokenizer, **options, "return_dict_in_generate": True}
+    return encode_chats(model, processor, [question_about(image, texts[0]) + later[1:]])
 
 
 def _reply(model, processor, asked: dict, output: LLaDAMedVGenerationOutput) -> Reply:
@@ -239,6 +307,7 @@ def _reply(model, processor, asked: dict, output: LLaDAMedVGenerationOutput) -> 
         suffix=processor.decode(ids[length:], skip_special_tokens=True),
         image_reliance=reliance,
         warning=picture_warning(model, asked.get("pixel_values")),
+        ids=tuple(tuple(ids[place] for place in group) for group in _groups(ids[:length], processor, model)),
     )
 
 
@@ -278,34 +347,36 @@ def _tokens(
     model: LLaDAMedVForConditionalGeneration,
 ) -> list[Token]:
     """The tokens of a canvas; several ids are one where they share a character."""
-    mask_token_id = model.config.mask_token_id
-
-    def groups() -> Iterator[list[int]]:
-        group: list[int] = []
-        for place, token in enumerate(ids):
-            if token == mask_token_id and group:
-                yield group
-                group = []
-            group.append(place)
-            # UTF-8 has at most four bytes.
-            if token == mask_token_id or len(group) == 4 or not text_of(group).endswith("\ufffd"):
-                yield group
-                group = []
-        if group:
-            yield group
-
-    def text_of(group: list[int]) -> str:
-        return processor.decode([ids[place] for place in group])
-
     return [
         Token(MASK, None, None)
-        if ids[group[0]] == mask_token_id
-        else Token(text_of(group), max(steps[place] for place in group), min(confidences[place] for place in group))
-        for group in groups()
+        if ids[group[0]] == model.config.mask_token_id
+        else Token(
+            processor.decode([ids[place] for place in group]),
+            max(steps[place] for place in group),
+            min(confidences[place] for place in group),
+        )
+        for group in _groups(ids, processor, model)
     ]
+
+
+def _groups(ids: Sequence[int], processor, model) -> Iterator[list[int]]:
+    """Places of the ids of each token."""
+    group: list[int] = []
+    for place, token in enumerate(ids):
+        is_mask = token == model.config.mask_token_id
+        if is_mask and group:
+            yield group
+            group = []
+        group.append(place)
+        # UTF-8 has at most four bytes.
+        if is_mask or len(group) == 4 or not processor.decode([ids[each] for each in group]).endswith("\ufffd"):
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 __all__ = [
     "DEMO_NOTICE", "LEVELS", "MASK", "NOTICE", "Level", "Reply", "SharedConversations", "Token", "demo_notice",
-    "level_styles", "printable", "reply_to",
+    "explain_reply", "find_evidence", "level_styles", "printable", "reply_to",
 ]  # fmt: skip

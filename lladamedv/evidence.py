@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from .paths import check_new_file, whole_file
 
 
 # Vermilion and blue of Okabe and Ito's palette, which people with any kind of colour blindness tell apart.
 FOR, AGAINST = "#d55e00", "#0072b2"
 _OPACITY, _SIDE, _LINE = 0.65, 384, 18
+
+
+class Evidence(NamedTuple):
+    """Where in a picture an answer comes from, in nats: see [`LLaDAMedVEvidenceOutput`].
+
+    Attributes:
+        values: the map `(rows, columns)`.
+        whole_fall: how much hiding all of the picture makes the answer less likely.
+    """
+
+    values: np.ndarray
+    whole_fall: float
 
 
 def evidence_legend(values, whole_fall: float | None = None) -> list[tuple[str | None, str]]:
@@ -70,4 +87,15 @@ def draw_evidence(
     return sheet
 
 
-__all__ = ["draw_evidence", "evidence_legend"]
+def save_evidence(file: Path, image: Image.Image, evidence: Evidence) -> None:
+    """Write the map over its picture, with its legend, as a PNG; a file that exists is overwritten.
+
+    Raises:
+        ValueError: if it cannot be written there.
+    """
+    check_new_file(file, (".png",))
+    with whole_file(file) as partial:
+        draw_evidence(image, *evidence).save(partial, "PNG", optimize=True)
+
+
+__all__ = ["Evidence", "draw_evidence", "evidence_legend", "save_evidence"]

@@ -26,6 +26,7 @@ from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
 from lladamedv.processing import LLaDAMedVProcessor
 
 from .conversation import LEVELS, MASK, NOTICE, Reply, Token, demo_notice, level_styles, printable, reply_to
+from .evidence import Evidence, draw_evidence, evidence_legend
 from .paths import EXPLANATION_SUFFIXES, check_new_file, whole_file
 
 
@@ -42,6 +43,7 @@ class Explanation(Reply):
         image_steps: what was done to the image when it was read, as [`read_medical_image`] says it.
         options: those of `generate` that differ from its defaults.
         notices: what a reader must know about the model, a line each.
+        evidence: where in the image the answer comes from, for pages.
     """
 
     image: Image.Image
@@ -49,6 +51,7 @@ class Explanation(Reply):
     image_steps: Sequence = ()
     options: dict
     notices: tuple[str, ...] = (NOTICE,)
+    evidence: Evidence | None = None
 
     def save(self, file: Path) -> None:
         """Write the explanation as `file` says by its suffix; a file that exists is overwritten.
@@ -113,14 +116,25 @@ def render(template: str, **values) -> Markup:
     return Markup(_template(template).render(values))
 
 
-def image_as_url(image: Image.Image) -> str:
-    """A URL that holds the image itself, reduced to at most 640 pixels a side and without metadata."""
+def image_as_url(image: Image.Image, evidence: Evidence | None = None) -> str:
+    """A URL that holds the image itself, reduced to at most 640 pixels a side and without metadata, and what is laid
+    over it."""
     preview, file = Image.fromarray(np.asarray(image.convert("RGB"))), io.BytesIO()
     preview.thumbnail(_PREVIEW)
+    if evidence is not None:
+        preview = draw_evidence(preview, *evidence, legend=False)
     preview.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+_EVIDENCE = """\
+<ul>
+{% for colour, line in lines %}
+<li>{% if colour %}<span aria-hidden="true" style="display: inline-block; width: 1em; height: 1em; background:
+{{- colour }}"></span> {{ ("orange", "blue")[loop.index0] }}: {% endif %}{{ line }}</li>
+{% endfor %}
+</ul>
+<p>A map says what the model's answer rests on, not whether the answer is right.</p>"""
 _PAGE = """\
 <!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -130,6 +144,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; clear: both; }
 figure { float: right; margin: 0 0 1rem 1rem; width: min(40%, 18rem); } img { width: 100%; border-radius: 6px; }
 dt { font-weight: bold; } dd { margin: 0 0 .5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+figure.map { float: none; margin: 0; }
 .note { border: 2px solid #8a4b00; background: #fff6e5; padding: 8px 12px; clear: both; }
 .answer { line-height: 2.4; overflow-wrap: anywhere; }
 .token { display: inline-block; white-space: pre-wrap; border-radius: 4px; padding: 0 3px; margin-right: 3px;
@@ -163,6 +178,11 @@ confidence, the probability that it had then: how sure the model was, not whethe
 <li><span class="token level-{{ loop.index0 }}">{{ level.name }}</span></li>
 {% endfor %}
 </ul>
+{% if evidence %}
+<h2>Where in the image the answer comes from</h2>
+<figure class="map"><img src="{{ map_url }}" alt="The image with the map laid over it"></figure>
+{{ legend }}
+{% endif %}
 <h2>The canvas after every step</h2>
 <table class="canvas"><caption>{{ mask }} is a mask; bold and coloured is what the step committed. What lies right of
 the end is left out.</caption>
@@ -188,6 +208,11 @@ the end is left out.</caption>
 """
 
 
+def show_legend(evidence: Evidence) -> Markup:
+    """What the colours of a map mean, and what they do not."""
+    return render(_EVIDENCE, lines=evidence_legend(*evidence))
+
+
 def to_html(explanation: Explanation) -> str:
     """The explanation as a page that needs nothing else, for browsers and for screen readers."""
     facts = {
@@ -199,9 +224,17 @@ def to_html(explanation: Explanation) -> str:
     return render(
         _PAGE, styles=Markup(level_styles("")), notices=explanation.notices, url=image_as_url(explanation.image),
         image=explanation.image, image_steps=list(map(str, explanation.image_steps)), facts=facts,
-        tokens=explanation.tokens, levels=LEVELS, mask=MASK,
+        tokens=explanation.tokens, levels=LEVELS, mask=MASK, **_map(explanation),
         canvases=[_canvas(explanation.tokens, step) for step in range(explanation.num_forwards + 1)],
     )  # fmt: skip
+
+
+def _map(explanation: Explanation) -> dict:
+    evidence = explanation.evidence
+    if evidence is None:
+        return {}
+    url = image_as_url(explanation.image, evidence)
+    return {"evidence": evidence, "map_url": url, "legend": show_legend(evidence)}
 
 
 def _kind(token: Token, step: int, previous: int) -> str:
@@ -355,4 +388,4 @@ def _draw_legend(pen: _Pen) -> None:
         pen.text(_MARGIN + 30, y + _ROW / 2 - 1, name, 10)
 
 
-__all__ = ["Explanation", "draw_explanation", "explain_answer", "image_as_url", "render", "to_html"]
+__all__ = ["Explanation", "draw_explanation", "explain_answer", "image_as_url", "render", "show_legend", "to_html"]

@@ -339,8 +339,11 @@ class ContinuousBatch:
     def _close(self, request, how: str, error: Exception | None = None, output=None) -> None:
         self._counts.update([how])
         request.state, request.images = None, {}
-        if request.streamer is not None:
-            request.streamer.end()
+        try:
+            if request.streamer is not None:
+                request.streamer.end()
+        except Exception as caught:  # of the streamer, which is not ours
+            error = error or _light(caught)
         if request.future.done():
             return
         if how == "cancelled":

@@ -1,14 +1,17 @@
 """What tests of commands, chat, app and server share: what `generate` keeps of an answer, and a model that waits."""
 
+import gc
 import socket
 import struct
 import time
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Semaphore
 
 import nibabel
 import numpy as np
+import torch
 from PIL import Image
 
 from lladamedv.conversation import MASK
@@ -94,6 +97,23 @@ class Gate:
 
     def let(self, count):
         self._allowed.release(count)
+
+
+@contextmanager
+def no_tensors_left(settled=lambda: True):
+    """What is done here leaves no tensor behind, without a search for cycles, which a large process seldom makes."""
+
+    def count():
+        return sum(type(each) is torch.Tensor for each in gc.get_objects())
+
+    gc.collect()
+    before = count()
+    gc.disable()
+    try:
+        yield
+        until(lambda: settled() and count() <= before)
+    finally:
+        gc.enable()
 
 
 def until(condition):

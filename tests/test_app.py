@@ -18,9 +18,11 @@ from typer.testing import CliRunner
 
 from lladamedv import cli, cli_common
 from lladamedv.app import build_app
-from lladamedv.conversation import LEVELS
+from lladamedv.conversation import LEVELS, find_evidence, reply_to
 from lladamedv.demo import answer
+from lladamedv.evidence import evidence_legend
 from lladamedv.explanation import image_as_url
+from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
 from lladamedv.processing.medical_images import read_medical_image
 from tests.dicom_files import SECRET, dataset, item, sequence, to_bytes
 from tests.faces import Gate, black_png, conversation, free_port, generated, two_frames, until
@@ -135,6 +137,21 @@ def test_follow_up_questions_are_about_the_same_image(browser, shipped, example,
     assert "There is no image yet" in browser.ask(first)[-1][3]
 
 
+def test_where_an_answer_comes_from(browser, shipped, example, picture):
+    browser.ask(example.question, picture)
+    reply = reply_to(*shipped, example.image, example.question)
+    number = next(number for number, (text, _) in enumerate(reply.words) if text == " lesions")
+    for chosen, word in (("answer", None), (str(number), number)):
+        found = find_evidence(*shipped, example.image, example.question, reply, word=word)
+        shown, message = browser.client.predict(chosen, api_name="/look")
+        assert image_as_url(example.image, found) in shown and message == ""
+        said = [text.strip() for text in Page(shown).texts("li")]
+        legend = zip(("orange: ", "blue: ", ""), evidence_legend(*found))
+        assert said[:3] == [f"{colour}{line}" for colour, (_, line) in legend]
+    assert f'data-word="0-{number}"' in browser.ask("Is there a lesion?")[0][2]
+    assert image_as_url(example.image) in browser.client.predict("nothing", api_name="/look")[0]
+
+
 def test_sessions_do_not_see_each_other(browser, served, picture):
     browser.ask("Is there a lesion?", picture)
     assert "There is no image yet" in Browser(served[0]).ask("Is there a lesion?")[-1][3]
@@ -241,7 +258,8 @@ def test_answers_are_about_the_chosen_frame(browser, shipped, files):
 
 def test_slices_along_another_axis(browser, files):
     browser.ask("", files / "volumes.nii.gz")
-    *_, place, _, _, _, _, _ = browser.client.predict(2, 1, "sagittal", "50/40", "default", False, api_name="/choose")
+    chosen = browser.client.predict(2, 1, "sagittal", "50/40", "default", False, api_name="/choose")
+    place = chosen[3]
     assert (place["label"], place["maximum"], place["value"]) == ("Sagittal slice (from 0)", 5, 3)
     seen = browser.choose(place=5, volume=1, axis="sagittal", window="50/40")[0]
     options = {"axis": "sagittal", "slice_index": 5, "time_index": 1, "window": "50/40"}
@@ -456,11 +474,13 @@ def test_questions_are_answered_side_by_side_and_the_queue_is_bounded(shipped, e
         tabs = [Browser(url) for _ in range(10)]
         for tab in tabs:
             assert tab.ask("", picture)[-1][3] == ""
-        gate = Gate(monkeypatch, shipped[0])
-        running = [tab.submit(example.question) for tab in tabs[:7]]
-        short = tabs[7].submit(example.question, sliders=(8, 8, 2, 0))
-        for job in (*running, short):
-            next(job)
+        gate, submit, submitted = Gate(monkeypatch, shipped[0]), ContinuousBatch.submit, []
+        monkeypatch.setattr(ContinuousBatch, "submit", lambda *a, **k: (submit(*a, **k), submitted.append(0))[0])
+        jobs = []
+        for tab, sliders in zip(tabs, [SLIDERS] * 7 + [(8, 8, 2, 0)]):
+            jobs.append(tab.submit(example.question, sliders=sliders))
+            until(lambda: len(submitted) == len(jobs))
+        *running, short = jobs
         waiting = tabs[8].submit(example.question)
         until(lambda: waiting.status().queue_size)
         with pytest.raises(Exception, match="full"):

@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 
 from lladamedv.app import build_app
+from lladamedv.conversation import find_evidence, reply_to
 from lladamedv.demo import answer
 from lladamedv.explanation import image_as_url
 from lladamedv.processing.medical_images import read_medical_image
@@ -194,6 +195,29 @@ def test_sliders_are_options_of_generate(page, shipped, example, picture, monkey
     assert answers(page, 1) == answer(*shipped, [example.messages()], **options)
     assert output.num_forwards[0] < 20
     expect(page.get_by_text(f"{int(output.num_forwards[0])} forward passes")).to_be_visible()
+
+
+@pytest.mark.parametrize("look", [{"viewport": {"width": width, "height": 1000}} for width in (1280, 390)], ids=str)
+def test_a_click_on_a_word_shows_where_it_comes_from(page, shipped, example, picture):
+    attach(page, picture)
+    ask(page, example.question)
+    answers(page, 1)
+    reply = reply_to(*shipped, example.image, example.question)
+    number = next(number for number, (text, _) in enumerate(reply.words) if text == " lesions")
+    shown = page.get_by_role("img", name="with a map of where “lesions” comes from")
+    page.locator(".ldm-token", has_text="lesions").click()
+    found = find_evidence(*shipped, example.image, example.question, reply, word=number)
+    expect(shown).to_have_attribute("src", image_as_url(example.image, found))
+    expect(page.locator(".ldm-where")).to_contain_text("hiding the whole picture makes it less likely")
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+    chosen = page.get_by_role("combobox", name="Show where it comes from")
+    expect(chosen).to_have_value(f"{number + 1}: lesions")
+    chosen.click()
+    page.get_by_role("option", name="the whole answer").click()
+    expect(page.get_by_role("img", name="with a map of where the answer comes from")).to_be_visible()
+    chosen.click()
+    page.get_by_role("option", name="nothing").click()
+    expect(page.locator(".ldm-where")).to_have_count(0)
 
 
 def test_frames_and_windows(page, shipped, frames):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch, PositionsError
+from tests.faces import no_tensors_left
 from tests.test_generation_lladamedv import SUPPRESSED
 from tests.tiny import image_prompt, tiny_model
 
@@ -197,6 +198,39 @@ def test_a_prompt_that_cannot_be_answered_fails_alone():
     assert bad.future.exception() is not None
     with pytest.raises(ValueError, match="`output_history` is True"):
         batch.submit(**{**arguments(0, (5,), 1, 4), "output_history": True})
+
+
+@pytest.mark.parametrize("options", [1, 6])
+def test_what_an_answer_took_is_free_at_its_end(options):
+    """However it ends."""
+
+    class Streamer:
+        def put(self, tokens):
+            raise OSError
+
+        def end(self):
+            raise KeyError
+
+    batch = ContinuousBatch(MODEL)
+
+    def use():
+        asked = arguments(0, (5,), options, 4)
+        finished, cancelled = batch.submit(**asked), batch.submit(**asked)
+        batch.step()
+        batch.cancel(cancelled)
+        wrong = batch.submit(**asked | {"input_ids": image_prompt(num_images=2)})
+        failed = batch.submit(**asked, streamer=Streamer())
+        while batch.step():
+            pass
+        finished.future.result()
+        assert {type(each.future.exception()) for each in (cancelled, wrong, failed)} == {
+            CancelledError, ValueError, OSError
+        }  # fmt: skip
+        MODEL.generate(**asked)
+
+    use()
+    with no_tensors_left():
+        use()
 
 
 @pytest.mark.parametrize("noise", [{"temperature": 2.0}, {"remasking": "random"}])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lladamedv.evaluation import vqa
-from lladamedv.evaluation.answering import question_about
+from lladamedv.evaluation.answering import encode_chats, question_about
 from lladamedv.evaluation.image_controls import CONTROLS, ControlPictures, finding, summarize_controls
 from lladamedv.loading import load_model
 from lladamedv.processing.datasets import load_vqa
@@ -50,10 +50,7 @@ def test_a_model_that_sees(shipped, phantoms, seen, monkeypatch):
 
 
 def score(shipped, image, question, answers):
-    inputs = shipped[1].apply_chat_template(
-        [question_about(image, question)], add_generation_prompt=True, tokenize=True, return_dict=True,
-        return_tensors="pt",
-    )  # fmt: skip
+    inputs = encode_chats(*shipped, [question_about(image, question)])
     return shipped[0].score(**inputs, candidates=answers, tokenizer=shipped[1].tokenizer).log_likelihood
 
 

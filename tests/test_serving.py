@@ -23,7 +23,7 @@ from lladamedv.evaluation.answering import answer_batch
 from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
 from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
 from lladamedv.processing.phantoms import PhantomVQA
-from tests.faces import Gate, black_png, conversation, until
+from tests.faces import Gate, black_png, conversation, no_tensors_left, until
 
 
 httpx = pytest.importorskip("httpx")
@@ -376,6 +376,15 @@ def test_metrics(shipped, image):
         "waiting": 0, "running": 0, "positions": 0, "requests": 2, "finished": 2, "cancelled": 0, "failed": 0,
         "tokens": 2 * count, "passes": passes, "rows": passes, "image_cache_hits": 1, "image_cache_misses": 1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"stop": ["lesion"]}, {"max_tokens": 10_000}], ids=str)
+def test_what_an_answer_took_is_free_at_its_end(url, image, fields):
+    body = {"messages": chat_about(image), "generation_config": {"use_cache": True}} | fields
+    http.post(f"{url}{CHAT}", json=body)
+    with no_tensors_left(lambda: not numbers(url)["running"]):
+        for _ in range(3):
+            http.post(f"{url}{CHAT}", json=body)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

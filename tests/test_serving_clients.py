@@ -1,6 +1,7 @@
 """The server and real clients: recorded requests, fields that ask for nothing, data URLs, readers' options, limits."""
 
 import base64
+import ctypes
 import gzip
 import io
 import json
@@ -263,9 +264,13 @@ def test_messages_name_the_field_of_the_request(url, make, fields, param):
 
 
 def peak(function):
-    """What a call adds to this process's memory at its highest point, and leaves, in MB."""
+    """What a call adds to this process's memory at its highest point, and what is in use after it, in MB.
+
+    Memory that is free, but kept by the C library for each thread, is given back before each look.
+    """
 
     def status(name):
+        LIBC.malloc_trim(0)
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1e3
 
@@ -275,7 +280,12 @@ def peak(function):
     return status("VmHWM") - before, status("VmRSS") - before
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+LIBC = ctypes.CDLL(None)
+
+
+@pytest.mark.skipif(
+    not (Path("/proc/self/clear_refs").exists() and hasattr(LIBC, "malloc_trim")), reason="needs Linux and glibc"
+)
 @pytest.mark.parametrize(
     ("mode", "side", "count", "status"),
     [
@@ -296,7 +306,7 @@ def test_a_request_takes_bounded_memory(url, mode, side, count, status):
     replies = []
     most, left = peak(lambda: replies.append(http.post(f"{url}{CHAT}", json=body)))
     assert replies[0].status_code == status, replies[0].text
-    assert most < 300 and left < 150
+    assert most < 300 and left < 40
 
 
 def test_long_pictures_are_no_large_squares(url, shipped):
