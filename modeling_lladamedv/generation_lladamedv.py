@@ -615,6 +615,8 @@ class LLaDAMedVGenerationMixin:
         settings = compile_config.to_dict() | {"fullgraph": True}
         if self._step_compiled_with != settings:
             self._step_compiled_with = settings
+            # The default allows eight shapes in a process, all models together.
+            settings = {"recompile_limit": 64, "isolate_recompiles": True, **settings}
             self._step_as_compiled = torch.compile(self._run_step, **settings)
         return self._step_as_compiled
 
