@@ -63,7 +63,7 @@ class LLaDAMedVEvidenceMixin:
         cells: int | None = None,
         max_rows: int = 256,
         max_exact_tokens: int = 3,
-        num_samples: int = 8,
+        num_samples: int = 4,
         seed: int = 0,
         batch_size: int = 32,
         callback=None,
