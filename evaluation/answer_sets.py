@@ -29,7 +29,7 @@ from .answering import candidate_probabilities, encode_chats, question_about
 from .conformal import fewest_pictures, promised
 from .run_settings import model_fingerprint
 from .runs import replace_file
-from .unusual_pictures import FALSE_ALARMS, FEWEST_PICTURES, PictureModel, picture_features
+from .unusual_pictures import FALSE_ALARMS, FEWEST_PICTURES, PictureModel, count_features, picture_features
 
 
 logger = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ def attach_calibration(
         folder: of the calibration; by default it is the one that the model has, which its weights may have left behind.
 
     Raises:
-        ValueError: as [`Calibration.load`].
+        ValueError: as [`Calibration.load`], and for one whose pictures have other features than the model's.
     """
     found = calibration_of(model) if folder is None else Calibration.load(folder)
     model.calibration = None
@@ -279,6 +279,11 @@ def attach_calibration(
                 found.dataset, what, there, found.dtype, here, str(model.dtype).removeprefix("torch."),
             )  # fmt: skip
             return
+    if found.picture_model and found.picture_model.num_features != (count := count_features(model.config)):
+        raise ValueError(
+            f"`picture_model` of the calibration on {found.dataset} has {found.picture_model.num_features} features; "
+            f"the model has {count}."
+        )
     model.calibration = found
 
 

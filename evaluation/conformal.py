@@ -61,7 +61,8 @@ def wilson_interval(mean: float, count: int) -> list[float]:
     """
     z = 1.959964
     center, spread = mean + z**2 / (2 * count), z * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
-    return [max(0.0, (center - spread) / (1 + z**2 / count)), min(1.0, (center + spread) / (1 + z**2 / count))]
+    low, high = ((center + sign * spread) / (1 + z**2 / count) for sign in (-1, 1))
+    return [max(0.0, min(low, mean)), min(1.0, max(high, mean))]  # rounding may have put an end beyond 0, 1 or the mean
 
 
 __all__ = ["conformal_threshold", "fewest_pictures", "promised", "wilson_interval"]

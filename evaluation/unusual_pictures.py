@@ -44,6 +44,12 @@ def picture_features(model, pixel_values: torch.Tensor) -> np.ndarray:
     return torch.cat(means, dim=1).double().cpu().numpy()
 
 
+def count_features(config) -> int:
+    """How many [`picture_features`] a model of this configuration has."""
+    tower = config.vision_config
+    return 0 if config.text_only else min(_LAYERS, tower.num_hidden_layers + 1) * tower.hidden_size
+
+
 def encode(array: np.ndarray) -> str:
     """float16 values as base64."""
     return base64.b64encode(array.astype("<f2").tobytes()).decode()
@@ -129,4 +135,6 @@ class PictureModel:
         return np.sqrt((along / self.variances).sum(axis=1) + np.maximum(across, 0) / self.rest)
 
 
-__all__ = ["FALSE_ALARMS", "FEWEST_PICTURES", "PictureModel", "decode", "encode", "picture_features"]
+__all__ = [
+    "FALSE_ALARMS", "FEWEST_PICTURES", "PictureModel", "count_features", "decode", "encode", "picture_features",
+]  # fmt: skip

@@ -264,7 +264,8 @@ def explain_reply(
     """
     ids = [each for token in reply.ids for each in token]
     spans = None if word is None else [reply.words[word][1]]
-    found = model.explain_image(**inputs, answer=ids, spans=spans, callback=callback)
+    has_end = len(reply.tokens) > len(reply.ids)
+    found = model.explain_image(**inputs, answer=ids, spans=spans, append_eos=has_end, callback=callback)
     return Evidence(found.maps[0][0].numpy(), float(found.whole_fall[0, 0]))
 
 

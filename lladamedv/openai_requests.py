@@ -78,7 +78,7 @@ CHAT = Endpoint(
 RESPONSES = Endpoint(
     "/v1/responses", "input", {"max_output_tokens": "max_new_tokens", "temperature": "temperature"}, ("instructions",)
 )
-_COMMON = ("model", "stream", "stream_options", "seed", "generation_config")
+_COMMON = ("model", "stream", "stream_options", "seed", "generation_config", "evidence")
 _OFFERED = {
     name: option for name, option in OPTIONS.items() if option.role == "answer" or name == "output_image_reliance"
 }
@@ -150,6 +150,7 @@ class Question:
         seed: of the noise, if the answer is to be drawn the same way again.
         stream: whether the answer is sent as it is made.
         include_usage: whether a stream ends with an event for the numbers of tokens.
+        evidence: whether the reply says where in the images the answer comes from.
     """
 
     chat: list[dict]
@@ -159,6 +160,7 @@ class Question:
     seed: int | None
     stream: bool
     include_usage: bool
+    evidence: bool
 
 
 def parse_body(body: bytes, limits: Limits) -> dict:
@@ -196,9 +198,12 @@ def read_question(
     """
     body = _check_fields(body, (*_COMMON, *endpoint.options, *endpoint.others, endpoint.messages), _NEUTRAL)
     check_name(body.get("model", name), name)
-    seed, stream = body.get("seed"), body.get("stream", False)
-    if type(stream) is not bool:
-        raise _wrong("stream", stream, _TYPES[bool])
+    seed, stream, evidence = body.get("seed"), body.get("stream", False), body.get("evidence", False)
+    for field, value in (("stream", stream), ("evidence", evidence)):
+        if type(value) is not bool:
+            raise _wrong(field, value, _TYPES[bool])
+    if evidence and stream:
+        raise RequestError("`evidence` is true; in streams it is not allowed.", "evidence")
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
         raise _wrong("seed", seed, "whole numbers from 0 to 2^63 - 1")
     given = body.get("stream_options", {})
@@ -211,14 +216,17 @@ def read_question(
     options, stop, length_field = _read_options(body, endpoint, model, limits)
     chat = _read_chat(body, endpoint)
     parts = [part for message in chat for part in message["content"]]
+    num_images = sum(part["type"] == "image" for part in parts)
+    if evidence and not num_images:
+        raise RequestError("`evidence` is true; it needs an image.", "evidence")
     for unit, count, most in (
-        ("images", sum(part["type"] == "image" for part in parts), limits.images),
+        ("images", num_images, limits.images),
         ("characters", sum(len(part.get("text", "")) for part in parts), limits.characters),
     ):
         if count > most:
             message = f"`{endpoint.messages}` holds {count} {unit}; allowed are at most {most}."
             raise RequestError(message, endpoint.messages)
-    return Question(chat, length_field, options, stop, seed, stream, given.get("include_usage", False))
+    return Question(chat, length_field, options, stop, seed, stream, given.get("include_usage", False), evidence)
 
 
 def check_name(given: object, name: str) -> None:

@@ -15,9 +15,10 @@ import math
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 from threading import Event, Lock
 
 import torch
@@ -126,7 +127,8 @@ class _Answer:
         gone: set then, or when the client has left.
         num_prompt: tokens of the prompt, known once the answer has begun.
         notes: fields of the reply that OpenAI's API lacks: `warning`, if a picture is unusual, and in the end
-            `image_reliance`, if it was asked for.
+            `image_reliance` and `evidence`, if they were asked for.
+        inputs: of the processor, if they are needed for evidence.
         tokens: of the answer so far.
     """
 
@@ -135,7 +137,7 @@ class _Answer:
         self._request = None
         place.callback(self._leave)
         self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
-        self.num_prompt, self.tokens, self.notes = 0, [], {}
+        self.num_prompt, self.tokens, self.notes, self.inputs = 0, [], {}, {}
         self._begun, self._sent = False, 0  # characters
 
     def submit(self) -> None:
@@ -150,6 +152,8 @@ class _Answer:
             inputs = encode_chats(desk.model, processor, [question.chat])
             question.chat.clear()  # images may be large
             self._check_length(inputs["input_ids"].shape[1], processor.tokenizer)
+            if question.evidence:
+                self.inputs = inputs
             if warning := picture_warning(desk.model, inputs.get("pixel_values")):
                 self.notes["warning"] = warning
             try:
@@ -390,7 +394,7 @@ class _Desk:
         self.batch = ContinuousBatch(model, max_positions)
         # A tokenizer must not be used by two threads: one is the batch's, for texts, and the readers share another.
         self.own_processor, self.preparing = copy.deepcopy(processor), Lock()
-        self._readers = ThreadPoolExecutor(_READERS)
+        self._readers, self._explainer = ThreadPoolExecutor(_READERS), ThreadPoolExecutor(1)
         self.registry = CollectorRegistry()
         self.registry.register(_Numbers(self.batch))
         self.stopping = asyncio.Event()
@@ -402,6 +406,7 @@ class _Desk:
     def shutdown(self) -> None:
         self.batch.stop()
         self._readers.shutdown(wait=False)
+        self._explainer.shutdown(wait=False)
 
     def describe(self, name: str | None = None) -> dict:
         """The model that is served, if that is its name."""
@@ -433,6 +438,8 @@ class _Desk:
                 place.callback(self._note_seconds, time.monotonic())
                 if not question.stream:
                     text = await self._first(_join(pieces), request)
+                    if question.evidence and answer.tokens:
+                        answer.notes["evidence"] = await self._find_evidence(answer, request)
                     return JSONResponse(reply.whole(text).model_dump(exclude_none=True), headers=headers)
             except (ClientDisconnect, RequestError):
                 raise
@@ -440,6 +447,29 @@ class _Desk:
                 raise _refusal(error) from error
             answer.place = place.pop_all()
             return _Stream(reply, pieces, answer.place, headers=headers)
+
+    async def _find_evidence(self, answer: _Answer, request: Request) -> dict:
+        """Where in the images an answer comes from; one at a time, and those that wait count as waiting requests."""
+        left = Event()
+
+        def report(done: int, total: int) -> None:
+            if left.is_set():
+                raise _EnoughError
+
+        find = partial(
+            self.model.explain_image, **answer.inputs, answer=answer.tokens, callback=report,
+            append_eos=answer.finish_reason == "stop",
+        )  # fmt: skip
+        with ExitStack() as place:
+            place.callback(left.set)
+            self._waiting.add(place)
+            place.callback(self._waiting.discard, place)
+            found = await self._first(asyncio.get_running_loop().run_in_executor(self._explainer, find), request)
+        return {
+            "maps": [each[0].tolist() for each in found.maps],
+            "whole_fall": found.whole_fall[:, 0].tolist(),
+            "log_likelihood": float(found.log_likelihood[0]),
+        }
 
     async def _begin(self, answer: _Answer, pieces: AsyncIterator[str]) -> None:
         """Ask the batch, and wait until the answer has begun."""
@@ -449,7 +479,7 @@ class _Desk:
     def _note_seconds(self, started: float) -> None:
         self._seconds = time.monotonic() - started
 
-    async def _first(self, work: Coroutine, request: Request | None = None, stops: bool = False):
+    async def _first(self, work: Awaitable, request: Request | None = None, stops: bool = False):
         """The result of `work`, unless the client of `request` leaves first or, if it `stops` then, the server ends."""
         ends = {asyncio.ensure_future(work): None}
         if request is not None:  # its body is read, so only a disconnection can come

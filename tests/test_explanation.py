@@ -14,8 +14,9 @@ from PIL import Image, PngImagePlugin
 from typer.testing import CliRunner
 
 from lladamedv.cli import app
-from lladamedv.conversation import DEMO_NOTICE, MASK, Token
-from lladamedv.explanation import Explanation, draw_explanation, explain_answer, to_html
+from lladamedv.conversation import DEMO_NOTICE, MASK, Token, find_evidence, reply_to
+from lladamedv.evidence import draw_evidence, evidence_legend
+from lladamedv.explanation import Explanation, draw_explanation, explain_answer, image_as_url, to_html
 from lladamedv.processing.phantoms import PhantomVQA
 from tests.faces import generated
 from tests.html_pages import Page
@@ -215,10 +216,17 @@ def test_ask(shipped, example, tmp_path):
     example.image.save(picture)
     words = ["ask", str(picture), example.question, "--confidence-threshold", "0.9", "--json"]
     plain = CliRunner().invoke(app, words)
-    result = CliRunner().invoke(app, [*words, "--explain", str(file)])
+    result = CliRunner().invoke(app, [*words, "--explain", str(file), "--where", str(tmp_path / "map.png")])
     assert result.exit_code == 0 and result.stdout == plain.stdout
+    reply = reply_to(*shipped, example.image, example.question, confidence_threshold=0.9)
+    found = find_evidence(*shipped, example.image, example.question, reply)
+    np.testing.assert_array_equal(Image.open(tmp_path / "map.png"), draw_evidence(example.image, *found))
     text = file.read_text(encoding="utf-8")
     assert "SECRET_NAME" not in text and str(tmp_path) not in text
+    assert image_as_url(example.image, found) in text
+    assert {line for _, line in evidence_legend(*found)} < {
+        item.strip().split(": ")[-1] for item in Page(text).texts("li")
+    }
     assert "confidence_threshold = 0.9" in Page(text).texts("dd")[3]
 
     assert DEMO_NOTICE in Page(text).texts("p", "note")[0] and json.loads(plain.stdout)["notice"] == DEMO_NOTICE

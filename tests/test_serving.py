@@ -19,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lladamedv import LLaDAMedVGenerationOutput, cli
+from lladamedv.conversation import find_evidence, reply_to
 from lladamedv.evaluation.answering import answer_batch
 from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
 from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
@@ -278,6 +279,23 @@ def test_responses(client, shipped, image):
     assert short.output_text == answer_batch(*shipped, [system], max_new_tokens=8, steps=2)[0].text
 
 
+def test_evidence_on_request(client, shipped, image):
+    """Where in the picture the answer comes from, as the model itself says it; in both forms of the API."""
+    reply = reply_to(*shipped, image, QUESTION)
+    values, whole_fall = find_evidence(*shipped, image, QUESTION, reply)
+    parts = [{"type": "input_image", "image_url": data_url(image)}, {"type": "input_text", "text": QUESTION}]
+    wanted = {"extra_body": {"evidence": True}}
+    for found in (
+        ask(client, chat_about(image), **wanted),
+        client.responses.create(model="demo", input=[{"role": "user", "content": parts}], **wanted),
+    ):
+        np.testing.assert_allclose(found.evidence["maps"], values[None], atol=1e-3)
+        assert found.evidence["whole_fall"] == [pytest.approx(whole_fall, abs=1e-3)]
+        assert found.evidence["log_likelihood"] < 0
+    short = {"max_new_tokens": 8, "block_length": 8, "steps": 1}
+    assert not hasattr(ask(client, chat_about(image), short), "evidence")
+
+
 def test_unusual_pictures_are_told(client, image, photograph):
     for picture, told in ((Image.open(photograph).resize((128, 128)), True), (image, False)):
         whole = ask(client, chat_about(picture), max_tokens=8)
@@ -446,6 +464,9 @@ def image_part(url, **options):
         ({"messages": ["Hello?"]}, "messages[0]"),
         ({"messages": [{"role": "tool", "content": "5"}]}, "messages[0].role"),
         ({"messages": [{"content": "5"}]}, "messages[0].role"),
+        (TEXT | {"evidence": True}, "evidence"),
+        (content(image_part("data:,")) | {"evidence": True, "stream": True}, "evidence"),
+        (TEXT | {"evidence": 1}, "evidence"),
         ({"messages": [{"role": "user", "content": "5", "weight": 0}]}, "messages[0].weight"),
         ({"messages": [{"role": "user", "content": " \n\u00a0\u200b"}]}, "messages[0].content"),
         (content({"type": "text", "text": ""}, {"type": "input_text", "text": "\t"}), "messages[0].content"),
