@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput, logging
 
 from .denoising_state_lladamedv import NOT_FINITE
 from .hidden_regions_lladamedv import WHOLE, hide_regions, inside, median_colour, picture_views
-from .scoring_lladamedv import bound_masks
+from .scoring_lladamedv import MAX_EXACT_TOKENS, bound_masks, check_whole_numbers
 
 
 logger = logging.get_logger(__name__)
@@ -63,7 +63,7 @@ class LLaDAMedVEvidenceMixin:
         cells: int | None = None,
         max_rows: int = 256,
         max_exact_tokens: int = 3,
-        num_samples: int = 8,
+        num_samples: int = 4,
         seed: int = 0,
         batch_size: int = 32,
         callback=None,
@@ -88,7 +88,7 @@ class LLaDAMedVEvidenceMixin:
             pixel_values, image_sizes, batch_num_images: as the processor returns them.
             tokenizer: turns a text into ids.
             method: `"occlusion"`, or `"gradient"` for gradient times (pixel - median colour), which takes one backward
-                pass for each span: how the likelihood begins to fall as a cell fades, in steps 2 and 4.
+                pass for each span: how the likelihood begins to fall as a cell fades.
             spans: (start, end) of tokens of the answer; each gets a map of its own, with the rest of the answer given.
                 By default the whole answer. Of a filled template, those of `infill`'s `field_spans`.
             append_eos: whether the answer's end stands behind it. It is given, not scored: how long an answer is says
@@ -116,12 +116,13 @@ class LLaDAMedVEvidenceMixin:
             raise ValueError("`pixel_values` is None; only answers about pictures are explained.")
         if method not in METHODS:
             raise ValueError(f"`method` is {method!r}; allowed are {', '.join(METHODS)}.")
-        for name, value, least in (
-            ("cells", 1 if cells is None else cells, 1), ("max_rows", max_rows, 1), ("batch_size", batch_size, 1),
-            ("num_samples", num_samples, 1), ("max_exact_tokens", max_exact_tokens, 0),
-        ):  # fmt: skip
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers of at least {least}.")
+        check_whole_numbers(
+            cells=(1 if cells is None else cells, 1, math.inf),
+            max_rows=(max_rows, 1, math.inf),
+            max_exact_tokens=(max_exact_tokens, 0, MAX_EXACT_TOKENS),
+            num_samples=(num_samples, 1, math.inf),
+            batch_size=(batch_size, 1, math.inf),
+        )
         if self.dtype in (torch.float16, torch.bfloat16):
             logger.warning_once(
                 f"The model's dtype is {self.dtype}: rounding hides small differences of likelihoods, so that maps are "
@@ -136,7 +137,7 @@ class LLaDAMedVEvidenceMixin:
         # 1. Lay the answer behind the prompt, its end after it, and choose the masks of the likelihood's bound.
         if answer is None:
             answer = self.generate(input_ids, attention_mask=attention_mask, tokenizer=tokenizer, **images)
-            answer = answer[0, input_ids.shape[1] :]
+            answer = answer[0, input_ids.shape[1] :].tolist()
         ids = self._answer_ids("answer", answer, tokenizer)
         whole = ids + (self._ends()[0] if append_eos else [])
         self._check_context(attention_mask, f"the answer ({len(whole)} tokens)", len(whole))

@@ -19,6 +19,9 @@ from .denoising_state_lladamedv import NOT_FINITE
 _POSITIONS = 2**14  # in a forward pass for image reliance
 
 
+MAX_EXACT_TOKENS = 12  # of which all subsets, 4095, are evaluated
+
+
 @dataclass
 class LLaDAMedVScoreOutput(ModelOutput):
     """What `score` returns; `candidates` counts those of the row that has most, and rows with fewer are filled up.
@@ -82,14 +85,11 @@ class LLaDAMedVScoringMixin:
             ValueError: before any forward pass, for a value that is not allowed, an empty candidate, one that holds
                 the mask token, or a row longer than the model's context; later for logits that are not finite.
         """
-        for name, value, least, most in (
-            ("max_exact_tokens", max_exact_tokens, 0, 12),
-            ("num_samples", num_samples, 2, math.inf),
-            ("batch_size", batch_size, 1, math.inf),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                bound = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-                raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers {bound}.")
+        check_whole_numbers(
+            max_exact_tokens=(max_exact_tokens, 0, MAX_EXACT_TOKENS),
+            num_samples=(num_samples, 2, math.inf),
+            batch_size=(batch_size, 1, math.inf),
+        )
         attention_mask = self._check_prompt(input_ids, attention_mask)
         answers = self._prepare_candidates(candidates, len(input_ids), tokenizer)
         ends = self._ends() if append_eos else [[]]
@@ -198,6 +198,14 @@ class LLaDAMedVScoringMixin:
         row = torch.arange(len(masks), device=masks.device)[:, None].expand_as(masks)[masks]
         sums = torch.zeros(len(masks), dtype=torch.float64, device=masks.device)
         return sums.index_add(0, row, torch.cat(chosen))
+
+
+def check_whole_numbers(**arguments: tuple[object, int, float]) -> None:
+    """Refuse arguments, each given as (value, least, most), that are no whole number within these bounds."""
+    for name, (value, least, most) in arguments.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            bound = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers {bound}.")
 
 
 def bound_masks(length: int, max_exact: int, num_samples: int, seed: int) -> tuple[torch.BoolTensor, torch.Tensor]:

@@ -191,7 +191,8 @@ def test_gradients_are_how_the_likelihood_begins_to_fall(nearest, aspect_ratio, 
     ({"answer": []}, r"`answer` holds \[\]; allowed are non-empty answers"),
     ({"spans": [(1, 3)]}, r"`spans` holds \(1, 3\); allowed are \(start, end\) with 0 <= start < end <= 2"),
     ({"spans": []}, "`spans` is empty"),
-    ({"cells": 0}, "`cells` is 0"),
+    ({"cells": 0}, "`cells` is 0; allowed are whole numbers of at least 1"),
+    ({"max_exact_tokens": 13}, "`max_exact_tokens` is 13; allowed are whole numbers from 0 to 12"),
     ({"max_rows": 8}, "`max_rows` is 8; the 3 masks of this answer and 1 pictures need at least 9"),
 ])  # fmt: skip
 def test_bad_input(model, monkeypatch, options, message):
