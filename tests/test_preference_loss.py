@@ -30,7 +30,7 @@ def pair(chosen=CHOSEN, rejected=REJECTED, padding=0, others=()):
 
 def bounds(model, batch, draws, seed=0, sampling="uniform", keys=None):
     noise = preference_noise(AnswerNoise(seed, sampling), batch["labels"], keys or "wl", draws)
-    return answer_bounds(model, batch, *noise, 98)[0]
+    return answer_bounds(model, batch, *noise, 98)
 
 
 def exact(model, answers=(CHOSEN, REJECTED)):
@@ -75,7 +75,7 @@ def test_policy_equal_to_reference_gives_log_2_at_every_draw():
         reference = bounds(model, batch, 16)
     for draw in range(16):
         loss, _ = preference_loss(
-            policy[draw, None], reference[draw, None], torch.tensor([3, 2]), ["sigmoid"], [1], 0.2
+            policy[draw, None], reference[draw, None], torch.tensor([3, 2]), 1, ["sigmoid"], [1], 0.2
         )
         assert loss.item() == torch.tensor(2.0).log().item()
 
@@ -89,12 +89,12 @@ def test_log_ratios_are_unbiased_and_the_loss_is_right_in_the_limit(sampling):
         noise = AnswerNoise(0, sampling)
         t, uniform = zip(*(preference_noise(noise, pair()["labels"], [(each, 0), (each, 1)], size)
                            for each in range(groups)))  # fmt: skip
-        drawn = [answer_bounds(model, pair(), torch.cat(t), torch.cat(uniform), 98)[0] for model in (policy, reference)]
+        drawn = [answer_bounds(model, pair(), torch.cat(t), torch.cat(uniform), 98) for model in (policy, reference)]
     ratios = (drawn[0] - drawn[1]).view(groups, size, 2).mean(dim=1)
     expected = exact(policy) - exact(reference)
     error = ratios.std(dim=0) / groups**0.5
     assert ((ratios.mean(dim=0) - expected).abs() < 4 * error).all() and (error > 0).all()
-    loss, found = preference_loss(*drawn, torch.tensor([3, 2]), ["sigmoid"], [1.0], 0.2)
+    loss, found = preference_loss(*drawn, torch.tensor([3, 2]), 1, ["sigmoid"], [1.0], 0.2)
     error = 0.2 * (ratios[:, 0] - ratios[:, 1]).std() / groups**0.5  # the loss's slope is at most beta
     assert (loss - -F.logsigmoid(0.2 * (expected[0] - expected[1]))).abs() < 4 * error
     torch.testing.assert_close(found.chosen, ratios.mean(dim=0)[:1])
@@ -111,9 +111,9 @@ def test_loss_and_gradient_are_those_of_the_enumerated_bound():
             batch = {name: value if name == "pixel_values" else value[:1] for name, value in batch.items()}
             spread = torch.ones(len(t), 1, batch["labels"].shape[1])
             spread[..., batch["labels"][0] != IGNORE_INDEX] = uniform
-            sides.append(answer_bounds(model, batch, t, spread, 98)[0].mean())
+            sides.append(answer_bounds(model, batch, t, spread, 98).mean())
         own.append(torch.stack(sides)[None])
-    loss, _ = preference_loss(own[0], own[1].detach(), torch.tensor([3, 2]), ["sigmoid"], [1.0], 0.2)
+    loss, _ = preference_loss(own[0], own[1].detach(), torch.tensor([3, 2]), 1, ["sigmoid"], [1.0], 0.2)
     better, worse = (enumerated_bound(policy, answer) for answer in (CHOSEN, REJECTED))
     at_start = exact(reference)
     expected = -F.logsigmoid(0.2 * (better - at_start[0] - worse + at_start[1]))
@@ -127,14 +127,14 @@ def test_loss_and_gradient_are_those_of_the_enumerated_bound():
 
 
 def variances(draws=8, groups=250, length=8):
-    """Of the difference of two log-ratios' estimate from so many draws, by how these are drawn; see docs/alignment.md."""
+    """Of the estimated difference of two log-ratios, by how its draws are drawn; the table of docs/alignment.md."""
     reference = tiny_model()
     policy, batch = near(reference), pair(list(range(11, 11 + length)), list(range(31, 31 + length)))
 
     def ratios(t, uniform, other=None):
         with torch.no_grad():
-            one = answer_bounds(policy, batch, t, uniform, 98)[0]
-            two = answer_bounds(reference, batch, *(other or (t, uniform)), 98)[0]
+            one = answer_bounds(policy, batch, t, uniform, 98)
+            two = answer_bounds(reference, batch, *(other or (t, uniform)), 98)
         return (one - two).view(groups, draws, 2).mean(dim=1).diff(dim=1).var().item()
 
     def drawn(seed, sampling="uniform"):
@@ -150,7 +150,8 @@ def variances(draws=8, groups=250, length=8):
     return {
         "shared": ratios(t, uniform), "independent": ratios(t, uniform, tuple(drawn(2))),
         "one time, n masks": ratios(once, uniform), "stratified": ratios(*drawn(1, "stratified")),
-        "antithetic": ratios(*drawn(1, "antithetic")), "1 / t": ratios_of_each_token(policy, reference, batch, flat, groups, draws),
+        "antithetic": ratios(*drawn(1, "antithetic")),
+        "1 / t": ratios_of_each_token(policy, reference, batch, flat, groups, draws),
     }  # fmt: skip
 
 
@@ -190,7 +191,7 @@ def test_losses_token_by_token(name):
     policy = torch.tensor([[-1.0, -9.0, -4.0, -6.0, -2.0, -7.0]])
     reference = torch.tensor([[-2.0, -6.0, -3.0, -8.0, -3.0, -5.0]])
     pairs = [(1.0, -1.0, 1.0, -1.0, (2, 3)), (-3.0, 2.0, -2.0, -9.0, (4, 5))]
-    loss, _ = preference_loss(policy, reference, torch.tensor([2, 4, 3, 5]), [name, name], [1.0, 0.5], 0.3)
+    loss, _ = preference_loss(policy, reference, torch.tensor([2, 4, 3, 5]), 2, [name, name], [1.0, 0.5], 0.3)
     for row, (chosen, rejected, hidden, own, tokens) in enumerate(pairs):
         log_sigmoid, sigmoid = lambda x: -math.log1p(math.exp(-x)), lambda x: 1 / (1 + math.exp(-x))
         scaled = chosen / tokens[0] - rejected / tokens[1]
@@ -206,5 +207,6 @@ def test_losses_token_by_token(name):
 
 
 def test_a_pair_without_tokens_counts_nothing():
-    loss, _ = preference_loss(torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([0, 0]), ["sigmoid", "sft"], [1, 1], 1)
+    nothing = torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([0, 0])
+    loss, _ = preference_loss(*nothing, 1, ["sigmoid", "sft"], [1, 1], 1)
     assert loss.tolist() == [0.0]

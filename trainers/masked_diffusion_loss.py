@@ -174,7 +174,7 @@ def answer_bounds(
     uniform: torch.FloatTensor,
     mask_token_id: int,
     fused: bool | None = None,
-) -> tuple[torch.FloatTensor, torch.BoolTensor]:
+) -> torch.FloatTensor:
     """Estimates of the bound on each answer's log-likelihood (LLaDA, arXiv 2502.09992, equation 6), one a draw.
 
     A fixed number l of the answer's L tokens is masked and weighs L / l, which has the mean of the loss's form, tokens
@@ -188,8 +188,7 @@ def answer_bounds(
         uniform (`(draws, rows, sequence)`): which of its tokens are: those with the smallest values.
 
     Returns:
-        The estimates in nats, `(draws, rows)`, 0 for a row without labels; and whether each masked token is the model's
-        first choice, `(masked tokens,)`.
+        In nats, `(draws, rows)`; 0 for a row without labels.
     """
     inputs = {name: value for name, value in batch.items() if name != "answer_ids"}
     (draws, rows), (input_ids, labels) = t.shape, (inputs.pop(name) for name in ("input_ids", "labels"))
@@ -199,10 +198,10 @@ def answer_bounds(
     }
     labels = labels.repeat(draws, 1)
     noised = add_counted_noise(input_ids.repeat(draws, 1), labels, t.flatten(), uniform.flatten(0, 1), mask_token_id)
-    log_probs, found = masked_log_probs(model, inputs, noised, labels, fused)
+    log_probs, _ = masked_log_probs(model, inputs, noised, labels, fused)
     row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)[noised.masked]
     sums = torch.zeros(len(labels), device=labels.device)
-    return sums.index_add(0, row, log_probs / noised.probability[noised.masked]).view(draws, rows), found
+    return sums.index_add(0, row, log_probs / noised.probability[noised.masked]).view(draws, rows)
 
 
 def add_noise(

@@ -40,8 +40,8 @@ class LogRatios(NamedTuple):
 
 
 IMAGE_CONDITIONAL = "image_conditional"
-# By name the loss of each pair `(pairs,)`. The first seven are TRL's of the same name; of "sft" TRL takes the mean over
-# the tokens of all pairs, here each pair counts alike. The last two are mDPO's (arXiv 2406.11839), whose trainer hides the picture's tokens.
+# By name the loss of each pair `(pairs,)`. The first seven are TRL's; of "sft" TRL takes the mean over all tokens of a
+# batch, here each pair counts alike. The last two are mDPO's (arXiv 2406.11839), whose code hides the image's tokens.
 PREFERENCE_LOSSES = {
     "sigmoid": lambda ratios, beta: -F.logsigmoid(beta * ratios.delta),
     "hinge": lambda ratios, beta: torch.relu(1 - beta * ratios.delta),
@@ -63,6 +63,7 @@ def preference_loss(
     policy: torch.FloatTensor,
     reference: torch.FloatTensor,
     lengths: torch.LongTensor,
+    pairs: int,
     loss_type: Sequence[str],
     loss_weights: Sequence[float],
     beta: float,
@@ -73,17 +74,17 @@ def preference_loss(
     exact bounds, by about half its curvature times their variance, and meets it as draws grow (VRPO bounds both).
 
     Args:
-        policy, reference (`(draws, rows)`): bounds on the same draws, of the chosen answers, the rejected ones and, if a
-            loss asks for it, the chosen ones with the picture hidden: `pairs` rows each.
-        lengths (`(2 * pairs,)`): tokens of the chosen answers and of the rejected ones.
+        policy, reference (`(draws, rows)`): bounds on the same draws, of the chosen answers, the rejected ones and, if
+            a loss asks for it, the chosen ones with the picture hidden: `pairs` rows each.
+        lengths (`(rows,)`): tokens of the answers.
+        pairs: how many there are.
         loss_type, loss_weights: names in `PREFERENCE_LOSSES`, and what each counts.
         beta: how much a log-ratio counts.
 
     Returns:
         `(pairs,)`, 0 for a pair without tokens, and the log-ratios.
     """
-    pairs = len(lengths) // 2
-    chosen_tokens, rejected_tokens = lengths.clamp(min=1).split(pairs)
+    chosen_tokens, rejected_tokens = lengths.clamp(min=1).split(pairs)[:2]
     means = (policy - reference).mean(dim=0).split(pairs)
     ratios = LogRatios(
         *means[:2], means[2] if len(means) > 2 else None, policy[:, :pairs].mean(dim=0), chosen_tokens, rejected_tokens

@@ -21,11 +21,15 @@ IMAGE_PLACEHOLDER = "<image>"
 _REMOTE = ("http:", "https:", "ftp:")
 # The columns of a record of each form. A question's may have other names, too (`COLUMNS`).
 FORMS = (("messages",), *((name,) for name in CONVERSATIONS), ("prompt", "completion"))
+PREFERENCE = ("prompt", "chosen", "rejected")
 QUESTION = ("question", "answer", "image")
 _SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}
 _CONTENT = List({"type": Value("string"), "text": Value("string")})
 _MESSAGES = List({"role": Value("string"), "content": _CONTENT})
 ROW_FEATURES = Features({"id": Value("string"), "messages": _MESSAGES, "images": List(Image())})
+PAIR_FEATURES = Features(
+    {"id": Value("string"), **dict.fromkeys(PREFERENCE, _MESSAGES), "images": List(Image())}
+)
 # What may stand in messages and rows, and would change what is learned if it were read.
 _NOT_READ_IN_MESSAGES = (
     "tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "weight", "loss", "train",
@@ -104,6 +108,33 @@ def conversation_of(record: dict) -> list[dict]:
             )
         messages.append({"role": _SPEAKERS[speaker], "content": text})
     return messages
+
+
+def preference_rows(row: dict) -> tuple[dict, dict]:
+    """A pair as TRL's DPOTrainer takes it, as the row of its chosen answer and that of its rejected one.
+
+    Args:
+        row: with `prompt`, `chosen` and `rejected`, texts or chat messages, and images, see [`images_of`]. An answer is
+            one assistant turn.
+
+    Returns:
+        Rows as [`check_row`] returns them.
+
+    Raises:
+        InvalidRecordError: for a pair that cannot be trained on.
+    """
+    prompt, sides = _turns("user", row.get("prompt") or []), []
+    if not prompt:
+        raise InvalidRecordError("no `prompt`", "a conversation without one is split by `trl.extract_prompt`")
+    for name in PREFERENCE[1:]:
+        answer = _turns("assistant", row.get(name) or [])
+        if len(answer) != 1 or answer[0]["role"] != "assistant":
+            raise InvalidRecordError(f"`{name}` is not one assistant turn")
+        given = {key: value for key, value in row.items() if key not in PREFERENCE}
+        sides.append(check_row({**given, "messages": [*prompt, *answer]}))
+    if sides[0]["messages"][-1] == sides[1]["messages"][-1]:
+        raise InvalidRecordError("`chosen` and `rejected` are the same")
+    return sides[0], sides[1]
 
 
 # Messages
