@@ -72,15 +72,33 @@ def record_to_row(record: dict, record_id: str, images: ImageFiles | None = None
             if not text.strip():
                 raise InvalidRecordError(f"`{column}` is {fields.get(column)!r:.200}; allowed are texts and numbers")
         messages = [*_turns("user", texts["question"]), *_turns("assistant", texts["answer"])]
+    given = _images_of_record(record, images)
+    if is_question and not given:
+        fields.need("image")
+        given = _images_of_record({"image": fields.get("image")}, images)
+    return {"id": fields.id(record_id), "messages": normalize_messages(messages, len(given)), "images": given}
+
+
+def record_to_pair(record: dict, record_id: str, images: ImageFiles | None = None) -> dict:
+    """One record with `prompt`, `chosen` and `rejected` (texts or chat messages) as a pair, see [`preference_rows`].
+
+    Other arguments and errors are those of [`record_to_row`].
+
+    Returns:
+        `{"id", "prompt", "chosen", "rejected", "images"}`.
+    """
+    given = _images_of_record(record, images)
+    pair = {name: normalize_messages(_turns("assistant", record[name]), 0) for name in PREFERENCE[1:]}
+    pair["prompt"] = normalize_messages(_turns("user", record["prompt"]), len(given))
+    return {"id": Fields(record).id(record_id), **pair, "images": given}
+
+
+def _images_of_record(record: dict, images: ImageFiles | None) -> list:
     given = [record[name] for name in ("image", "images") if _holds_image(record.get(name))]
     if len(given) > 1:
         raise InvalidRecordError("it has both `image` and `images`")
-    if is_question and not given:
-        fields.need("image")
-        given = [fields.get("image")]
     given = given[0] if given and isinstance(given[0], list) else given
-    given = [image if images is None else images.stored(image) for image in given]
-    return {"id": fields.id(record_id), "messages": normalize_messages(messages, len(given)), "images": given}
+    return [image if images is None else images.stored(image) for image in given]
 
 
 def _turns(role: str, content) -> list:
