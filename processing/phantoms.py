@@ -26,6 +26,9 @@ PLANES = ("axial", "coronal")
 KINDS = ("closed", "open", "description")
 # A question that no demo model was trained on, to see whether fine-tuning teaches it: never drawn unless asked for.
 NEW_KIND = "new"
+NEW_CLOSED_KIND = "new_closed"  # another one, answered by Yes or No
+# The wrong answer to a closed question.
+OPPOSITE = {"Yes": "No", "No": "Yes", "Axial": "Coronal", "Coronal": "Axial"}
 
 _MODALITY = {
     "chest_xray": "chest X-ray",
@@ -60,17 +63,19 @@ _WORDINGS = {
     "organ": ("Which organ is shown?", "What part of the body is this?"),
     "description": ("Describe the image.", "What does the image show?"),
     "free_side": ("Which side is free of lesions?", "Which side shows no lesion?"),
+    "only_one": ("Is there only one lesion?", "Does the image show just one lesion?"),
 }
 _TOPICS = {
     "closed": ("is_domain", "any_lesion", "sign", "on_left", "several", "is_large", "which_plane"),
     "open": ("modality", "side", "count", "shape", "organ"),
     "description": ("description",),
     NEW_KIND: ("free_side",),
+    NEW_CLOSED_KIND: ("only_one",),
 }
 _KIND_OF = {topic: kind for kind, topics in _TOPICS.items() for topic in topics}
 # `SEED:COUNT`, `SEED:COUNT:KINDS` or `SEED:COUNT:KINDS:QUESTIONS`.
 _SETS = re.compile(r"(\d+):(\d+)(?::([^:]*)(?::(0*[1-9]\d*))?)?", re.ASCII)
-_NEED_A_LESION = ("on_left", "several", "is_large", "side", "shape", "free_side")
+_NEED_A_LESION = ("on_left", "several", "is_large", "side", "shape", "free_side", "only_one")
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class PhantomExample:
         image: RGB `PIL.Image`, `image_size` pixels square.
         question: the question, without any image placeholder.
         answer: the reference answer.
-        kind: one of `KINDS`, or `NEW_KIND`; closed answers are Yes, No, Axial or Coronal.
+        kind: one of `KINDS`, `NEW_KIND` or `NEW_CLOSED_KIND`; closed answers are Yes, No, Axial or Coronal.
         topic: what is asked about, for example `"on_left"`.
         attributes: what was drawn.
         lesions: the pixels of each lesion, at least half covered by it: bool `(count, image_size, image_size)`.
@@ -276,6 +281,7 @@ def _choose_picture(topic, rng):
         "sign": lambda: {"sign": yes},
         "on_left": lambda: {"side": "left" if yes else "right"},
         "several": lambda: {"count": int(rng.integers(2, 4)) if yes else 1},
+        "only_one": lambda: {"count": 1 if yes else int(rng.integers(2, 4))},
         "is_large": lambda: {"size": "large" if yes else "small"},
         "which_plane": lambda: {"domain": _pick(rng, ("mri", "ct"))},
         "count": lambda: {"count": int(rng.integers(4))},
@@ -305,6 +311,7 @@ def _answer(topic, attributes, filler) -> str:
         "sign": attributes.sign,
         "on_left": attributes.side == "left",
         "several": attributes.count > 1,
+        "only_one": attributes.count == 1,
         "is_large": attributes.size == "large",
         "which_plane": attributes.plane,
         "modality": modality,

@@ -13,7 +13,7 @@ from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
 from lladamedv.demo import load_model
 from lladamedv.processing.datasets import SOURCES
 from lladamedv.trainers.recipes import ACCELERATE, RECIPES, accelerate_file, describe_recipes, recipe_file
-from lladamedv.trainers.sft import LORA_TARGET_MODULES, make_parser
+from lladamedv.trainers.sft import LORA_TARGET_MODULES, make_parser, method_of
 
 
 NAMES = [file.stem for file in sorted(RECIPES.glob("*.yaml"))]
@@ -28,7 +28,8 @@ UNDISCLOSED = {
 
 def parse(name, *flags):
     """Script, training and model arguments; `use_cpu` because bf16 needs a GPU otherwise."""
-    return make_parser().parse_args_and_config(["--config", str(RECIPES / f"{name}.yaml"), "--use_cpu", *flags])
+    words = ["--config", str(RECIPES / f"{name}.yaml"), "--use_cpu", *flags]
+    return make_parser(method_of(words)).parse_args_and_config(words)
 
 
 def text(name):
@@ -37,7 +38,7 @@ def text(name):
 
 def test_all_recipes_are_there():
     assert NAMES == [
-        "demo_full", "demo_lora", "lora_one_gpu", "qlora_24gb", "stage1_alignment", "stage2_instruct",
+        "demo_dpo", "demo_full", "demo_lora", "lora_one_gpu", "qlora_24gb", "stage1_alignment", "stage2_instruct",
         "stage3_pathvqa", "stage3_slake", "stage3_vqa_rad",
     ]  # fmt: skip
     assert ACCELERATE_NAMES == ["cpu", "ddp", "fsdp2", "multi_node", "one_gpu", "zero3"]
@@ -152,7 +153,7 @@ def test_names(tmp_path):
     own.touch()
     assert recipe_file(str(own)) == accelerate_file(str(own)) == own
     for name in ("demo", str(tmp_path), "own.yaml"):
-        with pytest.raises(ValueError, match=rf"`recipe` is {name!r}; allowed are demo_full, .*, or a YAML file"):
+        with pytest.raises(ValueError, match=rf"`recipe` is {name!r}; allowed are demo_dpo, .*, or a YAML file"):
             recipe_file(name)
     with pytest.raises(ValueError, match="`accelerate` is 'fsdp'; allowed are cpu, ddp, fsdp2"):
         accelerate_file("fsdp")

@@ -1,10 +1,13 @@
-"""Fine-tuning: the trainer, its arguments and its data collator, imported when asked for (TRL takes seconds)."""
+"""Fine-tuning: the trainers, their arguments and their data collators, imported when asked for (TRL takes seconds)."""
 
 import importlib
 
 
 _FILES = {
     "DataCollatorForMaskedDiffusion": "data_collator",
+    "DataCollatorForMaskedDiffusionPreference": "data_collator",
+    "MaskedDiffusionDPOConfig": "masked_diffusion_dpo_config",
+    "MaskedDiffusionDPOTrainer": "masked_diffusion_dpo_trainer",
     "MaskedDiffusionSFTConfig": "masked_diffusion_sft_config",
     "MaskedDiffusionSFTTrainer": "masked_diffusion_sft_trainer",
 }

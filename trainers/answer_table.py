@@ -17,7 +17,8 @@ class AnswerTableCallback(TrainerCallback):
     """Generates answers at every evaluation, and prints and logs them as a Markdown table.
 
     The table goes to whatever the trainer reports to, and the answers to `output_dir/answers.jsonl`, one line per
-    answer. Every process generates the same answers, which sharded models need.
+    answer; the share of answers that are the reference, but for case, is logged as `eval_answer_accuracy`. Every
+    process generates the same answers, which sharded models need.
 
     Args:
         trainer ([`MaskedDiffusionSFTTrainer`]): whose model is asked.
@@ -27,8 +28,11 @@ class AnswerTableCallback(TrainerCallback):
     def __init__(self, trainer, rows):
         self.trainer, self.rows = trainer, [check_row(row) for row in rows]
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
         records = [{"step": state.global_step, **self._answer(row)} for row in self.rows]
+        equal = [record["answer"].casefold() == record["reference"].casefold() for record in records]
+        metrics["eval_answer_accuracy"] = sum(equal) / len(equal)  # may choose the best checkpoint
+        self.trainer.log({"eval_answer_accuracy": metrics["eval_answer_accuracy"]})
         if not state.is_world_process_zero:
             return
         with (Path(args.output_dir) / "answers.jsonl").open("a", encoding="utf-8") as file:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,18 @@ import datasets
 from datasets import Dataset, IterableDataset
 
 from lladamedv.processing.datasets.columns import Fields
-from lladamedv.processing.datasets.messages import FORMS, QUESTION, ROW_FEATURES, record_to_row
+from lladamedv.processing.datasets.messages import (
+    FORMS,
+    PAIR_FEATURES,
+    PREFERENCE,
+    QUESTION,
+    ROW_FEATURES,
+    record_to_pair,
+    record_to_row,
+)
 from lladamedv.processing.datasets.readers import ImageFiles, LoadReport, RowMaker, load_rows, open_records, undecoded
 from lladamedv.processing.datasets.vqa import load_vqa, phantom_records, record_to_messages
-from lladamedv.processing.phantoms import parse_phantoms
+from lladamedv.processing.phantoms import OPPOSITE, parse_phantoms
 
 
 logger = logging.getLogger(__name__)
@@ -66,6 +74,7 @@ def load_dataset_mixture(
     stopping_strategy: str = "first_exhausted",
     invalid_records: str = "error",
     argument: str = "`sources`",
+    pairs: bool = False,
 ) -> tuple[Dataset | IterableDataset, list[LoadReport]]:
     """Load sources and mix them.
 
@@ -82,9 +91,11 @@ def load_dataset_mixture(
         invalid_records: what to do with records that cannot become rows: stop (`"error"`) or leave them out and report
             how many (`"skip"`). A record whose image file is missing is always left out and reported.
         argument: what error messages call `sources`.
+        pairs: whether records are preferences, with `prompt`, `chosen` and `rejected`, as [`trl.DPOTrainer`] takes
+            them. Of phantoms they are closed questions with their right and their wrong answer.
 
     Returns:
-        A data set with `ROW_FEATURES`, and a report per source.
+        A data set with `ROW_FEATURES`, or `PAIR_FEATURES`, and a report per source.
 
     Raises:
         ValueError: for a value that is not allowed, a source that is not there, cannot be read, has other columns, or
@@ -102,7 +113,7 @@ def load_dataset_mixture(
                 f"`weight` of {argument} is {weights}; allowed are numbers above 0 for all, or for none."
             )
         weights = [weight / sum(weights) for weight in weights]
-    parts, reports = zip(*(_load(source, streaming, invalid_records, argument) for source in sources))
+    parts, reports = zip(*(_load(source, streaming, invalid_records, argument, pairs) for source in sources))
     if len(parts) == 1:
         return parts[0], list(reports)
     strategy = stopping_strategy if weighted else "all_exhausted_without_replacement"
@@ -128,15 +139,19 @@ def _as_source(source, image_folder: str | None, argument: str) -> DataSource:
     return replace(source, **changes)
 
 
-def _load(source: DataSource, streaming: bool, invalid_records: str, argument: str):
+def _load(source: DataSource, streaming: bool, invalid_records: str, argument: str, pairs: bool):
     """The rows of a source, and the report that they fill."""
     report, called = LoadReport(str(source), invalid_records), f"{argument} holds {str(source)!r}"
     name, images = Path(source.path).stem, ImageFiles()
     if source.path.startswith((_VQA, _PHANTOMS)):
         try:
+            if source.path.startswith(_VQA) and pairs:
+                raise ValueError("a benchmark has questions and answers, and no pairs")
             if source.path.startswith(_VQA):
                 return _load_benchmark(source, streaming, invalid_records)
-            records = partial(phantom_records, parse_phantoms(source.path.removeprefix(_PHANTOMS)))
+            phantoms = parse_phantoms(source.path.removeprefix(_PHANTOMS))
+            records = partial(_phantom_pairs if pairs else phantom_records, phantoms)
+            next(iter(records()), None)
         except ValueError as error:
             raise ValueError(f"{called}, which cannot be loaded: {error}") from error
     else:
@@ -148,24 +163,35 @@ def _load(source: DataSource, streaming: bool, invalid_records: str, argument: s
             name = f"{name}/{source.split}"
         elif os.path.isdir(os.path.expanduser(source.path)):
             name = source.split  # of its file
-        _check_columns(first, source, called)
-    maker = RowMaker(partial(_rows, images=images), report, name)
-    dataset = load_rows(records, maker, ROW_FEATURES, streaming)
+        _check_columns(first, source, called, pairs)
+    read, features = (record_to_pair, PAIR_FEATURES) if pairs else (record_to_row, ROW_FEATURES)
+    maker = RowMaker(partial(_rows, read=read, images=images), report, name)
+    dataset = load_rows(records, maker, features, streaming)
     if isinstance(dataset, Dataset) and not len(dataset):
         raise ValueError(f"{argument} holds a source without a row to train on: {report.summary()}.")
     return dataset, report
 
 
-def _rows(fields: Fields, name: str, images: ImageFiles) -> list[dict]:
-    return [record_to_row(fields.record, name, images)]
+def _rows(fields: Fields, name: str, read: Callable, images: ImageFiles) -> list[dict]:
+    return [read(fields.record, name, images)]
 
 
-def _check_columns(record: dict, source: DataSource, called: str) -> None:
+def _phantom_pairs(phantoms: dict) -> Iterator[tuple[str, dict]]:
+    for name, record in phantom_records(phantoms):
+        if record["answer"] not in OPPOSITE:
+            raise ValueError(f"{record['question']!r} has no one wrong answer; allowed are closed kinds and topics")
+        pair = {"prompt": record["question"], "chosen": record["answer"], "rejected": OPPOSITE[record["answer"]]}
+        yield name, {"id": record["id"], "image": record["image"], **pair}
+
+
+def _check_columns(record: dict, source: DataSource, called: str, pairs: bool) -> None:
     """
     Raises:
         ValueError: if the first record of a source has no form that is known.
     """
-    if any(set(form) <= set(record) for form in FORMS):
+    if pairs and not set(PREFERENCE) <= set(record):
+        raise ValueError(f"{called}, which has the columns {sorted(record)}; pairs have {', '.join(PREFERENCE)}.")
+    if pairs or any(set(form) <= set(record) for form in FORMS):
         return
     fields = Fields(record)
     read = {column: next(iter(fields.names(column)), None) for column in QUESTION}

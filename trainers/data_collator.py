@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from lladamedv.processing.datasets.messages import check_row, images_of, show_images
+from lladamedv.processing.datasets import InvalidRecordError
+from lladamedv.processing.datasets.messages import check_row, images_of, preference_rows, show_images
 from lladamedv.processing.processing_lladamedv import get_training_chat_template
 
 from .masked_diffusion_loss import IGNORE_INDEX
@@ -68,8 +70,11 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         }
 
     def torch_call(self, examples: list[dict]) -> dict:
-        images = [self.processor.image_processor.fetch_images(images_of(row)) for row in examples]
-        rows = [self._encode_row(row, own) for row, own in zip(examples, images)]
+        fetch = self.processor.image_processor.fetch_images
+        read = [self.conversations(row, fetch(images_of(row))) for row in examples]
+        # The first conversation of every row, and then, where a row is read as several, the second of every row.
+        read = [each for conversations in zip(*read) for each in conversations]
+        rows, images = [self._encode_row(row, own) for row, own in read], [own for _, own in read]
         for row in rows:
             length = len(row["input_ids"])
             if self.max_length is not None and length > self.max_length:
@@ -94,8 +99,12 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
                 batch[name] = torch.nn.functional.pad(batch[name], (0, missing), value=fill.get(name, 0))
         if any(images):
             batch |= self._process_images(images)
-        batch["row_ids"] = [row["id"] for row in rows]
+        batch["row_ids"] = [row["id"] for row in rows[: len(examples)]]
         return batch
+
+    def conversations(self, row: dict, images: list) -> list[tuple[dict, list]]:
+        """What a row is read as: conversations, each with its images. Here it is one, the row itself."""
+        return [(row, images)]
 
     def _encode_row(self, row: dict, images: list[Image.Image]) -> dict:
         """Token ids of a row and what goes with them, as lists."""
@@ -112,7 +121,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
                 places in the messages.
         """
         images = self.processor.image_processor.fetch_images(images_of(row))
-        return len(self._encode_row(row, images)["input_ids"])
+        return max(len(self._encode_row(*each)["input_ids"]) for each in self.conversations(row, images))
 
     def _encode_single(self, row: dict) -> dict:
         encoded = self._encode_conversation(row)
@@ -167,8 +176,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         """The end tokens that follow the last answer and are learned with it."""
         count = self.eos_padding
         if self.eos_padding_to_multiple_of is not None:
-            answer = next((place for place, label in enumerate(reversed(labels)) if label == IGNORE_INDEX), len(labels))
-            count += -(answer + count) % self.eos_padding_to_multiple_of
+            count += -(_last_answer(labels) + count) % self.eos_padding_to_multiple_of
         return [self._end] * count
 
     def _turns(self, ids: list[int]) -> list[int]:
@@ -210,4 +218,53 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         }
 
 
-__all__ = ["DataCollatorForMaskedDiffusion"]
+@dataclass
+class DataCollatorForMaskedDiffusionPreference(DataCollatorForMaskedDiffusion):
+    """Data collator of the [`MaskedDiffusionDPOTrainer`]: of each row the prompt with its chosen and with its rejected
+    answer, about the same images, which are processed once.
+
+    Args:
+        hide_images (`bool`): whether the chosen answer comes again, about images of one colour, the median of the
+            image's own, as `image_guidance_scale` contrasts with.
+        The other arguments are those of [`DataCollatorForMaskedDiffusion`].
+
+    Returns (when called): its dict, of the chosen answers, then the rejected ones, then those about hidden images;
+        and `pair_numbers` and `ref_logps` `(draws, rows)`, if the trainer has added them to the rows.
+    """
+
+    hide_images: bool = False
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        batch = super().torch_call(examples)
+        if "pair_number" in examples[0]:
+            batch["pair_numbers"] = [row["pair_number"] for row in examples]
+        if "ref_logps" in examples[0]:  # of each row (conversations, draws)
+            batch["ref_logps"] = torch.tensor([row["ref_logps"] for row in examples]).permute(2, 1, 0).flatten(1)
+        return batch
+
+    def conversations(self, row: dict, images: list) -> list[tuple[dict, list]]:
+        chosen, rejected = preference_rows({**row, "image": None, "images": images})
+        if self.hide_images and not images:
+            raise InvalidRecordError("it has no image", "the loss 'image_conditional' hides the images of every row")
+        read = [(chosen, images), (rejected, images)]
+        return [*read, (chosen, [*map(_of_one_colour, images)])] if self.hide_images else read
+
+    def _encode_conversation(self, row: dict) -> dict:
+        """Of earlier turns nothing is learned: they are the prompt."""
+        encoded = super()._encode_conversation(row)
+        labels = encoded["labels"]
+        begin = len(labels) - _last_answer(labels)
+        return encoded | {"labels": [IGNORE_INDEX] * begin + labels[begin:]}
+
+
+def _last_answer(labels: list[int]) -> int:
+    """Number of tokens of the last answer, with which a row ends."""
+    return next((place for place, label in enumerate(reversed(labels)) if label == IGNORE_INDEX), len(labels))
+
+
+def _of_one_colour(image: Image.Image) -> Image.Image:
+    colour = np.median(np.asarray(image).reshape(-1, 3), axis=0)
+    return Image.new("RGB", image.size, tuple(int(value) for value in colour))
+
+
+__all__ = ["DataCollatorForMaskedDiffusion", "DataCollatorForMaskedDiffusionPreference"]

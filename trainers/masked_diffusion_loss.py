@@ -1,8 +1,9 @@
 """The masked-diffusion loss of LLaDA: mask part of the answer, predict it, weigh by how much was masked.
 
 [`masked_diffusion_loss`] is what the trainer runs: seven steps, in the order of LLaDA's algorithm 2 (arXiv 2502.09992)
-and equation 5, with the constants of LLaDA-V's training (arXiv 2505.16933). [`AnswerNoise`] gives every answer draws of
-its own, which depend neither on padding nor on how a batch is split over processes and accumulation steps.
+and equation 5, with the constants of LLaDA-V's training (arXiv 2505.16933). [`answer_bounds`] is the bound on each
+answer's log-likelihood that preferences compare (`preference_loss.py`). [`AnswerNoise`] gives every answer draws of its
+own, which depend neither on padding nor on how a batch is split over processes and accumulation steps.
 """
 
 from __future__ import annotations
@@ -142,20 +143,65 @@ def masked_diffusion_loss(
         labels, answer_ids = torch.cat([labels, labels]), torch.cat([answer_ids, answer_ids + answer_ids.max() + 1])
         num_answers, num_tokens = (None if number is None else 2 * number for number in (num_answers, num_tokens))
     # 5. Predict what is masked. The last layer and the output layer run at these positions alone.
+    log_probs, found = masked_log_probs(model, inputs, noised, labels, fused)
+    # 6. Weigh each masked token by 1 / p, and divide by the answer's number of tokens and the number of answers.
+    weights = loss_weights(labels, noised, answer_ids, args, num_answers, num_tokens)
+    # 7. Sum over the masked tokens of all answers.
+    return MaskedDiffusionLoss(-(log_probs * weights[noised.masked]).sum(), found)
+
+
+def masked_log_probs(
+    model, inputs: Mapping, noised: NoisedBatch, labels: torch.LongTensor, fused: bool | None = None
+) -> tuple[torch.FloatTensor, torch.BoolTensor]:
+    """Log-probabilities of the masked tokens, and whether each is the model's first choice, `(masked tokens,)` each,
+    row after row. `inputs` are what the model takes besides `input_ids`; for the others see [`masked_diffusion_loss`].
+    """
     masked, targets = noised.masked, labels[noised.masked]
     if masked.device.type != "cpu" if fused is None else fused:
         outputs = model(
             input_ids=noised.input_ids, query_mask=masked, shift_labels=targets, fused_lm_head=True, use_cache=False,
             **inputs,
         )  # fmt: skip
-        log_probs, found = outputs.log_probs.float(), outputs.is_top1
-    else:
-        logits = model(input_ids=noised.input_ids, logits_to_keep=masked, use_cache=False, **inputs).logits.float()
-        log_probs, found = -F.cross_entropy(logits, targets, reduction="none"), logits.argmax(dim=-1) == targets
-    # 6. Weigh each masked token by 1 / p, and divide by the answer's number of tokens and the number of answers.
-    weights = loss_weights(labels, noised, answer_ids, args, num_answers, num_tokens)
-    # 7. Sum over the masked tokens of all answers.
-    return MaskedDiffusionLoss(-(log_probs * weights[masked]).sum(), found)
+        return outputs.log_probs.float(), outputs.is_top1
+    logits = model(input_ids=noised.input_ids, logits_to_keep=masked, use_cache=False, **inputs).logits.float()
+    return -F.cross_entropy(logits, targets, reduction="none"), logits.argmax(dim=-1) == targets
+
+
+def answer_bounds(
+    model,
+    batch: Mapping,
+    t: torch.FloatTensor,
+    uniform: torch.FloatTensor,
+    mask_token_id: int,
+    fused: bool | None = None,
+) -> torch.FloatTensor:
+    """Estimates of the bound on each answer's log-likelihood (LLaDA, arXiv 2502.09992, equation 6), one a draw.
+
+    A fixed number l of the answer's L tokens is masked and weighs L / l, which has the mean of the loss's form, tokens
+    masked one by one with weight 1 / p, and less variance: no draw is empty or weighs 1000, and of an answer of one
+    token every draw is exact. All draws are rows of one forward pass, in which each image is encoded once.
+
+    Args:
+        model, mask_token_id, fused: see [`masked_diffusion_loss`].
+        batch: as there, with one answer in each row.
+        t (`(draws, rows)`): in [0, 1); how much of the answer is masked.
+        uniform (`(draws, rows, sequence)`): which of its tokens are: those with the smallest values.
+
+    Returns:
+        In nats, `(draws, rows)`; 0 for a row without labels.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "answer_ids"}
+    (draws, rows), (input_ids, labels) = t.shape, (inputs.pop(name) for name in ("input_ids", "labels"))
+    inputs = {
+        name: value if name in _OF_IMAGES else value.repeat(draws, *[1] * (value.dim() - 1))
+        for name, value in inputs.items()
+    }
+    labels = labels.repeat(draws, 1)
+    noised = add_counted_noise(input_ids.repeat(draws, 1), labels, t.flatten(), uniform.flatten(0, 1), mask_token_id)
+    log_probs, _ = masked_log_probs(model, inputs, noised, labels, fused)
+    row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)[noised.masked]
+    sums = torch.zeros(len(labels), device=labels.device)
+    return sums.index_add(0, row, log_probs / noised.probability[noised.masked]).view(draws, rows)
 
 
 def add_noise(
@@ -176,6 +222,25 @@ def add_noise(
     probability = ((1 - EPSILON) * t + EPSILON).expand(labels.shape)
     masked = (uniform < probability) & (labels != IGNORE_INDEX)
     return NoisedBatch(input_ids.masked_fill(masked, mask_token_id), masked, probability)
+
+
+def add_counted_noise(
+    input_ids: torch.LongTensor,
+    labels: torch.LongTensor,
+    t: torch.FloatTensor,
+    uniform: torch.FloatTensor,
+    mask_token_id: int,
+) -> NoisedBatch:
+    """Mask exactly l of the L labelled tokens of each row, l = 1 + floor(t L): those with the smallest `uniform`.
+
+    Arguments are those of [`add_noise`], but `t` is `(batch,)`. The probability of a mask is l / L.
+    """
+    learned = labels != IGNORE_INDEX
+    length = learned.sum(dim=1, keepdim=True)
+    count = torch.minimum((t[:, None] * length).long() + 1, length)
+    rank = uniform.masked_fill(~learned, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+    masked = (rank < count) & learned
+    return NoisedBatch(input_ids.masked_fill(masked, mask_token_id), masked, (count / length).expand(labels.shape))
 
 
 def complement(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
@@ -129,6 +129,12 @@ class MaskedDiffusionSFTConfig(LossArguments, SFTConfig):
         ValueError: for a value that is not allowed, or options of `SFTConfig` that mean nothing here.
     """
 
+    # Of this class and those that inherit: what arguments are refused for, with which reasons, and smallest values.
+    _objective = "masked diffusion"
+    _suffix = "SFT"
+    _not_applicable = NOT_APPLICABLE
+    _least = _LEAST
+
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning-rate schedule."})
     warmup_steps: float = field(
@@ -191,7 +197,7 @@ class MaskedDiffusionSFTConfig(LossArguments, SFTConfig):
         SFTConfig.__post_init__(self)
         LossArguments.__post_init__(self)
         _check_processes(self.world_size)
-        for name, least in _LEAST.items():
+        for name, least in self._least.items():
             value = getattr(self, name)
             if value is not None and (value != int(value) or value < least):
                 raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers of at least {least}.")
@@ -199,11 +205,11 @@ class MaskedDiffusionSFTConfig(LossArguments, SFTConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` is {value!r}; allowed are numbers above 0.")
-        for name in NOT_APPLICABLE.keys() & self.__dataclass_fields__.keys():
+        for name in self._not_applicable.keys() & self.__dataclass_fields__.keys():
             value = getattr(self, name)
             if value not in (getattr(type(self), name, []), *_NEUTRAL.get(name, ())):
                 raise ValueError(
-                    f"`{name}` is {value!r}, which does not apply to masked diffusion: {NOT_APPLICABLE[name]}."
+                    f"`{name}` is {value!r}, which does not apply to {self._objective}: {self._not_applicable[name]}."
                 )
         if set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}:
             raise ValueError(
@@ -246,6 +252,10 @@ class MaskedDiffusionSFTConfig(LossArguments, SFTConfig):
         for name in ("max_length", "hub_strategy", "hub_private_repo"):
             if name in values and getattr(args, name) == getattr(type(args), name):
                 del values[name]
+        for each in fields(args):  # of arguments for another of TRL's trainers
+            if each.name in values.keys() - cls.__dataclass_fields__.keys() and values.pop(each.name) != each.default:
+                value = getattr(args, each.name)
+                raise ValueError(f"`{each.name}` is {value!r}, which does not apply to {cls._objective}.")
         return cls(**values)
 
 

@@ -29,6 +29,7 @@ from lladamedv.hub_cards import (
 from lladamedv.hub_cards.push import push_folder
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
+from lladamedv.processing.datasets.messages import images_of
 from lladamedv.processing.datasets.readers import undecoded
 
 from .answer_table import AnswerTableCallback
@@ -85,6 +86,9 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
 
     _tag_names = ["trl", "masked-diffusion-sft"]
     _name = "Masked-diffusion SFT"
+    # What trainers that inherit have of their own.
+    _config_class, _collator_class = MaskedDiffusionSFTConfig, DataCollatorForMaskedDiffusion
+    _columns = ("messages",)
     # The whole batch's numbers of answers and tokens are known, and divided by, in `compute_loss`.
     loss_is_scaled_for_ga = True
 
@@ -117,7 +121,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
                 raise ValueError(f"`{name}` does not apply to masked diffusion: {instead}.")
         if train_dataset is None:
             raise ValueError("`train_dataset` is required.")
-        args = _arguments(args, model)
+        args = arguments_as(self._config_class, args, model)
         if isinstance(model, (str, PathLike)):
             model, quantization_config = _load(model, args, quantization_config), None
         model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -126,7 +130,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         processing_class = _processor(processing_class, model, args)
         _freeze(model, args.trainable, peft_config)
         self.args, self.row_reports = args, {}
-        self.data_collator = _collator(data_collator, processing_class, args, model.config)
+        self.data_collator = self._make_collator(data_collator, processing_class, model.config)
         train_dataset = self._prepare_rows(train_dataset, "train_dataset")
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepare_rows(rows, f"eval_dataset[{name!r}]")
@@ -147,7 +151,33 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             rows = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
             if rows is None:
                 raise ValueError(f"`log_answers` is {args.log_answers}, but there is no `eval_dataset`.")
-            self.add_callback(AnswerTableCallback(self, list(rows.take(args.log_answers))))
+            fetch, read = processing_class.image_processor.fetch_images, self.data_collator.conversations
+            asked = [read(row, fetch(images_of(row)))[0][0] for row in rows.take(args.log_answers)]
+            self.add_callback(AnswerTableCallback(self, asked))
+
+    def _make_collator(self, collator, processor, config) -> DataCollatorForMaskedDiffusion:
+        """The collator that the arguments describe, or the given one if it does not contradict them."""
+        context = config.get_text_config().max_position_embeddings
+        options = self._collator_options()
+        if collator is None:
+            collator = self._collator_class(processor, **options | {"max_length": self.args.max_length or context})
+        elif type(collator) is not self._collator_class:
+            raise TypeError(
+                f"`data_collator` is a {type(collator).__name__}; needed is a {self._collator_class.__name__}."
+            )
+        for name, value in options.items():
+            if value != getattr(collator, name) and (value or name not in _COLLATOR_OPTIONS):
+                raise ValueError(
+                    f"`args` ask for {name}={value!r}, but `data_collator` has {getattr(collator, name)!r}; set it "
+                    "there."
+                )
+        if collator.max_length is None or collator.max_length > context:
+            raise ValueError(f"`max_length` is {collator.max_length}; the model's context allows {context}.")
+        return collator
+
+    def _collator_options(self) -> dict:
+        options = {name: getattr(self.args, name) for name in _COLLATOR_OPTIONS}
+        return options | {"packed": self.args.pack_questions is not None}
 
     def _check_what_is_trained(self) -> None:
         """
@@ -189,8 +219,9 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         columns = (not made and dataset.column_names) or list(next(iter(dataset), {}))
         if not columns:
             raise ValueError(f"`{name}` is empty; at least one row is needed.")
-        if "messages" not in columns:
-            raise ValueError(f"`{name}` has the columns {sorted(columns)}; needed are `messages` and `images`.")
+        if not set(self._columns) <= set(columns):
+            needed = ", ".join(f"`{each}`" for each in self._columns)
+            raise ValueError(f"`{name}` has the columns {sorted(columns)}; needed are {needed} and `images`.")
         dataset, report = prepare_rows(dataset, name, data_collator, args)
         if args.pack_questions is not None:
             dataset = pack_rows(dataset, args.pack_questions)
@@ -212,7 +243,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         return dataset
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["messages", "image", "images", "id", self.args.length_column_name]
+        self._signature_columns = [*self._columns, "image", "images", "id", self.args.length_column_name]
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """As in `Trainer`; rows that are given here are checked, as those given to the trainer were."""
@@ -298,6 +329,12 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise ValueError("`return_outputs` is True, but the full logits are never computed; only False is allowed.")
+        loss = self._loss(model, inputs)
+        self._stop_if_not_finite(loss, inputs)
+        return loss
+
+    def _loss(self, model, inputs):
+        """The loss of a batch, of which the whole batch's, over processes and accumulation steps, is the mean."""
         args, batch = self.args, {name: value for name, value in inputs.items() if name not in ("row_ids", "whole")}
         loss_of = partial(masked_diffusion_loss, model, batch, mask_token_id=self._base_model.config.mask_token_id)
         if "whole" in inputs:
@@ -305,10 +342,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             noise = partial(self.noise, step=self.state.global_step, first_row=first_row, num_rows=num_rows)
             results = [loss_of(noise, args, num_answers=num_answers, num_tokens=num_tokens)]
             scale = self.accelerator.num_processes  # processes average their gradients; the sum is wanted
-            # In the state, so that a resumed run goes on counting.
-            seen = self.accelerator.gather(batch["attention_mask"].sum()).sum() * (1 + args.complementary_masking)
-            self.state.num_input_tokens_seen += int(seen)
-            self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
+            self._count_tokens(inputs, 1 + args.complementary_masking)
         else:  # an evaluation, of each answer with the same times and masks whenever it comes
             plain = LossArguments(args.loss_weighting, args.max_loss_weight, args.loss_normalization)
             noises = [partial(self.noise.fixed, number=each, of=args.eval_time_steps)
@@ -319,9 +353,13 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
                             for each in (found.sum(), torch.ones_like(found).sum()))  # fmt: skip
             if asked:
                 self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(right / asked)
-        loss = scale * sum(loss for loss, _ in results)
-        self._stop_if_not_finite(loss, inputs)
-        return loss
+        return scale * sum(loss for loss, _ in results)
+
+    def _count_tokens(self, inputs, times):
+        # In the state, so that a resumed run goes on counting.
+        seen = self.accelerator.gather(inputs["attention_mask"].sum()).sum() * times
+        self.state.num_input_tokens_seen += int(seen)
+        self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
 
     def _track_num_input_tokens(self, inputs):
         """`compute_loss` counts them."""
@@ -400,7 +438,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         facts = ModelFacts(
             name=model_name or folder.name,
             kind="trained",
-            description="Adapters for a LLaDA-MedV" if adapter else "A fine-tuned LLaDA-MedV",
+            description=("Adapters for a LLaDA-MedV" if adapter else "A fine-tuned LLaDA-MedV") + self._objective(),
             components=[component_of_model(name), *map(find_component, named)],
             version=software.get("lladamedv"),
             base_models=[name] if is_hub_id(name) else [],
@@ -410,6 +448,10 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             training=training,
         )
         save_model_card(facts, folder)
+
+    def _objective(self) -> str:
+        """What the card says of the objective, besides the arguments."""
+        return ""
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
@@ -464,16 +506,16 @@ def part_of(name: str) -> str:
     raise ValueError(f"{name!r} is no parameter of a LLaDA-MedV model.")
 
 
-def _arguments(args, model) -> MaskedDiffusionSFTConfig:
+def arguments_as(config_class: type[MaskedDiffusionSFTConfig], args, model) -> MaskedDiffusionSFTConfig:
     """The arguments as ours; by default those for `output_dir=NAME-SFT`, as in TRL."""
-    if isinstance(args, MaskedDiffusionSFTConfig):
+    if isinstance(args, config_class) and args._suffix == config_class._suffix:
         return args
     if args is not None:
-        return MaskedDiffusionSFTConfig.from_arguments(args)
+        return config_class.from_arguments(args)
     is_name = isinstance(model, (str, PathLike))
     name = model if is_name else getattr(getattr(model, "config", None), "_name_or_path", "")
-    return MaskedDiffusionSFTConfig(
-        f"{Path(name).name or 'LLaDA-MedV'}-SFT", use_cpu=not torch.accelerator.is_available()
+    return config_class(
+        f"{Path(name).name or 'LLaDA-MedV'}-{config_class._suffix}", use_cpu=not torch.accelerator.is_available()
     )
 
 
@@ -548,26 +590,6 @@ def _check_adapters(model: PeftModel, load: str) -> None:
                 f"{name} is trainable, but not saved with the adapters; freeze it, or name its module in "
                 "`modules_to_save` of their configuration."
             )
-
-
-def _collator(collator, processor, args: MaskedDiffusionSFTConfig, config) -> DataCollatorForMaskedDiffusion:
-    """The collator that the arguments describe, or the given one if it does not contradict them."""
-    context = config.get_text_config().max_position_embeddings
-    options = {name: getattr(args, name) for name in _COLLATOR_OPTIONS} | {"packed": args.pack_questions is not None}
-    if collator is None:
-        collator = DataCollatorForMaskedDiffusion(processor, **options | {"max_length": args.max_length or context})
-    elif not isinstance(collator, DataCollatorForMaskedDiffusion):
-        raise TypeError(
-            f"`data_collator` is a {type(collator).__name__}; needed is a {DataCollatorForMaskedDiffusion.__name__}."
-        )
-    for name, value in options.items():
-        if value != getattr(collator, name) and (value or name == "packed"):
-            raise ValueError(
-                f"`args` ask for {name}={value!r}, but `data_collator` has {getattr(collator, name)!r}; set it there."
-            )
-    if collator.max_length is None or collator.max_length > context:
-        raise ValueError(f"`max_length` is {collator.max_length}; the model's context allows {context}.")
-    return collator
 
 
 __all__ = ["MaskedDiffusionSFTTrainer"]

@@ -6,6 +6,7 @@ the arguments below; flags have the last word. Messages name an argument by its 
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+import yaml
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -39,12 +41,18 @@ from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
 from lladamedv.processing.released import checkpoint_processor
 
 from .data import STOPPING_STRATEGIES, DataSource, load_dataset_mixture
+from .masked_diffusion_dpo_config import MaskedDiffusionDPOConfig
+from .masked_diffusion_dpo_trainer import MaskedDiffusionDPOTrainer
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
 from .masked_diffusion_sft_trainer import MaskedDiffusionSFTTrainer
 from .rows import split_by_image
 
 
 logger = logging.getLogger(__name__)
+METHODS = {
+    "sft": (MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer),
+    "dpo": (MaskedDiffusionDPOConfig, MaskedDiffusionDPOTrainer),
+}
 DEMO = "demo"  # as a model: the tiny one that comes with the package
 # The language model's matrices alone: the tower has layers of the same names.
 LORA_TARGET_MODULES = r"model\.language_model\.layers\.\d+\.\w+\.(q|k|v|o|gate|up|down)_proj"
@@ -58,6 +66,11 @@ _FULL = 2**20  # bytes that are free on a full disk, at most
 class SFTScriptArguments:
     """What the script needs besides [`MaskedDiffusionSFTConfig`] and [`trl.ModelConfig`]; each field has its `help`."""
 
+    method: str = field(
+        default="sft",
+        metadata={"help": "What to learn from: answers (sft), or preferences between two (dpo).",
+                  "choices": list(METHODS)},
+    )  # fmt: skip
     train_data: list[DataSource] = field(
         default_factory=list,
         metadata={"help": "Hub ids, folders, files, vqa:BENCHMARK, phantoms:SEED:COUNT; in a recipe also all fields of "
@@ -174,9 +187,19 @@ def _settle_evaluation(script: SFTScriptArguments, training: MaskedDiffusionSFTC
         )
 
 
-def make_parser() -> TrlParser:
-    """The parser of recipes and flags."""
-    return _Parser((SFTScriptArguments, MaskedDiffusionSFTConfig, ModelConfig), allow_abbrev=False)
+def make_parser(method: str = "sft") -> TrlParser:
+    """The parser of recipes and flags of one of `METHODS`."""
+    return _Parser((SFTScriptArguments, METHODS.get(method, METHODS["sft"])[0], ModelConfig), allow_abbrev=False)
+
+
+def method_of(arguments: Sequence[str]) -> str:
+    """The method that flags name, or else the recipe: which arguments there are depends on it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--method", "--config"):
+        parser.add_argument(name)
+    flags, _ = parser.parse_known_args(arguments)
+    recipe = flags.config and not flags.method and yaml.safe_load(Path(flags.config).read_text(encoding="utf-8"))
+    return flags.method or (recipe or {}).get("method", "sft")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -194,7 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Sequence[str] | None) -> None:
     try:
-        script_args, training_args, model_args = make_parser().parse_args_and_config(arguments)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        script_args, training_args, model_args = make_parser(method_of(arguments)).parse_args_and_config(arguments)
         _check_loggers(training_args.report_to)
         checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
         trainer, reports = build_trainer(script_args, training_args, model_args)
@@ -267,6 +291,7 @@ def build_trainer(
     options = {
         "image_folder": script_args.image_folder, "seed": training_args.seed,
         "stopping_strategy": script_args.stopping_strategy, "invalid_records": training_args.invalid_rows,
+        "pairs": script_args.method == "dpo",
     }  # fmt: skip
     with training_args.main_process_first(desc="loading data"):
         train_data, reports = load_dataset_mixture(
@@ -284,7 +309,7 @@ def build_trainer(
             reports = reports + more
     if script_args.streaming:
         train_data = train_data.shuffle(training_args.seed, buffer_size=script_args.shuffle_buffer)
-    trainer = MaskedDiffusionSFTTrainer(
+    trainer = METHODS[script_args.method][1](
         model=model, args=training_args, train_dataset=train_data, eval_dataset=eval_data, processing_class=processor,
         peft_config=peft_config,
     )  # fmt: skip

@@ -21,11 +21,15 @@ IMAGE_PLACEHOLDER = "<image>"
 _REMOTE = ("http:", "https:", "ftp:")
 # The columns of a record of each form. A question's may have other names, too (`COLUMNS`).
 FORMS = (("messages",), *((name,) for name in CONVERSATIONS), ("prompt", "completion"))
+PREFERENCE = ("prompt", "chosen", "rejected")
 QUESTION = ("question", "answer", "image")
 _SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}
 _CONTENT = List({"type": Value("string"), "text": Value("string")})
 _MESSAGES = List({"role": Value("string"), "content": _CONTENT})
 ROW_FEATURES = Features({"id": Value("string"), "messages": _MESSAGES, "images": List(Image())})
+PAIR_FEATURES = Features(
+    {"id": Value("string"), **dict.fromkeys(PREFERENCE, _MESSAGES), "images": List(Image())}
+)
 # What may stand in messages and rows, and would change what is learned if it were read.
 _NOT_READ_IN_MESSAGES = (
     "tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "weight", "loss", "train",
@@ -68,15 +72,33 @@ def record_to_row(record: dict, record_id: str, images: ImageFiles | None = None
             if not text.strip():
                 raise InvalidRecordError(f"`{column}` is {fields.get(column)!r:.200}; allowed are texts and numbers")
         messages = [*_turns("user", texts["question"]), *_turns("assistant", texts["answer"])]
+    given = _images_of_record(record, images)
+    if is_question and not given:
+        fields.need("image")
+        given = _images_of_record({"image": fields.get("image")}, images)
+    return {"id": fields.id(record_id), "messages": normalize_messages(messages, len(given)), "images": given}
+
+
+def record_to_pair(record: dict, record_id: str, images: ImageFiles | None = None) -> dict:
+    """One record with `prompt`, `chosen` and `rejected` (texts or chat messages) as a pair, see [`preference_rows`].
+
+    Other arguments and errors are those of [`record_to_row`].
+
+    Returns:
+        `{"id", "prompt", "chosen", "rejected", "images"}`.
+    """
+    given = _images_of_record(record, images)
+    pair = {name: normalize_messages(_turns("assistant", record[name]), 0) for name in PREFERENCE[1:]}
+    pair["prompt"] = normalize_messages(_turns("user", record["prompt"]), len(given))
+    return {"id": Fields(record).id(record_id), **pair, "images": given}
+
+
+def _images_of_record(record: dict, images: ImageFiles | None) -> list:
     given = [record[name] for name in ("image", "images") if _holds_image(record.get(name))]
     if len(given) > 1:
         raise InvalidRecordError("it has both `image` and `images`")
-    if is_question and not given:
-        fields.need("image")
-        given = [fields.get("image")]
     given = given[0] if given and isinstance(given[0], list) else given
-    given = [image if images is None else images.stored(image) for image in given]
-    return {"id": fields.id(record_id), "messages": normalize_messages(messages, len(given)), "images": given}
+    return [image if images is None else images.stored(image) for image in given]
 
 
 def _turns(role: str, content) -> list:
@@ -104,6 +126,33 @@ def conversation_of(record: dict) -> list[dict]:
             )
         messages.append({"role": _SPEAKERS[speaker], "content": text})
     return messages
+
+
+def preference_rows(row: dict) -> tuple[dict, dict]:
+    """A pair as TRL's DPOTrainer takes it, as the row of its chosen answer and that of its rejected one.
+
+    Args:
+        row: with `prompt`, `chosen` and `rejected`, texts or chat messages, and images, see [`images_of`]. An answer is
+            one assistant turn.
+
+    Returns:
+        Rows as [`check_row`] returns them.
+
+    Raises:
+        InvalidRecordError: for a pair that cannot be trained on.
+    """
+    prompt, sides = _turns("user", row.get("prompt") or []), []
+    if not prompt:
+        raise InvalidRecordError("no `prompt`", "a conversation without one is split by `trl.extract_prompt`")
+    for name in PREFERENCE[1:]:
+        answer = _turns("assistant", row.get(name) or [])
+        if len(answer) != 1 or answer[0]["role"] != "assistant":
+            raise InvalidRecordError(f"`{name}` is not one assistant turn")
+        given = {key: value for key, value in row.items() if key not in PREFERENCE}
+        sides.append(check_row({**given, "messages": [*prompt, *answer]}))
+    if sides[0]["messages"][-1] == sides[1]["messages"][-1]:
+        raise InvalidRecordError("`chosen` and `rejected` are the same")
+    return sides[0], sides[1]
 
 
 # Messages

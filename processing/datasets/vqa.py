@@ -23,7 +23,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, IterableDataset, Value, get_dataset_split_names
 from huggingface_hub import HfApi, hf_hub_download
 
-from lladamedv.processing.phantoms import PhantomVQA, parse_phantoms
+from lladamedv.processing.phantoms import OPPOSITE, PhantomVQA, parse_phantoms
 
 from ..vqa_sources import BENCHMARKS, COUNTED, LEAKAGE, LLAVA_MED, PHANTOMS, SOURCES, SPLITS, TEST, VQASource
 from .columns import (
@@ -409,7 +409,7 @@ def phantom_records(phantoms: dict) -> Iterator[tuple[str, dict]]:
         record = {"id": f"{name}/{number}", "image_id": f"{name}/{picture}.png"}
         record |= {"image": {"bytes": file.getvalue(), "path": None}}
         record |= {"question": example.question, "answer": example.answer}
-        record |= {"answer_type": "closed" if example.kind == "closed" else "open"}
+        record |= {"answer_type": "closed" if example.answer in OPPOSITE else "open"}
         yield "", record | {"modality": example.attributes.domain, "question_type": example.topic}
 
 

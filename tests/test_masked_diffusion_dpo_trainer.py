@@ -1,0 +1,313 @@
+"""The trainer of preferences: TRL's columns, references and metrics, over processes, resumed, and with bad rows."""
+
+import json
+import logging
+import math
+import time
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOConfig
+
+from lladamedv.trainers import MaskedDiffusionDPOConfig, MaskedDiffusionDPOTrainer
+from tests.test_masked_diffusion_sft_trainer import (
+    FSDP,
+    LORA,
+    changed,
+    check_sharded,
+    logged,
+    losses,
+    run_two_processes,
+    start_workers,
+    tiny_model,
+    tiny_processor,
+    weights_of,
+)
+from tests.tiny import random_image
+
+
+PAIRS = [
+    ("Is it small?", "Yes.", "No."), ("Where is it?", "On the left side.", "It is on the right."),
+    ("What is it?", "A lung.", "The brain."), ("Big?", "No.", "Yes, it is big."),
+]  # fmt: skip
+METRICS = {
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "rewards/margins_variance",
+    "logps/chosen", "logps/rejected",
+}  # fmt: skip
+
+
+def turn(role, text):
+    return [{"role": role, "content": text}]
+
+
+def rows(count=8, **changes):
+    data = [
+        {"prompt": turn("user", question), "chosen": turn("assistant", chosen), "rejected": turn("assistant", rejected),
+         "images": [random_image(seed=number // 4)], "id": f"pair-{number}", **changes}
+        for number in range(count) for question, chosen, rejected in [PAIRS[number % 4]]
+    ]  # fmt: skip
+    return datasets.Dataset.from_list(data).cast_column("images", datasets.List(datasets.Image()))
+
+
+def arguments(folder, **options):
+    options = {
+        "per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 1, "save_strategy": "no", "report_to": [],
+        "learning_rate": 1e-2, "bf16": False, "use_cpu": True, "activation_checkpointing": False, "seed": 3,
+        "disable_tqdm": True, "num_draws": 2, "beta": 0.2, **options,
+    }  # fmt: skip
+    return MaskedDiffusionDPOConfig(str(folder), **options)
+
+
+def make_trainer(folder, model=None, dataset=None, **options):
+    given = {name: options.pop(name, None) for name in ("peft_config", "eval_dataset", "ref_model")}
+    return MaskedDiffusionDPOTrainer(
+        model=model or tiny_model(), args=arguments(folder, **options), processing_class=tiny_processor(),
+        train_dataset=rows() if dataset is None else dataset, **given,
+    )  # fmt: skip
+
+
+def trained(folder, resume=None, **options):
+    trainer = make_trainer(folder, **options)
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    return trainer
+
+
+# The reference
+
+
+def adapters():
+    return LoraConfig(**LORA)
+
+
+REFERENCES = {
+    "adapters": lambda: {"peft_config": adapters()}, "copy": dict, "given": lambda: {"ref_model": tiny_model()},
+    "precomputed": lambda: {"precompute_ref_log_probs": True},
+    "adapters, precomputed": lambda: {"peft_config": adapters(), "precompute_ref_log_probs": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "reference", [pytest.param(each, marks=pytest.mark.slow if "," in each else ()) for each in REFERENCES]
+)
+def test_training_starts_at_log_2_and_learns(tmp_path, reference):
+    """Every reference is the model as it was: exactly at the first step, and still when the model has moved."""
+    trainer = make_trainer(tmp_path, eval_dataset=rows(4), max_steps=12, **REFERENCES[reference]())
+    before = weights_of(trainer.model)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-7)
+    moved = changed(trainer.model, before)
+    assert moved and all("lora_" in name for name in moved) == ("adapters" in reference)
+    after = trainer.evaluate()
+    assert {f"eval_{name}" for name in METRICS} <= set(after) and after["eval_rewards/accuracies"] > 0.9
+    assert after["eval_loss"] < 0.65 and trainer.evaluate()["eval_loss"] == after["eval_loss"]
+    margin = after["eval_rewards/chosen"] - after["eval_rewards/rejected"]
+    assert after["eval_rewards/margins"] == pytest.approx(margin, rel=1e-4)
+
+
+def test_the_reference_is_the_exact_one_of_score(tmp_path):
+    """Rewards after training, by `score` of the trained model and of the one that training began with."""
+    data = rows(1, prompt="Is it small?", chosen="Yes", rejected="No")
+    trainer = trained(tmp_path, dataset=data, eval_dataset=data, per_device_train_batch_size=1)
+    trainer.args.num_draws = 512
+    found = trainer.evaluate()
+    batch = trainer.data_collator([trainer.eval_dataset[0]])
+    answers = [own[own != -100].tolist() for own in batch["labels"]]
+    prompt = batch["input_ids"][:1, : (batch["labels"][0] == -100).int().argmin()]
+    images = {name: batch[name] for name in ("pixel_values", "image_sizes")}
+    now, start = (model.eval().score(prompt, answers, append_eos=False, **images).log_likelihood[0]
+                  for model in (trainer.model, tiny_model()))  # fmt: skip
+    rewards = 0.2 * (now - start)
+    spread = 4 * found["eval_rewards/margins_variance"] ** 0.5 + 1e-3
+    for name, expected in zip(("chosen", "rejected"), rewards.tolist()):
+        assert found[f"eval_rewards/{name}"] == pytest.approx(expected, abs=spread)
+        assert found[f"eval_logps/{name}"] == pytest.approx(float(now[int(name == "rejected")]), rel=0.1)
+
+
+def test_losses_of_the_picture(tmp_path):
+    """mDPO's terms: at the start each is log 2, and the chosen answer comes to need its picture."""
+    options = {"loss_type": ["sigmoid", "image_conditional", "anchor", "sft"], "loss_weights": [1.0, 1.0, 1.0, 0.0]}
+    trainer = make_trainer(tmp_path, eval_dataset=rows(4), max_steps=16, **options)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(3 * math.log(2), abs=1e-6)
+    trainer.train()
+    assert trainer.evaluate()["eval_rewards/image_accuracies"] > 0.7
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    hidden = batch["pixel_values"][batch["image_index"][2], 0]
+    torch.testing.assert_close(hidden, hidden[:, :1, :1].expand_as(hidden))
+    picture = batch["pixel_values"][0, 0]
+    assert (hidden[:, 0, 0] - picture.flatten(1).median(dim=1).values).abs().max() < 0.05
+
+
+# Noise and batches
+
+
+@pytest.mark.slow
+def test_accumulation_changes_nothing(tmp_path):
+    options = {"optim": "sgd", "learning_rate": 1e-2, "max_steps": 2, "loss_type": ["sigmoid", "sft"]}
+    whole, *others = (
+        trained(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, **options)
+        for size in (4, 2, 1)
+    )
+    for other in others:
+        assert losses(other) == pytest.approx(losses(whole), rel=1e-4)
+        torch.testing.assert_close(weights_of(other.model), weights_of(whole.model), atol=1e-5, rtol=1e-3)
+
+
+def test_draws_share_one_encoding_of_the_picture(tmp_path):
+    """Four pairs about one picture, of eight draws: one image in the tower for the policy, one for the reference."""
+    trainer, towers = make_trainer(tmp_path, num_draws=8, peft_config=adapters()), []
+    tower = trainer._base_model.model.vision_tower
+    tower.register_forward_hook(lambda *a: towers.append(a[1][0].shape[0]))
+    batches, _ = trainer.get_batch_samples(iter([trainer.data_collator(list(rows(4)))]), 1, "cpu")
+    trainer.compute_loss(trainer.model, batches[0])
+    assert towers == [1, 1]
+
+
+def test_only_the_last_answer_is_compared(tmp_path):
+    """Earlier turns are the prompt; end tokens behind the answer belong to it."""
+    prompt = [*turn("user", "Is it big?"), *turn("assistant", "No."), *turn("user", "Small?")]
+    trainer = make_trainer(tmp_path, dataset=rows(2, prompt=prompt), eos_padding=2, eos_padding_token="<|eot_id|>")
+    batch, tokenizer = trainer.data_collator([trainer.train_dataset[0]]), trainer.processing_class.tokenizer
+    learned = [tokenizer.decode(own[own != -100]) for own in batch["labels"]]
+    assert learned == ["Yes.<|eot_id|><|eot_id|><|eot_id|>", "No.<|eot_id|><|eot_id|><|eot_id|>"]
+
+
+def test_texts_and_streams(tmp_path):
+    streamed = trained(tmp_path, dataset=rows(6).to_iterable_dataset(), max_steps=4, gradient_accumulation_steps=2)
+    assert len(losses(streamed)) == 4 and all(map(math.isfinite, losses(streamed)))
+    texts = trained(tmp_path, dataset=rows(2, prompt="Big?", chosen="No.", rejected="Yes.").remove_columns("images"))
+    assert len(losses(texts)) == 4
+
+
+# Other processes
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(tmp_path):
+    """SIGKILL behind the second checkpoint; losses and rewards are those of an uninterrupted run."""
+    options = {"max_steps": 10, "save_strategy": "steps", "save_steps": 2, "lora": LORA}
+    whole = trained(tmp_path / "whole", peft_config=adapters(), max_steps=10)
+    process = start_workers([(str(tmp_path / "killed"), options | {"method": "dpo"})])
+    state = tmp_path / "killed" / "checkpoint-4" / "trainer_state.json"
+    while not (state.exists() and state.read_text().endswith("}\n")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "killed" / "losses.json").exists()
+    options.pop("lora")
+    last = get_last_checkpoint(str(tmp_path / "killed"))
+    resumed = trained(tmp_path / "killed", last, peft_config=adapters(), **options)
+    for name in ("loss", "rewards/margins", "num_tokens"):
+        assert len(logged(whole, name)) == 10 and logged(resumed, name) == pytest.approx(logged(whole, name), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+    """With a copy as reference, with a precomputed one, and with adapters."""
+    common = {"max_steps": 4, "optim": "sgd"}
+    half = common | {"per_device_train_batch_size": 2, "ddp_backend": "gloo", "method": "dpo"}
+    runs = {"two": {}, "precomputed": {"precompute_ref_log_probs": True}, "lora": {"lora": LORA}}
+    found = run_two_processes([(str(tmp_path / name), half | options) for name, options in runs.items()])
+    for (name, options), two in zip(runs.items(), found):
+        options = {"peft_config": adapters()} if "lora" in options else options
+        one = trained(tmp_path / "one", **common, per_device_train_batch_size=4, **options)
+        assert list(two.values()) == pytest.approx(losses(one), rel=1e-4) and len(two) == 4
+        if name != "lora":
+            weights = load_file(tmp_path / name / "model.safetensors")
+            torch.testing.assert_close(weights_of(one.model), weights, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_sharded(tmp_path):
+    common = {"max_steps": 4, "ddp_backend": "gloo", "lora": LORA, "method": "dpo"}
+    two, sharded = run_two_processes([(str(tmp_path / "two"), common), (str(tmp_path / "fsdp"), common | FSDP)])
+    assert sharded == pytest.approx(two, rel=1e-6)
+    check_sharded(tmp_path, "adapter_model.safetensors")
+
+
+# What is said
+
+
+def test_a_fall_of_the_chosen_answers_is_warned_of(tmp_path, caplog):
+    """Pairs whose chosen answers fall, because the loss lowers what is rejected and both share their words."""
+    data = rows(4, chosen="It is on the left.", rejected="It is on the left side.")
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(tmp_path, dataset=data, max_steps=6, per_device_train_batch_size=4)
+        trainer._reference_bounds = lambda inputs, bounds_of: bounds_of(trainer.model).detach() + 3.0
+        trainer.train()
+    assert caplog.text.count("the chosen answers have become less likely than under the reference, by 3.00 nats") == 1
+
+
+def test_answers_and_card(tmp_path):
+    model = tiny_model()
+    model.generation_config.update(max_new_tokens=4, block_length=4, steps=4)
+    options = {"eval_dataset": rows(4), "log_answers": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    trainer = trained(tmp_path, model=model, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5], **options)
+    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [record["reference"] for record in records] == ["Yes.", "On the left side."]
+    right = sum(record["answer"].lower() == record["reference"].lower() for record in records) / 2
+    history = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    assert history["eval_answer_accuracy"] == right
+    trainer.create_model_card("tuned")
+    card = (tmp_path / "README.md").read_text()
+    assert "tuned on preferences with the loss 1 × sigmoid + 0.5 × sft (beta 0.2, 2 masks an answer)" in card
+    assert "masked-diffusion-dpo" in card
+
+
+def test_arguments_of_trl(tmp_path):
+    """A DPOConfig is taken over; what means nothing here is refused."""
+    config = DPOConfig(str(tmp_path), beta=0.3, loss_type=["sigmoid", "sft"], bf16=False, use_cpu=True, report_to=[])
+    trainer = MaskedDiffusionDPOTrainer(
+        tiny_model(), args=config, train_dataset=rows(2), processing_class=tiny_processor()
+    )
+    assert (trainer.args.beta, trainer.args.loss_type, trainer.args.learning_rate) == (0.3, ["sigmoid", "sft"], 1e-6)
+    config.ld_alpha = 0.5
+    with pytest.raises(ValueError, match=r"`ld_alpha` is 0\.5, which does not apply to preferences"):
+        MaskedDiffusionDPOTrainer(tiny_model(), args=config, train_dataset=rows(2), processing_class=tiny_processor())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": rows(2).remove_columns("rejected")}, "needed are `prompt`, `chosen`, `rejected` and `images`"),
+        ({"dataset": rows(2, chosen=turn("user", "Yes."))}, "`chosen` is not one assistant turn"),
+        ({"dataset": rows(2, rejected=[])}, "`rejected` is not one assistant turn"),
+        ({"dataset": rows(2, rejected="Yes.", chosen="Yes.")}, "`chosen` and `rejected` are the same"),
+        ({"dataset": rows(2, prompt=[])}, "no `prompt`: .*extract_prompt"),
+        ({"dataset": rows(2, images=[]), "loss_type": "image_conditional"}, "it has no image: .*hides the images"),
+        ({"dataset": rows(2).to_iterable_dataset(), "precompute_ref_log_probs": True}, "`train_dataset` is a stream"),
+        ({"pack_questions": 2}, "`pack_questions` is 2, which does not apply to preferences: the two answers"),
+        ({"loss_normalization": "tokens"}, "`loss_normalization` is 'tokens', which does not apply to preferences"),
+        ({"loss_type": ["sigmoid", "nll"]}, "`loss_type` is .*; allowed are one or more of"),
+        ({"loss_weights": [1.0, 2.0]}, r"`loss_weights` is \[1.0, 2.0\]; `loss_type` names 1 losses"),
+        ({"beta": 0.0}, "`beta` is 0.0; allowed are numbers above 0"),
+        ({"num_draws": 0}, "`num_draws` is 0; allowed are whole numbers of at least 1"),
+        ({"model": get_peft_model(tiny_model(), adapters())}, "`model` comes with adapters, without which"),
+    ],
+)  # fmt: skip
+def test_bad_rows_and_options(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **options)
+
+
+def test_given_adapters_go_on_from_where_they_are(tmp_path):
+    model = get_peft_model(tiny_model(), adapters())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    trainer = trained(tmp_path, model=model, precompute_ref_log_probs=True, max_steps=1)
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-7)
+    with pytest.raises(ValueError, match="`eval_dataset` is new, but `precompute_ref_log_probs`"):
+        trainer.evaluate(rows(2))
+
+
+def test_dropout_is_set_to_zero(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = trained(tmp_path, peft_config=LoraConfig(**LORA, lora_dropout=0.5), max_steps=1)
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-7) and "Dropout of 0.5 is set to 0" in caplog.text
