@@ -78,6 +78,23 @@ def llava_med_file(tmp_path, count, missing=()):
     return file
 
 
+def test_preferences(tmp_path, capsys):
+    """By a flag, or by a line of a recipe; arguments of the other method are unknown to this one."""
+    options = {"train_data": "phantoms:1:8:closed", "loss_type": ["sigmoid", "sft"], "num_draws": 2, "use_peft": True}
+    folder = train(tmp_path, method="dpo", **options)
+    assert "1 × sigmoid + 1 × sft" in (folder / "README.md").read_text()
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("method: dpo\nbeta: 0.3\n")
+    for words in (["--config", str(recipe)], ["--method", "dpo", "--beta", "0.3"]):
+        parser = sft.make_parser(sft.method_of(words))
+        assert parser.parse_args_and_config(words + flags(output_dir="out"))[1].beta == 0.3
+    refused = [(["--beta", "1"], "unrecognized arguments: --beta"), (["--method", "ppo"], "invalid choice")]
+    for words, message in refused:
+        with pytest.raises(SystemExit):
+            sft.main(flags(train_data="phantoms:1:8") + words)
+        assert message in capsys.readouterr().err
+
+
 # The command
 
 

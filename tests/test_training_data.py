@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lladamedv.processing.datasets import ROW_FEATURES, SOURCES
+from lladamedv.processing.datasets.messages import PAIR_FEATURES
 from lladamedv.processing.phantoms import PhantomVQA
 from lladamedv.trainers.data import DataSource, load_dataset_mixture
 from tests.tiny import random_image
@@ -184,6 +185,60 @@ def test_phantoms():
         texts = [part["text"] for message in row["messages"] for part in message["content"]]
         assert texts == [None, example.question, example.answer] and row["id"] == f"phantoms/7/{number}"
         assert np.array_equal(row["images"][0], example.image)
+
+
+def preference(number, image=None, messages=True):
+    texts = {"prompt": f"Q{number}?", "chosen": f"A{number}", "rejected": f"B{number}"}
+    if messages:
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        texts = {name: [{"role": roles[name], "content": text}] for name, text in texts.items()}
+    return {"id": f"pair {number}", **texts, "images": [image] if image else []}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("messages", [False, True])
+@pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl", "pairs.parquet"])
+def test_pairs(folder, tmp_path, name, messages, streaming):
+    """TRL's columns of preferences, texts and messages, with names of images and without any."""
+    file = folder / name
+    records = [preference(number, NAMES[number] if number else None, messages) for number in range(3)]
+    if name.endswith("parquet"):
+        datasets.Dataset.from_list(records).to_parquet(file)
+    else:
+        file.write_text("\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records))
+    dataset, (report,) = load_dataset_mixture([str(file)], pairs=True, streaming=streaming)
+    found = list(dataset)
+    assert dataset.features == PAIR_FEATURES and report.rows == 3
+    for number, row in enumerate(found):
+        texts = [row[name][0]["content"][-1]["text"] for name in ("prompt", "chosen", "rejected")]
+        assert texts == [f"Q{number}?", f"A{number}", f"B{number}"] and row["id"] == f"pair {number}"
+        assert [image.size for image in row["images"]] == ([(30 + number, 20)] if number else [])
+
+
+def test_pairs_of_phantoms():
+    """Closed questions, about one picture each: the right answer is that of the phantom."""
+    dataset, _ = load_dataset_mixture(["phantoms:5:40:new_closed,closed"], pairs=True)
+    opposites = {("Yes", "No"), ("No", "Yes"), ("Axial", "Coronal"), ("Coronal", "Axial")}
+    for row, example in zip(dataset, PhantomVQA(5, 40, ["new_closed", "closed"]), strict=True):
+        chosen, rejected = (row[name][0]["content"][0]["text"] for name in ("chosen", "rejected"))
+        assert chosen == example.answer and (chosen, rejected) in opposites
+        if example.topic == "only_one":
+            assert chosen == ("Yes" if len(example.lesions) == 1 else "No") and len(example.lesions)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("phantoms:5:40:open", "has no one wrong answer; allowed are closed kinds"),
+        ("vqa:slake", "a benchmark has questions and answers, and no pairs"),
+        ("qa.json", r"the columns \['answer', 'image', 'question'\]; pairs have prompt, chosen, rejected"),
+    ],
+)
+def test_sources_without_pairs(folder, source, message):
+    (folder / "qa.json").write_text(json.dumps([qa(1, NAMES[1])]))
+    source = str(folder / source) if source.endswith(".json") else source
+    with pytest.raises(ValueError, match=message):
+        load_dataset_mixture([source], pairs=True)
 
 
 @WHOLE_AND_STREAMED
