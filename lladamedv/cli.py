@@ -154,7 +154,7 @@ def ask(
 ) -> None:  # fmt: skip
     """Answer one question about one image.
 
-    --where, and a page of --explain, take up to 256 forward passes more.
+    --where, and a page of --explain, run the model on up to 256 rows more, 32 at a time.
 
     What was done to the image on the way (window, frame, …) is printed on standard error, and a warning if the image is
     unlike those that the model was calibrated on.
