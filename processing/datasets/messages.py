@@ -27,9 +27,7 @@ _SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}
 _CONTENT = List({"type": Value("string"), "text": Value("string")})
 _MESSAGES = List({"role": Value("string"), "content": _CONTENT})
 ROW_FEATURES = Features({"id": Value("string"), "messages": _MESSAGES, "images": List(Image())})
-PAIR_FEATURES = Features(
-    {"id": Value("string"), **dict.fromkeys(PREFERENCE, _MESSAGES), "images": List(Image())}
-)
+PAIR_FEATURES = Features({"id": Value("string"), **dict.fromkeys(PREFERENCE, _MESSAGES), "images": List(Image())})
 # What may stand in messages and rows, and would change what is learned if it were read.
 _NOT_READ_IN_MESSAGES = (
     "tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "weight", "loss", "train",
