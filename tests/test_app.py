@@ -34,6 +34,7 @@ httpx = pytest.importorskip("httpx")
 SLIDERS = (24, 8, 24, 0)  # the demo model's own options
 ATTACK = "<img src=x onerror=alert(1)></span><script>alert(2)</script> ${alert(3)} {{value}} `\"'&amp;"
 LIMIT = 100_000  # bytes of an upload
+AGAIN = object()  # in place of a question
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,13 @@ class Browser:
 
         self.client = Client(url, verbose=False)
 
-    def submit(self, question, *files, sliders=SLIDERS):
+    def submit(self, question, *files, sliders=SLIDERS, follow=True, compare=None, api_name="/ask"):
+        """`compare` is a model's name and the values of its sliders."""
         from gradio_client import handle_file
 
-        message = {"text": question, "files": [handle_file(str(file)) for file in files]}
-        return self.client.submit(message, *sliders, api_name="/ask")
+        other, *more = compare or ("demo", *SLIDERS)
+        message = [{"text": question, "files": [handle_file(str(file)) for file in files]}] if question != AGAIN else []
+        return self.client.submit(*message, *sliders, follow, compare is not None, other, *more, api_name=api_name)
 
     def ask(self, *arguments, **options):
         """All that came of a question: (box, picture, conversation, message), as one HTML string or `None` each."""
@@ -105,8 +108,8 @@ def test_an_answer_appears_while_it_is_denoised(browser, shipped, example, pictu
     truth = generated(shipped, example.image, example.question)
     assert answers(seen[-1][2]) == answer(*shipped, [example.messages()])
     drafts = [part[2] for part in seen if part[2] and 'aria-busy="true"' in part[2]]
-    assert len(drafts) == len(truth.canvases) > 10
-    for draft, canvas in zip(drafts, truth.canvases):
+    assert len(drafts) == 1 + len(truth.canvases) > 10
+    for draft, canvas in zip(drafts[1:], truth.canvases):
         page = Page(draft)
         shown = [(token["title"], token["class"]) for token in page.attributes("ldm-token")]
         assert len(page.texts(None, "ldm-mask")) == sum(step is None for _, step, _ in canvas)
@@ -123,7 +126,8 @@ def test_an_answer_appears_while_it_is_denoised(browser, shipped, example, pictu
 
 def test_unusual_pictures_are_told(browser, example, picture, photograph):
     for file, told in ((photograph, True), (picture, False)):
-        assert ("<b>Warning: </b>The picture is unlike" in browser.ask(example.question, file)[-1][2]) is told
+        last = Page(browser.ask(example.question, file)[-1][2]).texts("div", "ldm-answer")[-1]
+        assert ("The model does not know pictures like this. The picture is unlike" in last) is told
 
 
 def test_follow_up_questions_are_about_the_same_image(browser, shipped, example, picture):
@@ -132,7 +136,9 @@ def test_follow_up_questions_are_about_the_same_image(browser, shipped, example,
     both = answers(browser.ask(example.question)[-1][2])
     assert both == [*one, answer(*shipped, [conversation(example.image, first, one[0], example.question)])[0]]
     assert both[1] != answer(*shipped, [example.messages()])[0], "the first turn must matter in this test"
-    assert answers(browser.ask(first, picture)[-1][2]) == one, "another image begins another conversation"
+    alone = browser.ask(example.question, follow=False)[-1][2]
+    assert answers(alone)[2:] == answer(*shipped, [example.messages()]) and "after 1 earlier question." in alone
+    assert answers(browser.ask(first, picture)[-1][2])[3:] == one, "about another image, without the turns before"
     browser.client.predict(api_name="/clear")
     assert "There is no image yet" in browser.ask(first)[-1][3]
 
@@ -141,14 +147,14 @@ def test_where_an_answer_comes_from(browser, shipped, example, picture):
     browser.ask(example.question, picture)
     reply = reply_to(*shipped, example.image, example.question)
     number = next(number for number, (text, _) in enumerate(reply.words) if text == " lesions")
-    for chosen, word in (("answer", None), (str(number), number)):
+    for chosen, word in (("0-answer", None), (f"0-{number}", number)):
         found = find_evidence(*shipped, example.image, example.question, reply, word=word)
         shown, message = browser.client.predict(chosen, api_name="/look")
         assert image_as_url(example.image, found) in shown and message == ""
         said = [text.strip() for text in Page(shown).texts("li")]
         legend = zip(("orange: ", "blue: ", ""), evidence_legend(*found))
         assert said[:3] == [f"{colour}{line}" for colour, (_, line) in legend]
-    assert f'data-word="0-{number}"' in browser.ask("Is there a lesion?")[0][2]
+    assert f'data-word="0-0-{number}"' in browser.ask("Is there a lesion?")[0][2]
     assert image_as_url(example.image) in browser.client.predict("nothing", api_name="/look")[0]
 
 
@@ -235,14 +241,17 @@ def test_only_what_can_be_chosen_is_offered(browser, files, name, offered):
         ("flat.nii", {"axis": "coronal"}, {"axis": "coronal"}),
     ],
 )  # fmt: skip
-def test_another_picture_begins_another_conversation(browser, files, name, chosen, arguments):
-    browser.ask("Is there a lesion?", files / name)
+def test_another_picture_is_said_and_asked_about_alone(browser, files, name, chosen, arguments):
+    first = answers(browser.ask("Is there a lesion?", files / name)[-1][2])
     seen, conversation, message = browser.choose(**chosen)
     picture = read_medical_image(files / name, **arguments)
     assert image_as_url(picture.image) in seen and message == ""
     assert Page(seen).texts("li") == [str(step) for step in picture.steps]
-    assert answers(conversation) == [] and "the conversation begins anew" in conversation
-    assert len(answers(browser.ask("Is there a lesion?")[-1][2])) == 1
+    assert answers(conversation) == first and ("No question about it yet" in conversation) is bool(first)
+    conversation = browser.ask("Is there a lesion?")[-1][2]
+    said = "; ".join(str(step) for step in picture.steps if step.kind in ("choice", "levels")) or "read as it is"
+    assert Page(conversation).texts("p", "ldm-view")[-1] == f"About image {1 + len(first)}: {said}."
+    assert len(answers(conversation)) == 1 + len(first) and "earlier question" not in conversation
 
 
 def test_answers_are_about_the_chosen_frame(browser, shipped, files):
@@ -252,7 +261,8 @@ def test_answers_are_about_the_chosen_frame(browser, shipped, files):
     browser.choose(place=0)
     pictures = [read_medical_image(files / "frames.dcm", frame=frame).image for frame in (0, 1)]
     expected = answer(*shipped, [conversation(each, question) for each in pictures])
-    assert [*answers(browser.ask(question)[-1][2]), *answers(seen[-1][2])] == expected and len(set(expected)) == 2
+    both = answers(browser.ask(question)[-1][2])
+    assert answers(seen[-1][2]) == both[:1] and both[::-1] == expected and len(set(expected)) == 2
     assert browser.choose(place=0) == (None, None, None), "what is chosen already changes nothing"
 
 
@@ -299,8 +309,8 @@ def test_an_answer_about_another_frame_ends(browser, shipped, files, monkeypatch
     gate = Gate(monkeypatch, shipped[0])
     job = browser.submit("Describe the image.")
     gate.let(1)
-    next(job), next(job)
-    assert "the conversation begins anew" in browser.choose(place=0)[1]
+    next(job), next(job), next(job)
+    assert 'aria-busy="false"' in browser.choose(place=0)[1]
     gate.let(1)
     job.result(timeout=60)
     assert all('aria-busy="true"' in conversation for _, _, conversation, *_ in job.outputs()), "no answer came of it"
@@ -325,7 +335,7 @@ def test_html_is_escaped(browser, shipped, example, picture, monkeypatch):
     for shown in [part[2] for part in browser.ask(f"{example.question}{ATTACK}", picture) if part[2]]:
         page = Page(shown)
         assert page.texts(None, "ldm-question") in ([], [f"You: {example.question}{ATTACK}"])
-        known = {"section", "article", "p", "b", "span", "div", "details", "summary", "table"}
+        known = {"section", "article", "p", "b", "span", "div", "details", "summary", "table", "img", "button"}
         assert page.tags <= known | {"thead", "tbody", "tr", "th", "td"}
         assert not re.search(r"[${}`]", shown), "Gradio's HTML is a template for JavaScript and for Handlebars"
     assert ATTACK in Page(shown).texts(None, "ldm-text")[0]
@@ -428,9 +438,9 @@ def test_what_the_page_says_of_itself(served):
     usable = [
         component["props"] for component in config["components"] if component["type"] in ("multimodaltextbox", "slider")
     ]
-    assert all(props["label"] for props in usable) and [props["visible"] for props in usable].count(True) == 5
+    assert all(props["label"] for props in usable) and [props["visible"] for props in usable].count(True) == 9
     buttons = [component["props"]["value"] for component in config["components"] if component["type"] == "button"]
-    assert buttons == ["Stop", "New conversation"]
+    assert {"Stop", "New conversation", "Ask again", "Save as HTML", "Save as Markdown"} < set(buttons)
     names = {dependency["api_name"] for dependency in config["dependencies"]}
     assert {"ask", "clear", "fit"} <= names and not any("flag" in str(name) for name in names)
 
