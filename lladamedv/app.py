@@ -75,7 +75,7 @@ _EXAMPLES = """\
 {{ question }}</button>
 {% endfor %}
 </div>"""
-_GONE = "The image was read anew."
+_GONE = "The image has changed, so this ended."
 
 
 class _Model(NamedTuple):
@@ -181,11 +181,11 @@ class _Page:
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
                 self.picture = gradio.HTML(show_picture(Shown()), label="Image", js_on_load=TELL_POINTER)
+                self.controls = Controls(gradio)
                 self.where = gradio.Dropdown(
                     [("nothing", _NOTHING)], value=_NOTHING, visible=False, label="Show where it comes from",
                     info="Of the last answer: hides parts of the image, and looks how likely it is then.",
                 )  # fmt: skip
-                self.controls = Controls(gradio)
             with gradio.Column(scale=2, min_width=320):
                 nothing = show_log((), None, nothing=self._nothing)
                 self.log = gradio.HTML(nothing, label="Conversation", js_on_load=TELL_CLICK)
@@ -264,7 +264,10 @@ class _Page:
         for event in (self.box.submit, self.again_button.click, self.log.select):
             event(js=SHOW_LATEST, api_visibility="private")
         self.box.change(js=SHOW_ATTACHED, inputs=self.box, api_visibility="private")
-        self.attached.click(self.show, [self.box, self.tab], [self.box, *shown], api_name="show", **quiet)
+        opened = self.attached.click(self.show, [self.box, self.tab], shown, api_name="show", **quiet)
+        opened.then(  # in the browser, where the question is being written
+            js="message => ({...message, files: []})", inputs=self.box, outputs=self.box, api_visibility="private"
+        )
         # A slider also changes where a number is typed that is too large; a menu changes when a drag sets it.
         moves = [choice.change if isinstance(choice, gradio.Slider) else choice.input for choice in choices]
         gradio.on(
@@ -276,7 +279,7 @@ class _Page:
             return self._read_again(tab, wanted | {"window": event.window}, dragged=True)
 
         self.picture.input(
-            with_event(drag), self.tab, shown, api_visibility="private", trigger_mode="always_last", **quiet
+            with_event(drag), self.tab, shown, api_visibility="private", trigger_mode="multiple", **quiet
         )
         for sliders in (self.sliders, self.other_sliders):
             gradio.on(  # the arrow keys release nothing, and the button that resets is no input
@@ -301,7 +304,7 @@ class _Page:
         )  # fmt: skip
         self.log.click(
             with_event(look_at_word), self.tab, [self.picture, self.alert, self.where], api_visibility="private",
-            show_progress_on=self.picture, trigger_mode="always_last",
+            show_progress_on=self.picture, trigger_mode="multiple",  # "always_last" would repeat the first word
         )  # fmt: skip
         for button, name, save in (
             (self.html_button, "html", to_html), (self.markdown_button, "md", to_markdown)
@@ -357,14 +360,14 @@ class _Page:
                 tab.shown = read_upload(files, self._max_file_size)
 
     def show(self, message, tab):
-        """Show an upload as soon as it is attached; the question that is being written stays."""
-        box = {self.box: {"text": message["text"] or "", "files": []}}
+        """Show an upload as soon as it is attached."""
         try:
-            self._open(tab, message["files"])
+            if message["files"]:
+                self._open(tab, message["files"])
         except Exception as error:
-            return box | {self.alert: _show_message(_explain(error))}
+            return {self.alert: _show_message(_explain(error))}
         alert = _show_message(tab.shown.refusal) if tab.shown.refusal else ""
-        return box | self._show(tab, alert) | self.controls.show(tab.shown)
+        return self._show(tab, alert) | self.controls.show(tab.shown)
 
     def choose(self, tab, *controls):
         """Read another picture from the same file. What was said about the one before is not sent along."""
@@ -469,8 +472,10 @@ class _Page:
                 replies: list[Reply | None] = [None] * len(heads)
                 yield {self.log: self._log(earlier, pending=(question, pending + drafts)), self.alert: ""}
                 for canvases in zip_longest(*streams):
-                    if tab.shown is not shown or tab.asking is not asking:
+                    if tab.asking is not asking:
                         return
+                    if tab.shown is not shown:
+                        raise ValueError(f"{_GONE} Ask again, about the one that is shown now.")
                     for place, canvas in enumerate(canvases):
                         if isinstance(canvas, Reply):
                             replies[place] = canvas

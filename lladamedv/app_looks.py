@@ -92,8 +92,15 @@ TELL_CLICK = """element.addEventListener("click", ({target}) => {
     else if (target.dataset.word) trigger("click", {word: target.dataset.word});
 })"""
 
-# The wheel moves the slider, and at its ends the page; dragging with a mouse or pen sets the window.
-TELL_POINTER = """let held = null;
+# The wheel moves the slider, and at its ends the page; dragging with a mouse or pen sets the window. Gradio's
+# "always_last" repeats the first of several events: here the newest window waits until the one before is shown.
+TELL_POINTER = """let held = null, wanted = null, until = 0;
+const send = () => {
+    if (!wanted || Date.now() < until) return;
+    trigger("input", {window: wanted});
+    [wanted, until] = [null, Date.now() + 2000];
+};
+new MutationObserver(() => { until = 0; send(); }).observe(element, {childList: true, subtree: true, attributes: true});
 element.addEventListener("wheel", event => {
     const slider = document.querySelector("#ldm-place input[type=range]");
     if (!slider || !event.target.closest("img")) return;
@@ -115,9 +122,10 @@ document.addEventListener("pointermove", event => {
     const {x, y, level, width} = held, short = number => +number.toPrecision(4);
     if (Math.abs(event.clientX - x) + Math.abs(event.clientY - y) < 4) return;
     const wider = width * Math.exp((event.clientX - x) / 200);
-    trigger("input", {window: `${short(level + width * (event.clientY - y) / 400)}/${short(wider)}`});
+    wanted = `${short(level + width * (event.clientY - y) / 400)}/${short(wider)}`;
+    send();
 });
-document.addEventListener("pointerup", () => held = null);"""
+document.addEventListener("pointerup", () => { if (held) setTimeout(send, 2000); held = null; });"""
 
 # A file of what the server sends, which keeps none.
 DOWNLOAD = """(name, text) => {

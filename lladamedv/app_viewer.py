@@ -161,6 +161,10 @@ class Controls:
 
     def __init__(self, gradio):
         self._update = gradio.update
+        self.place, self.volume = (
+            gradio.Slider(0, 1, 0, step=1, precision=0, visible=False, label=label, buttons=[], elem_id=name)
+            for label, name in (("Frame, page or slice", "ldm-place"), ("Volume", "ldm-volume"))
+        )
         self.window = gradio.Dropdown(
             [_DEFAULT, *WINDOW_PRESETS], value=_DEFAULT, allow_custom_value=True, visible=False,
             label="Window (grey values to show)",
@@ -173,10 +177,6 @@ class Controls:
             info="A colour's name, or #rrggbb. The default shows the colours that transparency hid.",
         )  # fmt: skip
         self.burned_in = gradio.Checkbox(label="Burned-in text: read the file anyway", visible=False)
-        self.volume, self.place = (
-            gradio.Slider(0, 1, 0, step=1, precision=0, visible=False, label=label, buttons=[], elem_id=name)
-            for label, name in (("Volume", "ldm-volume"), ("Frame, page or slice", "ldm-place"))
-        )
         self.all = [self.place, self.volume, self.axis, self.window, self.background, self.burned_in]
 
     def show(self, shown: Shown) -> dict:

@@ -1,5 +1,7 @@
 """The browser app over real HTTP: answers, the denoising on the way, several turns, files, and what must not happen."""
 
+import base64
+import copy
 import io
 import logging
 import os
@@ -38,12 +40,21 @@ AGAIN = object()  # in place of a question
 
 
 @pytest.fixture(scope="module")
-def served(shipped, tmp_path_factory):
+def blind(shipped):
+    """Another model: the same one, which sees nothing."""
+    model = copy.deepcopy(shipped[0])
+    for parameter in model.model.multi_modal_projector.parameters():
+        parameter.data.zero_()
+    return model, shipped[1]
+
+
+@pytest.fixture(scope="module")
+def served(shipped, blind, tmp_path_factory):
     """URL of the running app, and the folder of its temporary files."""
     folder = tmp_path_factory.mktemp("gradio")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder))
-        app = build_app(*shipped, max_file_size=LIMIT)
+        app = build_app(*shipped, others={"blind": blind}, max_file_size=LIMIT)
         _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
         yield url, folder
         app.close()
@@ -62,8 +73,13 @@ class Browser:
         from gradio_client import handle_file
 
         other, *more = compare or ("demo", *SLIDERS)
-        message = [{"text": question, "files": [handle_file(str(file)) for file in files]}] if question != AGAIN else []
+        message = [{"text": question, "files": [handle_file(str(file)) for file in files]}]
+        message = [] if question == AGAIN else message
         return self.client.submit(*message, *sliders, follow, compare is not None, other, *more, api_name=api_name)
+
+    def ask_again(self, **options):
+        """The conversation, once the last question has been answered again."""
+        return self.submit(AGAIN, api_name="/again", **options).result(timeout=60)[2]
 
     def ask(self, *arguments, **options):
         """All that came of a question: (box, picture, conversation, message), as one HTML string or `None` each."""
@@ -156,6 +172,62 @@ def test_where_an_answer_comes_from(browser, shipped, example, picture):
         assert said[:3] == [f"{colour}{line}" for colour, (_, line) in legend]
     assert f'data-word="0-0-{number}"' in browser.ask("Is there a lesion?")[0][2]
     assert image_as_url(example.image) in browser.client.predict("nothing", api_name="/look")[0]
+
+
+@pytest.mark.parametrize("other", ["demo", "blind"])
+def test_answers_side_by_side(browser, shipped, blind, example, picture, other):
+    conversation = browser.ask(example.question, picture, compare=(other, 24, 24, 6, 0))[-1][2]
+    texts = Page(conversation).texts("div", "ldm-answer")
+    asked = [example.messages()]
+    second = blind if other == "blind" else shipped
+    expected = answer(*shipped, asked), answer(*second, asked, steps=6, block_length=24)
+    assert answers(conversation) == [text for (text,) in expected]
+    for text, title, settings in zip(texts, ("A, demo: ", f"B, {other}: "), ("8, steps 24", "24, steps 6")):
+        assert text.startswith(title) and f"Canvas length 24, block length {settings}." in text
+    number = next(number for number, (text, _) in enumerate(reply_to(*shipped, example.image, example.question).words))
+    shown = browser.client.predict(f"1-{number}", api_name="/look")[0]
+    assert re.search("Where “.*” of B comes from", shown)
+    assert "B: Steps: `steps` is 7" in alert(browser.ask(example.question, compare=(other, 24, 8, 7, 0))[-1][3])
+
+
+def test_sides_go_on_from_their_own_answers(browser, shipped, blind, example, picture):
+    browser.ask("Describe the image.", picture, compare=("blind", *SLIDERS))
+    second = answers(browser.ask(example.question, compare=("blind", *SLIDERS))[-1][2])
+    for model, first, given in zip((shipped, blind), second[:2], second[2:]):
+        assert [given] == answer(*model, [conversation(example.image, "Describe the image.", first, example.question)])
+    assert second[0] != second[1]
+
+
+def test_asking_again(browser, shipped, files):
+    """With other settings it is another answer to the question; about another frame another question."""
+    question = "Describe the image."
+    first = browser.ask(question, files / "frames.dcm")[-1][2]
+    again = browser.ask_again(sliders=(24, 24, 3, 0))
+    pictures = [read_medical_image(files / "frames.dcm", frame=frame).image for frame in (0, 1)]
+    expected = answer(*shipped, [conversation(pictures[1], question)], steps=3, block_length=24)
+    assert answers(again) == answers(first) + expected and len(Page(again).texts("article")) == 1
+    browser.choose(place=0)
+    again = browser.ask_again()
+    assert answers(again)[2:] == answer(*shipped, [conversation(pictures[0], question)])
+    assert len(Page(again).texts("article")) == 2
+
+
+def test_saved_conversations(browser, example, picture, photograph):
+    """Both hold the same pictures and texts, and nothing in them does anything."""
+    markdown_it = pytest.importorskip("markdown_it")
+    question = f"{ATTACK}\n# 1. [a](b) ~~c~~ | *d*\n\n- e\n1. f"
+    browser.ask(question, photograph, compare=("blind", 24, 24, 6, 0))
+    browser.ask(example.question, picture)
+    saved = {kind: browser.client.predict(api_name=f"/save_{kind}") for kind in ("html", "md")}
+    rendered = markdown_it.MarkdownIt("commonmark", {"html": True}).render(saved["md"])
+    for page in (Page(saved["html"]), Page(re.sub("<img (.*?) />", r"<img \1>", rendered).replace("<br />", "<br>"))):
+        assert not page.tags & {"script", "a", "ol"} and len(page.texts("h1")) == 1
+        sources = [attributes["src"] for tag, attributes, _ in page.elements if tag == "img"]
+        shown = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
+        assert np.array_equal(np.asarray(shown[1]), np.asarray(example.image)) and shown[0].size == (512, 600)
+        text = " ".join(" ".join(page.texts("body") or page.texts()).split())
+        assert " ".join(question.split()) in text and "steps = 6" in text and "block_length = 24" in text
+        assert "B, blind" in text and "does not know pictures like this" in text and "Not a medical device" in text
 
 
 def test_sessions_do_not_see_each_other(browser, served, picture):
@@ -313,7 +385,9 @@ def test_an_answer_about_another_frame_ends(browser, shipped, files, monkeypatch
     assert 'aria-busy="false"' in browser.choose(place=0)[1]
     gate.let(1)
     job.result(timeout=60)
-    assert all('aria-busy="true"' in conversation for _, _, conversation, *_ in job.outputs()), "no answer came of it"
+    *drafts, last = job.outputs()
+    assert all('aria-busy="true"' in conversation for _, _, conversation, *_ in drafts), "no answer came of it"
+    assert "The image has changed" in alert(last[3])
     gate.let(1_000)
     conversation = browser.ask("Is there a lesion?")[-1][2]
     assert len(answers(conversation)) == 1
