@@ -27,16 +27,7 @@ from lladamedv.processing.medical_images import MedicalImageError, read_medical_
 from lladamedv.processing.phantoms import PhantomVQA
 
 from .app_log import Answer, Turn, show_answer, show_draft, show_legend_of_tokens, show_log, to_html, to_markdown
-from .app_looks import (
-    DOWNLOAD,
-    FOCUS_ON_BOX,
-    ON_LOAD,
-    SHOW_ATTACHED,
-    SHOW_LATEST,
-    STYLE,
-    TELL_CLICK,
-    TELL_POINTER,
-)  # fmt: skip
+from .app_looks import DOWNLOAD, FOCUS_ON_BOX, ON_LOAD, SHOW_ATTACHED, STYLE, TELL_CLICK, TELL_POINTER
 from .app_viewer import CONTROLS, Controls, Shown, read_file, read_upload, show_picture
 from .conversation import NOTICE, Reply, SharedConversations, demo_notice
 from .demo import HELD_OUT_SEED, one_per_domain
@@ -189,7 +180,6 @@ class _Page:
             with gradio.Column(scale=2, min_width=320):
                 nothing = show_log((), None, nothing=self._nothing)
                 self.log = gradio.HTML(nothing, label="Conversation", js_on_load=TELL_CLICK)
-                self.alert = gradio.HTML("", label="Message", elem_id="ldm-alert")
                 small, after = {"size": "sm", "min_width": 120}, {"elem_classes": "ldm-after"}
                 with gradio.Row():
                     self.again_button = gradio.Button("Ask again", **small, **after)
@@ -201,6 +191,7 @@ class _Page:
         self.attached = gradio.Button("Show the attached file", elem_id="ldm-attached", visible="hidden")
         self.saved = gradio.Textbox(visible="hidden", label="Saved conversation")
         with gradio.Column(elem_id="ldm-ask"):
+            self.alert = gradio.HTML("", label="Message", elem_id="ldm-alert")
             self.box = gradio.MultimodalTextbox(
                 label="Question about the image", show_label=False, sources=["upload"], file_count="single",
                 placeholder="Question about the image", max_plain_text_length=_MAX_QUESTION, elem_id="ldm-box",
@@ -261,8 +252,6 @@ class _Page:
                 **quiet, **asks,
             ),
         ]  # fmt: skip
-        for event in (self.box.submit, self.again_button.click, self.log.select):
-            event(js=SHOW_LATEST, api_visibility="private")
         self.box.change(js=SHOW_ATTACHED, inputs=self.box, api_visibility="private")
         opened = self.attached.click(self.show, [self.box, self.tab], shown, api_name="show", **quiet)
         opened.then(  # in the browser, where the question is being written
@@ -329,7 +318,8 @@ class _Page:
         return self.models[0].model.resolve_generation_config(**options, return_dict_in_generate=True)
 
     def _log(self, tab: _Tab, **pending) -> str:
-        return show_log(tab.turns, tab.shown.view, nothing=self._nothing, **pending)
+        nothing = "Ask about the image below." if self._examples and tab.shown.picture else self._nothing
+        return show_log(tab.turns, tab.shown.view, nothing=nothing, **pending)
 
     def _show(self, tab: _Tab, alert: str = "") -> dict:
         """The parts of the page that show a conversation, with no map on the picture."""

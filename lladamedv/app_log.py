@@ -57,10 +57,10 @@ _LOG = """\
 {% endfor %}
 {% if empty %}{{ nothing }}{% endif %}
 </section>"""
-LEGEND = """\
+_LEGEND = """\
 <section aria-label="Legend" class="ldm-legend"><p>Confidence: the probability of a token when it was committed. It says
-how sure the model was, not whether it is right. Point at a token for its own; click it to see where in the
-image its word comes from.</p><ul>
+how sure the model was, not whether it is right. Point at a token for its own
+{%- if mask %}; click it to see where in the image its word comes from{% endif %}.</p><ul>
 {% for level in levels %}
 <li><span class="ldm-token ldm-level-{{ loop.index0 }}">{{ level.words }}: {{ level.name }}</span></li>
 {% endfor %}
@@ -155,7 +155,7 @@ def show_draft(tokens: Sequence[Token]) -> Markup:
 
 def show_legend_of_tokens(masks: bool = True) -> Markup:
     mask = render(_TOKENS, tokens=[Token(MASK, None, None)]) if masks else ""
-    return render(LEGEND, levels=LEVELS, mask=mask)
+    return render(_LEGEND, levels=LEVELS, mask=mask)
 
 
 def _show_turn(question: str, answers: Sequence[tuple[Answer | str, Markup]]) -> Markup:
@@ -219,7 +219,8 @@ def to_markdown(turns: Sequence[Turn], notices: Sequence[str]) -> str:
                 if reply.warning:
                     lines.append(f"**The model does not know pictures like this.** {_plain(reply.warning)}")
                 options = ", ".join(f"{name} = {value!r}" for name, value in answer.options.items())
-                lines.append(f"{reply.how_sure.capitalize()}: {_plain(reply.summary)}. Options: {_plain(options)}.")
+                said = f"{reply.how_sure}: {reply.summary}. {answer.settings.capitalize()}. Options: {options}."
+                lines.append(_plain(said.capitalize()))
     return "\n\n".join(lines) + "\n"
 
 

@@ -48,6 +48,7 @@ color: var(--body-text-color); cursor: pointer; }
 .gradio-container:not(:has([role=log][aria-busy=true])) #ldm-stop { display: none; }
 .gradio-container:has([role=log][aria-busy=true]) .ldm-after,
 .gradio-container:not(:has(.ldm-turn)) .ldm-after { display: none; }
+@media (hover: none) { .ldm-pointer { display: none; } }
 @media (max-width: 700px) {
 .ldm-picture img { max-height: 38vh; object-position: center; }
 .ldm-examples { grid-template-columns: 1fr 1fr; } .ldm-note { font-size: 0.85rem; padding: 6px 8px; }
@@ -62,11 +63,6 @@ FOCUS_ON_BOX = f'() => {{ if (matchMedia("(hover: hover)").matches) {_FIND_BOX}.
 
 # A file that is attached is shown at once: Gradio has no event for that, and one for every key would go to the server.
 SHOW_ATTACHED = "message => { if (message.files.length) document.querySelector('#ldm-attached').click(); }"
-
-SHOW_LATEST = """() => setTimeout(() => {
-    const turns = document.querySelectorAll(".ldm-turn");
-    if (turns.length) turns[turns.length - 1].scrollIntoView({block: "nearest"});
-}, 300)"""
 
 # Gradio takes pasted pictures. Other files, copied where files are listed, go the way of those that are attached.
 ON_LOAD = """() => {
@@ -85,12 +81,18 @@ ON_LOAD = """() => {
     });
 }"""
 
-# A word of an answer is looked at, an example is asked.
+# A word of an answer is looked at, an example is asked; an answer is on the screen when it begins and when it is whole.
 TELL_CLICK = """element.addEventListener("click", ({target}) => {
     const button = target.closest("[data-example]");
     if (button) trigger("select", {example: +button.dataset.example});
     else if (target.dataset.word) trigger("click", {word: target.dataset.word});
-})"""
+});
+let wasBusy = false;
+new MutationObserver(() => {
+    const busy = !!element.querySelector("[aria-busy=true]"), turns = element.querySelectorAll(".ldm-turn");
+    if (busy != wasBusy && turns.length) turns[turns.length - 1].scrollIntoView({block: "nearest"});
+    wasBusy = busy;
+}).observe(element, {childList: true, subtree: true, attributes: true});"""
 
 # The wheel moves the slider, and at its ends the page; dragging with a mouse or pen sets the window. Gradio's
 # "always_last" repeats the first of several events: here the newest window waits until the one before is shown.
@@ -138,6 +140,5 @@ DOWNLOAD = """(name, text) => {
 }"""
 
 __all__ = [
-    "ANSWER_STYLE", "DOWNLOAD", "FOCUS_ON_BOX", "ON_LOAD", "SHOW_ATTACHED", "SHOW_LATEST", "STYLE", "TELL_CLICK",
-    "TELL_POINTER",
+    "ANSWER_STYLE", "DOWNLOAD", "FOCUS_ON_BOX", "ON_LOAD", "SHOW_ATTACHED", "STYLE", "TELL_CLICK", "TELL_POINTER",
 ]  # fmt: skip

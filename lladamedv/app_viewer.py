@@ -38,8 +38,9 @@ _PICTURE = """\
 {%- if said %}, with a map of where {{ said }} comes from{% endif %}"
 {%- if window %} data-level="{{ window[0] }}" data-width="{{ window[1] }}"{% endif %}>
 <figcaption>{% if said %}<div class="ldm-where"><b>Where {{ said }} comes from:</b>{{ legend }}</div>{% endif %}
-{% if unit %}<p>Turn the wheel over the image for the next {{ unit }}.</p>{% endif %}
-{% if window %}<p>Drag on the image for another window: up and down its level, left and right its width.</p>{% endif %}
+{% if unit %}<p class="ldm-pointer">Turn the wheel over the image for the next {{ unit }}.</p>{% endif %}
+{% if window %}<p class="ldm-pointer">Drag on the image for another window: up and down its level, left and right its
+width.</p>{% endif %}
 {{ width }} by {{ height }} pixels (width by height). What was done to them:<ol>
 {% for step in steps %}
 <li>{{ step }}</li>

@@ -138,6 +138,9 @@ def test_an_answer_appears_while_it_is_denoised(browser, shipped, example, pictu
     assert "ldm-mask" not in seen[-1][2] and seen[-1][0] == {"text": "", "files": []} and seen[-1][3] == ""
     assert re.search(r'<img src="data:image/png;base64,[^"]+" alt="[^"]*64 by 64 pixels"', seen[0][1])
     assert "read as it is" in seen[0][1]
+    words = [word for least, word in ((0.9, "Sure"), (0.7, "Fairly sure"), (0.5, "Unsure"), (0, "Guessing"))
+             if truth.output.answer_confidence[0] >= least]  # fmt: skip
+    assert f"<b>{words[0]}</b>: confidence {truth.output.answer_confidence[0]:.1%}" in seen[-1][2]
 
 
 def test_unusual_pictures_are_told(browser, example, picture, photograph):

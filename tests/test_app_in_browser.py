@@ -408,7 +408,7 @@ def test_the_keyboard_is_enough(page, frames):
     page.keyboard.type(ASKED)
     tab_to(page, "Submit")
     page.keyboard.press("Enter")
-    assert len(answers(page, 1)) == 1
+    assert len(answers(page, 2)) == 2
     tab_to(page, "New conversation")
     page.keyboard.press("Space")
     expect(page.get_by_text("No image yet.")).to_be_visible()
