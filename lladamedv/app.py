@@ -183,7 +183,7 @@ class _Page:
                 small, after = {"size": "sm", "min_width": 120}, {"elem_classes": "ldm-after"}
                 with gradio.Row():
                     self.again_button = gradio.Button("Ask again", **small, **after)
-                    self.clear_button = gradio.Button("New conversation", **small)
+                    self.clear_button = gradio.Button("New conversation", **small, elem_id="ldm-new")
                     self.html_button = gradio.Button("Save as HTML", **small, **after)
                     self.markdown_button = gradio.Button("Save as Markdown", **small, **after)
                 self._place_options()

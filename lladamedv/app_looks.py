@@ -43,7 +43,8 @@ color: var(--body-text-color); cursor: pointer; }
 .dark .gradio-container, .dark.gradio-container { --input-placeholder-color: #9e9e9e; }
 .gradio-container { overflow: clip !important; } /* Gradio hides what overflows, and then nothing sticks */
 #ldm-ask { position: sticky; bottom: 0; z-index: 100; background: var(--body-background-fill); padding: 8px 0; }
-#ldm-alert:not(:has(p)) { display: none; }
+#ldm-alert:not(:has(p)), .gradio-container:not(:has(.ldm-picture img, #ldm-alert p)) #ldm-new { display: none; }
+#ldm-stop { align-self: center; width: auto; min-width: 160px; }
 .ldm-turn { scroll-margin-bottom: 180px; }
 .gradio-container:not(:has([role=log][aria-busy=true])) #ldm-stop { display: none; }
 .gradio-container:has([role=log][aria-busy=true]) .ldm-after,

@@ -522,6 +522,19 @@ def test_what_the_page_says_of_itself(served):
     assert {"ask", "clear", "fit"} <= names and not any("flag" in str(name) for name in names)
 
 
+def test_a_model_of_which_nothing_is_known(model, processor, tmp_path):
+    """It has questions and no examples, and the page shows no folder of this computer."""
+    app = build_app(model, processor, name=str(tmp_path))
+    try:
+        texts = [str(each["props"].get("value")) for each in app.get_config_file()["components"]]
+    finally:
+        app.close()
+    page = Page(next(text for text in texts if "data-example" in text))
+    assert "What is the imaging modality?" in [text.strip() for text in page.texts("button")] and "img" not in page.tags
+    head = next(text for text in texts if 'role="note"' in text)
+    assert f"<b>{tmp_path.name}</b>" in head and "demo" not in head and str(tmp_path.parent) not in str(texts)
+
+
 def test_contrast_and_more_than_colour(served):
     style = config_of(served)["components"][1]["props"]["value"].partition("</style>")[0]
     assert style.startswith("<style>")
