@@ -90,8 +90,10 @@ TELL_CLICK = """element.addEventListener("click", ({target}) => {
 });
 let wasBusy = false;
 new MutationObserver(() => {
-    const busy = !!element.querySelector("[aria-busy=true]"), turns = element.querySelectorAll(".ldm-turn");
-    if (busy != wasBusy && turns.length) turns[turns.length - 1].scrollIntoView({block: "nearest"});
+    const busy = !!element.querySelector("[aria-busy=true]");
+    if (busy != wasBusy) setTimeout(() => {  // when all else on the page has its new height
+        [...element.querySelectorAll(".ldm-turn")].pop()?.scrollIntoView({block: "nearest"});
+    }, 300);
     wasBusy = busy;
 }).observe(element, {childList: true, subtree: true, attributes: true});"""
 
