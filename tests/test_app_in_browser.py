@@ -27,6 +27,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 expect = sync_api.expect
+expect.set_options(timeout=30_000)  # a busy machine is no fault of the page
 ASKED = "Is there a lesion?"
 FRAME = "range slider for Frame (from 0)"
 FOCUS = """() => {
@@ -255,7 +256,7 @@ def test_sliders_are_options_of_generate(page, shipped, example, picture, monkey
     expect(page.get_by_text(f"{int(output.num_forwards[0])} forward passes")).to_be_visible()
 
 
-@pytest.mark.parametrize("look", [{"viewport": {"width": width, "height": 1000}} for width in (1280, 390)], ids=str)
+@pytest.mark.parametrize("look", [{"viewport": {"width": 390, "height": 1000}}], ids=str)
 def test_a_click_on_a_word_shows_where_it_comes_from(page, shipped, example, picture):
     attach(page, picture)
     ask(page, example.question)
