@@ -619,6 +619,7 @@ def command(*arguments, **environment):
         ((), {"server_name": "127.0.0.1", "server_port": 7860, "share": False}, []),
         (("--host", "localhost", "--port", "81"), {"server_name": "localhost", "server_port": 81, "share": False}, []),
         (("--host", "0.0.0.0"), {"server_name": "0.0.0.0", "share": False}, ["anyone who can reach 0.0.0.0"]),
+        (("--compare-with", "demo"), {"server_name": "127.0.0.1", "share": False}, []),
         (("--share",), {"server_name": "127.0.0.1", "share": True}, ["anyone with the link"]),
     ],
 )
