@@ -260,6 +260,7 @@ def app_command(
     host: Host = "127.0.0.1",
     port: flag(int, "Port to listen on.", min=1, max=65535) = 7860,
     share: flag(bool, "Make a public link, through Gradio's servers.", "--share") = False,
+    compare_with: flag(str | None, "Another model, to compare answers side by side.", check=find_folder) = None,
 ) -> None:
     """Ask a model about images in the browser, and watch it denoise its answers.
 
@@ -269,6 +270,7 @@ def app_command(
     Examples:
       lladamedv app
       lladamedv app --model path/or/hub-id
+      lladamedv app --model my/tuned-model --compare-with my/base-model
     """
     if ":" in host:
         raise ValueError(f"`host` is {host!r}; allowed are names and IPv4 addresses, because Gradio serves no others.")
@@ -280,7 +282,8 @@ def app_command(
         # What can fail is tried before a large model is loaded.
         import_gradio()
         find_device(source.device)
-        page = build_app(*source.load())
+        others = {compare_with: source._replace(model=compare_with, revision=None).load()} if compare_with else None
+        page = build_app(*source.load(), name=source.model, others=others)
         if share:
             typer.echo("Warning: anyone with the link can use the app, and uploads pass through Gradio.", err=True)
         _warn_of_others(host, "app")

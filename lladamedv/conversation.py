@@ -35,20 +35,25 @@ MASK = "░"
 
 
 class Level(NamedTuple):
-    """How tokens look that are at least so sure: never by their colour alone."""
+    """How tokens look that are at least so sure: never by their colour alone; and what it is called in words."""
 
     least: float
     name: str
     color: str
     underline: str | None  # a style of CSS
+    words: str
 
 
 LEVELS = (
-    Level(0.9, "at least 90 %", "#d6ebff", None),
-    Level(0.7, "70 to 90 %", "#fff2c2", "dotted"),
-    Level(0.5, "50 to 70 %", "#ffdcb8", "dashed"),
-    Level(0.0, "below 50 %", "#ffc9c9", "wavy"),
+    Level(0.9, "at least 90 %", "#d6ebff", None, "sure"),
+    Level(0.7, "70 to 90 %", "#fff2c2", "dotted", "fairly sure"),
+    Level(0.5, "50 to 70 %", "#ffdcb8", "dashed", "unsure"),
+    Level(0.0, "below 50 %", "#ffc9c9", "wavy", "guessing"),
 )
+
+
+def _level(confidence: float) -> int:
+    return next(index for index, level in enumerate(LEVELS) if confidence >= level.least)
 
 
 def level_styles(prefix: str) -> str:
@@ -76,7 +81,7 @@ class Token(NamedTuple):
     @property
     def level(self) -> int:
         """Index of the confidence's level in `LEVELS`."""
-        return next(index for index, level in enumerate(LEVELS) if self.confidence >= level.least)
+        return _level(self.confidence)
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,11 @@ class Reply:
                 text = before + text
             found.append((text, (start, end)))
         return found
+
+    @property
+    def how_sure(self) -> str:
+        """The confidence in words."""
+        return "unknown" if self.confidence is None else LEVELS[_level(self.confidence)].words
 
     @property
     def summary(self) -> str:

@@ -110,14 +110,21 @@ def run_demo(questions: int = 300, output: Path = Path("lladamedv_demo.png"), re
     return scores
 
 
+def one_per_domain(examples: Sequence[PhantomExample]) -> list[PhantomExample]:
+    """Up to one example per domain, with questions of different kinds."""
+    found = []
+    for domain, kind in _SHEET.items():
+        matching = [example for example in examples if example.attributes.domain == domain]
+        found += sorted(matching, key=lambda each: each.kind != kind)[:1]
+    return found
+
+
 def draw_sheet(model, processor, examples: Sequence[PhantomExample]) -> Image.Image:
     """One picture per domain with a question, the answer, and the canvas after every forward pass."""
     panels = []
-    for domain, kind in _SHEET.items():
-        matching = [example for example in examples if example.attributes.domain == domain]
-        for example in sorted(matching, key=lambda each: each.kind != kind)[:1]:
-            explanation = explain_answer(model, processor, example.image, example.question)
-            right = score([example], [explanation.text]) == score([example], [example.answer])
-            note = f"Reference: {example.answer} ({'right' if right else 'wrong'})"
-            panels.append(np.asarray(draw_explanation(explanation, scale=1.4, note=note)))
+    for example in one_per_domain(examples):
+        explanation = explain_answer(model, processor, example.image, example.question)
+        right = score([example], [explanation.text]) == score([example], [example.answer])
+        note = f"Reference: {example.answer} ({'right' if right else 'wrong'})"
+        panels.append(np.asarray(draw_explanation(explanation, scale=1.4, note=note)))
     return Image.fromarray(np.vstack(panels))  # all are of one width

@@ -30,7 +30,6 @@ from .evidence import Evidence, draw_evidence, evidence_legend
 from .paths import EXPLANATION_SUFFIXES, check_new_file, whole_file
 
 
-_PREVIEW = (640, 640)
 _NOT_SHOWN = ("bos_token_id", "pad_token_id", "return_dict_in_generate", "output_history", "transformers_version")
 
 
@@ -80,17 +79,27 @@ def explain_answer(
     Raises:
         ValueError: as `generate` does.
     """
-    used = model.resolve_generation_config(**options, return_dict_in_generate=True)
-    in_force = {name: getattr(used, name) for name, option in OPTIONS.items() if name not in _NOT_SHOWN}
+    in_force = options_in_force(model, **options)
     reply = reply_to(model, processor, image, question, **options)
     return Explanation(
         **vars(reply),
         image=image,
         question=question,
         image_steps=image_steps,
-        options={name: value for name, value in in_force.items() if value != OPTIONS[name].default},
+        options=in_force,
         notices=tuple(filter(None, (NOTICE, demo_notice(model), reply.warning))),
     )
+
+
+def options_in_force(model: LLaDAMedVForConditionalGeneration, **options) -> dict:
+    """The options of `generate` that differ from its defaults, with those of the model itself.
+
+    Raises:
+        ValueError: as `generate` does.
+    """
+    used = model.resolve_generation_config(**options, return_dict_in_generate=True)
+    in_force = {name: getattr(used, name) for name in OPTIONS if name not in _NOT_SHOWN}
+    return {name: value for name, value in in_force.items() if value != OPTIONS[name].default}
 
 
 # HTML
@@ -116,11 +125,11 @@ def render(template: str, **values) -> Markup:
     return Markup(_template(template).render(values))
 
 
-def image_as_url(image: Image.Image, evidence: Evidence | None = None) -> str:
-    """A URL that holds the image itself, reduced to at most 640 pixels a side and without metadata, and what is laid
-    over it."""
+def image_as_url(image: Image.Image, evidence: Evidence | None = None, side: int = 640) -> str:
+    """A URL that holds the image itself, reduced to at most `side` pixels a side and without metadata, and what is
+    laid over it."""
     preview, file = Image.fromarray(np.asarray(image.convert("RGB"))), io.BytesIO()
-    preview.thumbnail(_PREVIEW)
+    preview.thumbnail((side, side))
     if evidence is not None:
         preview = draw_evidence(preview, *evidence, legend=False)
     preview.save(file, "PNG")
@@ -388,4 +397,7 @@ def _draw_legend(pen: _Pen) -> None:
         pen.text(_MARGIN + 30, y + _ROW / 2 - 1, name, 10)
 
 
-__all__ = ["Explanation", "draw_explanation", "explain_answer", "image_as_url", "render", "show_legend", "to_html"]
+__all__ = [
+    "Explanation", "draw_explanation", "explain_answer", "image_as_url", "options_in_force", "render", "show_legend",
+    "to_html",
+]  # fmt: skip

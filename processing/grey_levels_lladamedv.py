@@ -175,6 +175,7 @@ def apply_window(
     Source: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3.
     """
     level, width, preset = window
+    steps.window = (level, width)
     preset = f", preset {preset}" if preset else ""
     steps.add("levels", f"window {level:g}/{width:g} (level/width{preset}){origin}, {function}{note}")
     if function == "SIGMOID":
@@ -225,6 +226,7 @@ def apply_percentiles(
         extent = f"{few[0]:g} to {few[-1]:g}"
         steps.add("levels", f"least and greatest value (as of a mask, different ones: {len(few)}): {extent}")
         if len(np.unique(apply_range(few, few[0], few[-1]))) == len(few):
+            steps.window = ((float(few[0]) + float(few[-1])) / 2, float(few[-1]) - float(few[0]))
             return apply_range(values, few[0], few[-1])
         steps.add("levels", "shown in even steps: two of them would look alike")
         return apply_range(np.where(finite, np.searchsorted(few, values), values), 0, len(few) - 1)
@@ -240,6 +242,7 @@ def apply_percentiles(
         low, high = float(sample.min()), float(sample.max())
         name = f"least and greatest value ({name} are equal)"
     steps.add("levels", f"{name}: {low:g} to {high:g}")
+    steps.window = ((low + high) / 2, high - low) if high > low else None
     return apply_range(values, low, high)
 
 

@@ -88,12 +88,15 @@ class MedicalImage:
         steps: what was done, in order, as [`Step`]s; never anything that identifies a patient.
         choices: the arguments of [`read_medical_image`] by which another picture can be read from the same source.
             Those of an index have what is counted, the index from 0, and how many there are; the others have `None`.
+        window: the level and width of the grey values that are shown, in the units of `window` of
+            [`read_medical_image`]; `None` for colours, tables and full ranges.
     """
 
     image: Image.Image
     size: tuple[int, int]
     steps: tuple[Step, ...]
     choices: dict[str, tuple[str, int, int] | None]
+    window: tuple[float, float] | None = None
 
 
 def read_medical_image(
@@ -185,7 +188,7 @@ def read_medical_image(
             logger.warning("medical image: %s", step)
     done = "; ".join(map(str, steps)) or "as it is"
     logger.info("medical image, %d by %d pixels (height by width): %s", *size, done)
-    return MedicalImage(image, size, tuple(steps), steps.choices)
+    return MedicalImage(image, size, tuple(steps), steps.choices, steps.window)
 
 
 def check_options(*, window=None, background=None, full_range: bool = False, **others) -> dict:

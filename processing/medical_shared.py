@@ -76,10 +76,12 @@ class Steps(list[Step]):
     Attributes:
         choices: the arguments by which another picture can be read from the same source. Those of an index have what is
             counted, the index from 0 and how many there are; the others have `None`.
+        window: the level and width by which grey values became black to white, if they did so linearly.
     """
 
     def __init__(self):
         super().__init__()
+        self.window: tuple[float, float] | None = None
         self.choices: dict[str, tuple[str, int, int] | None] = {}
 
     def add(self, kind: str, text: str, warns: bool = False) -> None:

@@ -1,5 +1,7 @@
 """The browser app over real HTTP: answers, the denoising on the way, several turns, files, and what must not happen."""
 
+import base64
+import copy
 import io
 import logging
 import os
@@ -34,15 +36,25 @@ httpx = pytest.importorskip("httpx")
 SLIDERS = (24, 8, 24, 0)  # the demo model's own options
 ATTACK = "<img src=x onerror=alert(1)></span><script>alert(2)</script> ${alert(3)} {{value}} `\"'&amp;"
 LIMIT = 100_000  # bytes of an upload
+AGAIN = object()  # in place of a question
 
 
 @pytest.fixture(scope="module")
-def served(shipped, tmp_path_factory):
+def blind(shipped):
+    """Another model: the same one, which sees nothing."""
+    model = copy.deepcopy(shipped[0])
+    for parameter in model.model.multi_modal_projector.parameters():
+        parameter.data.zero_()
+    return model, shipped[1]
+
+
+@pytest.fixture(scope="module")
+def served(shipped, blind, tmp_path_factory):
     """URL of the running app, and the folder of its temporary files."""
     folder = tmp_path_factory.mktemp("gradio")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder))
-        app = build_app(*shipped, max_file_size=LIMIT)
+        app = build_app(*shipped, others={"blind": blind}, max_file_size=LIMIT)
         _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
         yield url, folder
         app.close()
@@ -56,11 +68,18 @@ class Browser:
 
         self.client = Client(url, verbose=False)
 
-    def submit(self, question, *files, sliders=SLIDERS):
+    def submit(self, question, *files, sliders=SLIDERS, follow=True, compare=None, api_name="/ask"):
+        """`compare` is a model's name and the values of its sliders."""
         from gradio_client import handle_file
 
-        message = {"text": question, "files": [handle_file(str(file)) for file in files]}
-        return self.client.submit(message, *sliders, api_name="/ask")
+        other, *more = compare or ("demo", *SLIDERS)
+        message = [{"text": question, "files": [handle_file(str(file)) for file in files]}]
+        message = [] if question == AGAIN else message
+        return self.client.submit(*message, *sliders, follow, compare is not None, other, *more, api_name=api_name)
+
+    def ask_again(self, **options):
+        """The conversation, once the last question has been answered again."""
+        return self.submit(AGAIN, api_name="/again", **options).result(timeout=60)[2]
 
     def ask(self, *arguments, **options):
         """All that came of a question: (box, picture, conversation, message), as one HTML string or `None` each."""
@@ -105,8 +124,8 @@ def test_an_answer_appears_while_it_is_denoised(browser, shipped, example, pictu
     truth = generated(shipped, example.image, example.question)
     assert answers(seen[-1][2]) == answer(*shipped, [example.messages()])
     drafts = [part[2] for part in seen if part[2] and 'aria-busy="true"' in part[2]]
-    assert len(drafts) == len(truth.canvases) > 10
-    for draft, canvas in zip(drafts, truth.canvases):
+    assert len(drafts) == 1 + len(truth.canvases) > 10
+    for draft, canvas in zip(drafts[1:], truth.canvases):
         page = Page(draft)
         shown = [(token["title"], token["class"]) for token in page.attributes("ldm-token")]
         assert len(page.texts(None, "ldm-mask")) == sum(step is None for _, step, _ in canvas)
@@ -119,11 +138,15 @@ def test_an_answer_appears_while_it_is_denoised(browser, shipped, example, pictu
     assert "ldm-mask" not in seen[-1][2] and seen[-1][0] == {"text": "", "files": []} and seen[-1][3] == ""
     assert re.search(r'<img src="data:image/png;base64,[^"]+" alt="[^"]*64 by 64 pixels"', seen[0][1])
     assert "read as it is" in seen[0][1]
+    words = [word for least, word in ((0.9, "Sure"), (0.7, "Fairly sure"), (0.5, "Unsure"), (0, "Guessing"))
+             if truth.output.answer_confidence[0] >= least]  # fmt: skip
+    assert f"<b>{words[0]}</b>: confidence {truth.output.answer_confidence[0]:.1%}" in seen[-1][2]
 
 
 def test_unusual_pictures_are_told(browser, example, picture, photograph):
     for file, told in ((photograph, True), (picture, False)):
-        assert ("<b>Warning: </b>The picture is unlike" in browser.ask(example.question, file)[-1][2]) is told
+        last = Page(browser.ask(example.question, file)[-1][2]).texts("div", "ldm-answer")[-1]
+        assert ("The model does not know pictures like this. The picture is unlike" in last) is told
 
 
 def test_follow_up_questions_are_about_the_same_image(browser, shipped, example, picture):
@@ -132,7 +155,9 @@ def test_follow_up_questions_are_about_the_same_image(browser, shipped, example,
     both = answers(browser.ask(example.question)[-1][2])
     assert both == [*one, answer(*shipped, [conversation(example.image, first, one[0], example.question)])[0]]
     assert both[1] != answer(*shipped, [example.messages()])[0], "the first turn must matter in this test"
-    assert answers(browser.ask(first, picture)[-1][2]) == one, "another image begins another conversation"
+    alone = browser.ask(example.question, follow=False)[-1][2]
+    assert answers(alone)[2:] == answer(*shipped, [example.messages()]) and "after 1 earlier question." in alone
+    assert answers(browser.ask(first, picture)[-1][2])[3:] == one, "about another image, without the turns before"
     browser.client.predict(api_name="/clear")
     assert "There is no image yet" in browser.ask(first)[-1][3]
 
@@ -141,15 +166,71 @@ def test_where_an_answer_comes_from(browser, shipped, example, picture):
     browser.ask(example.question, picture)
     reply = reply_to(*shipped, example.image, example.question)
     number = next(number for number, (text, _) in enumerate(reply.words) if text == " lesions")
-    for chosen, word in (("answer", None), (str(number), number)):
+    for chosen, word in (("0-answer", None), (f"0-{number}", number)):
         found = find_evidence(*shipped, example.image, example.question, reply, word=word)
         shown, message = browser.client.predict(chosen, api_name="/look")
         assert image_as_url(example.image, found) in shown and message == ""
         said = [text.strip() for text in Page(shown).texts("li")]
         legend = zip(("orange: ", "blue: ", ""), evidence_legend(*found))
         assert said[:3] == [f"{colour}{line}" for colour, (_, line) in legend]
-    assert f'data-word="0-{number}"' in browser.ask("Is there a lesion?")[0][2]
+    assert f'data-word="0-0-{number}"' in browser.ask("Is there a lesion?")[0][2]
     assert image_as_url(example.image) in browser.client.predict("nothing", api_name="/look")[0]
+
+
+@pytest.mark.parametrize("other", ["demo", "blind"])
+def test_answers_side_by_side(browser, shipped, blind, example, picture, other):
+    conversation = browser.ask(example.question, picture, compare=(other, 24, 24, 6, 0))[-1][2]
+    texts = Page(conversation).texts("div", "ldm-answer")
+    asked = [example.messages()]
+    second = blind if other == "blind" else shipped
+    expected = answer(*shipped, asked), answer(*second, asked, steps=6, block_length=24)
+    assert answers(conversation) == [text for (text,) in expected]
+    for text, title, settings in zip(texts, ("A, demo: ", f"B, {other}: "), ("8, steps 24", "24, steps 6")):
+        assert text.startswith(title) and f"Canvas length 24, block length {settings}." in text
+    number = next(number for number, (text, _) in enumerate(reply_to(*shipped, example.image, example.question).words))
+    shown = browser.client.predict(f"1-{number}", api_name="/look")[0]
+    assert re.search("Where “.*” of B comes from", shown)
+    assert "B: Steps: `steps` is 7" in alert(browser.ask(example.question, compare=(other, 24, 8, 7, 0))[-1][3])
+
+
+def test_sides_go_on_from_their_own_answers(browser, shipped, blind, example, picture):
+    browser.ask("Describe the image.", picture, compare=("blind", *SLIDERS))
+    second = answers(browser.ask(example.question, compare=("blind", *SLIDERS))[-1][2])
+    for model, first, given in zip((shipped, blind), second[:2], second[2:]):
+        assert [given] == answer(*model, [conversation(example.image, "Describe the image.", first, example.question)])
+    assert second[0] != second[1]
+
+
+def test_asking_again(browser, shipped, files):
+    """With other settings it is another answer to the question; about another frame another question."""
+    question = "Describe the image."
+    first = browser.ask(question, files / "frames.dcm")[-1][2]
+    again = browser.ask_again(sliders=(24, 24, 3, 0))
+    pictures = [read_medical_image(files / "frames.dcm", frame=frame).image for frame in (0, 1)]
+    expected = answer(*shipped, [conversation(pictures[1], question)], steps=3, block_length=24)
+    assert answers(again) == answers(first) + expected and len(Page(again).texts("article")) == 1
+    browser.choose(place=0)
+    again = browser.ask_again()
+    assert answers(again)[2:] == answer(*shipped, [conversation(pictures[0], question)])
+    assert len(Page(again).texts("article")) == 2
+
+
+def test_saved_conversations(browser, example, picture, photograph):
+    """Both hold the same pictures and texts, and nothing in them does anything."""
+    markdown_it = pytest.importorskip("markdown_it")
+    question = f"{ATTACK}\n# 1. [a](b) ~~c~~ | *d*\n\n- e\n1. f"
+    browser.ask(question, photograph, compare=("blind", 24, 24, 6, 0))
+    browser.ask(example.question, picture)
+    saved = {kind: browser.client.predict(api_name=f"/save_{kind}") for kind in ("html", "md")}
+    rendered = markdown_it.MarkdownIt("commonmark", {"html": True}).render(saved["md"])
+    for page in (Page(saved["html"]), Page(re.sub("<img (.*?) />", r"<img \1>", rendered).replace("<br />", "<br>"))):
+        assert not page.tags & {"script", "a", "ol"} and len(page.texts("h1")) == 1
+        sources = [attributes["src"] for tag, attributes, _ in page.elements if tag == "img"]
+        shown = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
+        assert np.array_equal(np.asarray(shown[1]), np.asarray(example.image)) and shown[0].size == (512, 600)
+        text = " ".join(" ".join(page.texts("body") or page.texts()).split())
+        assert " ".join(question.split()) in text and "steps = 6" in text and "block_length = 24" in text
+        assert "B, blind" in text and "does not know pictures like this" in text and "Not a medical device" in text
 
 
 def test_sessions_do_not_see_each_other(browser, served, picture):
@@ -235,14 +316,17 @@ def test_only_what_can_be_chosen_is_offered(browser, files, name, offered):
         ("flat.nii", {"axis": "coronal"}, {"axis": "coronal"}),
     ],
 )  # fmt: skip
-def test_another_picture_begins_another_conversation(browser, files, name, chosen, arguments):
-    browser.ask("Is there a lesion?", files / name)
+def test_another_picture_is_said_and_asked_about_alone(browser, files, name, chosen, arguments):
+    first = answers(browser.ask("Is there a lesion?", files / name)[-1][2])
     seen, conversation, message = browser.choose(**chosen)
     picture = read_medical_image(files / name, **arguments)
     assert image_as_url(picture.image) in seen and message == ""
     assert Page(seen).texts("li") == [str(step) for step in picture.steps]
-    assert answers(conversation) == [] and "the conversation begins anew" in conversation
-    assert len(answers(browser.ask("Is there a lesion?")[-1][2])) == 1
+    assert answers(conversation) == first and ("No question about it yet" in conversation) is bool(first)
+    conversation = browser.ask("Is there a lesion?")[-1][2]
+    said = "; ".join(str(step) for step in picture.steps if step.kind in ("choice", "levels")) or "read as it is"
+    assert Page(conversation).texts("p", "ldm-view")[-1] == f"About image {1 + len(first)}: {said}."
+    assert len(answers(conversation)) == 1 + len(first) and "earlier question" not in conversation
 
 
 def test_answers_are_about_the_chosen_frame(browser, shipped, files):
@@ -252,7 +336,8 @@ def test_answers_are_about_the_chosen_frame(browser, shipped, files):
     browser.choose(place=0)
     pictures = [read_medical_image(files / "frames.dcm", frame=frame).image for frame in (0, 1)]
     expected = answer(*shipped, [conversation(each, question) for each in pictures])
-    assert [*answers(browser.ask(question)[-1][2]), *answers(seen[-1][2])] == expected and len(set(expected)) == 2
+    both = answers(browser.ask(question)[-1][2])
+    assert answers(seen[-1][2]) == both[:1] and both[::-1] == expected and len(set(expected)) == 2
     assert browser.choose(place=0) == (None, None, None), "what is chosen already changes nothing"
 
 
@@ -299,11 +384,13 @@ def test_an_answer_about_another_frame_ends(browser, shipped, files, monkeypatch
     gate = Gate(monkeypatch, shipped[0])
     job = browser.submit("Describe the image.")
     gate.let(1)
-    next(job), next(job)
-    assert "the conversation begins anew" in browser.choose(place=0)[1]
+    next(job), next(job), next(job)
+    assert 'aria-busy="false"' in browser.choose(place=0)[1]
     gate.let(1)
     job.result(timeout=60)
-    assert all('aria-busy="true"' in conversation for _, _, conversation, *_ in job.outputs()), "no answer came of it"
+    *drafts, last = job.outputs()
+    assert all('aria-busy="true"' in conversation for _, _, conversation, *_ in drafts), "no answer came of it"
+    assert "The image has changed" in alert(last[3])
     gate.let(1_000)
     conversation = browser.ask("Is there a lesion?")[-1][2]
     assert len(answers(conversation)) == 1
@@ -325,7 +412,7 @@ def test_html_is_escaped(browser, shipped, example, picture, monkeypatch):
     for shown in [part[2] for part in browser.ask(f"{example.question}{ATTACK}", picture) if part[2]]:
         page = Page(shown)
         assert page.texts(None, "ldm-question") in ([], [f"You: {example.question}{ATTACK}"])
-        known = {"section", "article", "p", "b", "span", "div", "details", "summary", "table"}
+        known = {"section", "article", "p", "b", "span", "div", "details", "summary", "table", "img", "button"}
         assert page.tags <= known | {"thead", "tbody", "tr", "th", "td"}
         assert not re.search(r"[${}`]", shown), "Gradio's HTML is a template for JavaScript and for Handlebars"
     assert ATTACK in Page(shown).texts(None, "ldm-text")[0]
@@ -428,11 +515,24 @@ def test_what_the_page_says_of_itself(served):
     usable = [
         component["props"] for component in config["components"] if component["type"] in ("multimodaltextbox", "slider")
     ]
-    assert all(props["label"] for props in usable) and [props["visible"] for props in usable].count(True) == 5
+    assert all(props["label"] for props in usable) and [props["visible"] for props in usable].count(True) == 9
     buttons = [component["props"]["value"] for component in config["components"] if component["type"] == "button"]
-    assert buttons == ["Stop", "New conversation"]
+    assert {"Stop", "New conversation", "Ask again", "Save as HTML", "Save as Markdown"} < set(buttons)
     names = {dependency["api_name"] for dependency in config["dependencies"]}
     assert {"ask", "clear", "fit"} <= names and not any("flag" in str(name) for name in names)
+
+
+def test_a_model_of_which_nothing_is_known(model, processor, tmp_path):
+    """It has questions and no examples, and the page shows no folder of this computer."""
+    app = build_app(model, processor, name=str(tmp_path))
+    try:
+        texts = [str(each["props"].get("value")) for each in app.get_config_file()["components"]]
+    finally:
+        app.close()
+    page = Page(next(text for text in texts if "data-example" in text))
+    assert "What is the imaging modality?" in [text.strip() for text in page.texts("button")] and "img" not in page.tags
+    head = next(text for text in texts if 'role="note"' in text)
+    assert f"<b>{tmp_path.name}</b>" in head and "demo" not in head and str(tmp_path.parent) not in str(texts)
 
 
 def test_contrast_and_more_than_colour(served):
@@ -519,6 +619,7 @@ def command(*arguments, **environment):
         ((), {"server_name": "127.0.0.1", "server_port": 7860, "share": False}, []),
         (("--host", "localhost", "--port", "81"), {"server_name": "localhost", "server_port": 81, "share": False}, []),
         (("--host", "0.0.0.0"), {"server_name": "0.0.0.0", "share": False}, ["anyone who can reach 0.0.0.0"]),
+        (("--compare-with", "demo"), {"server_name": "127.0.0.1", "share": False}, []),
         (("--share",), {"server_name": "127.0.0.1", "share": True}, ["anyone with the link"]),
     ],
 )

@@ -263,3 +263,18 @@ def test_steps_are_logged(caplog):
     first, warning, _ = caplog.records
     assert str(steps[0]) in first.getMessage() and "16 by 16 pixels" in first.getMessage()
     assert warning.levelname == "WARNING" and "frame 1 of 3 (from 0): the middle one" in warning.getMessage()
+
+
+@pytest.mark.parametrize("kind", ["DICOM", "NIfTI", "PNG"])
+@pytest.mark.parametrize("options", [{}, {"window": "90/120"}])
+def test_the_window_that_is_shown_is_known(kind, options):
+    """Read with it, a file is the same picture, but for what the function of the file makes of its ends."""
+    shown = read_medical_image(FILES[kind], **options)
+    again = read_medical_image(FILES[kind], window=shown.window)
+    assert np.abs(np.asarray(again.image, int) - np.asarray(shown.image, int)).max() <= (kind == "DICOM")
+    if options:
+        assert shown.window == (90, 120)
+
+
+def test_colours_have_no_window():
+    assert read_medical_image(Image.new("RGB", (4, 4), "red")).window is None

@@ -27,8 +27,8 @@ APP = """
 import json, runpy, sys, types
 import lladamedv
 class Blocks:
-    def __init__(self, model, processor):
-        self.given = [type(model).__name__, type(processor).__name__]
+    def __init__(self, model, processor, name):
+        self.given = [type(model).__name__, type(processor).__name__, name]
     def launch(self):
         print(json.dumps(self.given))
 sys.modules["lladamedv.app"] = app = types.ModuleType("lladamedv.app")
@@ -46,11 +46,11 @@ def gradio_is_installed(monkeypatch):
 write_space = partial(push.write_space, report=str)
 
 
-def start(folder, **variables):
+def start(folder, name, **variables):
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     run = subprocess.run([sys.executable, "-c", APP], cwd=folder, env=variables, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert json.loads(run.stdout.splitlines()[-1]) == ["LLaDAMedVForConditionalGeneration", "LLaDAMedVProcessor"]
+    assert json.loads(run.stdout.splitlines()[-1]) == ["LLaDAMedVForConditionalGeneration", "LLaDAMedVProcessor", name]
 
 
 def test_a_space_of_a_model_on_the_hub(tmp_path):
@@ -60,7 +60,7 @@ def test_a_space_of_a_model_on_the_hub(tmp_path):
         pinned = stub.commit("me/model")
         write_space("me/biomedical-chat", space, "me/model", revision=pinned)
         assert set(contents(space)) == {"app.py", "requirements.txt", "README.md"}
-        start(space, **environment(stub, tmp_path / "home"))
+        start(space, "me/model", **environment(stub, tmp_path / "home"))
         assert any(f"/resolve/{pinned}/" in request for request in stub.requests)
 
     data = SpaceCard.load(space / "README.md").data.to_dict()
@@ -82,7 +82,7 @@ def test_a_space_of_a_model_on_the_hub(tmp_path):
 
 def test_a_space_of_the_demo_model(tmp_path):
     write_space("Demo", tmp_path / "space", "demo")
-    start(tmp_path / "space", HF_HUB_OFFLINE="1")
+    start(tmp_path / "space", "demo", HF_HUB_OFFLINE="1")
     assert "models" not in SpaceCard.load(tmp_path / "space" / "README.md").data.to_dict()
 
 
