@@ -132,11 +132,13 @@ def _split(answers: str) -> list[str]:
 @app.command(rich_help_panel=USE)
 @takes(source=model_options(), read=READING, generation=generation_options())
 def ask(
-    image: word(str, "IMAGE", f"{IMAGE}."),
-    question: word(str, "QUESTION", "What to ask about it."),
+    image: word(str, "IMAGE", f"{IMAGE}; with --output also a folder of images, or a table that names them."),
     source: Source,
     read: Any,
     generation: dict,
+    questions: word(
+        list[str] | None, "QUESTION…", "What to ask about it; with --output several, or none if the table has them."
+    ) = None,
     explain: flag(
         Path | None, "Also write how the answer was denoised, as an .html or .png file.",
         check=partial(check_new_file, suffixes=EXPLANATION_SUFFIXES),
@@ -150,9 +152,21 @@ def ask(
         check=_split,
     ) = None,
     group: flag(str | None, "With --candidates: the question's group, as the calibration calls it.") = None,
+    output: flag(
+        Path | None, "Answer all questions about all images, into a .csv, .jsonl or .parquet file; called again, it goes "
+        "on where it stopped.", check=check_output, rich_help_panel=MANY,
+    ) = None,
+    every: flag(
+        int | None, "Every so-manyth slice of volumes and DICOM series, from the first.", min=1, rich_help_panel=MANY
+    ) = None,
+    montage: flag(
+        str | None, "The slices of each volume or DICOM study as one image, COLUMNSxROWS of them at most, spread evenly.",
+        check=parse_montage, rich_help_panel=MANY,
+    ) = None,
+    batch_size: flag(int, "Questions at a time, in each process.", min=1, rich_help_panel=MANY) = 8,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Answer one question about one image.
+    """Answer one question about one image; or with --output many about many.
 
     --where, and a page of --explain, run the model on up to 256 rows more, 32 at a time.
 
@@ -166,17 +180,41 @@ def ask(
       lladamedv ask picture.png "Describe the image." --steps 8 --json
       lladamedv ask picture.png "Describe the image." --explain denoising.html --where map.png
       lladamedv ask picture.png "Is there a lesion?" --candidates Yes,No
+      lladamedv ask images "Is there a lesion?" "Describe the image." --output answers.csv
+      lladamedv ask studies "Describe the image." --montage 4x3 --window lung --output reports.jsonl
+      lladamedv ask questions.csv --output answers.csv
+
+    Many: images are the pictures in a folder and the folders in it; or those that a table (.csv, .tsv, .json, .jsonl,
+    .parquet) names in its column image, with its columns question and id if it has them. With several GPUs:
+    `accelerate launch -m lladamedv.cli ask …`. Exit code 3: some questions have no answer, and rows that say why.
     """
-    if not is_url(image) and not Path(image).expanduser().is_file() and Path(question).expanduser().is_file():
-        raise usage("IMAGE", f"{image!r} is no file, but QUESTION {question!r} is one: the image comes first.")
-    if not question.strip():
-        raise usage("QUESTION", "it is empty.")
     if candidates is not None and (generation or explain or where):
         raise usage(
             "--candidates", "it generates nothing; options of generation, --explain and --where do not go with it."
         )
     if group is not None and candidates is None:
         raise usage("--group", f"{group!r}; it goes with --candidates.")
+    questions = questions or []
+    if any(not each.strip() for each in questions):
+        raise usage("QUESTION", "it is empty.")
+    if output is not None:
+        looking = {"every": every, "montage": montage}
+        for name, value in {"--explain": explain, "--where": where}.items():
+            if value is not None:
+                raise usage(name, f"{str(value)!r}; it does not go with --output.")
+        return _ask_many(image, questions, source, read, generation, output, looking, candidates, group, batch_size, as_json)
+    for name, value in {"--every": every, "--montage": montage}.items():
+        if value is not None:
+            raise usage(name, f"{value!r}; it goes with --output.")
+    if len(questions) != 1:
+        if not questions:
+            raise usage("QUESTION", "missing.")
+        raise usage("QUESTION", f"{len(questions)} given; several go with --output, a file for the answers.")
+    if Path(image).expanduser().is_dir():
+        raise usage("IMAGE", f"{image!r} is a folder; it goes with --output, a file for the answers.")
+    (question,) = questions
+    if not is_url(image) and not Path(image).expanduser().is_file() and Path(question).expanduser().is_file():
+        raise usage("IMAGE", f"{image!r} is no file, but QUESTION {question!r} is one: the image comes first.")
     picture = read(image)
     quiet()
     from lladamedv.conversation import demo_notice, find_evidence
@@ -212,6 +250,52 @@ def ask(
         given = dataclasses.replace(given, evidence=evidence)
     if explain is not None:
         given.save(explain)
+
+
+def _ask_many(
+    image: str, questions: list[str], source: Source, read: Any, generation: dict, output: Path, every: int | None,
+    montage: str | None, candidates: str | None, group: str | None, batch_size: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Answer all questions about all pictures of a folder or table, or about one picture."""
+    path = Path(image).expanduser()
+    if not is_url(image) and not path.exists():
+        raise usage("IMAGE", f"{image!r}; there is no such file or folder.")
+    is_table = path.suffix.lower() in TABLES and path.is_file()
+    if not questions and not is_table:
+        raise usage("QUESTION", "missing; only a table may have the questions in it.")
+    index = next((name for name in ("frame", "slice_index", "page") if read.options[name] is not None), None)
+    if index is not None and (every or montage):
+        raise usage(read.name_of(index), f"{read.options[index]}; --every and --montage choose slices themselves.")
+    say = _tell if int(os.environ.get("RANK", 0)) == 0 else lambda line: None  # of several processes, the first
+    say(f"reading {image}")
+    skipped = []
+    if path.is_dir():
+        units, skipped = units_in_folder(
+            path, questions, series=every is not None, studies=montage is not None,
+            without=(output, run_folder(output)),
+        )  # fmt: skip
+    quiet()
+    if is_table:
+        units = units_in_table(path, questions)
+    elif not path.is_dir():
+        units = units_of_records([{"image": image if is_url(image) else str(path.absolute())}], questions)
+        units = [replace(unit, name=image) for unit in units]
+    from lladamedv.conversation import demo_notice
+    from lladamedv.evaluation.runs import process_state
+
+    asked = sum(len(unit.rows) for unit in units)
+    say(f"{len(units)} images, {asked} questions" + "; a series is one of them" * bool(every or montage))
+    if skipped:
+        say(f"{len(skipped)} files are no images: {', '.join(name for name, _ in skipped[:5])}{', …' * (len(skipped) > 5)}")
+    model, processor = _load(source)
+    if notice := demo_notice(model):
+        say(notice)
+    looking = Looking(read.options, every, montage and parse_montage(montage), read.name_of)
+    summary = answer_many(
+        model, processor, units, output, looking=looking, batch_size=batch_size, skipped=skipped,
+        candidates=candidates and _split(candidates), group=group,
+        command={"image": image if is_url(image) else str(path.resolve()), "questions": questions}, **generation,
+    )  # fmt: skip
 
 
 @app.command(rich_help_panel=USE)
