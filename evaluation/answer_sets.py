@@ -367,6 +367,5 @@ def prompt_digest(processor: LLaDAMedVProcessor) -> str:
 
 __all__ = [
     "CALIBRATION_FILE", "YES_NO", "AnswerSet", "Calibration", "answer_set", "attach_calibration",
-    "calibrated_candidates", "calibration_of",
-    "check_alpha", "check_candidates", "picture_warning", "prompt_digest",
+    "calibrated_candidates", "calibration_of", "check_alpha", "check_candidates", "picture_warning", "prompt_digest",
 ]  # fmt: skip

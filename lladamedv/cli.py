@@ -19,6 +19,7 @@ import lladamedv
 from lladamedv.evaluation.published import CHAT_DECODING, VQA_DECODING
 from lladamedv.modeling_lladamedv.presets_lladamedv import PRESETS
 from lladamedv.processing.medical_images import is_url
+from lladamedv.processing.picture_lists import parse_montage
 from lladamedv.processing.vqa_sources import BENCHMARKS, SPLITS
 
 from .cli_common import (
@@ -28,6 +29,7 @@ from .cli_common import (
     CommandLine,
     Group,
     Host,
+    Reader,
     Source,
     calls,
     check_exists,
@@ -46,9 +48,12 @@ from .cli_common import (
 )
 from .doors import LOOPBACK_HOSTS
 from .loading import DEMO, DTYPES, check_name, find_device, find_folder
+from .many import SKIPPED_FILE, answer_many, check_output, run_folder
 from .paths import EXPLANATION_SUFFIXES, check_new_file, check_new_folder, check_shard_size
+from .units import TABLES, Looking, unit_of_picture, units_in_folder, units_in_table
 
 
+MANY = "Many images"  # heading of `lladamedv ask --help`
 # Headings of `lladamedv --help`.
 USE, MEASURE, PUBLISH = "Ask a model", "Train and measure", "Make and publish models"
 INCOMPLETE = 3  # exit code: there is a report, but some questions have no answer
@@ -153,14 +158,14 @@ def ask(
     ) = None,
     group: flag(str | None, "With --candidates: the question's group, as the calibration calls it.") = None,
     output: flag(
-        Path | None, "Answer all questions about all images, into a .csv, .jsonl or .parquet file; called again, it goes "
-        "on where it stopped.", check=check_output, rich_help_panel=MANY,
+        Path | None, "Answer all questions about all images, into a .csv, .jsonl or .parquet file; called again, it "
+        "goes on where it stopped.", check=check_output, rich_help_panel=MANY,
     ) = None,
     every: flag(
         int | None, "Every so-manyth slice of volumes and DICOM series, from the first.", min=1, rich_help_panel=MANY
     ) = None,
     montage: flag(
-        str | None, "The slices of each volume or DICOM study as one image, COLUMNSxROWS of them at most, spread evenly.",
+        str | None, "The slices of each volume or DICOM study as one image, COLUMNSxROWS of them, spread evenly.",
         check=parse_montage, rich_help_panel=MANY,
     ) = None,
     batch_size: flag(int, "Questions at a time, in each process.", min=1, rich_help_panel=MANY) = 8,
@@ -198,11 +203,13 @@ def ask(
     if any(not each.strip() for each in questions):
         raise usage("QUESTION", "it is empty.")
     if output is not None:
-        looking = {"every": every, "montage": montage}
         for name, value in {"--explain": explain, "--where": where}.items():
             if value is not None:
                 raise usage(name, f"{str(value)!r}; it does not go with --output.")
-        return _ask_many(image, questions, source, read, generation, output, looking, candidates, group, batch_size, as_json)
+        return _ask_many(
+            image, questions, source, read, generation, output, as_json, every=every, montage=montage,
+            batch_size=batch_size, candidates=candidates, group=group,
+        )  # fmt: skip
     for name, value in {"--every": every, "--montage": montage}.items():
         if value is not None:
             raise usage(name, f"{value!r}; it goes with --output.")
@@ -253,8 +260,8 @@ def ask(
 
 
 def _ask_many(
-    image: str, questions: list[str], source: Source, read: Any, generation: dict, output: Path, every: int | None,
-    montage: str | None, candidates: str | None, group: str | None, batch_size: int, as_json: bool,
+    image: str, questions: list[str], source: Source, read: Reader, generation: dict, output: Path, as_json: bool,
+    *, every: int | None, montage: str | None, batch_size: int, candidates: str | None, group: str | None,
 ) -> None:  # fmt: skip
     """Answer all questions about all pictures of a folder or table, or about one picture."""
     path = Path(image).expanduser()
@@ -263,11 +270,15 @@ def _ask_many(
     is_table = path.suffix.lower() in TABLES and path.is_file()
     if not questions and not is_table:
         raise usage("QUESTION", "missing; only a table may have the questions in it.")
-    index = next((name for name in ("frame", "slice_index", "page") if read.options[name] is not None), None)
-    if index is not None and (every or montage):
-        raise usage(read.name_of(index), f"{read.options[index]}; --every and --montage choose slices themselves.")
-    say = _tell if int(os.environ.get("RANK", 0)) == 0 else lambda line: None  # of several processes, the first
-    say(f"reading {image}")
+    given = [name for name in ("frame", "slice_index", "page") if read.options[name] is not None]
+    if given and (every or montage):
+        raise usage(read.name_of(given[0]), f"{read.options[given[0]]}; --every and --montage choose the slices.")
+
+    def say(line: str) -> None:
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first
+            typer.echo(line, err=True)
+
+    say(f"reading {image}")  # before PyTorch is imported, and before all names of a large folder are known
     skipped = []
     if path.is_dir():
         units, skipped = units_in_folder(
@@ -278,24 +289,30 @@ def _ask_many(
     if is_table:
         units = units_in_table(path, questions)
     elif not path.is_dir():
-        units = units_of_records([{"image": image if is_url(image) else str(path.absolute())}], questions)
-        units = [replace(unit, name=image) for unit in units]
+        units = [unit_of_picture(image if is_url(image) else str(path), questions)]
     from lladamedv.conversation import demo_notice
-    from lladamedv.evaluation.runs import process_state
 
-    asked = sum(len(unit.rows) for unit in units)
-    say(f"{len(units)} images, {asked} questions" + "; a series is one of them" * bool(every or montage))
+    if not units:
+        raise ValueError(f"`image` is {image!r}, which holds no pictures, but {len(skipped)} other files.")
+    say(f"{len(units)} {'series' if every or montage else 'images'}, {sum(len(unit.rows) for unit in units)} questions")
     if skipped:
-        say(f"{len(skipped)} files are no images: {', '.join(name for name, _ in skipped[:5])}{', …' * (len(skipped) > 5)}")
+        names = ", ".join(name for name, _ in skipped[:5]) + ", …" * (len(skipped) > 5)
+        say(f"skipped {len(skipped)} files that are no pictures: {names}")
     model, processor = _load(source)
     if notice := demo_notice(model):
         say(notice)
-    looking = Looking(read.options, every, montage and parse_montage(montage), read.name_of)
     summary = answer_many(
-        model, processor, units, output, looking=looking, batch_size=batch_size, skipped=skipped,
-        candidates=candidates and _split(candidates), group=group,
+        model, processor, units, output, skipped=skipped, batch_size=batch_size, group=group,
+        looking=Looking(read.options, every, montage and parse_montage(montage), read.name_of),
+        candidates=candidates and _split(candidates),
         command={"image": image if is_url(image) else str(path.resolve()), "questions": questions}, **generation,
     )  # fmt: skip
+    lines = [f"{summary['rows']} rows, {summary['errors']} of them with an error instead of an answer"]
+    if summary["marked"]:
+        lines.append(f"{summary['marked']} texts that a spreadsheet would take for formulas begin with an apostrophe")
+    if skipped:
+        lines.append(f"{len(skipped)} files skipped: {run_folder(output) / SKIPPED_FILE}")
+    _finish(summary, "\n".join(lines), as_json, output)
 
 
 @app.command(rich_help_panel=USE)

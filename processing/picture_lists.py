@@ -9,6 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,11 +119,12 @@ def find_series(folder: str | Path, found: Found, by_study: bool) -> tuple[list[
     skipped, result, names = [], [Series(path, (path,)) for path in others], set(others)
     for study in read_dicom_studies(folder, dicom) if dicom else ():
         shown = [[file for file in series if file.frames] for series in study]
-        skipped += [(file.path, "a DICOM file without a picture") for series in study for file in series if not file.frames]
-        shown = [series for series in shown if series]
-        for group in [sum(shown, [])] if by_study and shown else shown:
-            result.append(_series(group, names))
-            names.add(result[-1].name)
+        empty = [file.path for series in study for file in series if not file.frames]
+        skipped += [(path, "a DICOM file without a picture") for path in empty]
+        for group in [[*chain.from_iterable(shown)]] if by_study else shown:
+            if group:
+                result.append(_series(group, names))
+                names.add(result[-1].name)
     return sorted(result, key=lambda each: min(Path(file).parts for file in each.files)), skipped
 
 
@@ -133,7 +135,8 @@ def _series(files: Sequence[DicomFile], names: set[str]) -> Series:
     while name in names:
         number += 1
         name = f"{base} ({number})"
-    order = "" if len(paths) == 1 else f"slices in the order of their {', '.join(dict.fromkeys(f.order for f in files))}"
+    orders = ", ".join(dict.fromkeys(file.order for file in files))
+    order = "" if len(paths) == 1 else f"slices in the order of their {orders}"
     return Series(name, paths, tuple(file.frames for file in files), order)
 
 
