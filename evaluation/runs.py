@@ -85,12 +85,19 @@ def run_items(
                 cut_torn_line(part)
 
     def answer_own() -> None:
-        to_do = [place for place, item in enumerate(ids) if item not in done or (redo and redo(done[item]))]
-        own = to_do[state.process_index :: state.num_processes]
+        batches = []
+        for start in range(0, len(ids), batch_size):
+            batch = [*range(start, min(start + batch_size, len(ids)))]
+            # Whole, wherever the last run stopped: what shares a forward pass decides the last digits.
+            if not all(ids[place] in done for place in batch):
+                batches.append(batch)
+            elif redo and (again := [place for place in batch if redo(done[ids[place]])]):
+                batches.append(again)
+        own = batches[state.process_index :: state.num_processes]
         label = f"process 1 of {state.num_processes}" if state.num_processes > 1 else None
-        with tqdm(total=len(own), unit=unit, desc=label, disable=not state.is_main_process) as progress:
-            for start in range(0, len(own), batch_size):
-                batch = own[start : start + batch_size]
+        total = sum(map(len, own))
+        with tqdm(total=total, unit=unit, desc=label, disable=not state.is_main_process) as progress:
+            for batch in own:
                 records = answer(batch)
                 if len(records) != len(batch):
                     raise RuntimeError(f"{len(batch)} items gave {len(records)} records.")

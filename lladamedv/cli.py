@@ -5,6 +5,7 @@ Each command checks its words first, then calls `quiet`, which imports PyTorch, 
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import socket
@@ -290,6 +291,8 @@ def _ask_many(
         units = units_in_table(path, questions)
     elif not path.is_dir():
         units = [unit_of_picture(image if is_url(image) else str(path), questions)]
+    # What was done to each picture stands in its row.
+    logging.getLogger("lladamedv.processing.medical_images").setLevel(logging.ERROR)
     from lladamedv.conversation import demo_notice
 
     if not units:

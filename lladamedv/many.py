@@ -47,7 +47,8 @@ class ManyPictures:
 
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; allowed are whole numbers of at least 1.")
-        in_force = model.resolve_generation_config(**options, return_dict_in_generate=True)
+        options["return_dict_in_generate"] = True
+        in_force = model.resolve_generation_config(**options)
         self.model, self.processor, self.batch_size, self.options = model.eval(), processor, batch_size, options
         self.candidates, self.group = candidates and calibrated_candidates(model, candidates, group), group
         self._batch = ContinuousBatch(model, sys.maxsize)
@@ -138,9 +139,11 @@ class ManyPictures:
                     continue
                 output = request.future.result()
                 (answer,) = read_answers(self.processor, output, length, 0.0)
-                row |= {"answer": answer.text, "confidence": answer.confidence}
-                row |= {"image_reliance": answer.image_reliance} if "image_reliance" in self.columns else {}
-                row |= {"abstained": bool(output.abstained[0])} if "abstained" in self.columns else {}
+                found = {"answer": answer.text, "confidence": answer.confidence}
+                found |= {"image_reliance": answer.image_reliance}
+                if "abstained" in self.columns:
+                    found["abstained"] = bool(output.abstained[0])
+                row |= {name: found[name] for name in self.columns if name in found}
 
     def _set(self, image, question: str) -> dict[str, Any]:
         """The row of a set of answers."""
@@ -234,7 +237,7 @@ def answer_many(
     calibration = calibration_of(model)
     settings = {
         "command": command or {}, "reading": looking.options, "every": looking.every, "montage": looking.montage,
-        "candidates": many.candidates, "group": group, **run_settings(model, processor, options, ()),
+        "candidates": many.candidates, "group": group, **run_settings(model, processor, many.options, ()),
         "calibration_sha256": calibration and calibration.sha256,
     }  # fmt: skip
     settings.pop("data_sha256")  # of pictures, which may come and go
@@ -312,6 +315,8 @@ class PictureAnswerer:
         Raises:
             ValueError: if it has no such columns, or has columns of the answers' names.
         """
+        import pyarrow
+
         from .answer_table import arrow_types
 
         columns = {"image_steps": str, **self._many.columns}
@@ -323,7 +328,7 @@ class PictureAnswerer:
             for answer in answers:
                 rows[unit.rows[answer["row"]].place] = answer
         for field in arrow_types(columns):
-            table = table.append_column(field, [[row[field.name] for row in rows]])
+            table = table.append_column(field, pyarrow.array([row[field.name] for row in rows], field.type))
         return table
 
 

@@ -282,7 +282,7 @@ class Looking(NamedTuple):
         if callable(source):
             source = source()
         source = fetch_url(source) if is_url(source) else image_source(source)
-        return read_medical_image(source, **self.options, **index)
+        return read_medical_image(source, **self.options | index)
 
     def _indices(self, source: Any) -> tuple[str, int]:
         """By which argument the slices of a file are chosen, and how many there are."""

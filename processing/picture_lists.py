@@ -130,7 +130,7 @@ def find_series(folder: str | Path, found: Found, by_study: bool) -> tuple[list[
 
 def _series(files: Sequence[DicomFile], names: set[str]) -> Series:
     paths = tuple(file.path for file in files)
-    name = paths[0] if len(paths) == 1 else os.path.commonpath([os.path.dirname(path) or "." for path in paths])
+    name = paths[0] if len(paths) == 1 else os.path.commonpath(map(os.path.dirname, paths)) or "."
     number, base = 1, name
     while name in names:
         number += 1
