@@ -111,7 +111,7 @@ def test_pictures_of_many_sizes_share_passes_and_are_encoded_once():
 
 
 def test_a_table_from_a_spreadsheet(folder, single, tmp_path):
-    """BOM, semicolons, quotes, line breaks, names of columns in other spellings, pictures twice, missing and at URLs."""
+    """BOM, semicolons, quotes, line breaks, columns in other spellings, pictures twice, missing and at URLs."""
     nasty = 'Is there\na "lesion"; or not?'
     p0 = (folder / "p0.png").read_bytes()
     url = f"data:image/png;base64,{base64.b64encode(p0).decode()}"
@@ -144,7 +144,8 @@ def test_tables_of_all_kinds_and_questions_here_and_there(folder, tmp_path):
     (folder / "a.json").write_text(json.dumps(records))
     (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     stored = [{"image": {"bytes": (folder / each["image"]).read_bytes(), "path": each["image"]}} for each in records]
-    Dataset.from_list([{**each, "id": str(number)} for number, each in enumerate(stored)]).to_parquet(folder / "a.parquet")
+    stored = [{**each, "id": str(number)} for number, each in enumerate(stored)]
+    Dataset.from_list(stored).to_parquet(folder / "a.parquet")
     found = []
     for name, output in (("a.tsv", "1.jsonl"), ("a.json", "2.csv"), ("a.jsonl", "3.parquet"), ("a.parquet", "4.jsonl")):
         result = call(folder / name, QUESTIONS[1], "--output", tmp_path / output)
@@ -179,7 +180,7 @@ def test_cells(tmp_path):
 
 
 def test_what_is_done_is_not_done_again(folder, shipped, tmp_path, monkeypatch):
-    """Cut in the middle of a record, the run goes on to the same file; then pictures go, come, change and are mended."""
+    """Cut in the middle of a record, the run goes on to the same file; then pictures go, come and change."""
     output, asked = tmp_path / "answers.csv", []
     ask = ManyPictures.ask
 
@@ -283,8 +284,8 @@ def test_slices(studies, tmp_path):
     ]
     assert "ct/report.dcm\ta DICOM file without a picture" in (tmp_path / "a.jsonl.run/skipped.txt").read_text()
     for row in rows[4::3]:
-        words = {"film.tif": ["--page"], "volume.nii.gz": ["--slice"]}.get(row["image"], [])
-        alone = call(studies / row["image"], "What?", "--json", "--window", "127.5/256", *words, *words and [row["slice"]])
+        words = {"film.tif": ["--page", row["slice"]], "volume.nii.gz": ["--slice", row["slice"]]}.get(row["image"], [])
+        alone = call(studies / row["image"], "What?", "--json", "--window", "127.5/256", *words)
         assert row["answer"] == json.loads(alone.stdout)["answer"]
     assert SECRET not in (tmp_path / "a.jsonl").read_text() + result.output
 
@@ -382,3 +383,31 @@ def test_the_first_line_comes_before_pytorch(folder, tmp_path):
     words = ["ask", folder, "What?", "--output", tmp_path / "x.csv"]
     result = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True)
     assert result.stderr.splitlines()[:2] == [f"reading {folder}", "False"]
+
+
+@pytest.mark.slow
+def test_on_ray(folder, single, tmp_path):
+    """A local Ray: partitions that are there are not done again, and all rows have the answers of single calls."""
+    pytest.importorskip("ray")
+    questions, answers = tmp_path / "questions", tmp_path / "answers"
+    questions.mkdir()
+    stored = {"bytes": (folder / "p0.png").read_bytes(), "path": "p0.png"}
+    tables = [[{"image": stored, "question": text} for text in QUESTIONS], [{"image": stored, "question": "What?"}] * 3]
+    for number, rows in enumerate(tables):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), questions / f"part{number}.parquet")
+    script = Path(__file__).parents[1] / "examples" / "ray_data.py"
+    command = [sys.executable, str(script), str(questions), str(answers)]
+    environment = os.environ | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_AUTH_MODE": "disabled"}
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.endswith("2 partitions, 5 rows, 0 of them with an error instead of an answer\n")
+        found = [pyarrow.parquet.read_table(answers / f"part{number}").to_pylist() for number in range(2)]
+        for row in (row for rows in found for row in rows):
+            assert row["answer"] == single(folder / "p0.png", row["question"]).text
+        kept = answers / "part0"
+        stamp = kept.stat().st_mtime_ns
+        shutil.rmtree(answers / "part1", ignore_errors=True)
+    assert kept.stat().st_mtime_ns == stamp and len(found[0]) == 2
+    refused = subprocess.run([*command, "--batch-size", "2"], capture_output=True, text=True, env=environment)
+    assert refused.returncode == 2 and "holds answers with other settings" in refused.stderr
