@@ -3,10 +3,10 @@
     pip install "lladamedv[ray]"
     python examples/ray_data.py questions answers --model path/or/hub-id --workers 8
 
-`questions` is a folder of .parquet files with columns of images (bytes as `datasets` stores them, or names of files that
-all machines reach) and of questions. Each becomes a folder of the same name in `answers`, with the answers behind its
-columns. A file whose folder is there is done: stopped at any moment, the same command goes on with the others. On a
-cluster, `ray job submit` runs it; both folders must be on storage that all machines share.
+`questions` is a folder of .parquet files with columns of images (bytes as `datasets` stores them, or names of files in the
+folder) and of questions. Each file becomes a folder of its name in `answers`, with the answers behind its columns. A file
+whose folder is there is done: stopped at any moment, the same command goes on with the others. On a cluster, where
+`ray job submit` runs it, all machines must share both folders.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def main() -> None:
     if not files:
         parser.error(f"{str(args.questions)!r} holds no .parquet files.")
     args.answers.mkdir(parents=True, exist_ok=True)
-    own = {"model": args.model, "batch_size": args.batch_size, "image_folder": args.questions.absolute(), **args.options}
-    settings, file = json.dumps(own, default=str), args.answers / "settings.json"
+    own = {"model": args.model, "batch_size": args.batch_size, "image_folder": str(args.questions.absolute())}
+    own |= args.options
+    settings, file = json.dumps(own), args.answers / "settings.json"
     if file.exists() and file.read_text() != settings:
         parser.error(f"{str(args.answers)!r} holds answers with other settings: {file.read_text()}")
     file.write_text(settings)

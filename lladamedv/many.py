@@ -42,7 +42,7 @@ class ManyPictures:
     """
 
     def __init__(self, model, processor, *, batch_size: int = 8, candidates=None, group=None, **options):
-        from lladamedv.evaluation.answer_sets import calibrated_candidates, calibration_of
+        from lladamedv.evaluation.answer_sets import calibrated_candidates, picture_distances
         from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
 
         if batch_size < 1:
@@ -51,7 +51,8 @@ class ManyPictures:
         in_force = model.resolve_generation_config(**options)
         self.model, self.processor, self.batch_size, self.options = model.eval(), processor, batch_size, options
         self.candidates, self.group = candidates and calibrated_candidates(model, candidates, group), group
-        self._batch = ContinuousBatch(model, sys.maxsize)
+        distances = picture_distances(model)
+        self._batch = ContinuousBatch(model, sys.maxsize, describe_pictures=distances)
         self.columns: dict[str, type] = {"answer": str}
         if self.candidates:
             self.columns |= {"abstained": bool, **{f"probability of {each}": float for each in self.candidates}}
@@ -62,7 +63,7 @@ class ManyPictures:
                 self.columns |= {"abstained": bool}
             if in_force.output_image_reliance:
                 self.columns |= {"image_reliance": float}
-        if (calibration := calibration_of(model)) is not None and calibration.picture_model is not None:
+        if distances is not None:
             self.columns |= {"warning": str}
         self.columns |= {"error": str}
 
@@ -90,12 +91,6 @@ class ManyPictures:
                     ready.append((inputs["input_ids"].shape[1], place, number, inputs))
                 except ValueError as error:
                     row["error"] = told(error, "", str)
-            if "warning" in self.columns and shown is not None:
-                from lladamedv.evaluation.answer_sets import picture_warning
-
-                warning = picture_warning(self.model, shown["pixel_values"])
-                for row in answers[place]:
-                    row["warning"] = None if row["error"] else warning
         ready.sort(key=lambda each: each[:3])
         self._denoise(ready, answers)
         return answers
@@ -120,8 +115,9 @@ class ManyPictures:
             while len(running) < self.batch_size and (each := next(waiting, None)) is not None:
                 length, place, number, inputs = each
                 row = answers[place][number]
+                inputs |= {"tokenizer": self.processor.tokenizer, "streamer": _Warning(self.model, row), "seed": 0}
                 try:
-                    request = self._batch.submit(**inputs, tokenizer=self.processor.tokenizer, seed=0, **self.options)
+                    request = self._batch.submit(**inputs, **self.options)
                 except ValueError as error:
                     row |= {**dict.fromkeys(self.columns), "error": told(error, "", str)}
                     continue
@@ -153,6 +149,24 @@ class ManyPictures:
         row = {"answer": str(found), "abstained": found.abstained, "notes": " ".join(found.notes) or None}
         row |= {f"probability of {text}": value for text, value in found.probabilities.items()}
         return row | ({"warning": found.warning} if "warning" in self.columns else {})
+
+
+class _Warning:
+    """A streamer of a request: writes into the row whether the picture is unusual, and takes no notice of the rest."""
+
+    def __init__(self, model, row: dict):
+        self._model, self._row = model, row
+
+    def put_descriptions(self, distances: list[float]) -> None:
+        from lladamedv.evaluation.answer_sets import distance_warning
+
+        self._row["warning"] = distance_warning(self._model, distances)
+
+    def put(self, tokens) -> None:
+        """The prompt, then finished blocks."""
+
+    def end(self) -> None:
+        """The answer is whole."""
 
 
 def answer_units(many: ManyPictures, looking: Looking, units: Sequence[Unit]) -> list[list[dict[str, Any]]]:
