@@ -3,10 +3,10 @@
     pip install "lladamedv[ray]"
     python examples/ray_data.py questions answers --model path/or/hub-id --workers 8
 
-`questions` is a folder of .parquet files with columns of images (bytes as `datasets` stores them, or names of files in the
-folder) and of questions. Each file becomes a folder of its name in `answers`, with the answers behind its columns. A file
-whose folder is there is done: stopped at any moment, the same command goes on with the others. On a cluster, where
-`ray job submit` runs it, all machines must share both folders.
+`questions` is a folder of .parquet files with columns of images (bytes as `datasets` stores them, or names of files in
+the folder) and of questions. Each file becomes a folder of its name in `answers`, with the answers behind its columns.
+A file whose folder is there is done: stopped at any moment, the same command goes on with the others. On a cluster,
+where `ray job submit` runs it, all machines must share both folders.
 """
 
 from __future__ import annotations

@@ -171,7 +171,9 @@ def ask(
         str | None, "The slices of each volume or DICOM study as one image, COLUMNSxROWS of them, spread evenly.",
         check=parse_montage, rich_help_panel=MANY,
     ) = None,
-    batch_size: flag(int, "Questions at a time, in each process.", min=1, rich_help_panel=MANY) = 8,
+    batch_size: flag(
+        int | None, "Questions at a time, in each process; by default 8.", min=1, rich_help_panel=MANY
+    ) = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Answer one question about one image; or with --output many about many.
@@ -211,17 +213,19 @@ def ask(
                 raise usage(name, f"{str(value)!r}; it does not go with --output.")
         return _ask_many(
             image, questions, source, read, generation, output, as_json, every=every, montage=montage,
-            batch_size=batch_size, candidates=candidates, group=group,
+            batch_size=batch_size or 8, candidates=candidates, group=group,
         )  # fmt: skip
-    for name, value in {"--every": every, "--montage": montage}.items():
+    for name, value in {"--every": every, "--montage": montage, "--batch-size": batch_size}.items():
         if value is not None:
             raise usage(name, f"{value!r}; it goes with --output.")
     if len(questions) != 1:
         if not questions:
             raise usage("QUESTION", "missing.")
         raise usage("QUESTION", f"{len(questions)} given; several go with --output, a file for the answers.")
-    if Path(image).expanduser().is_dir():
-        raise usage("IMAGE", f"{image!r} is a folder; it goes with --output, a file for the answers.")
+    path = Path(image).expanduser()
+    if path.is_dir() or (path.suffix.lower() in TABLES and path.is_file()):
+        what = "folder" if path.is_dir() else "table"
+        raise usage("IMAGE", f"{image!r} is a {what}; it goes with --output, a file for the answers.")
     (question,) = questions
     if not is_url(image) and not Path(image).expanduser().is_file() and Path(question).expanduser().is_file():
         raise usage("IMAGE", f"{image!r} is no file, but QUESTION {question!r} is one: the image comes first.")

@@ -90,7 +90,7 @@ class ManyPictures:
                     inputs, shown = self._encode(image, question, shown)
                     ready.append((inputs["input_ids"].shape[1], place, number, inputs))
                 except ValueError as error:
-                    row["error"] = told(error, "", str)
+                    row["error"] = told(error)
         ready.sort(key=lambda each: each[:3])
         self._denoise(ready, answers)
         return answers
@@ -119,7 +119,7 @@ class ManyPictures:
                 try:
                     request = self._batch.submit(**inputs, **self.options)
                 except ValueError as error:
-                    row |= {**dict.fromkeys(self.columns), "error": told(error, "", str)}
+                    row |= {**dict.fromkeys(self.columns), "error": told(error)}
                     continue
                 running.append((request, length, row))
             if not running:
@@ -131,7 +131,7 @@ class ManyPictures:
                 if (error := request.future.exception()) is not None:
                     if not isinstance(error, (ValueError, torch.OutOfMemoryError)):
                         raise error  # of the device, which would answer no other question either
-                    row |= {**dict.fromkeys(self.columns), "error": told(error, "", str)}
+                    row |= {**dict.fromkeys(self.columns), "error": told(error)}
                     continue
                 output = request.future.result()
                 (answer,) = read_answers(self.processor, output, length, 0.0)
@@ -270,8 +270,8 @@ def answer_many(
     rows = []
     for unit, record in zip(units, records):
         for view, each in enumerate(record["rows"]):
-            place, question, given = unit.rows[each["row"]]
-            about = {"id": given, "image": each["name"], "series": unit.name, "question": question}
+            place, question, given, name = unit.rows[each["row"]]
+            about = {"id": given, "image": name or each["name"], "series": name or unit.name, "question": question}
             rows.append(((place, view), about | each))
     rows = [row for _, row in sorted(rows, key=lambda each: each[0])]
     columns = {"id": str} if any(row["id"] is not None for row in rows) else {}
@@ -331,8 +331,12 @@ class PictureAnswerer:
         """
         import pyarrow
 
+        from lladamedv.processing.datasets.columns import Fields
+
         from .answer_table import arrow_types
 
+        for column in ("image", "question"):
+            Fields(dict.fromkeys(table.column_names)).need(column)
         columns = {"image_steps": str, **self._many.columns}
         if taken := [name for name in columns if name in table.column_names]:
             raise ValueError(f"The table has columns {taken}, as the answers have: give them other names.")

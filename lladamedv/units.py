@@ -29,11 +29,13 @@ class Row(NamedTuple):
         place: of the picture, or of the table's row, among all.
         question: the text.
         id: the table's, if it has any.
+        name: what the table calls the picture; `None` without a table.
     """
 
     place: int
     question: str
     id: str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def units_of_records(lines: Iterable[Any], images, questions: Sequence[str], tab
         except InvalidRecordError as caught:
             error = f"The row cannot be used: {caught}."
         given = None if given is None else text_of(given) or str(given)
-        rows = tuple(Row(place, question, given) for question in asked)
+        rows = tuple(Row(place, question, given, name) for question in asked)
         if error is not None:
             units[f"error {place}"] = Unit(name, rows, error=error)
         elif (known := units.get(key)) is not None:
@@ -248,7 +250,7 @@ class Looking(NamedTuple):
             return [View(unit.name, None, None, unit.error)]
         try:
             return list(self._views(unit))
-        except (ImportError, OSError, ValueError) as error:
+        except Exception as error:  # libraries raise many kinds for broken files
             return [View(unit.name, None, None, told(error, unit.name, self.name_of))]
 
     def _views(self, unit: Unit) -> Iterator[View]:
@@ -265,7 +267,7 @@ class Looking(NamedTuple):
                 name, source, index = slices[place]
                 try:
                     yield View(name, place, self._read(source, **index))
-                except (OSError, ValueError) as error:  # the others may be whole
+                except Exception as error:  # the others may be whole
                     yield View(name, place, None, told(error, name, self.name_of))
             return
         chosen = [chosen[place] for place in spread(len(chosen), self.montage[0] * self.montage[1])]
@@ -296,10 +298,12 @@ class Looking(NamedTuple):
         return next(((name, picture.choices[name][2]) for name in names if picture.choices.get(name)), ("page", 1))
 
 
-def told(error: Exception, name: str, name_of: Callable[[str], str]) -> str:
+def told(error: Exception, name: str = "", name_of: Callable[[str], str] = str) -> str:
+    """What an error says about the picture of a name, in one line; `name_of` is that of [`Looking`]."""
     if isinstance(error, MedicalImageError):
         return error.told(lambda argument: repr(name) if argument == "source" else name_of(argument))
-    return " ".join(str(error).split()) or type(error).__name__
+    kind = "" if isinstance(error, (ImportError, OSError, ValueError)) else f"{type(error).__name__}: "
+    return kind + (" ".join(str(error).split()) or type(error).__name__)
 
 
 __all__ = [

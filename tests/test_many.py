@@ -117,7 +117,7 @@ def test_a_table_from_a_spreadsheet(folder, single, tmp_path):
     url = f"data:image/png;base64,{base64.b64encode(p0).decode()}"
     rows = [
         ("007", "p1.png", nasty, "yes"), ("=1+1", "more/p3.png", QUESTIONS[0], "no"), ("9", "gone.png", "What?", ""),
-        ("10", "p1.png", QUESTIONS[1], ""), ("11", "p1.png", nasty, ""), ("12", "p0.png", "", ""),
+        ("10", "./p1.png", QUESTIONS[1], ""), ("11", "p1.png", nasty, ""), ("12", "p0.png", "", ""),
         ("13", url, QUESTIONS[0], ""),
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["ID", "Image Path", "Question", "label"])
@@ -233,6 +233,7 @@ def test_what_is_refused_before_any_work(folder, tmp_path):
         ([folder, " ", *output], 2, "QUESTION: it is empty"),
         ([folder, question], 2, "is a folder; it goes with --output"),
         ([folder / "p0.png", *QUESTIONS], 2, "2 given; several go with --output"),
+        ([folder / "p0.png", question, "--batch-size", 4], 2, "--batch-size: 4; it goes with --output"),
         ([folder / "p0.png", question, "--montage", "4x3"], 2, "--montage: '4x3'; it goes with --output"),
         ([folder, question, *output, "--montage", "4"], 2, "'4'; allowed are COLUMNSxROWS, as 4x3"),
         ([folder, question, *output, "--where", tmp_path / "map.png"], 2, "it does not go with --output"),
@@ -340,6 +341,8 @@ def test_a_class_for_batches_of_a_table(folder, single):
             assert row["answer"] is None and "no such image file" in row["error"]
         else:
             assert row["answer"] == single(folder / row["image"], row["question"]).text and row["error"] is None
+    with pytest.raises(ValueError, match="is its question; such are called"):
+        answerer(table.drop_columns("question"))
     with pytest.raises(ValueError, match=r"has columns \['answer'\], as the answers have"):
         answerer(table.append_column("answer", [["", "", "", ""]]))
 
