@@ -145,7 +145,7 @@ def ask(
     read: Any,
     generation: dict,
     questions: word(
-        list[str] | None, "QUESTION…", "What to ask about it; with --output several, or none if the table has them."
+        list[str] | None, "QUESTION", "What to ask about it; with --output several, or none if the table has them."
     ) = None,
     explain: flag(
         Path | None, "Also write how the answer was denoised, as an .html or .png file.",
@@ -178,6 +178,10 @@ def ask(
 ) -> None:  # fmt: skip
     """Answer one question about one image; or with --output many about many.
 
+    With --output the images are the pictures in a folder and the folders in it; or those that a table (.csv, .tsv,
+    .json, .jsonl, .parquet) names in its column image, with its columns question and id if it has them. With several
+    GPUs: `accelerate launch -m lladamedv.cli ask …`. Exit code 3: some rows have an error instead of an answer.
+
     --where, and a page of --explain, run the model on up to 256 rows more, 32 at a time.
 
     What was done to the image on the way (window, frame, …) is printed on standard error, and a warning if the image is
@@ -193,10 +197,6 @@ def ask(
       lladamedv ask images "Is there a lesion?" "Describe the image." --output answers.csv
       lladamedv ask studies "Describe the image." --montage 4x3 --window lung --output reports.jsonl
       lladamedv ask questions.csv --output answers.csv
-
-    Many: images are the pictures in a folder and the folders in it; or those that a table (.csv, .tsv, .json, .jsonl,
-    .parquet) names in its column image, with its columns question and id if it has them. With several GPUs:
-    `accelerate launch -m lladamedv.cli ask …`. Exit code 3: some questions have no answer, and rows that say why.
     """
     if candidates is not None and (generation or explain or where):
         raise usage(
@@ -282,10 +282,8 @@ def _ask_many(
     if given and (every or montage):
         raise usage(read.name_of(given[0]), f"{read.options[given[0]]}; --every and --montage choose the slices.")
 
-    def say(line: str) -> None:
-        if os.environ.get("RANK", "0") == "0":  # of several processes the first
-            typer.echo(line, err=True)
-
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
+    say = tell if is_first else lambda line: None
     say(f"reading {image}")  # before PyTorch is imported, and before all names of a large folder are known
     skipped = []
     if path.is_dir():
@@ -305,9 +303,9 @@ def _ask_many(
     if not units:
         raise ValueError(f"`image` is {image!r}, which holds no pictures, but {len(skipped)} other files.")
     say(f"{len(units)} {'series' if every or montage else 'images'}, {sum(len(unit.rows) for unit in units)} questions")
-    if skipped:
+    if skipped and is_first:
         names = ", ".join(name for name, _ in skipped[:5]) + ", …" * (len(skipped) > 5)
-        say(f"skipped {len(skipped)} files that are no pictures: {names}")
+        typer.echo(f"skipped {len(skipped)} files that are no pictures: {names}", err=True)
     model, processor = _load(source)
     if notice := demo_notice(model):
         say(notice)
