@@ -299,6 +299,22 @@ def calibration_of(model: LLaDAMedVForConditionalGeneration) -> Calibration | No
     return getattr(model, "calibration", None)
 
 
+def calibrated_candidates(
+    model: LLaDAMedVForConditionalGeneration, candidates: Sequence[str], group: str | None = None
+) -> list[str]:
+    """The candidates as the model's calibration has them.
+
+    Raises:
+        ValueError: as [`answer_set`].
+    """
+    calibration = calibration_of(model)
+    if calibration is None:
+        raise ValueError("The model has no calibration, which sets of answers need: `lladamedv calibrate` makes one.")
+    if group is not None and calibration.group_by is None:
+        raise ValueError(f"`group` is {group!r}, but the model's calibration has no groups.")
+    return calibration.list_of(candidates)
+
+
 def answer_set(
     model: LLaDAMedVForConditionalGeneration,
     processor: LLaDAMedVProcessor,
@@ -318,12 +334,7 @@ def answer_set(
     Raises:
         ValueError: if the model has no calibration, or not for these candidates.
     """
-    calibration = calibration_of(model)
-    if calibration is None:
-        raise ValueError("The model has no calibration, which sets of answers need: `lladamedv calibrate` makes one.")
-    if group is not None and calibration.group_by is None:
-        raise ValueError(f"`group` is {group!r}, but the model's calibration has no groups.")
-    candidates = calibration.list_of(candidates)
+    calibration, candidates = calibration_of(model), calibrated_candidates(model, candidates, group)
     inputs = encode_chats(model, processor, [question_about(image, question)])
     probabilities = candidate_probabilities(model, processor, inputs, candidates)[0].tolist()
     answers, group, notes = calibration.choose(candidates, probabilities, group)
@@ -378,6 +389,7 @@ def prompt_digest(processor: LLaDAMedVProcessor) -> str:
 
 
 __all__ = [
-    "CALIBRATION_FILE", "YES_NO", "AnswerSet", "Calibration", "answer_set", "attach_calibration", "calibration_of",
-    "check_alpha", "check_candidates", "distance_warning", "picture_distances", "picture_warning", "prompt_digest",
+    "CALIBRATION_FILE", "YES_NO", "AnswerSet", "Calibration", "answer_set", "attach_calibration",
+    "calibrated_candidates", "calibration_of", "check_alpha", "check_candidates", "distance_warning",
+    "picture_distances", "picture_warning", "prompt_digest",
 ]  # fmt: skip

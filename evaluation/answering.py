@@ -15,6 +15,7 @@ import torch
 from transformers import BatchFeature
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
+from lladamedv.modeling_lladamedv.generation_lladamedv import LLaDAMedVGenerationOutput
 from lladamedv.modeling_lladamedv.scoring_lladamedv import LLaDAMedVScoreOutput
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.datasets import image_source
@@ -49,12 +50,12 @@ class Answer:
 
 
 def encode_chats(
-    model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, chats: Sequence[list[dict]]
+    model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor, chats: Sequence[list[dict]], **options
 ) -> BatchFeature:
-    """The model's inputs for chats, a row each, on its device."""
+    """The model's inputs for chats, a row each, on its device; `options` are the processor's."""
     return processor.apply_chat_template(
         list(chats), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        processor_kwargs={"padding": True},
+        processor_kwargs={"padding": True, **options},
     ).to(model.device)  # fmt: skip
 
 
@@ -78,8 +79,14 @@ def answer_batch(
     started = time.perf_counter()
     inputs = encode_chats(model, processor, chats)
     output = model.generate(**inputs, tokenizer=processor.tokenizer, **options, return_dict_in_generate=True)
-    new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
-    texts = [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    return read_answers(processor, output, inputs["input_ids"].shape[1], time.perf_counter() - started)
+
+
+def read_answers(
+    processor: LLaDAMedVProcessor, output: LLaDAMedVGenerationOutput, prompt_length: int, seconds: float
+) -> list[Answer]:
+    """The answers that `generate` returned, behind prompts of a length, for all of which it took some seconds."""
+    texts = processor.batch_decode(output.sequences[:, prompt_length:], skip_special_tokens=True)
     reliance = output.answer_confidence * math.nan if output.image_reliance is None else output.image_reliance
     confidences, reliance = (
         [None if math.isnan(value) else value for value in values.tolist()]
@@ -87,8 +94,8 @@ def answer_batch(
     )
     forwards = output.num_forwards.tolist()
     lengths = (output.tokens_per_forward * output.num_forwards).round().long().tolist()
-    seconds = (time.perf_counter() - started) / len(texts)
-    return [Answer(*row, seconds, relies) for *row, relies in zip(texts, confidences, lengths, forwards, reliance)]
+    rows = zip(texts, confidences, lengths, forwards, reliance)
+    return [Answer(text.strip(), *row, seconds / len(texts), relies) for text, *row, relies in rows]
 
 
 @torch.no_grad()
@@ -142,4 +149,5 @@ def open_image(processor: LLaDAMedVProcessor, image, question_id: str):
 
 __all__ = [
     "Answer", "answer_batch", "candidate_probabilities", "device_name", "encode_chats", "open_image", "question_about",
+    "read_answers",
 ]  # fmt: skip

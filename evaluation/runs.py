@@ -40,6 +40,7 @@ def run_items(
     settings: dict,
     batch_size: int = 1,
     unit: str = "question",
+    redo: Callable[[dict], bool] | None = None,
 ) -> list[dict]:
     """Call `answer` for all items, each once.
 
@@ -53,6 +54,8 @@ def run_items(
         settings: JSON-able; all that the records depend on. A folder whose run had other settings is refused.
         batch_size: items at a time.
         unit: what the progress counts.
+        redo: which records of an earlier call are made anew. If it is given, items may come and go between calls:
+            records of those that are gone are left out.
 
     Returns:
         The records of all items in the order of `ids`, in every process.
@@ -69,7 +72,9 @@ def run_items(
         raise ValueError(f"`ids` holds {repeated!r} more than once; each item needs its own id.")
     known = set(ids)
     folder, state = Path(folder), process_state()
-    settings = {**settings, "num_items": len(ids), "items_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest()}
+    if redo is None:
+        digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
+        settings = {**settings, "num_items": len(ids), "items_sha256": digest}
     settings = json.loads(json.dumps(settings))  # as it will be read again
 
     def prepare() -> None:
@@ -80,11 +85,19 @@ def run_items(
                 cut_torn_line(part)
 
     def answer_own() -> None:
-        own = [place for place, item in enumerate(ids) if item not in done][state.process_index :: state.num_processes]
+        batches = []
+        for start in range(0, len(ids), batch_size):
+            batch = [*range(start, min(start + batch_size, len(ids)))]
+            # Whole, wherever the last run stopped: what shares a forward pass decides the last digits.
+            if not all(ids[place] in done for place in batch):
+                batches.append(batch)
+            elif redo and (again := [place for place in batch if redo(done[ids[place]])]):
+                batches.append(again)
+        own = batches[state.process_index :: state.num_processes]
         label = f"process 1 of {state.num_processes}" if state.num_processes > 1 else None
-        with tqdm(total=len(own), unit=unit, desc=label, disable=not state.is_main_process) as progress:
-            for start in range(0, len(own), batch_size):
-                batch = own[start : start + batch_size]
+        total = sum(map(len, own))
+        with tqdm(total=total, unit=unit, desc=label, disable=not state.is_main_process) as progress:
+            for batch in own:
                 records = answer(batch)
                 if len(records) != len(batch):
                     raise RuntimeError(f"{len(batch)} items gave {len(records)} records.")
@@ -93,17 +106,17 @@ def run_items(
 
     def put_together() -> None:
         if state.is_main_process:
-            done = _read_done(folder, known)
+            done = _read_done(folder, known, redo)
             replace_file(folder / PREDICTIONS_FILE, "".join(json.dumps(done[item]) + "\n" for item in ids))
             for part in folder.glob(_PARTS):
                 part.unlink()
 
     with ExitStack() as held:
         _all_do(prepare, state)
-        done = _all_do(lambda: _read_done(folder, known), state)  # no process writes before all have read
+        done = _all_do(lambda: _read_done(folder, known, redo), state)  # no process writes before all have read
         _all_do(answer_own, state)
         _all_do(put_together, state)
-        done = _read_done(folder, known)
+        done = _read_done(folder, known, redo)
         return [done[item] for item in ids]
 
 
@@ -155,13 +168,17 @@ def _differences(there: dict, here: dict, within: str = "") -> Iterator[tuple[st
             yield f"{within}{name}", *values
 
 
-def _read_done(folder: Path, known: set[str]) -> dict[str, dict]:
+def _read_done(folder: Path, known: set[str], redo: Callable[[dict], bool] | None) -> dict[str, dict]:
     done = {}
     for file in (folder / PREDICTIONS_FILE, *sorted(folder.glob(_PARTS))):
         for number, record in read_lines(file, "id"):
+            if record["id"] not in known and redo is not None:
+                continue
             if record["id"] not in known:
                 raise ValueError(f"{str(file)!r} has a record of {record['id']!r} at line {number}, which is no item.")
-            done.setdefault(record["id"], record)  # killed while the parts were being put together, it is there twice
+            # Killed while the parts were being put together, it is there twice; made anew, the last one counts.
+            if record["id"] not in done or (redo and redo(done[record["id"]])):
+                done[record["id"]] = record
     return done
 
 

@@ -82,7 +82,7 @@ def evaluate_vqa(
         candidates: see the `medical_vqa` metric.
         bootstrap_samples: how often images are drawn anew for 95 % confidence intervals; 0 computes none.
         seed: of the bootstrap, and of the noise where `options` have a temperature. With one, answers depend on which
-            questions are in a batch, and so on `batch_size`, interruptions and the number of processes.
+            questions are in a batch, and so on `batch_size`.
 
     Returns:
         The summary, in every process. `complete` is False if questions could not be answered because of their image, or

@@ -5,6 +5,7 @@ Each command checks its words first, then calls `quiet`, which imports PyTorch, 
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import socket
@@ -19,6 +20,7 @@ import lladamedv
 from lladamedv.evaluation.published import CHAT_DECODING, VQA_DECODING
 from lladamedv.modeling_lladamedv.presets_lladamedv import PRESETS
 from lladamedv.processing.medical_images import is_url
+from lladamedv.processing.picture_lists import parse_montage
 from lladamedv.processing.vqa_sources import BENCHMARKS, SPLITS
 
 from .cli_common import (
@@ -29,6 +31,7 @@ from .cli_common import (
     Commands,
     Group,
     Host,
+    Reader,
     Source,
     calls,
     check_exists,
@@ -48,9 +51,12 @@ from .cli_common import (
 )
 from .doors import LOOPBACK_HOSTS
 from .loading import DEMO, DTYPES, check_name, find_device, find_folder
+from .many import SKIPPED_FILE, answer_many, check_output, run_folder
 from .paths import EXPLANATION_SUFFIXES, check_new_file, check_new_folder, check_shard_size
+from .units import TABLES, Looking, unit_of_picture, units_in_folder, units_in_table
 
 
+MANY = "Many images"  # heading of `lladamedv ask --help`
 # Headings of `lladamedv --help`.
 USE, MEASURE, PUBLISH = "Ask a model", "Train and measure", "Make and publish models"
 INCOMPLETE = 3  # exit code: there is a report, but some questions have no answer
@@ -134,11 +140,13 @@ def _split(answers: str) -> list[str]:
 @app.command(rich_help_panel=USE)
 @takes(source=model_options(), read=READING, generation=generation_options())
 def ask(
-    image: word(str, "IMAGE", f"{IMAGE}."),
-    question: word(str, "QUESTION", "What to ask about it."),
+    image: word(str, "IMAGE", f"{IMAGE}; with --output also a folder of images, or a table that names them."),
     source: Source,
     read: Any,
     generation: dict,
+    questions: word(
+        list[str] | None, "QUESTION", "What to ask about it; with --output several, or none if the table has them."
+    ) = None,
     explain: flag(
         Path | None, "Also write how the answer was denoised, as an .html or .png file.",
         check=partial(check_new_file, suffixes=EXPLANATION_SUFFIXES),
@@ -152,9 +160,27 @@ def ask(
         check=_split,
     ) = None,
     group: flag(str | None, "With --candidates: the question's group, as the calibration calls it.") = None,
+    output: flag(
+        Path | None, "Answer all questions about all images, into a .csv, .jsonl or .parquet file; called again, it "
+        "goes on where it stopped.", check=check_output, rich_help_panel=MANY,
+    ) = None,
+    every: flag(
+        int | None, "Every so-manyth slice of volumes and DICOM series, from the first.", min=1, rich_help_panel=MANY
+    ) = None,
+    montage: flag(
+        str | None, "The slices of each volume or DICOM study as one image, COLUMNSxROWS of them, spread evenly.",
+        check=parse_montage, rich_help_panel=MANY,
+    ) = None,
+    batch_size: flag(
+        int | None, "Questions at a time, in each process; by default 8.", min=1, rich_help_panel=MANY
+    ) = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Answer one question about one image.
+    """Answer one question about one image; or with --output many about many.
+
+    With --output the images are the pictures in a folder and the folders in it; or those that a table (.csv, .tsv,
+    .json, .jsonl, .parquet) names in its column image, with its columns question and id if it has them. With several
+    GPUs: `accelerate launch -m lladamedv.cli ask …`. Exit code 3: some rows have an error instead of an answer.
 
     --where, and a page of --explain, run the model on up to 256 rows more, 32 at a time.
 
@@ -168,17 +194,41 @@ def ask(
       lladamedv ask picture.png "Describe the image." --steps 8 --json
       lladamedv ask picture.png "Describe the image." --explain denoising.html --where map.png
       lladamedv ask picture.png "Is there a lesion?" --candidates Yes,No
+      lladamedv ask images "Is there a lesion?" "Describe the image." --output answers.csv
+      lladamedv ask studies "Describe the image." --montage 4x3 --window lung --output reports.jsonl
+      lladamedv ask questions.csv --output answers.csv
     """
-    if not is_url(image) and not Path(image).expanduser().is_file() and Path(question).expanduser().is_file():
-        raise usage("IMAGE", f"{image!r} is no file, but QUESTION {question!r} is one: the image comes first.")
-    if not question.strip():
-        raise usage("QUESTION", "it is empty.")
     if candidates is not None and (generation or explain or where):
         raise usage(
             "--candidates", "it generates nothing; options of generation, --explain and --where do not go with it."
         )
     if group is not None and candidates is None:
         raise usage("--group", f"{group!r}; it goes with --candidates.")
+    questions = questions or []
+    if any(not each.strip() for each in questions):
+        raise usage("QUESTION", "it is empty.")
+    if output is not None:
+        for name, value in {"--explain": explain, "--where": where}.items():
+            if value is not None:
+                raise usage(name, f"{str(value)!r}; it does not go with --output.")
+        return _ask_many(
+            image, questions, source, read, generation, output, as_json, every=every, montage=montage,
+            batch_size=batch_size or 8, candidates=candidates, group=group,
+        )  # fmt: skip
+    for name, value in {"--every": every, "--montage": montage, "--batch-size": batch_size}.items():
+        if value is not None:
+            raise usage(name, f"{value!r}; it goes with --output.")
+    if len(questions) != 1:
+        if not questions:
+            raise usage("QUESTION", "missing.")
+        raise usage("QUESTION", f"{len(questions)} given; several go with --output, a file for the answers.")
+    path = Path(image).expanduser()
+    if path.is_dir() or (path.suffix.lower() in TABLES and path.is_file()):
+        what = "folder" if path.is_dir() else "table"
+        raise usage("IMAGE", f"{image!r} is a {what}; it goes with --output, a file for the answers.")
+    (question,) = questions
+    if not is_url(image) and not Path(image).expanduser().is_file() and Path(question).expanduser().is_file():
+        raise usage("IMAGE", f"{image!r} is no file, but QUESTION {question!r} is one: the image comes first.")
     picture = read(image)
     quiet()
     from lladamedv.conversation import demo_notice, find_evidence
@@ -215,6 +265,62 @@ def ask(
         given = dataclasses.replace(given, evidence=evidence)
     if explain is not None:
         given.save(explain)
+
+
+def _ask_many(
+    image: str, questions: list[str], source: Source, read: Reader, generation: dict, output: Path, as_json: bool,
+    *, every: int | None, montage: str | None, batch_size: int, candidates: str | None, group: str | None,
+) -> None:  # fmt: skip
+    """Answer all questions about all pictures of a folder or table, or about one picture."""
+    path = Path(image).expanduser()
+    if not is_url(image) and not path.exists():
+        raise usage("IMAGE", f"{image!r}; there is no such file or folder.")
+    is_table = path.suffix.lower() in TABLES and path.is_file()
+    if not questions and not is_table:
+        raise usage("QUESTION", "missing; only a table may have the questions in it.")
+    given = [name for name in ("frame", "slice_index", "page") if read.options[name] is not None]
+    if given and (every or montage):
+        raise usage(read.name_of(given[0]), f"{read.options[given[0]]}; --every and --montage choose the slices.")
+
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes of `accelerate launch`
+    say = tell if is_first else lambda line: None
+    say(f"reading {image}")  # before PyTorch is imported, and before all names of a large folder are known
+    skipped = []
+    if path.is_dir():
+        units, skipped = units_in_folder(
+            path, questions, series=every is not None, studies=montage is not None,
+            without=(output, run_folder(output)),
+        )  # fmt: skip
+    quiet()
+    if is_table:
+        units = units_in_table(path, questions)
+    elif not path.is_dir():
+        units = [unit_of_picture(image if is_url(image) else str(path), questions)]
+    # What was done to each picture stands in its row.
+    logging.getLogger("lladamedv.processing.medical_images").setLevel(logging.ERROR)
+    from lladamedv.conversation import demo_notice
+
+    if not units:
+        raise ValueError(f"`image` is {image!r}, which holds no pictures, but {len(skipped)} other files.")
+    say(f"{len(units)} {'series' if every or montage else 'images'}, {sum(len(unit.rows) for unit in units)} questions")
+    if skipped and is_first:
+        names = ", ".join(name for name, _ in skipped[:5]) + ", …" * (len(skipped) > 5)
+        typer.echo(f"skipped {len(skipped)} files that are no pictures: {names}", err=True)
+    model, processor = _load(source)
+    if notice := demo_notice(model):
+        say(notice)
+    summary = answer_many(
+        model, processor, units, output, skipped=skipped, batch_size=batch_size, group=group,
+        looking=Looking(read.options, every, montage and parse_montage(montage), read.name_of),
+        candidates=candidates and _split(candidates),
+        command={"image": image if is_url(image) else str(path.resolve()), "questions": questions}, **generation,
+    )  # fmt: skip
+    lines = [f"{summary['rows']} rows, {summary['errors']} of them with an error instead of an answer"]
+    if summary["marked"]:
+        lines.append(f"{summary['marked']} texts that a spreadsheet would take for formulas begin with an apostrophe")
+    if skipped:
+        lines.append(f"{len(skipped)} files skipped: {run_folder(output) / SKIPPED_FILE}")
+    _finish(summary, "\n".join(lines), as_json, output)
 
 
 @app.command(rich_help_panel=USE)

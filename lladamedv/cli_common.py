@@ -220,8 +220,13 @@ class Reader:
     """
 
     def __init__(self, own: dict, given: dict):
-        self._options = own
+        self.options = own
         self._told(check_options)
+
+    @staticmethod
+    def name_of(argument: str) -> str:
+        """What the command line calls an argument of [`read_medical_image`]."""
+        return _READING_FLAGS.get(argument, argument)
 
     def __call__(self, source: str) -> MedicalImage:
         def read(**options):
@@ -231,7 +236,7 @@ class Reader:
 
     def _told(self, call: Callable, source: str = "") -> Any:
         try:
-            return call(**self._options)
+            return call(**self.options)
         except MedicalImageError as error:
             raise ValueError(error.told(lambda argument: _READING_FLAGS.get(argument, repr(source)))) from None
 

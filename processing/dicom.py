@@ -6,9 +6,11 @@ Only the elements that say how pixels are shown are read from a file, and none t
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -116,34 +118,99 @@ def read_dicom_series(folder: str | Path) -> list[Path]:
             series or have different orientations.
         ImportError: if pydicom is not installed.
     """
-    pydicom = require("pydicom")
-    found, series, orientations = [], set(), []
     if not Path(folder).is_dir():
         raise MedicalImageError("`folder` is not a folder; allowed are folders with the files of one series.")
-    wanted = ["SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient"]
-    for path in sorted(entry for entry in Path(folder).iterdir() if entry.is_file()):
-        with path.open("rb") as file:
-            if not is_dicom(file.read(132)):
-                continue
-            file.seek(0)
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=wanted)
-        if not header.get("ImagePositionPatient") or not header.get("ImageOrientationPatient"):
-            raise MedicalImageError(
-                "`folder` holds a DICOM file without ImagePositionPatient and ImageOrientationPatient; allowed are "
-                "folders with the single-frame slices of one series."
-            )
-        series.add(header.get("SeriesInstanceUID"))
-        orientations.append([float(number) for number in header.ImageOrientationPatient])
-        found.append((path, [float(number) for number in header.ImagePositionPatient]))
+    found = []
+    for path in sorted(entry.name for entry in Path(folder).iterdir() if entry.is_file()):
+        with Path(folder, path).open("rb") as file:
+            if is_dicom(file.read(132)):
+                found.append(path)
     if not found:
         raise MedicalImageError("`folder` holds no DICOM files; allowed are folders with the files of one series.")
-    if len(series) > 1 or not np.allclose(orientations, orientations[0], atol=1e-3):
+    series = [files for study in read_dicom_studies(folder, found) for files in study]
+    if not all(file.is_placed for files in series for file in files):
+        raise MedicalImageError(
+            "`folder` holds a DICOM file without ImagePositionPatient and ImageOrientationPatient; allowed are "
+            "folders with the single-frame slices of one series."
+        )
+    if len(series) > 1 or series[0][0].order != _BY_POSITION:
         raise MedicalImageError(
             f"`folder` holds files of {len(series)} series, or of different orientations; allowed is one series of "
             "parallel slices."
         )
-    normal = np.cross(orientations[0][:3], orientations[0][3:])
-    return [path for path, position in sorted(found, key=lambda item: float(np.dot(item[1], normal)))]
+    return [Path(folder, file.path) for file in series[0]]
+
+
+class DicomFile(NamedTuple):
+    """A file of a series.
+
+    Attributes:
+        path: of the file.
+        frames: how many pictures it has; 0 for a file without any.
+        is_placed: whether it says where it lies.
+        order: by what the files of its series are in order.
+    """
+
+    path: str
+    frames: int
+    is_placed: bool
+    order: str
+
+
+_BY_POSITION, _BY_NUMBER, _BY_NAME = "position", "InstanceNumber", "file name"
+_OF_SERIES = [
+    "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "InstanceNumber", "ImagePositionPatient",
+    "ImageOrientationPatient", "NumberOfFrames", "Rows",
+]  # fmt: skip
+
+
+def read_dicom_studies(folder: str | Path, paths: Sequence[str]) -> list[list[list[DicomFile]]]:
+    """The series of each study, and the files of each series in the order of their slices; only headers are read.
+
+    Slices are in order by their position along the normal (see [`read_dicom_series`]) where all of a series lie
+    parallel, else by InstanceNumber where all have one, else by the files' names.
+
+    Args:
+        folder: that the paths are below.
+        paths: of DICOM files. One whose header is broken is a series of its own; those that name no study or
+            series are of one with the others of their folder.
+
+    Raises:
+        ImportError: if pydicom is not installed.
+    """
+    pydicom = require("pydicom")
+    studies: dict[str, dict[str, list[tuple]]] = {}
+    for path in paths:
+        try:
+            header = pydicom.dcmread(Path(folder, path), stop_before_pixels=True, specific_tags=_OF_SERIES)
+            study, series = (str(header.get(each) or os.path.dirname(path)) for each in _OF_SERIES[:2])
+            frames = int(header.get("NumberOfFrames") or 1) if header.get("Rows") else 0
+            numbers = [header.get(each) for each in _OF_SERIES[2:4]]
+            series_number, number = (None if each in (None, "") else int(each) for each in numbers)
+            place, directions = ([*map(float, header.get(each) or ())] for each in _OF_SERIES[4:6])
+        except Exception:  # pydicom raises many kinds; reading the picture says what is wrong
+            study, series, frames, series_number, number, place, directions = path, path, 1, None, None, [], []
+        is_placed = len(place) == 3 and len(directions) == 6
+        entry = (series_number, number, place, directions, DicomFile(path, frames, is_placed, ""))
+        studies.setdefault(study, {}).setdefault(series, []).append(entry)
+    return [
+        [_in_order(files) for files in sorted(study.values(), key=lambda files: files[0][0] or 0)]
+        for study in studies.values()
+    ]
+
+
+def _in_order(files: list[tuple]) -> list[DicomFile]:
+    """The files of a series, in the order of their slices."""
+    _, numbers, places, directions, found = zip(*files)
+    if all(file.is_placed for file in found) and np.allclose(directions, directions[0], atol=1e-3):
+        normal = np.cross(directions[0][:3], directions[0][3:])
+        order, keys = _BY_POSITION, [float(np.dot(place, normal)) for place in places]
+    elif None not in numbers:
+        order, keys = _BY_NUMBER, numbers
+    else:
+        order, keys = _BY_NAME, [file.path for file in found]
+    ranked = sorted(zip(keys, found), key=lambda each: (each[0], each[1].path))
+    return [file._replace(order=order) for _, file in ranked]
 
 
 def _read_header(file: BinaryIO):

@@ -63,6 +63,21 @@ class _Quiet(ContextDecorator):
                 self._undo.close()
 
 
+def is_picture(file: BinaryIO) -> bool:
+    """Whether a file is of a format that [`read_picture`] reads, whole or broken; nothing is decoded."""
+    head = file.read(12)
+    file.seek(0)
+    if head.startswith((*_JPEG, *_JPEG_2000, *_TIFF)):
+        return True
+    try:
+        Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        return False
+    except Exception:  # it is one, and reading it says what is wrong
+        return True
+    return True
+
+
 @_Quiet()
 def read_picture(
     file: BinaryIO, steps: Steps, *, page: int | None, max_pixels: int, **shown

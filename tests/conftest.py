@@ -30,7 +30,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(autouse=True)
 def levels():
     """A command that a test runs in this process keeps the libraries quiet, and would do so for the tests after it."""
-    loggers = [logging.getLogger(name) for name in (None, "lladamedv", "torch", "torchao", "bitsandbytes")]
+    names = (None, "lladamedv", "lladamedv.processing.medical_images", "torch", "torchao", "bitsandbytes")
+    loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, before):
