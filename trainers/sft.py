@@ -50,8 +50,8 @@ from .rows import split_by_image
 
 logger = logging.getLogger(__name__)
 METHODS = {
-    "sft": (MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer),
-    "dpo": (MaskedDiffusionDPOConfig, MaskedDiffusionDPOTrainer),
+    "sft": (MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer, "answers"),
+    "dpo": (MaskedDiffusionDPOConfig, MaskedDiffusionDPOTrainer, "pairs"),
 }
 DEMO = "demo"  # as a model: the tiny one that comes with the package
 # The language model's matrices alone: the tower has layers of the same names.
@@ -291,7 +291,7 @@ def build_trainer(
     options = {
         "image_folder": script_args.image_folder, "seed": training_args.seed,
         "stopping_strategy": script_args.stopping_strategy, "invalid_records": training_args.invalid_rows,
-        "pairs": script_args.method == "dpo",
+        "form": METHODS[script_args.method][2],
     }  # fmt: skip
     with training_args.main_process_first(desc="loading data"):
         train_data, reports = load_dataset_mixture(

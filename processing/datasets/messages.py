@@ -30,6 +30,12 @@ ROW_FEATURES = Features({"id": Value("string"), "messages": _MESSAGES, "images":
 PAIR_FEATURES = Features(
     {"id": Value("string"), **dict.fromkeys(PREFERENCE, _MESSAGES), "images": List(Image())}
 )
+PROMPT_FEATURES = Features(
+    {
+        "id": Value("string"), "prompt": _MESSAGES, "images": List(Image()),
+        "answer": Value("string"), "candidates": List(Value("string")),
+    }
+)  # fmt: skip
 # What may stand in messages and rows, and would change what is learned if it were read.
 _NOT_READ_IN_MESSAGES = (
     "tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "weight", "loss", "train",
@@ -91,6 +97,38 @@ def record_to_pair(record: dict, record_id: str, images: ImageFiles | None = Non
     pair = {name: normalize_messages(_turns("assistant", record[name]), 0) for name in PREFERENCE[1:]}
     pair["prompt"] = normalize_messages(_turns("user", record["prompt"]), len(given))
     return {"id": Fields(record).id(record_id), **pair, "images": given}
+
+
+def record_to_prompt(record: dict, record_id: str, images: ImageFiles | None = None) -> dict:
+    """One record as a prompt and what rewards compare its answers with.
+
+    Args:
+        record: has `prompt`, as chat messages, and `answer`; or is one that [`record_to_row`] takes, whose last turn is
+            the answer. Perhaps `candidates`, the possible answers.
+        record_id, images: see there, also for errors.
+
+    Returns:
+        `{"id", "prompt", "images", "answer", "candidates"}`.
+    """
+    if isinstance(record.get("prompt"), list):
+        answer = {"role": "assistant", "content": answer_text(Fields(record).get("answer"))}
+        record = {**record, "messages": [*record["prompt"], answer]}
+    return prompt_of(record_to_row(record, record_id, images), record.get("candidates"))
+
+
+def prompt_of(row: dict, candidates: list[str] | None = None) -> dict:
+    """What [`record_to_prompt`] returns, of a row of messages.
+
+    Raises:
+        InvalidRecordError: if its last turn is no answer.
+    """
+    *prompt, answer = row["messages"]
+    text = "".join(part["text"] for part in answer["content"])
+    if answer["role"] != "assistant" or not prompt:
+        raise InvalidRecordError("its last turn is no answer")
+    if not isinstance(candidates, list | None) or not all(isinstance(each, str) for each in candidates or ()):
+        raise InvalidRecordError("`candidates` is no list of texts", repr(candidates))
+    return {"id": row["id"], "prompt": prompt, "images": row["images"], "answer": text, "candidates": candidates}
 
 
 def _images_of_record(record: dict, images: ImageFiles | None) -> list:
