@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 
@@ -26,7 +27,7 @@ from .masked_diffusion_sft_trainer import MaskedDiffusionSFTTrainer, arguments_a
 from .preference_loss import IMAGE_CONDITIONAL, preference_loss, preference_noise
 
 
-_NOT_THE_MODELS = ("row_ids", "whole", "pair_numbers", "ref_logps")
+_NOT_THE_MODELS = ("row_ids", "whole", "pair_numbers", "ref_logps", "shuffled", "exchanged")
 logger = logging.getLogger(__name__)
 
 
@@ -69,7 +70,7 @@ class MaskedDiffusionDPOTrainer(MaskedDiffusionSFTTrainer):
                 "`model` comes with adapters, without which it is not what training starts from; set "
                 "`precompute_ref_log_probs=True`, or give a `ref_model`."
             )
-        self._hide_images = IMAGE_CONDITIONAL in args.loss_type
+        self._conditional_image = args.conditional_image if IMAGE_CONDITIONAL in args.loss_type else None
         # SFTTrainer would refuse other names than its own.
         loss_type, args.loss_type = args.loss_type, "nll"
         try:
@@ -77,7 +78,7 @@ class MaskedDiffusionDPOTrainer(MaskedDiffusionSFTTrainer):
         finally:
             args.loss_type = loss_type
         self._totals = torch.zeros(3, dtype=torch.float64)  # of the chosen answers' log-ratios since the last log
-        self._warned = False
+        self._warned = self._warned_of_pictures = False
         _without_dropout(self.model)
         self.ref_model = self._reference(ref_model)
         if args.precompute_ref_log_probs:
@@ -91,7 +92,7 @@ class MaskedDiffusionDPOTrainer(MaskedDiffusionSFTTrainer):
         self._made = True
 
     def _collator_options(self):
-        return super()._collator_options() | {"hide_images": self._hide_images}
+        return super()._collator_options() | {"conditional_image": self._conditional_image}
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -104,6 +105,15 @@ class MaskedDiffusionDPOTrainer(MaskedDiffusionSFTTrainer):
                 "trainer."
             )
         return super()._prepare_rows(dataset, name)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As in `Trainer`; its batches hold other rows' pictures, too, if they are asked for."""
+        collator = self.data_collator
+        self.data_collator = replace(collator, shuffled=self.args.log_shuffled_images)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
 
     # The reference
 
@@ -181,6 +191,8 @@ class MaskedDiffusionDPOTrainer(MaskedDiffusionSFTTrainer):
             policy, reference, lengths, pairs, args.loss_type, args.loss_weights, args.beta
         )
         self._measure(policy.detach(), reference, ratios, lengths[:pairs] > 0)
+        if "shuffled" in inputs:
+            self._measure_shuffled(model, inputs["shuffled"])
         if "whole" not in inputs:
             return losses.mean()
         self._count_tokens(inputs, args.num_draws)
@@ -199,8 +211,8 @@ class MaskedDiffusionDPOTrainer(MaskedDiffusionSFTTrainer):
         if draws > 1:
             spread = (policy - reference)[:, : 2 * pairs].var(dim=0) / draws
             logged["rewards/margins_variance"] = beta**2 * (spread[:pairs] + spread[pairs:])
-        if ratios.hidden is not None:
-            logged["rewards/image_accuracies"] = (ratios.chosen > ratios.hidden).float()
+        if ratios.conditional is not None:
+            logged["rewards/image_accuracies"] = (ratios.chosen > ratios.conditional).float()
         values = [*logged.values(), ratios.chosen**2, torch.ones_like(ratios.chosen)]
         sums = torch.stack([(each * real).sum() for each in values])
         *sums, squares, count = self.accelerator.gather(sums[None]).sum(dim=0).tolist()
@@ -210,6 +222,22 @@ class MaskedDiffusionDPOTrainer(MaskedDiffusionSFTTrainer):
             self._metrics["train" if self.model.training else "eval"][name].append(total / count)
         if self.model.training:
             self._totals += torch.tensor([count, sums[0] / beta, squares], dtype=torch.float64)
+
+    @torch.no_grad()
+    def _measure_shuffled(self, model, inputs):
+        """How often the chosen answer has the higher reward where both are about another row's picture."""
+        bounds_of = self._bounds_of(inputs)
+        chosen, rejected = (bounds_of(model) - self._reference_bounds(inputs, bounds_of)).mean(dim=0).chunk(2)
+        right = torch.stack([(chosen > rejected) * inputs["exchanged"], inputs["exchanged"]], dim=1)
+        right, count = self.accelerator.gather(right.sum(dim=0)[None]).sum(dim=0).tolist()
+        if count:
+            self._metrics["eval"]["rewards/shuffled_accuracies"] += [right / count] * count
+        elif not self._warned_of_pictures:
+            self._warned_of_pictures = True
+            logger.warning(
+                "`log_shuffled_images` is True, but a batch of the evaluation shows one picture alone, and does not "
+                "count; try a larger `per_device_eval_batch_size`, or rows in another order."
+            )
 
     def log(self, logs, start_time=None):
         """As in `Trainer`; warns once when the chosen answers have become less likely than under the reference, by more
