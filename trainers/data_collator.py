@@ -43,7 +43,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         - `answer_ids` (`(batch, sequence)`): number of the answer that a token belongs to, within the batch,
         - with images `pixel_values`, `image_sizes`, `batch_num_images`, `image_index`, as the model takes them,
         - `turn_ids` with `turn_mask`; `segment_ids` and `position_ids` if packed,
-        - `row_ids` (`list[str]`): `id` of each row, or how it begins.
+        - `row_ids` (`list[str]`): `id` of each row, or how it begins; `row_numbers`, if a trainer has added them.
 
     Raises (when called):
         ValueError: for a row longer than `max_length`, or whose images and placeholders differ in number.
@@ -105,6 +105,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         if any(images):
             batch |= self._process_images(images)
         batch["row_ids"] = [row["id"] for row in rows[: len(examples)]]
+        if "row_number" in examples[0]:
+            batch["row_numbers"] = [row["row_number"] for row in examples]
         return batch
 
     def conversations(self, row: dict, images: list) -> list[tuple[dict, list]]:
@@ -235,7 +237,7 @@ class DataCollatorForMaskedDiffusionPreference(DataCollatorForMaskedDiffusion):
         The other arguments are those of [`DataCollatorForMaskedDiffusion`].
 
     Returns (when called): its dict, of the chosen answers, then the rejected ones, then the chosen ones again;
-        - `pair_numbers` and `ref_logps` `(draws, rows)`, if the trainer has added them to the rows;
+        - `ref_logps` `(draws, rows)`, if the trainer has added them to the rows;
         - `shuffled`: the dict of both answers about the images of another row, and `exchanged` `(rows,)`, which rows
           have such; the others have their own.
     """
@@ -251,8 +253,6 @@ class DataCollatorForMaskedDiffusionPreference(DataCollatorForMaskedDiffusion):
             others = [{**row, "images": row["other_images"] or row["images"]} for row in examples]
             batch["shuffled"] = replace(self, conditional_image=None, shuffled=False).torch_call(others)
             batch["shuffled"]["exchanged"] = torch.tensor([row["other_images"] is not None for row in examples])
-        if "pair_number" in examples[0]:
-            batch["pair_numbers"] = [row["pair_number"] for row in examples]
         if "ref_logps" in examples[0]:  # of each row (conversations, draws)
             batch["ref_logps"] = torch.tensor([row["ref_logps"] for row in examples]).permute(2, 1, 0).flatten(1)
         return batch
