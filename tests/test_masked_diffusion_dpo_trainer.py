@@ -6,9 +6,11 @@ import math
 import time
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig
@@ -128,18 +130,66 @@ def test_the_reference_is_the_exact_one_of_score(tmp_path):
         assert found[f"eval_logps/{name}"] == pytest.approx(float(now[int(name == "rejected")]), rel=0.1)
 
 
-def test_losses_of_the_picture(tmp_path):
+@pytest.mark.parametrize("image", ["crop", "blank"])
+def test_losses_of_the_picture(tmp_path, image):
     """mDPO's terms: at the start each is log 2, and the chosen answer comes to need its picture."""
     options = {"loss_type": ["sigmoid", "image_conditional", "anchor", "sft"], "loss_weights": [1.0, 1.0, 1.0, 0.0]}
-    trainer = make_trainer(tmp_path, eval_dataset=rows(4), max_steps=16, **options)
+    trainer = make_trainer(tmp_path, eval_dataset=rows(4), max_steps=16, conditional_image=image, **options)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(3 * math.log(2), abs=1e-6)
     trainer.train()
     assert trainer.evaluate()["eval_rewards/image_accuracies"] > 0.7
     batch = trainer.data_collator([trainer.train_dataset[0]])
-    hidden = batch["pixel_values"][batch["image_index"][2], 0]
-    torch.testing.assert_close(hidden, hidden[:, :1, :1].expand_as(hidden))
-    picture = batch["pixel_values"][0, 0]
-    assert (hidden[:, 0, 0] - picture.flatten(1).median(dim=1).values).abs().max() < 0.05
+    picture, other = (batch["pixel_values"][batch["image_index"][place], 0] for place in (0, 2))
+    if image == "blank":
+        torch.testing.assert_close(other, other[:, :1, :1].expand_as(other))
+        assert (other[:, 0, 0] - picture.flatten(1).median(dim=1).values).abs().max() < 0.05
+    else:  # smoother than noise, and no copy of it
+        assert other.std() < picture.std() and (other - picture).abs().max() > 0.1
+
+
+def test_a_crop_is_a_small_part_of_the_picture(tmp_path):
+    """Of a picture whose colours say where each pixel is: the crop's corners are those of a box of 1 to 20 %."""
+    place = np.stack(np.broadcast_arrays(np.arange(240)[:, None], np.arange(160), 0), axis=2).astype(np.uint8)
+    collator = make_trainer(tmp_path, loss_type="image_conditional").data_collator
+    areas = []
+    for number in range(40):
+        place[..., 2] = number
+        row = {"prompt": "?", "chosen": "a", "rejected": "b"}
+        (_, (crop,)) = collator.conversations(row, [Image.fromarray(place)])[2]
+        shown = np.asarray(crop).astype(int)
+        assert shown.shape == place.shape and (shown[..., 2] == number).all()
+        assert (np.diff(shown[..., 0], axis=0) >= 0).all() and (np.diff(shown[..., 1], axis=1) >= 0).all()
+        height, width = (shown[-1, -1] - shown[0, 0] + 1)[:2]
+        areas.append(height * width / 240 / 160)
+    assert 0.005 < min(areas) < 0.06 and 0.14 < max(areas) < 0.22
+
+
+def test_rewards_about_shuffled_pictures(tmp_path, caplog):
+    """Of two answers, each right for one of two pictures: learned, the rewards follow the picture; exchanged, they are
+    always wrong. The pictures are the other row's, and the masks those of the right pictures."""
+    data = datasets.Dataset.from_list([
+        {"prompt": "Which?", "images": [random_image(seed=seed)], "chosen": chosen, "rejected": rejected}
+        for seed, chosen, rejected in ((1, "Left.", "Right."), (2, "Right.", "Left."))
+    ]).cast_column("images", datasets.List(datasets.Image()))  # fmt: skip
+    options = {"loss_type": ["sigmoid", "image_conditional"], "conditional_image": "shuffled"}
+    trainer = make_trainer(
+        tmp_path, dataset=data, eval_dataset=data, log_shuffled_images=True, max_steps=40, **options
+    )
+    batch = next(iter(trainer.get_eval_dataloader()))
+    pictures = batch["pixel_values"][batch["image_index"]]
+    others = batch["shuffled"]["pixel_values"][batch["shuffled"]["image_index"]]
+    torch.testing.assert_close(others, pictures[[1, 0, 3, 2]])
+    torch.testing.assert_close(pictures[4:], pictures[[1, 0]])  # of "image_conditional"
+    assert batch["shuffled"]["exchanged"].tolist() == [True, True]
+    assert torch.equal(batch["shuffled"]["labels"], batch["labels"][:4])
+    trainer.train()
+    found = trainer.evaluate()
+    assert (found["eval_rewards/accuracies"], found["eval_rewards/image_accuracies"]) == (1, 1)
+    assert found["eval_rewards/shuffled_accuracies"] == 0
+    assert "rewards/shuffled_accuracies" not in {name for entry in trainer.state.log_history for name in entry}
+    with caplog.at_level(logging.WARNING):
+        assert "eval_rewards/shuffled_accuracies" not in trainer.evaluate(data.select([0, 0]))
+    assert "a batch of the evaluation shows one picture alone" in caplog.text
 
 
 # Noise and batches
@@ -279,7 +329,9 @@ def test_arguments_of_trl(tmp_path):
         ({"dataset": rows(2, rejected=[])}, "`rejected` is not one assistant turn"),
         ({"dataset": rows(2, rejected="Yes.", chosen="Yes.")}, "`chosen` and `rejected` are the same"),
         ({"dataset": rows(2, prompt=[])}, "no `prompt`: .*extract_prompt"),
-        ({"dataset": rows(2, images=[]), "loss_type": "image_conditional"}, "it has no image: .*hides the images"),
+        ({"dataset": rows(2, images=[]), "loss_type": "image_conditional"}, "it has no image: .*changes the images"),
+        ({"conditional_image": "blank"}, "`conditional_image` is 'blank', but `loss_type` lacks 'image_conditional'"),
+        ({"log_shuffled_images": True, "precompute_ref_log_probs": True}, "`log_shuffled_images` is True, so that pic"),
         ({"dataset": rows(2).to_iterable_dataset(), "precompute_ref_log_probs": True}, "`train_dataset` is a stream"),
         ({"pack_questions": 2}, "`pack_questions` is 2, which does not apply to preferences: the two answers"),
         ({"loss_normalization": "tokens"}, "`loss_normalization` is 'tokens', which does not apply to preferences"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,11 @@ from lladamedv.processing.datasets.messages import check_row, images_of, prefere
 from lladamedv.processing.processing_lladamedv import get_training_chat_template
 
 from .masked_diffusion_loss import IGNORE_INDEX
+
+
+# What the chosen answer is compared with: a small part of its own images, as in mDPO (arXiv 2406.11839), their median
+# colour, as `image_guidance_scale` contrasts with, or the images of another row of the batch.
+CONDITIONAL_IMAGES = ("crop", "blank", "shuffled")
 
 
 @dataclass
@@ -38,7 +43,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         - `answer_ids` (`(batch, sequence)`): number of the answer that a token belongs to, within the batch,
         - with images `pixel_values`, `image_sizes`, `batch_num_images`, `image_index`, as the model takes them,
         - `turn_ids` with `turn_mask`; `segment_ids` and `position_ids` if packed,
-        - `row_ids` (`list[str]`): `id` of each row, or how it begins.
+        - `row_ids` (`list[str]`): `id` of each row, or how it begins; `row_numbers`, if a trainer has added them.
 
     Raises (when called):
         ValueError: for a row longer than `max_length`, or whose images and placeholders differ in number.
@@ -100,6 +105,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         if any(images):
             batch |= self._process_images(images)
         batch["row_ids"] = [row["id"] for row in rows[: len(examples)]]
+        if "row_number" in examples[0]:
+            batch["row_numbers"] = [row["row_number"] for row in examples]
         return batch
 
     def conversations(self, row: dict, images: list) -> list[tuple[dict, list]]:
@@ -224,30 +231,42 @@ class DataCollatorForMaskedDiffusionPreference(DataCollatorForMaskedDiffusion):
     answer, about the same images, which are processed once.
 
     Args:
-        hide_images (`bool`): whether the chosen answer comes again, about images of one colour, the median of the
-            image's own, as `image_guidance_scale` contrasts with.
+        conditional_image (`str`, *optional*): the images about which the chosen answer comes again, one of
+            `CONDITIONAL_IMAGES`.
+        shuffled (`bool`): whether the batch comes again with its images exchanged, as `shuffled`.
         The other arguments are those of [`DataCollatorForMaskedDiffusion`].
 
-    Returns (when called): its dict, of the chosen answers, then the rejected ones, then those about hidden images;
-        and `pair_numbers` and `ref_logps` `(draws, rows)`, if the trainer has added them to the rows.
+    Returns (when called): its dict, of the chosen answers, then the rejected ones, then the chosen ones again;
+        - `ref_logps` `(draws, rows)`, if the trainer has added them to the rows;
+        - `shuffled`: the dict of both answers about the images of another row, and `exchanged` `(rows,)`, which rows
+          have such; the others have their own.
     """
 
-    hide_images: bool = False
+    conditional_image: str | None = None
+    shuffled: bool = False
 
     def torch_call(self, examples: list[dict]) -> dict:
+        fetch = self.processor.image_processor.fetch_images
+        examples = _with_others([{**row, "image": None, "images": fetch(images_of(row))} for row in examples])
         batch = super().torch_call(examples)
-        if "pair_number" in examples[0]:
-            batch["pair_numbers"] = [row["pair_number"] for row in examples]
+        if self.shuffled:
+            others = [{**row, "images": row["other_images"] or row["images"]} for row in examples]
+            batch["shuffled"] = replace(self, conditional_image=None, shuffled=False).torch_call(others)
+            batch["shuffled"]["exchanged"] = torch.tensor([row["other_images"] is not None for row in examples])
         if "ref_logps" in examples[0]:  # of each row (conversations, draws)
             batch["ref_logps"] = torch.tensor([row["ref_logps"] for row in examples]).permute(2, 1, 0).flatten(1)
         return batch
 
     def conversations(self, row: dict, images: list) -> list[tuple[dict, list]]:
         chosen, rejected = preference_rows({**row, "image": None, "images": images})
-        if self.hide_images and not images:
-            raise InvalidRecordError("it has no image", "the loss 'image_conditional' hides the images of every row")
         read = [(chosen, images), (rejected, images)]
-        return [*read, (chosen, [*map(_of_one_colour, images)])] if self.hide_images else read
+        if self.conditional_image is None:
+            return read
+        if not images:
+            raise InvalidRecordError("it has no image", "the loss 'image_conditional' changes the images of every row")
+        others = row.get("other_images") if self.conditional_image == "shuffled" else None
+        change = _crop if self.conditional_image == "crop" else _of_one_colour
+        return [*read, (chosen, others or [*map(change, images)])]
 
     def _encode_conversation(self, row: dict) -> dict:
         """Of earlier turns nothing is learned: they are the prompt."""
@@ -300,6 +319,33 @@ class DataCollatorForMaskedDiffusionPrompts(DataCollatorForMaskedDiffusion):
 def _last_answer(labels: list[int]) -> int:
     """Number of tokens of the last answer, with which a row ends."""
     return next((place for place, label in enumerate(reversed(labels)) if label == IGNORE_INDEX), len(labels))
+
+
+def _with_others(rows: list[dict]) -> list[dict]:
+    """Rows with `other_images`, those of the next row in the batch that shows as many images and none of the same, or
+    `None`."""
+    shown = [{(image.tobytes(), image.size) for image in row["images"]} for row in rows]
+
+    def others(place: int) -> list | None:
+        for step in range(1, len(rows)):
+            other = (place + step) % len(rows)
+            if shown[place] and len(rows[other]["images"]) == len(rows[place]["images"]):
+                if shown[place].isdisjoint(shown[other]):
+                    return rows[other]["images"]
+        return None
+
+    return [{**row, "other_images": others(place)} for place, row in enumerate(rows)]
+
+
+def _crop(image: Image.Image) -> Image.Image:
+    """A part of 1 to 20 % of an image in its size: `RandomResizedCrop(scale=(0.01, 0.2))`, which mDPO's code takes. It
+    depends on the image alone."""
+    random = np.random.default_rng([*hashlib.sha256(image.tobytes()).digest()])
+    area, ratio = random.uniform(0.01, 0.2), np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+    size = area * image.width * image.height
+    width, height = min(image.width, (size * ratio) ** 0.5), min(image.height, (size / ratio) ** 0.5)
+    left, top = random.uniform(0, image.width - width), random.uniform(0, image.height - height)
+    return image.resize(image.size, Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
 
 
 def _of_one_colour(image: Image.Image) -> Image.Image:

@@ -313,7 +313,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         if not batches:  # the end of a stream
             return batches, num_items_in_batch
         counts = [
-            (len(each["labels"]), int(each["answer_ids"].max()) + 1, int((each["labels"] != IGNORE_INDEX).sum()))
+            (len(each["row_ids"]), int(each["answer_ids"].max()) + 1, int((each["labels"] != IGNORE_INDEX).sum()))
             for each in batches
         ]
         everyone = self.accelerator.gather(torch.tensor([counts], device=device))  # (processes, batches, 3)
