@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from lladamedv.processing.datasets import InvalidRecordError
-from lladamedv.processing.datasets.messages import check_row, images_of, preference_rows, show_images
+from lladamedv.processing.datasets.messages import check_row, images_of, preference_rows, prompt_row, show_images
 from lladamedv.processing.processing_lladamedv import get_training_chat_template
 
 from .masked_diffusion_loss import IGNORE_INDEX
@@ -276,6 +276,46 @@ class DataCollatorForMaskedDiffusionPreference(DataCollatorForMaskedDiffusion):
         return encoded | {"labels": [IGNORE_INDEX] * begin + labels[begin:]}
 
 
+@dataclass
+class DataCollatorForMaskedDiffusionPrompts(DataCollatorForMaskedDiffusion):
+    """Data collator of the [`MaskedDiffusionGRPOTrainer`]: prompts to be answered.
+
+    Args:
+        max_completion_length (`int`): room that a row needs besides its prompt.
+        The other arguments are those of [`DataCollatorForMaskedDiffusion`].
+
+    Returns (when called): its dict, without anything to be learned; and `columns`, all columns of the rows by name,
+        with their images opened.
+    """
+
+    max_completion_length: int = 0
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        fetch = self.processor.image_processor.fetch_images
+        opened = [fetch(images_of(row)) for row in examples]
+        examples = [{**row, "image": None, "images": images} for row, images in zip(examples, opened)]
+        batch = super().torch_call(examples)
+        return batch | {"columns": {name: [row[name] for row in examples] for name in examples[0] if name != "image"}}
+
+    def conversations(self, row: dict, images: list) -> list[tuple[dict, list]]:
+        return [(prompt_row({**row, "image": None, "images": images}), images)]
+
+    def row_length(self, row: dict) -> int:
+        return super().row_length(row) + self.max_completion_length
+
+    def _encode_conversation(self, row: dict) -> dict:
+        prompt = row["messages"]
+        if prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+        ids = self.processor.apply_chat_template(
+            show_images(prompt, row["images"]), add_generation_prompt=True, tokenize=True, return_dict=True,
+            processor_kwargs={"return_pixel_values": False},
+        )["input_ids"][0]  # fmt: skip
+        begins = next((part["text"] for part in prompt[0]["content"] if part["type"] == "text"), "")
+        nothing = {"labels": [IGNORE_INDEX] * len(ids), "turn_ids": [0] * len(ids)}
+        return {"input_ids": ids, **nothing, "id": str(begins if row["id"] is None else row["id"])}
+
+
 def _last_answer(labels: list[int]) -> int:
     """Number of tokens of the last answer, with which a row ends."""
     return next((place for place, label in enumerate(reversed(labels)) if label == IGNORE_INDEX), len(labels))
@@ -313,4 +353,7 @@ def _of_one_colour(image: Image.Image) -> Image.Image:
     return Image.new("RGB", image.size, tuple(int(value) for value in colour))
 
 
-__all__ = ["DataCollatorForMaskedDiffusion", "DataCollatorForMaskedDiffusionPreference"]
+__all__ = [
+    "DataCollatorForMaskedDiffusion", "DataCollatorForMaskedDiffusionPreference",
+    "DataCollatorForMaskedDiffusionPrompts",
+]  # fmt: skip

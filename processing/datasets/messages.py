@@ -166,6 +166,29 @@ def conversation_of(record: dict) -> list[dict]:
     return messages
 
 
+def prompt_row(row: dict) -> dict:
+    """A prompt as TRL's GRPOTrainer takes it, in the one form.
+
+    Args:
+        row: with `prompt`, a text or chat messages that end with the user's, and images, see [`images_of`]; perhaps an
+            `answer`.
+
+    Returns:
+        A row as [`check_row`] returns it, of the prompt and its answer, or the prompt alone.
+
+    Raises:
+        InvalidRecordError: for a row that cannot be answered.
+    """
+    prompt, answer = _turns("user", row.get("prompt") or []), row.get("answer")
+    if not prompt or prompt[-1]["role"] != "user":
+        raise InvalidRecordError("`prompt` does not end with the user's turn")
+    if isinstance(answer, str) and not answer.strip():
+        raise InvalidRecordError("`answer` is empty")
+    given = {name: value for name, value in row.items() if name != "prompt"}
+    answered = check_row({**given, "messages": [*prompt, *_turns("assistant", str(answer or "none"))]})
+    return answered if answer else {**answered, "messages": answered["messages"][:-1]}
+
+
 def preference_rows(row: dict) -> tuple[dict, dict]:
     """A pair as TRL's DPOTrainer takes it, as the row of its chosen answer and that of its rejected one.
 
