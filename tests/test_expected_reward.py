@@ -109,8 +109,8 @@ class Network(nn.Module):
         )
 
     def forward(self, input_ids, logits_to_keep, attention_mask, use_cache):
-        places = self.places[: input_ids.shape[1]]
-        context = ((self.words[input_ids.clamp(max=6)] * places) * attention_mask[..., None]).sum(dim=1, keepdim=True).tanh()
+        places, words = self.places[: input_ids.shape[1]], self.words[input_ids.clamp(max=6)]
+        context = (words * places * attention_mask[..., None]).sum(dim=1, keepdim=True).tanh()
         return SimpleNamespace(logits=((context + places) @ self.out)[logits_to_keep])
 
 
