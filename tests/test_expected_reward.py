@@ -114,10 +114,10 @@ class Network(nn.Module):
         return SimpleNamespace(logits=((context + places) @ self.out)[logits_to_keep])
 
 
-def enumerated_objective(policy, reference, prompt, answers, rewards, loss_type, beta):
-    """The mean reward less beta times the divergence, or the cross-entropy to its optimum, from all masks, one by one;
-    in numbers, without gradients."""
-    masses = []
+def enumerated_objective(policy, reference, prompt, answers, rewards, loss_type, beta, temperature, mass_weight):
+    """The mean reward less beta times the divergence, or the cross-entropy to its optimum, from all masks, one by one,
+    and the likelihood of all answers together; in numbers, without gradients."""
+    masses, together = [], []
     for network in (policy, reference):
         scores = []
         for answer in answers:
@@ -131,16 +131,20 @@ def enumerated_objective(policy, reference, prompt, answers, rewards, loss_type,
                     share = 1 / (size * math.comb(len(answer), size))
                     total += share * sum(float(log_probs[place, answer[place]]) for place in places)
             scores.append(math.exp(total))
-        masses.append([score / sum(scores) for score in scores])
+        together.append(math.log(sum(scores)))
+        warm = [score ** (1 / temperature) for score in scores]
+        masses.append([score / sum(warm) for score in warm])
     pi, start = masses
+    kept = -mass_weight * together[0]
     if loss_type == "expected_reward":
-        return sum(beta * p * math.log(p / q) - p * r for p, q, r in zip(pi, start, rewards))
+        return kept + sum(beta * p * math.log(p / q) - p * r for p, q, r in zip(pi, start, rewards))
     tilted = [q * math.exp(r / beta) for q, r in zip(start, rewards)]
-    return -sum(t / sum(tilted) * math.log(p) for t, p in zip(tilted, pi))
+    return kept - sum(t / sum(tilted) * math.log(p) for t, p in zip(tilted, pi))
 
 
 @pytest.mark.parametrize("loss_type", CANDIDATE_LOSSES)
-def test_gradients_are_those_of_the_enumerated_objective(loss_type):
+@pytest.mark.parametrize("more", [(1.0, 0.0), (2.5, 0.7)], ids=str)
+def test_gradients_are_those_of_the_enumerated_objective(loss_type, more):
     policy, reference = Network(), Network()
     with torch.no_grad():
         policy.words += 0.3
@@ -149,11 +153,11 @@ def test_gradients_are_those_of_the_enumerated_objective(loss_type):
 
     def loss():
         scores = [candidate_bounds(each, batch, rows, 6, [0], 8, 8)[None] for each in (policy, reference)]
-        return candidate_loss(*scores, torch.tensor([rewards], dtype=torch.float64), loss_type, beta).loss[0]
+        return candidate_loss(*scores, torch.tensor([rewards], dtype=torch.float64), loss_type, beta, *more).loss[0]
 
     def enumerated():
         with torch.no_grad():
-            return enumerated_objective(policy, reference, prompt, answers, rewards, loss_type, beta)
+            return enumerated_objective(policy, reference, prompt, answers, rewards, loss_type, beta, *more)
 
     assert loss().item() == pytest.approx(enumerated(), abs=1e-12)
     loss().backward()
@@ -177,8 +181,9 @@ def test_both_have_the_same_optimum(loss_type):
 
     def closure():
         optimizer.zero_grad()
-        candidate_loss(policy, reference, rewards, loss_type, 0.5).loss.sum().backward()
-        return candidate_loss(policy, reference, rewards, loss_type, 0.5).loss.sum()
+        loss = candidate_loss(policy, reference, rewards, loss_type, 0.5, mass_weight=0.0).loss.sum()
+        loss.backward()
+        return loss
 
     optimizer.step(closure)
     tilted = reference.exp() * (rewards.nan_to_num(0.0) / 0.5).exp()
@@ -193,10 +198,23 @@ def test_what_starts_near_0_is_learned_by_one_alone(probability, least, most):
     found = {}
     for loss_type in CANDIDATE_LOSSES:
         policy = scores.clone().requires_grad_(True)
-        candidate_loss(policy, scores, torch.tensor([[1.0, 0.0]]), loss_type, 0.02).loss.sum().backward()
+        candidate_loss(policy, scores, torch.tensor([[1.0, 0.0]]), loss_type, 0.02, mass_weight=0.0).loss.backward()
         found[loss_type] = -policy.grad[0, 0].item()
     assert least < found["expected_reward"] < most
     assert found["closed_form"] == pytest.approx(1 - probability, abs=1e-6)
+
+
+def test_all_candidates_together_stay_likely():
+    """The closed form is then the cross-entropy of its optimum to the model; without, a shift of all scores is free."""
+    policy, reference = torch.tensor([[-1.0, -3.0]]), torch.tensor([[-2.0, -0.5]])
+    rewards = torch.tensor([[1.0, 0.0]])
+    optimum = float(((reference + rewards / 0.5).softmax(dim=1) * policy).sum())
+    losses = [
+        [float(candidate_loss(policy + shift, reference, rewards, "closed_form", 0.5, mass_weight=weight).loss)
+         for shift in (0.0, -4.0)]
+        for weight in (1.0, 0.0)
+    ]  # fmt: skip
+    assert losses[0] == pytest.approx([-optimum, 4 - optimum]) and losses[1][0] == pytest.approx(losses[1][1])
 
 
 @pytest.mark.parametrize("loss_type", CANDIDATE_LOSSES)

@@ -1,12 +1,16 @@
 """Objectives for prompts whose possible answers are known: each is scored and rewarded, and none is sampled.
 
-With bounds B(c) on log p(c) of the candidates c, the model's distribution over them is π = softmax(B), and that of its
-reference π_ref. Two objectives have the same optimum, π* ∝ π_ref exp(R / β), that of rewards R under a penalty on
+With bounds B(c) on log p(c) of the candidates c, the model's distribution over them is π = softmax(B / T), and that of
+its reference π_ref. Two objectives have the same optimum, π* ∝ π_ref exp(R / β), that of rewards R under a penalty on
 divergence (for example DPO, arXiv 2305.18290, equation 4):
 
 - `"expected_reward"`, Σ π R - β KL(π ‖ π_ref), is what policy gradients estimate from samples, here without variance.
   Its gradient holds the factor π(c): what starts near 0 stays there.
-- `"closed_form"`, the cross-entropy of π* to π, whose gradient in B is π - π*, learns that, too.
+- `"closed_form"`, the cross-entropy of π* to π, whose gradient in B / T is π - π*, learns that, too.
+
+π only compares candidates, all of which may become unlikely together. So -log Σ exp(B) is added, on which π does not
+depend, and which leaves the optimum where it is. With it, the closed form at T = 1 is -Σ π* B, the cross-entropy of π*
+to the model itself.
 
 B is a sum over the tokens of an answer and its end, as `score` returns it, and is not divided by their number: a longer
 answer is one whose tokens must all be likely.
@@ -42,7 +46,13 @@ class CandidateLoss(NamedTuple):
 
 
 def candidate_loss(
-    policy: torch.FloatTensor, reference: torch.FloatTensor, rewards: torch.FloatTensor, loss_type: str, beta: float
+    policy: torch.FloatTensor,
+    reference: torch.FloatTensor,
+    rewards: torch.FloatTensor,
+    loss_type: str,
+    beta: float,
+    temperature: float = 1.0,
+    mass_weight: float = 1.0,
 ) -> CandidateLoss:
     """The loss of each prompt, one of `CANDIDATE_LOSSES`.
 
@@ -51,10 +61,12 @@ def candidate_loss(
         rewards (`(prompts, candidates)`): NaN where there is none.
         loss_type: a name in `CANDIDATE_LOSSES`.
         beta: what a nat of divergence from the reference counts; above 0 for `"closed_form"`.
+        temperature: T.
+        mass_weight: what -log Σ exp(B) counts.
     """
     present = policy > -torch.inf
     log_policy, log_reference = (
-        each.log_softmax(dim=1).masked_fill(~present, 0.0) for each in (policy, reference.to(policy))
+        (each / temperature).log_softmax(dim=1).masked_fill(~present, 0.0) for each in (policy, reference.to(policy))
     )
     probability = log_policy.exp() * present
     learned = ~(rewards.isnan() & present).any(dim=1)
@@ -65,7 +77,7 @@ def candidate_loss(
     else:
         optimum = (log_reference + rewards / beta).masked_fill(~present, -torch.inf).softmax(dim=1)
         loss = -(optimum * log_policy).sum(dim=1)
-    return CandidateLoss(loss * learned, probability, kl)
+    return CandidateLoss((loss - mass_weight * policy.logsumexp(dim=1)) * learned, probability, kl)
 
 
 CANDIDATE_LOSSES = ("expected_reward", "closed_form")

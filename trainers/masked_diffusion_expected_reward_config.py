@@ -36,6 +36,12 @@ class MaskedDiffusionExpectedRewardConfig(MaskedDiffusionSFTConfig):
             What a nat of divergence from the reference counts, in units of the reward. At the optimum, candidates whose
             rewards differ by r have odds of exp(r / `beta`) times the reference's. `"expected_reward"` may have 0, with
             which no reference is kept.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            What scores are divided by before probabilities of candidates are made of them. Above 1, unlikely candidates
+            have a larger part in the objective; which one is the likeliest stays the same.
+        mass_weight (`float`, *optional*, defaults to `1.0`):
+            What is added of the negative log of all candidates' likelihood together, so that the model goes on
+            answering with one of them.
         max_exact_tokens (`int`, *optional*, defaults to `4`):
             Candidates of up to so many tokens L, the end token included, are scored exactly, which takes 2^L - 1 rows
             of a forward pass, or fewer where candidates have rows in common; at most 12.
@@ -78,6 +84,10 @@ class MaskedDiffusionExpectedRewardConfig(MaskedDiffusionSFTConfig):
         default="closed_form", metadata={"help": "What is optimised.", "choices": list(CANDIDATE_LOSSES)}
     )
     beta: float = field(default=0.1, metadata={"help": "What a nat of divergence from the reference counts."})
+    temperature: float = field(default=1.0, metadata={"help": "What scores are divided by, for probabilities."})
+    mass_weight: float = field(
+        default=1.0, metadata={"help": "What the likelihood of all candidates together counts, so that it stays high."}
+    )
     max_exact_tokens: int = field(
         default=4, metadata={"help": "Candidates of up to so many tokens are scored on all masks."}
     )
@@ -96,6 +106,10 @@ class MaskedDiffusionExpectedRewardConfig(MaskedDiffusionSFTConfig):
             raise ValueError(
                 f"`beta` is {self.beta}; allowed are numbers above 0, or 0 with loss_type='expected_reward'."
             )
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` is {self.temperature}; allowed are numbers above 0.")
+        if not self.mass_weight >= 0:
+            raise ValueError(f"`mass_weight` is {self.mass_weight}; allowed are numbers of at least 0.")
         if self.precompute_ref_log_probs and not self.beta:
             raise ValueError("`precompute_ref_log_probs` is True, but `beta` is 0, with which there is no reference.")
 

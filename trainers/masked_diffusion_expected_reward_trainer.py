@@ -50,8 +50,7 @@ class MaskedDiffusionExpectedRewardTrainer(RewardTrainer):
     _columns = ("prompt", "candidates")
     _fall = (
         "the candidates have together become less likely than under the reference, by %.2f nats in the mean. The loss "
-        "only compares them; the model may end up answering something else. Watch `log_answers`, or lower the "
-        "learning rate."
+        "compares them; the model may end up answering something else. Watch `log_answers`, or raise `mass_weight`."
     )
     _tolerated_fall = 0.7  # half as likely
 
@@ -104,7 +103,9 @@ class MaskedDiffusionExpectedRewardTrainer(RewardTrainer):
         policy = by_prompt(bounds, -torch.inf)
         reference = self._reference_bounds(inputs, bounds_of) if args.beta else bounds.detach()
         reference = by_prompt(reference, -torch.inf)
-        result = candidate_loss(policy, reference, rewards, args.loss_type, args.beta)
+        result = candidate_loss(
+            policy, reference, rewards, args.loss_type, args.beta, args.temperature, args.mass_weight
+        )
         lengths = (inputs["labels"] != IGNORE_INDEX).sum(dim=1)
         real = by_prompt(lengths, 0)[:, 0] > 0
         self._measure(result, policy.detach(), reference, rewards, [by_prompt(each, 0.0) for each in found.T], real)
