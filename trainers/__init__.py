@@ -6,8 +6,11 @@ import importlib
 _FILES = {
     "DataCollatorForMaskedDiffusion": "data_collator",
     "DataCollatorForMaskedDiffusionPreference": "data_collator",
+    "DataCollatorForMaskedDiffusionPrompts": "data_collator",
     "MaskedDiffusionDPOConfig": "masked_diffusion_dpo_config",
     "MaskedDiffusionDPOTrainer": "masked_diffusion_dpo_trainer",
+    "MaskedDiffusionGRPOConfig": "masked_diffusion_grpo_config",
+    "MaskedDiffusionGRPOTrainer": "masked_diffusion_grpo_trainer",
     "MaskedDiffusionSFTConfig": "masked_diffusion_sft_config",
     "MaskedDiffusionSFTTrainer": "masked_diffusion_sft_trainer",
 }

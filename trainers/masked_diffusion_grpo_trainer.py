@@ -1,0 +1,352 @@
+"""Rewards for LLaDA-MedV's own answers: the trainer with TRL's GRPO columns, options and metrics."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import statistics
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.rnn import pad_sequence
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import repeat_iterable_dataset
+
+from .data_collator import DataCollatorForMaskedDiffusionPrompts
+from .masked_diffusion_grpo_config import MaskedDiffusionGRPOConfig
+from .masked_diffusion_loss import IGNORE_INDEX, answer_log_probs
+from .masked_diffusion_sft_trainer import arguments_as
+from .policy_gradient_loss import (
+    POLICY_LOSSES,
+    group_advantages,
+    masked_prompt,
+    policy_estimate,
+    policy_gradient_loss,
+    policy_masks,
+)
+from .reference_trainer import ReferenceTrainer
+from .rewards import Rewards
+from .rows import RepeatedSampler
+
+
+_OF_IMAGES = ("pixel_values", "image_sizes", "batch_num_images", "image_index")
+_OF_THE_MODEL = ("input_ids", "attention_mask", "labels", *_OF_IMAGES)
+logger = logging.getLogger(__name__)
+
+
+class MaskedDiffusionGRPOTrainer(ReferenceTrainer):
+    """Trainer for rewards: the model answers each prompt several times, and answers that are better than their group
+    become more likely (GRPO, arXiv 2402.03300), by one of the estimates of likelihood in `policy_gradient_loss.py`.
+
+    It takes what TRL's `GRPOTrainer` takes for vision-language models, and logs what that logs: `reward`, `reward_std`,
+    `rewards/NAME/mean` and `rewards/NAME/std`, `frac_reward_zero_std` (the share of groups without a difference, from
+    which nothing is learned), `completions/mean_length`, `completions/clipped_ratio` (of answers without an end), `kl`
+    and `clip_ratio/region_mean`. Rewards see the text of an answer as the evaluation sees it.
+
+    The answers of a group are one call of `generate`, whose seed depends on the step and on the prompt's place in the
+    whole batch: they are the same over any number of processes, and in a run that is resumed. An answer is what was
+    committed, up to its end, which belongs to it; behind it the canvas stays masked, as when it was generated.
+
+    Args:
+        model: as for [`MaskedDiffusionSFTTrainer`].
+        reward_funcs: one or more functions in TRL's form or names in `REWARDS`, see [`Rewards`]; by default those that
+            `args` name.
+        args ([`MaskedDiffusionGRPOConfig`], `GRPOConfig` or `TrainingArguments`, *optional*): the arguments.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Rows with `prompt` (chat messages or a text), `images` (or `image`), and the columns that reward functions
+            take.
+        ref_model: as for [`MaskedDiffusionDPOTrainer`]; none is kept, and none allowed, if `beta` is 0.
+        options: the other arguments of [`MaskedDiffusionSFTTrainer`].
+
+    Raises:
+        TypeError, ValueError: as [`MaskedDiffusionDPOTrainer`] and [`Rewards`]; for a column that a reward function
+            needs and a data set lacks.
+    """
+
+    _tag_names = ["trl", "masked-diffusion-grpo"]
+    _name = "Masked-diffusion GRPO"
+    _config_class, _collator_class = MaskedDiffusionGRPOConfig, DataCollatorForMaskedDiffusionPrompts
+    _columns = ("prompt",)
+
+    def __init__(
+        self, model, reward_funcs=None, args=None, train_dataset=None, *, ref_model=None, data_collator=None, **options
+    ):  # fmt: skip
+        args = arguments_as(self._config_class, args, model)
+        self.rewards = Rewards(reward_funcs or args.reward_funcs or [], args.reward_weights)
+        if ref_model is not None and not args.beta:
+            raise ValueError("`ref_model` is given, but `beta` is 0, with which nothing is compared with it.")
+        self._answered = self._records = None  # the batches of answers that are learned from, and the last answers
+        super().__init__(model, ref_model, args, data_collator, train_dataset, **options)
+        self._without_difference = False  # whether it was said that nothing is learned
+        self._base_model.resolve_generation_config(**self._generation_options())
+
+    def _collator_options(self):
+        return super()._collator_options() | {"max_completion_length": self.args.max_completion_length}
+
+    def _reference(self, ref_model):
+        return super()._reference(ref_model) if self.args.beta else None
+
+    # Prompts
+
+    def _prepare_rows(self, dataset, name):
+        columns = dataset.column_names or list(next(iter(dataset), {}))
+        if set(self._columns) <= set(columns):
+            self.rewards.check_columns(columns, name)
+            if self.args.log_answers and "answer" not in columns:
+                raise ValueError(f"`log_answers` is {self.args.log_answers}, but `{name}` has no column `answer`.")
+        return super()._prepare_rows(dataset, name)
+
+    def _remove_unused_columns(self, dataset, description=None):
+        return dataset  # rewards may need any
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return data_collator
+
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **options):
+        """Batch sizes are of answers, batches of prompts."""
+        args = self.args
+        batch_size = max(1, batch_size // self._group_size(is_training))
+        if is_training and args.num_iterations > 1:
+            whole = batch_size * args.world_size * args.gradient_accumulation_steps
+            if isinstance(dataset, torch.utils.data.IterableDataset):
+                dataset = repeat_iterable_dataset(dataset, 1, whole, args.num_iterations)
+            else:
+                sampler = RepeatedSampler(len(dataset), whole, args.num_iterations, args.seed)
+                sampler_fn = lambda _: sampler  # noqa: E731
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **options)
+
+    def _group_size(self, training: bool) -> int:
+        return self.args.num_generations if training else self.args.num_generations_eval or self.args.num_generations
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in `Trainer`; prompts come back answered, and so for `num_iterations` steps."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and (self._answered is None or self.state.global_step % self.args.num_iterations == 0):
+            self._answered = self._roll_out(batches)
+        return batches and self._answered, num_items_in_batch
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Answers as in training, the same to the same prompt whenever it comes."""
+        inputs = self._roll_out([self._prepare_inputs(inputs)])[0]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    # Answers and rewards
+
+    def _generation_options(self) -> dict:
+        args = self.args
+        own = {"max_new_tokens": args.max_completion_length, "temperature": args.temperature}
+        return own | (args.generation_kwargs or {})
+
+    @torch.no_grad()
+    def _roll_out(self, batches: list[dict]) -> list[dict]:
+        """Batches of prompts as batches of answers, `num_generations` rows a prompt, with their advantages."""
+        args, training = self.args, "whole" in batches[0]
+        group = self._group_size(training)
+        # Of a stream that ends within a step, the last batch comes again, to learn nothing from it.
+        unique = [each for number, each in enumerate(batches)
+                  if not number or each["whole"] != batches[number - 1]["whole"]]  # fmt: skip
+        unwrapped = nullcontext(self.accelerator.unwrap_model(self.model))
+        if self.is_deepspeed_enabled:
+            unwrapped = unwrap_model_for_generation(self.model_wrapped, self.accelerator)
+        with unwrapped as model, _whole(model, self.accelerator):
+            was_training = model.training
+            model.eval()
+            answered = [self._answers(model, each, group) for each in unique]
+            model.train(was_training)
+        records = [self._rewarded(batch, each, group) for batch, each in zip(unique, answered)]
+        totals = [record["reward"] for own in records for record in own]
+        everyone = torch.tensor(gather_object(totals))
+        for own, each in zip(records, answered):
+            rewards = torch.tensor([record["reward"] for record in own]).view(-1, group)
+            advantages = group_advantages(rewards, args.scale_rewards, everyone).flatten()
+            for record, advantage in zip(own, advantages.tolist()):
+                record["advantage"] = advantage
+            each["advantages"] = advantages.to(each["labels"].device)
+        self._measure(gather_object([record for own in records for record in own]), group, training)
+        if training:
+            tokens = sum((each["labels"] != IGNORE_INDEX).sum() for each in answered)
+            tokens = int(self.accelerator.gather(tokens).sum())
+            for batch, each in zip(unique, answered):
+                first, prompts = batch["whole"][:2]
+                each["whole"] = (first * group, prompts * group, prompts * group, tokens)
+                # What each later step compares with is asked before any step.
+                each["old"] = [self._estimate_of(each, self.state.global_step + number)(self.model)
+                               for number in range(1, args.num_iterations) if args.loss_type != "spg"]  # fmt: skip
+                each["step"] = self.state.global_step
+        nothing = answered[-1] | {"labels": torch.full_like(answered[-1]["labels"], IGNORE_INDEX)}
+        return answered + [nothing] * (len(batches) - len(unique))
+
+    def _answers(self, model, batch: dict, group: int) -> dict:
+        """The model's answers to a batch of prompts, as a batch to learn from, and their `texts`."""
+        mask, shown = self._base_model.config.mask_token_id, 0
+        counts = batch["batch_num_images"].tolist() if "pixel_values" in batch else [0] * len(batch["row_ids"])
+        rows, labels, index, texts, clipped = [], [], [], [], []
+        for number, count in enumerate(counts):
+            prompt = batch["input_ids"][number][batch["attention_mask"][number] == 1]
+            key = ("fixed", prompt.tolist())
+            if "whole" in batch:
+                key = (self.state.global_step, batch["whole"][0] + number)
+            images = {}
+            if count:
+                own = batch["image_index"][shown : shown + count]
+                shown += count
+                index.append(own.repeat(group))
+                images = {name: batch[name][own] for name in ("pixel_values", "image_sizes")}
+                images["batch_num_images"] = torch.full((group,), count)
+                images["image_index"] = torch.arange(count).repeat(group)
+            devices = [prompt.device] if prompt.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(self.noise.seed_of("answers", *key))
+                output = model.generate(
+                    input_ids=prompt.expand(group, -1), attention_mask=torch.ones_like(prompt).expand(group, -1),
+                    tokenizer=self.processing_class.tokenizer, **images, **self._generation_options(),
+                    return_dict_in_generate=True, output_history=True,
+                )  # fmt: skip
+            canvas = output.history[-1]
+            length = (output.tokens_per_forward * output.num_forwards).round().long()
+            ended = length < canvas.shape[1]
+            place = torch.arange(canvas.shape[1], device=canvas.device)
+            learned = (place <= length[:, None]) & (canvas != mask)
+            if self.args.mask_truncated_completions:
+                learned &= ended[:, None]
+            prompts = prompt.expand(group, -1)
+            rows += torch.cat([prompts, canvas.masked_fill(place > length[:, None], mask)], dim=1)
+            labels += torch.cat([torch.full_like(prompts, IGNORE_INDEX), canvas.where(learned, IGNORE_INDEX)], dim=1)
+            clipped += (~ended).tolist()
+            answers = self.processing_class.batch_decode(output.sequences[:, len(prompt) :], skip_special_tokens=True)
+            texts += [text.strip() for text in answers]
+        found = {
+            "input_ids": pad_sequence(rows, True, self.processing_class.tokenizer.pad_token_id),
+            "labels": pad_sequence(labels, True, IGNORE_INDEX),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], True),
+            "row_ids": [row for row in batch["row_ids"] for _ in range(group)], "texts": texts, "clipped": clipped,
+        }  # fmt: skip
+        if "pixel_values" in batch:
+            found |= {name: batch[name] for name in ("pixel_values", "image_sizes")}
+            found |= {"batch_num_images": batch["batch_num_images"].repeat_interleave(group)}
+            found |= {"image_index": torch.cat(index)}
+        return found
+
+    def _rewarded(self, batch: dict, answered: dict, group: int) -> list[dict]:
+        """Of each answer what is logged of it, with its `rewards` and the weighted sum of them."""
+        columns = {name: [value for value in values for _ in range(group)] for name, values in batch["columns"].items()}
+        prompts, texts = columns.pop("prompt"), answered["texts"]
+        completions = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+                       for prompt, text in zip(prompts, texts)]  # fmt: skip
+        lengths = (answered["labels"] != IGNORE_INDEX).sum(dim=1).tolist()
+        ids = [row[row != IGNORE_INDEX].tolist() for row in answered["labels"]]
+        found = self.rewards(prompts, completions, columns, completion_ids=ids, trainer_state=self.state)
+        return [
+            {"id": row, "completion": text, **dict(zip(self.rewards.names, rewards)), "reward": total,
+             "tokens": length, "clipped": clipped}
+            for row, text, rewards, total, length, clipped in zip(
+                answered["row_ids"], texts, found.tolist(), self.rewards.total(found).tolist(), lengths,
+                answered["clipped"])
+        ]  # fmt: skip
+
+    def _measure(self, records: list[dict], group: int, training: bool) -> None:
+        """Log what every process's answers earned."""
+        metrics = self._metrics["train" if training else "eval"]
+        for name, label in (("reward", "reward"), *((each, f"rewards/{each}") for each in self.rewards.names)):
+            values = [record[name] for record in records if not math.isnan(record[name])]
+            if values:
+                metrics[label + "/mean" * (name != "reward")].append(statistics.fmean(values))
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                metrics[label + ("_std" if name == "reward" else "/std")].append(spread)
+        same = [all(not record["advantage"] for record in records[start : start + group])
+                for start in range(0, len(records), group)]  # fmt: skip
+        metrics["frac_reward_zero_std"].append(statistics.fmean(same))
+        metrics["completions/mean_length"].append(statistics.fmean(record["tokens"] for record in records))
+        metrics["completions/clipped_ratio"].append(statistics.fmean(record["clipped"] for record in records))
+        if training:
+            self._records = records
+
+    def log(self, logs, start_time=None):
+        """As in `Trainer`; says once if no group had a difference since the last log, and keeps the last answers."""
+        if self.model.training:
+            shares = self._metrics["train"].get("frac_reward_zero_std")
+            if shares and min(shares) == 1 and not self._without_difference:
+                self._without_difference = True
+                logger.warning(
+                    "Step %d: in no group since the last log did rewards differ, so that nothing was learned. Answers "
+                    "may be all right, all wrong or all the same: try other prompts, a higher `temperature` or more "
+                    "`num_generations`.", self.state.global_step,
+                )  # fmt: skip
+            if self.args.log_completions and self._records and self.is_world_process_zero():
+                with (Path(self.args.output_dir) / "completions.jsonl").open("a", encoding="utf-8") as file:
+                    for record in self._records:
+                        file.write(json.dumps({"step": self.state.global_step, **record}, ensure_ascii=False) + "\n")
+            self._records = None
+        super().log(logs, start_time)
+
+    # The loss
+
+    def _estimate_of(self, inputs, step: int):
+        """[`policy_estimate`] of a model for this batch, with the noise of a step; in an evaluation, of the answers."""
+        args, labels = self.args, inputs["labels"]
+        batch = {name: inputs[name] for name in _OF_THE_MODEL if name in inputs}
+        learned, config = labels != IGNORE_INDEX, self._base_model.config
+        keys = [("fixed", row[row != IGNORE_INDEX].tolist()) for row in labels.cpu()]
+        if "whole" in inputs:
+            keys = [(step, inputs["whole"][0] + place) for place in range(len(labels))]
+        masked = policy_masks(args.loss_type, self.noise, labels, keys, args.num_draws)
+        if args.p_mask_prompt and args.loss_type == "diffu_grpo":
+            ids = batch["input_ids"]
+            kept = learned | (batch["attention_mask"] == 0) | (ids == config.image_token_id)
+            hidden = masked_prompt(self.noise, ids.masked_fill(kept, IGNORE_INDEX), keys, args.p_mask_prompt)
+            batch["input_ids"] = ids.masked_fill(hidden, config.mask_token_id)
+
+        def estimate(model):
+            log_probs = answer_log_probs(model, batch, masked, config.mask_token_id)
+            bounds = args.eubo_beta, args.mix_weight
+            return policy_estimate(args.loss_type, log_probs, masked, learned, inputs["advantages"], *bounds)
+
+        return estimate
+
+    def _loss(self, model, inputs):
+        args, step = self.args, self.state.global_step
+        learned = inputs["labels"] != IGNORE_INDEX
+        estimate_of, iteration = self._estimate_of(inputs, step), step - inputs.get("step", step)
+        reference = self._reference_bounds(inputs, estimate_of) if args.beta else None
+        result = policy_gradient_loss(
+            args.loss_type, estimate_of(model), inputs["old"][iteration - 1] if iteration and inputs["old"] else None,
+            reference, learned, inputs["advantages"], args.beta, args.epsilon, args.epsilon_high,
+        )  # fmt: skip
+        shown = {} if args.loss_type == "spg" else {"clip_ratio/region_mean": result.clipped}
+        shown |= {"kl": result.kl} if args.beta else {}
+        self._log_means({name: each.detach() for name, each in shown.items()},
+                        torch.zeros_like(result.kl), learned.any(dim=1))  # fmt: skip
+        by_tokens = POLICY_LOSSES[args.loss_type] == "tokens"
+        if "whole" not in inputs:
+            return result.loss.sum() / max(1, int(learned.sum()) if by_tokens else len(learned))
+        self._count_tokens(inputs, args.num_draws * (1 + (args.loss_type == "espo")))
+        _, _, answers, tokens = inputs["whole"]
+        return result.loss.sum() * self.accelerator.num_processes / max(1, tokens if by_tokens else answers)
+
+    def _objective(self):
+        args, weights = self.args, self.rewards.weights.tolist()
+        rewards = " + ".join(f"{weight:g} × {name}" for name, weight in zip(self.rewards.names, weights))
+        return (
+            f", tuned to earn the reward {rewards} by the objective {args.loss_type} (beta {args.beta:g}, "
+            f"{args.num_generations} answers a prompt at temperature {args.temperature:g})"
+        )
+
+
+@contextmanager
+def _whole(model, accelerator):
+    """A sharded model's weights stay gathered: processes generate in numbers of passes of their own."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in shards:
+        module.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
+        module.reshard()
+
+
+__all__ = ["MaskedDiffusionGRPOTrainer"]
