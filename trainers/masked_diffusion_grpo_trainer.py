@@ -6,13 +6,11 @@ import json
 import logging
 import math
 import statistics
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.utils.rnn import pad_sequence
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import repeat_iterable_dataset
 
@@ -30,11 +28,11 @@ from .policy_gradient_loss import (
 )
 from .reference_trainer import ReferenceTrainer
 from .rewards import Rewards
+from .rollouts import OF_IMAGES, Group, batch_of_answers, gathered, sample_groups
 from .rows import RepeatedSampler
 
 
-_OF_IMAGES = ("pixel_values", "image_sizes", "batch_num_images", "image_index")
-_OF_THE_MODEL = ("input_ids", "attention_mask", "labels", *_OF_IMAGES)
+_OF_THE_MODEL = ("input_ids", "attention_mask", "labels", *OF_IMAGES)
 logger = logging.getLogger(__name__)
 
 
@@ -143,112 +141,76 @@ class MaskedDiffusionGRPOTrainer(ReferenceTrainer):
 
     @torch.no_grad()
     def _roll_out(self, batches: list[dict]) -> list[dict]:
-        """Batches of prompts as batches of answers, `num_generations` rows a prompt, with their advantages."""
-        args, training = self.args, "whole" in batches[0]
-        group = self._group_size(training)
+        """Batches of prompts as batches of answers, with their advantages."""
+        args, training, step = self.args, "whole" in batches[0], self.state.global_step
+        size = self._group_size(training)
         # Of a stream that ends within a step, the last batch comes again, to learn nothing from it.
-        unique = [each for number, each in enumerate(batches)
-                  if not number or each["whole"] != batches[number - 1]["whole"]]  # fmt: skip
+        own = [each for number, each in enumerate(batches)
+               if not number or each["whole"] != batches[number - 1]["whole"]]  # fmt: skip
         unwrapped = nullcontext(self.accelerator.unwrap_model(self.model))
         if self.is_deepspeed_enabled:
             unwrapped = unwrap_model_for_generation(self.model_wrapped, self.accelerator)
-        with unwrapped as model, _whole(model, self.accelerator):
+        with unwrapped as model, gathered(model, self.accelerator):
             was_training = model.training
             model.eval()
-            answered = [self._answers(model, each, group) for each in unique]
+            sampled = [self._sample(model, batch, size) for batch in own]
             model.train(was_training)
-        records = [self._rewarded(batch, each, group) for batch, each in zip(unique, answered)]
-        totals = [record["reward"] for own in records for record in own]
-        everyone = torch.tensor(gather_object(totals))
-        for own, each in zip(records, answered):
-            rewards = torch.tensor([record["reward"] for record in own]).view(-1, group)
-            advantages = group_advantages(rewards, args.scale_rewards, everyone).flatten()
-            for record, advantage in zip(own, advantages.tolist()):
+        records = [self._rewarded(batch, groups) for batch, groups in zip(own, sampled)]
+        everyone = torch.tensor(gather_object([record["reward"] for each in records for record in each]))
+        answered = []
+        for batch, groups, each in zip(own, sampled, records):
+            rewards = torch.tensor([record["reward"] for record in each]).view(-1, size)
+            advantages = group_advantages(rewards, args.scale_rewards, everyone)
+            for record, advantage in zip(each, advantages.flatten().tolist()):
                 record["advantage"] = advantage
-            each["advantages"] = advantages.to(each["labels"].device)
-        self._measure(gather_object([record for own in records for record in own]), group, training)
-        if training:
-            tokens = sum((each["labels"] != IGNORE_INDEX).sum() for each in answered)
-            tokens = int(self.accelerator.gather(tokens).sum())
-            for batch, each in zip(unique, answered):
-                first, prompts = batch["whole"][:2]
-                each["whole"] = (first * group, prompts * group, prompts * group, tokens)
-                # What each later step compares with is asked before any step.
-                each["old"] = [self._estimate_of(each, self.state.global_step + number)(self.model)
-                               for number in range(1, args.num_iterations) if args.loss_type != "spg"]  # fmt: skip
-                each["step"] = self.state.global_step
+            pad = self.processing_class.tokenizer.pad_token_id
+            answered.append(batch_of_answers(batch, groups, advantages, args.beta > 0, pad))
+        self._measure(gather_object([record for each in records for record in each]), size, training)
+        if not training:
+            return answered
+        tokens = sum(group.learned.sum() for groups in sampled for group in groups)
+        tokens, answers = int(self.accelerator.gather(tokens).sum()), own[0]["whole"][1] * size
+        for batch, each in zip(own, answered):
+            each["places"] = [batch["whole"][0] * size + place for place in each["places"]]
+            each["step"], each["divisor"] = step, tokens if POLICY_LOSSES[args.loss_type] == "tokens" else answers
+            # What each later step compares with is asked before any step.
+            each["old"] = [self._estimate_of(each, step + number)(self.model)
+                           for number in range(1, args.num_iterations) if args.loss_type != "spg"]  # fmt: skip
         nothing = answered[-1] | {"labels": torch.full_like(answered[-1]["labels"], IGNORE_INDEX)}
-        return answered + [nothing] * (len(batches) - len(unique))
+        return answered + [nothing] * (len(batches) - len(own))
 
-    def _answers(self, model, batch: dict, group: int) -> dict:
-        """The model's answers to a batch of prompts, as a batch to learn from, and their `texts`."""
-        mask, shown = self._base_model.config.mask_token_id, 0
-        counts = batch["batch_num_images"].tolist() if "pixel_values" in batch else [0] * len(batch["row_ids"])
-        rows, labels, index, texts, clipped = [], [], [], [], []
-        for number, count in enumerate(counts):
-            prompt = batch["input_ids"][number][batch["attention_mask"][number] == 1]
-            key = ("fixed", prompt.tolist())
-            if "whole" in batch:
-                key = (self.state.global_step, batch["whole"][0] + number)
-            images = {}
-            if count:
-                own = batch["image_index"][shown : shown + count]
-                shown += count
-                index.append(own.repeat(group))
-                images = {name: batch[name][own] for name in ("pixel_values", "image_sizes")}
-                images["batch_num_images"] = torch.full((group,), count)
-                images["image_index"] = torch.arange(count).repeat(group)
-            devices = [prompt.device] if prompt.device.type == "cuda" else []
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(self.noise.seed_of("answers", *key))
-                output = model.generate(
-                    input_ids=prompt.expand(group, -1), attention_mask=torch.ones_like(prompt).expand(group, -1),
-                    tokenizer=self.processing_class.tokenizer, **images, **self._generation_options(),
-                    return_dict_in_generate=True, output_history=True,
-                )  # fmt: skip
-            canvas = output.history[-1]
-            length = (output.tokens_per_forward * output.num_forwards).round().long()
-            ended = length < canvas.shape[1]
-            place = torch.arange(canvas.shape[1], device=canvas.device)
-            learned = (place <= length[:, None]) & (canvas != mask)
-            if self.args.mask_truncated_completions:
-                learned &= ended[:, None]
-            prompts = prompt.expand(group, -1)
-            rows += torch.cat([prompts, canvas.masked_fill(place > length[:, None], mask)], dim=1)
-            labels += torch.cat([torch.full_like(prompts, IGNORE_INDEX), canvas.where(learned, IGNORE_INDEX)], dim=1)
-            clipped += (~ended).tolist()
-            answers = self.processing_class.batch_decode(output.sequences[:, len(prompt) :], skip_special_tokens=True)
-            texts += [text.strip() for text in answers]
-        found = {
-            "input_ids": pad_sequence(rows, True, self.processing_class.tokenizer.pad_token_id),
-            "labels": pad_sequence(labels, True, IGNORE_INDEX),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], True),
-            "row_ids": [row for row in batch["row_ids"] for _ in range(group)], "texts": texts, "clipped": clipped,
-        }  # fmt: skip
-        if "pixel_values" in batch:
-            found |= {name: batch[name] for name in ("pixel_values", "image_sizes")}
-            found |= {"batch_num_images": batch["batch_num_images"].repeat_interleave(group)}
-            found |= {"image_index": torch.cat(index)}
-        return found
+    def _sample(self, model, batch: dict, size: int) -> list[Group]:
+        keys = [("fixed", ids[attended == 1].tolist())
+                for ids, attended in zip(batch["input_ids"], batch["attention_mask"])]  # fmt: skip
+        if "whole" in batch:
+            keys = [(self.state.global_step, batch["whole"][0] + number) for number in range(len(keys))]
+        seeds = [self.noise.seed_of("answers", *key) for key in keys]
+        mask, options = self._base_model.config.mask_token_id, self._generation_options()
+        groups = sample_groups(model, self.processing_class, batch, size, seeds, mask, options)
+        if self.args.mask_truncated_completions:
+            for group in groups:
+                group.learned[torch.tensor(group.clipped)] = False
+        return groups
 
-    def _rewarded(self, batch: dict, answered: dict, group: int) -> list[dict]:
-        """Of each answer what is logged of it, with its `rewards` and the weighted sum of them."""
-        columns = {name: [value for value in values for _ in range(group)] for name, values in batch["columns"].items()}
-        prompts, texts = columns.pop("prompt"), answered["texts"]
+    def _rewarded(self, batch: dict, groups: list[Group]) -> list[dict]:
+        """What each answer earned, and what else is logged of it."""
+        size = len(groups[0].texts)
+        columns = {name: [value for value in values for _ in range(size)] for name, values in batch["columns"].items()}
+        prompts, texts = columns.pop("prompt"), [text for group in groups for text in group.texts]
         completions = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
                        for prompt, text in zip(prompts, texts)]  # fmt: skip
-        lengths = (answered["labels"] != IGNORE_INDEX).sum(dim=1).tolist()
-        ids = [row[row != IGNORE_INDEX].tolist() for row in answered["labels"]]
+        ids = [own[learned].tolist() for group in groups for own, learned in zip(group.canvas, group.learned)]
         found = self.rewards(prompts, completions, columns, completion_ids=ids, trainer_state=self.state)
+        rows = [row for row in batch["row_ids"] for _ in range(size)]
+        clipped = [each for group in groups for each in group.clipped]
         return [
             {"id": row, "completion": text, **dict(zip(self.rewards.names, rewards)), "reward": total,
-             "tokens": length, "clipped": clipped}
-            for row, text, rewards, total, length, clipped in zip(
-                answered["row_ids"], texts, found.tolist(), self.rewards.total(found).tolist(), lengths,
-                answered["clipped"])
+             "tokens": len(own), "clipped": cut}
+            for row, text, rewards, total, own, cut in zip(
+                rows, texts, found.tolist(), self.rewards.total(found).tolist(), ids, clipped)
         ]  # fmt: skip
 
-    def _measure(self, records: list[dict], group: int, training: bool) -> None:
+    def _measure(self, records: list[dict], size: int, training: bool) -> None:
         """Log what every process's answers earned."""
         metrics = self._metrics["train" if training else "eval"]
         for name, label in (("reward", "reward"), *((each, f"rewards/{each}") for each in self.rewards.names)):
@@ -257,8 +219,8 @@ class MaskedDiffusionGRPOTrainer(ReferenceTrainer):
                 metrics[label + "/mean" * (name != "reward")].append(statistics.fmean(values))
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
                 metrics[label + ("_std" if name == "reward" else "/std")].append(spread)
-        same = [all(not record["advantage"] for record in records[start : start + group])
-                for start in range(0, len(records), group)]  # fmt: skip
+        same = [all(not record["advantage"] for record in records[start : start + size])
+                for start in range(0, len(records), size)]  # fmt: skip
         metrics["frac_reward_zero_std"].append(statistics.fmean(same))
         metrics["completions/mean_length"].append(statistics.fmean(record["tokens"] for record in records))
         metrics["completions/clipped_ratio"].append(statistics.fmean(record["clipped"] for record in records))
@@ -291,8 +253,8 @@ class MaskedDiffusionGRPOTrainer(ReferenceTrainer):
         batch = {name: inputs[name] for name in _OF_THE_MODEL if name in inputs}
         learned, config = labels != IGNORE_INDEX, self._base_model.config
         keys = [("fixed", row[row != IGNORE_INDEX].tolist()) for row in labels.cpu()]
-        if "whole" in inputs:
-            keys = [(step, inputs["whole"][0] + place) for place in range(len(labels))]
+        if "step" in inputs:
+            keys = [(step, place) for place in inputs["places"]]
         masked = policy_masks(args.loss_type, self.noise, labels, keys, args.num_draws)
         if args.p_mask_prompt and args.loss_type == "diffu_grpo":
             ids = batch["input_ids"]
@@ -301,15 +263,15 @@ class MaskedDiffusionGRPOTrainer(ReferenceTrainer):
             batch["input_ids"] = ids.masked_fill(hidden, config.mask_token_id)
 
         def estimate(model):
-            log_probs = answer_log_probs(model, batch, masked, config.mask_token_id)
-            bounds = args.eubo_beta, args.mix_weight
-            return policy_estimate(args.loss_type, log_probs, masked, learned, inputs["advantages"], *bounds)
+            log_probs, row_of = answer_log_probs(model, batch, masked, config.mask_token_id), inputs["row_of"]
+            of_answers = log_probs[:, row_of], masked[:, row_of], learned[row_of], inputs["advantages"]
+            return policy_estimate(args.loss_type, *of_answers, args.eubo_beta, args.mix_weight)
 
         return estimate
 
     def _loss(self, model, inputs):
         args, step = self.args, self.state.global_step
-        learned = inputs["labels"] != IGNORE_INDEX
+        learned = (inputs["labels"] != IGNORE_INDEX)[inputs["row_of"]]
         estimate_of, iteration = self._estimate_of(inputs, step), step - inputs.get("step", step)
         reference = self._reference_bounds(inputs, estimate_of) if args.beta else None
         result = policy_gradient_loss(
@@ -320,12 +282,10 @@ class MaskedDiffusionGRPOTrainer(ReferenceTrainer):
         shown |= {"kl": result.kl} if args.beta else {}
         self._log_means({name: each.detach() for name, each in shown.items()},
                         torch.zeros_like(result.kl), learned.any(dim=1))  # fmt: skip
-        by_tokens = POLICY_LOSSES[args.loss_type] == "tokens"
-        if "whole" not in inputs:
-            return result.loss.sum() / max(1, int(learned.sum()) if by_tokens else len(learned))
+        if "step" not in inputs:
+            return result.loss.mean()
         self._count_tokens(inputs, args.num_draws * (1 + (args.loss_type == "espo")))
-        _, _, answers, tokens = inputs["whole"]
-        return result.loss.sum() * self.accelerator.num_processes / max(1, tokens if by_tokens else answers)
+        return result.loss.sum() * self.accelerator.num_processes / max(1, inputs["divisor"])
 
     def _objective(self):
         args, weights = self.args, self.rewards.weights.tolist()
@@ -334,19 +294,6 @@ class MaskedDiffusionGRPOTrainer(ReferenceTrainer):
             f", tuned to earn the reward {rewards} by the objective {args.loss_type} (beta {args.beta:g}, "
             f"{args.num_generations} answers a prompt at temperature {args.temperature:g})"
         )
-
-
-@contextmanager
-def _whole(model, accelerator):
-    """A sharded model's weights stay gathered: processes generate in numbers of passes of their own."""
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in shards:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    yield
-    for module in shards:
-        module.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
-        module.reshard()
 
 
 __all__ = ["MaskedDiffusionGRPOTrainer"]
