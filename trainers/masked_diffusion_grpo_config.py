@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transformers.trainer_utils import IntervalStrategy
-
 from .masked_diffusion_loss import TIME_SAMPLINGS
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
 from .policy_gradient_loss import POLICY_LOSSES
@@ -15,6 +13,11 @@ from .rewards import REWARDS
 _LOSS = "`loss_type` shapes the loss"
 _ANSWERS = "answers are the model's own"
 _SCALINGS = ("none", "group", "batch")
+_BELONGS_TO = {
+    "p_mask_prompt": ("diffu_grpo",), "num_draws": ("espo", "spg"),
+    **dict.fromkeys(("eubo_beta", "mix_weight"), ("spg",)),
+    **dict.fromkeys(("beta", "epsilon", "epsilon_high"), ("diffu_grpo", "espo")),
+}  # fmt: skip
 
 
 @dataclass
@@ -98,14 +101,13 @@ class MaskedDiffusionGRPOConfig(MaskedDiffusionSFTConfig):
         "eos_padding_token": _ANSWERS, "turn_mask": "answers are generated without one",
     }  # fmt: skip
     _least = MaskedDiffusionSFTConfig._least | {
-        "num_generations": 2, "num_generations_eval": 1, "max_completion_length": 1, "num_iterations": 1, "num_draws": 1,
+        "num_generations": 2, "num_generations_eval": 1, "max_completion_length": 1, "num_iterations": 1,
+        "num_draws": 1,
     }  # fmt: skip
     precompute_ref_log_probs = False  # answers are not known before
 
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate for AdamW."})
-    reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": f"Reward functions: {', '.join(REWARDS)}."}
-    )
+    reward_funcs: list[str] | None = field(default=None, metadata={"help": f"Reward functions: {', '.join(REWARDS)}."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "What each counts; by default 1."})
     scale_rewards: str = field(
         default="none",
@@ -161,12 +163,12 @@ class MaskedDiffusionGRPOConfig(MaskedDiffusionSFTConfig):
         ):
             if not fits:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; allowed are {allowed}.")
-        only = {"p_mask_prompt": ("diffu_grpo",), "eubo_beta": ("spg",), "mix_weight": ("spg",), "num_draws": ("espo", "spg"),
-                **dict.fromkeys(("beta", "epsilon", "epsilon_high"), ("diffu_grpo", "espo"))}  # fmt: skip
-        for name, losses in only.items():
+        for name, losses in _BELONGS_TO.items():
             value = getattr(self, name)
-            if self.loss_type not in losses and value != self.__dataclass_fields__[name].default:
-                raise ValueError(f"`{name}` is {value}, but `loss_type` is {self.loss_type!r}; it belongs to {losses}.")
+            if self.loss_type not in losses and value not in (self.__dataclass_fields__[name].default, None):
+                raise ValueError(
+                    f"`{name}` is {value}, but `loss_type` is {self.loss_type!r}; it belongs to {' and '.join(losses)}."
+                )
         if self.num_draws is None:
             self.num_draws = 1 if self.loss_type == "diffu_grpo" else 2
         if self.per_device_train_batch_size % self.num_generations:
@@ -181,11 +183,11 @@ class MaskedDiffusionGRPOConfig(MaskedDiffusionSFTConfig):
                     f"{self.train_sampling_strategy!r}; prompts that come again come in random order."
                 )
             # A resumed run would answer anew, with another model.
-            steps = {IntervalStrategy.STEPS: self.save_steps, "best": self.eval_steps}.get(self.save_strategy, 0)
-            if steps % self.num_iterations:
+            name = {"steps": "save_steps", "best": "eval_steps"}.get(self.save_strategy.value)
+            if name is not None and getattr(self, name) % self.num_iterations:
                 raise ValueError(
-                    f"`save_steps` is {steps} and `num_iterations` {self.num_iterations}; allowed are multiples, which "
-                    "leave no answers to be learned from."
+                    f"`{name}` is {getattr(self, name)} and `num_iterations` {self.num_iterations}; checkpoints are "
+                    "saved where no answers are left to be learned from: allowed are multiples."
                 )
 
 

@@ -50,10 +50,11 @@ class ReferenceTrainer(MaskedDiffusionSFTTrainer):
         args = arguments_as(self._config_class, args, model)
         if ref_model is model and not isinstance(model, (str, PathLike)):
             raise ValueError("`ref_model` is `model` itself, which changes; leave it out, and it is a copy.")
-        if isinstance(model, PeftModel) and ref_model is None and not args.precompute_ref_log_probs:
+        if isinstance(model, PeftModel) and ref_model is None and args.beta and not args.precompute_ref_log_probs:
+            instead = " or set `precompute_ref_log_probs=True`" * ("precompute_ref_log_probs" in vars(args))
             raise ValueError(
-                "`model` comes with adapters, without which it is not what training starts from; set "
-                "`precompute_ref_log_probs=True`, or give a `ref_model`."
+                "`model` comes with adapters, without which it is not what training starts from; give a `ref_model`"
+                f"{instead}."
             )
         # SFTTrainer would refuse other names than its own.
         loss_type, args.loss_type = args.loss_type, "nll"

@@ -42,8 +42,11 @@ class RewardTrainer(ReferenceTrainer):
     def _prepare_rows(self, dataset, name):
         columns = dataset.column_names or list(next(iter(dataset), {}))
         if set(self._columns) <= set(columns):
-            self.rewards.check_columns(columns, name)
+            self._check_columns(columns, name)
         return super()._prepare_rows(dataset, name)
+
+    def _check_columns(self, columns, name):
+        self.rewards.check_columns(columns, name)
 
     def _remove_unused_columns(self, dataset, description=None):
         return dataset  # rewards may need any

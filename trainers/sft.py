@@ -45,6 +45,8 @@ from .masked_diffusion_dpo_config import MaskedDiffusionDPOConfig
 from .masked_diffusion_dpo_trainer import MaskedDiffusionDPOTrainer
 from .masked_diffusion_expected_reward_config import MaskedDiffusionExpectedRewardConfig
 from .masked_diffusion_expected_reward_trainer import MaskedDiffusionExpectedRewardTrainer
+from .masked_diffusion_grpo_config import MaskedDiffusionGRPOConfig
+from .masked_diffusion_grpo_trainer import MaskedDiffusionGRPOTrainer
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
 from .masked_diffusion_sft_trainer import MaskedDiffusionSFTTrainer
 from .rows import split_by_image
@@ -55,6 +57,7 @@ METHODS = {
     "sft": (MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer, "answers"),
     "dpo": (MaskedDiffusionDPOConfig, MaskedDiffusionDPOTrainer, "pairs"),
     "expected_reward": (MaskedDiffusionExpectedRewardConfig, MaskedDiffusionExpectedRewardTrainer, "prompts"),
+    "grpo": (MaskedDiffusionGRPOConfig, MaskedDiffusionGRPOTrainer, "prompts"),
 }
 DEMO = "demo"  # as a model: the tiny one that comes with the package
 # The language model's matrices alone: the tower has layers of the same names.
@@ -71,8 +74,8 @@ class SFTScriptArguments:
 
     method: str = field(
         default="sft",
-        metadata={"help": "What to learn from: answers (sft), preferences between two (dpo), or "
-                  "rewards of possible answers (expected_reward).",
+        metadata={"help": "What to learn from: answers (sft), preferences between two (dpo), "
+                  "rewards of the possible ones (expected_reward), or rewards of the model's own (grpo).",
                   "choices": list(METHODS)},
     )  # fmt: skip
     train_data: list[DataSource] = field(
