@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -12,7 +13,14 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from lladamedv.processing.datasets import InvalidRecordError
-from lladamedv.processing.datasets.messages import check_row, images_of, preference_rows, prompt_row, show_images
+from lladamedv.processing.datasets.messages import (
+    candidate_rows,
+    check_row,
+    images_of,
+    preference_rows,
+    prompt_row,
+    show_images,
+)
 from lladamedv.processing.processing_lladamedv import get_training_chat_template
 
 from .masked_diffusion_loss import IGNORE_INDEX
@@ -55,6 +63,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
     train_on_template_tokens: bool = False
     turn_mask: bool = False
     packed: bool = False
+    _only_the_last_answer = False  # is learned; earlier turns are the prompt
 
     def __post_init__(self):
         tokenizer = self.processor.tokenizer
@@ -77,8 +86,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
     def torch_call(self, examples: list[dict]) -> dict:
         fetch = self.processor.image_processor.fetch_images
         read = [self.conversations(row, fetch(images_of(row))) for row in examples]
-        # The first conversation of every row, and then, where a row is read as several, the second of every row.
-        read = [each for conversations in zip(*read) for each in conversations]
+        # The first conversation of every row, and then, where rows are read as several, the second of every row.
+        read = [each for conversations in zip_longest(*read) for each in conversations if each is not None]
         rows, images = [self._encode_row(row, own) for row, own in read], [own for _, own in read]
         for row in rows:
             length = len(row["input_ids"])
@@ -108,6 +117,11 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         if "row_number" in examples[0]:
             batch["row_numbers"] = [row["row_number"] for row in examples]
         return batch
+
+    def _opened(self, rows: list[dict]) -> list[dict]:
+        """Rows with their images opened."""
+        fetch = self.processor.image_processor.fetch_images
+        return [{**row, "image": None, "images": fetch(images_of(row))} for row in rows]
 
     def conversations(self, row: dict, images: list) -> list[tuple[dict, list]]:
         """What a row is read as: conversations, each with its images. Here it is one, the row itself."""
@@ -151,6 +165,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         if self.train_on_template_tokens:
             answers = self._with_template_tokens(ids, answers)
         labels = [token if answer else IGNORE_INDEX for token, answer in zip(ids, answers)]
+        if self._only_the_last_answer:
+            begin = len(labels) - _last_answer(labels)
+            labels[:begin] = [IGNORE_INDEX] * begin
         begins = next((part["text"] for part in row["messages"][0]["content"] if part["type"] == "text"), "")
         name = str(begins if row["id"] is None else row["id"])
         return {"input_ids": ids, "labels": labels, "turn_ids": turns, "id": name}
@@ -244,10 +261,10 @@ class DataCollatorForMaskedDiffusionPreference(DataCollatorForMaskedDiffusion):
 
     conditional_image: str | None = None
     shuffled: bool = False
+    _only_the_last_answer = True
 
     def torch_call(self, examples: list[dict]) -> dict:
-        fetch = self.processor.image_processor.fetch_images
-        examples = _with_others([{**row, "image": None, "images": fetch(images_of(row))} for row in examples])
+        examples = _with_others(self._opened(examples))
         batch = super().torch_call(examples)
         if self.shuffled:
             others = [{**row, "images": row["other_images"] or row["images"]} for row in examples]
@@ -268,13 +285,6 @@ class DataCollatorForMaskedDiffusionPreference(DataCollatorForMaskedDiffusion):
         change = _crop if self.conditional_image == "crop" else _of_one_colour
         return [*read, (chosen, others or [*map(change, images)])]
 
-    def _encode_conversation(self, row: dict) -> dict:
-        """Of earlier turns nothing is learned: they are the prompt."""
-        encoded = super()._encode_conversation(row)
-        labels = encoded["labels"]
-        begin = len(labels) - _last_answer(labels)
-        return encoded | {"labels": [IGNORE_INDEX] * begin + labels[begin:]}
-
 
 @dataclass
 class DataCollatorForMaskedDiffusionPrompts(DataCollatorForMaskedDiffusion):
@@ -291,11 +301,8 @@ class DataCollatorForMaskedDiffusionPrompts(DataCollatorForMaskedDiffusion):
     max_completion_length: int = 0
 
     def torch_call(self, examples: list[dict]) -> dict:
-        fetch = self.processor.image_processor.fetch_images
-        opened = [fetch(images_of(row)) for row in examples]
-        examples = [{**row, "image": None, "images": images} for row, images in zip(examples, opened)]
-        batch = super().torch_call(examples)
-        return batch | {"columns": {name: [row[name] for row in examples] for name in examples[0] if name != "image"}}
+        examples = self._opened(examples)
+        return super().torch_call(examples) | {"columns": _columns_of(examples)}
 
     def conversations(self, row: dict, images: list) -> list[tuple[dict, list]]:
         return [(prompt_row({**row, "image": None, "images": images}), images)]
@@ -314,6 +321,38 @@ class DataCollatorForMaskedDiffusionPrompts(DataCollatorForMaskedDiffusion):
         begins = next((part["text"] for part in prompt[0]["content"] if part["type"] == "text"), "")
         nothing = {"labels": [IGNORE_INDEX] * len(ids), "turn_ids": [0] * len(ids)}
         return {"input_ids": ids, **nothing, "id": str(begins if row["id"] is None else row["id"])}
+
+
+@dataclass
+class DataCollatorForMaskedDiffusionCandidates(DataCollatorForMaskedDiffusion):
+    """Data collator of the [`MaskedDiffusionExpectedRewardTrainer`]: of each row the prompt with each of its
+    `candidates`, about the same images, which are processed once.
+
+    Returns (when called): the dict of [`DataCollatorForMaskedDiffusion`], of the first candidate of every row, then the
+        second, and so on;
+        - `candidates` (`(conversations, 2)`): of each its row and its place among the row's candidates;
+        - `columns`, all columns of the rows by name, with their images opened;
+        - `ref_logps` (`(conversations,)`), if the trainer has added them to the rows.
+    """
+
+    _only_the_last_answer = True
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        examples = self._opened(examples)
+        batch = super().torch_call(examples)
+        places = [(row, place) for place in range(max(len(each["candidates"]) for each in examples))
+                  for row, each in enumerate(examples) if place < len(each["candidates"])]  # fmt: skip
+        batch |= {"candidates": torch.tensor(places), "columns": _columns_of(examples)}
+        if "ref_logps" in examples[0]:
+            batch["ref_logps"] = torch.tensor([examples[row]["ref_logps"][place] for row, place in places])
+        return batch
+
+    def conversations(self, row: dict, images: list) -> list[tuple[dict, list]]:
+        return [(each, images) for each in candidate_rows({**row, "image": None, "images": images})]
+
+
+def _columns_of(rows: list[dict]) -> dict[str, list]:
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "image"}
 
 
 def _last_answer(labels: list[int]) -> int:
@@ -354,6 +393,6 @@ def _of_one_colour(image: Image.Image) -> Image.Image:
 
 
 __all__ = [
-    "DataCollatorForMaskedDiffusion", "DataCollatorForMaskedDiffusionPreference",
-    "DataCollatorForMaskedDiffusionPrompts",
+    "DataCollatorForMaskedDiffusion", "DataCollatorForMaskedDiffusionCandidates",
+    "DataCollatorForMaskedDiffusionPreference", "DataCollatorForMaskedDiffusionPrompts",
 ]  # fmt: skip

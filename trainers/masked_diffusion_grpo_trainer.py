@@ -17,7 +17,6 @@ from trl.trainer.utils import repeat_iterable_dataset
 from .data_collator import DataCollatorForMaskedDiffusionPrompts
 from .masked_diffusion_grpo_config import MaskedDiffusionGRPOConfig
 from .masked_diffusion_loss import IGNORE_INDEX, answer_log_probs
-from .masked_diffusion_sft_trainer import arguments_as
 from .policy_gradient_loss import (
     POLICY_LOSSES,
     group_advantages,
@@ -26,8 +25,7 @@ from .policy_gradient_loss import (
     policy_gradient_loss,
     policy_masks,
 )
-from .reference_trainer import ReferenceTrainer
-from .rewards import Rewards
+from .reward_trainer import RewardTrainer
 from .rollouts import OF_IMAGES, Group, batch_of_answers, gathered, sample_groups
 from .rows import RepeatedSampler
 
@@ -36,7 +34,7 @@ _OF_THE_MODEL = ("input_ids", "attention_mask", "labels", *OF_IMAGES)
 logger = logging.getLogger(__name__)
 
 
-class MaskedDiffusionGRPOTrainer(ReferenceTrainer):
+class MaskedDiffusionGRPOTrainer(RewardTrainer):
     """Trainer for rewards: the model answers each prompt several times, and answers that are better than their group
     become more likely (GRPO, arXiv 2402.03300), by one of the estimates of likelihood in `policy_gradient_loss.py`.
 
@@ -68,41 +66,22 @@ class MaskedDiffusionGRPOTrainer(ReferenceTrainer):
     _tag_names = ["trl", "masked-diffusion-grpo"]
     _name = "Masked-diffusion GRPO"
     _config_class, _collator_class = MaskedDiffusionGRPOConfig, DataCollatorForMaskedDiffusionPrompts
-    _columns = ("prompt",)
 
-    def __init__(
-        self, model, reward_funcs=None, args=None, train_dataset=None, *, ref_model=None, data_collator=None, **options
-    ):  # fmt: skip
-        args = arguments_as(self._config_class, args, model)
-        self.rewards = Rewards(reward_funcs or args.reward_funcs or [], args.reward_weights)
-        if ref_model is not None and not args.beta:
-            raise ValueError("`ref_model` is given, but `beta` is 0, with which nothing is compared with it.")
+    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, **options):
         self._answered = self._records = None  # the batches of answers that are learned from, and the last answers
-        super().__init__(model, ref_model, args, data_collator, train_dataset, **options)
+        super().__init__(model, reward_funcs, args, train_dataset, **options)
         self._without_difference = False  # whether it was said that nothing is learned
         self._base_model.resolve_generation_config(**self._generation_options())
 
     def _collator_options(self):
         return super()._collator_options() | {"max_completion_length": self.args.max_completion_length}
 
-    def _reference(self, ref_model):
-        return super()._reference(ref_model) if self.args.beta else None
-
     # Prompts
 
-    def _prepare_rows(self, dataset, name):
-        columns = dataset.column_names or list(next(iter(dataset), {}))
-        if set(self._columns) <= set(columns):
-            self.rewards.check_columns(columns, name)
-            if self.args.log_answers and "answer" not in columns:
-                raise ValueError(f"`log_answers` is {self.args.log_answers}, but `{name}` has no column `answer`.")
-        return super()._prepare_rows(dataset, name)
-
-    def _remove_unused_columns(self, dataset, description=None):
-        return dataset  # rewards may need any
-
-    def _get_collator_with_removed_columns(self, data_collator, description=None):
-        return data_collator
+    def _check_columns(self, columns, name):
+        super()._check_columns(columns, name)
+        if self.args.log_answers and "answer" not in columns:
+            raise ValueError(f"`log_answers` is {self.args.log_answers}, but `{name}` has no column `answer`.")
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **options):
         """Batch sizes are of answers, batches of prompts."""
@@ -196,11 +175,9 @@ class MaskedDiffusionGRPOTrainer(ReferenceTrainer):
         """What each answer earned, and what else is logged of it."""
         size = len(groups[0].texts)
         columns = {name: [value for value in values for _ in range(size)] for name, values in batch["columns"].items()}
-        prompts, texts = columns.pop("prompt"), [text for group in groups for text in group.texts]
-        completions = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-                       for prompt, text in zip(prompts, texts)]  # fmt: skip
+        texts = [text for group in groups for text in group.texts]
         ids = [own[learned].tolist() for group in groups for own, learned in zip(group.canvas, group.learned)]
-        found = self.rewards(prompts, completions, columns, completion_ids=ids, trainer_state=self.state)
+        found = self._rewards_of(columns, texts, ids)
         rows = [row for row in batch["row_ids"] for _ in range(size)]
         clipped = [each for group in groups for each in group.clipped]
         return [
@@ -288,11 +265,10 @@ class MaskedDiffusionGRPOTrainer(ReferenceTrainer):
         return result.loss.sum() * self.accelerator.num_processes / max(1, inputs["divisor"])
 
     def _objective(self):
-        args, weights = self.args, self.rewards.weights.tolist()
-        rewards = " + ".join(f"{weight:g} × {name}" for name, weight in zip(self.rewards.names, weights))
+        args = self.args
         return (
-            f", tuned to earn the reward {rewards} by the objective {args.loss_type} (beta {args.beta:g}, "
-            f"{args.num_generations} answers a prompt at temperature {args.temperature:g})"
+            f", tuned to earn the reward {self._named_rewards()} by the objective {args.loss_type} "
+            f"(beta {args.beta:g}, {args.num_generations} answers a prompt at temperature {args.temperature:g})"
         )
 
 

@@ -44,6 +44,7 @@ class ReferenceTrainer(MaskedDiffusionSFTTrainer):
 
     _made = False  # whether everything that was given to the constructor is ready
     _fall = ""  # the warning that answers to be kept have become less likely, with a place for nats
+    _tolerated_fall = 0.0  # in nats
 
     def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, **options):
         args = arguments_as(self._config_class, args, model)
@@ -164,7 +165,7 @@ class ReferenceTrainer(MaskedDiffusionSFTTrainer):
             if count > 1 and not self._warned:
                 mean = total / count
                 error = (max(squares / count - mean**2, 0) / (count - 1)) ** 0.5
-                self._warned = mean + 2 * error < 0
+                self._warned = mean + 2 * error < -self._tolerated_fall
                 if self._warned:
                     logger.warning(f"Step %d: {self._fall}", self.state.global_step, -mean)
         super().log(logs, start_time)

@@ -43,6 +43,8 @@ from lladamedv.processing.released import checkpoint_processor
 from .data import STOPPING_STRATEGIES, DataSource, load_dataset_mixture
 from .masked_diffusion_dpo_config import MaskedDiffusionDPOConfig
 from .masked_diffusion_dpo_trainer import MaskedDiffusionDPOTrainer
+from .masked_diffusion_expected_reward_config import MaskedDiffusionExpectedRewardConfig
+from .masked_diffusion_expected_reward_trainer import MaskedDiffusionExpectedRewardTrainer
 from .masked_diffusion_grpo_config import MaskedDiffusionGRPOConfig
 from .masked_diffusion_grpo_trainer import MaskedDiffusionGRPOTrainer
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
@@ -54,6 +56,7 @@ logger = logging.getLogger(__name__)
 METHODS = {
     "sft": (MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer, "answers"),
     "dpo": (MaskedDiffusionDPOConfig, MaskedDiffusionDPOTrainer, "pairs"),
+    "expected_reward": (MaskedDiffusionExpectedRewardConfig, MaskedDiffusionExpectedRewardTrainer, "prompts"),
     "grpo": (MaskedDiffusionGRPOConfig, MaskedDiffusionGRPOTrainer, "prompts"),
 }
 DEMO = "demo"  # as a model: the tiny one that comes with the package
@@ -71,8 +74,8 @@ class SFTScriptArguments:
 
     method: str = field(
         default="sft",
-        metadata={"help": "What to learn from: answers (sft), preferences between two (dpo), or "
-                  "rewards for the model's own (grpo).",
+        metadata={"help": "What to learn from: answers (sft), preferences between two (dpo), "
+                  "rewards of the possible ones (expected_reward), or rewards of the model's own (grpo).",
                   "choices": list(METHODS)},
     )  # fmt: skip
     train_data: list[DataSource] = field(

@@ -189,6 +189,27 @@ def prompt_row(row: dict) -> dict:
     return answered if answer else {**answered, "messages": answered["messages"][:-1]}
 
 
+def candidate_rows(row: dict) -> list[dict]:
+    """A prompt with each of its possible answers.
+
+    Args:
+        row: with `prompt`, a text or chat messages, `candidates`, two or more different texts, and images, see
+            [`images_of`].
+
+    Returns:
+        Rows as [`check_row`] returns them.
+
+    Raises:
+        InvalidRecordError: for a row without such candidates, and as [`prompt_row`].
+    """
+    candidates = row.get("candidates")
+    if not isinstance(candidates, list) or not all(isinstance(each, str) and each.strip() for each in candidates):
+        raise InvalidRecordError("`candidates` is no list of texts that are not empty", f"{candidates!r:.200}")
+    if len({each.strip() for each in candidates}) != len(candidates) or len(candidates) < 2:
+        raise InvalidRecordError("`candidates` are not two or more different texts", f"{candidates!r:.200}")
+    return [prompt_row({**row, "answer": each}) for each in candidates]
+
+
 def preference_rows(row: dict) -> tuple[dict, dict]:
     """A pair as TRL's DPOTrainer takes it, as the row of its chosen answer and that of its rejected one.
 
