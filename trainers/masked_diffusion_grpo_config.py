@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from trl import GRPOConfig
 
 from .masked_diffusion_loss import TIME_SAMPLINGS
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
@@ -151,6 +155,7 @@ class MaskedDiffusionGRPOConfig(MaskedDiffusionSFTConfig):
     _VALID_DICT_FIELDS = [*MaskedDiffusionSFTConfig._VALID_DICT_FIELDS, "generation_kwargs"]
 
     def __post_init__(self):
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)  # as in TRL
         super().__post_init__()
         for name, fits, allowed in (
             ("temperature", self.temperature > 0, "numbers above 0; at 0 all answers of a group would be the same"),
@@ -189,6 +194,17 @@ class MaskedDiffusionGRPOConfig(MaskedDiffusionSFTConfig):
                     f"`{name}` is {getattr(self, name)} and `num_iterations` {self.num_iterations}; checkpoints are "
                     "saved where no answers are left to be learned from: allowed are multiples."
                 )
+
+    @classmethod
+    def from_arguments(cls, args: TrainingArguments) -> MaskedDiffusionGRPOConfig:
+        """As of [`MaskedDiffusionSFTConfig`], of a `GRPOConfig`, too, but for its default of `loss_type`."""
+        if isinstance(args, GRPOConfig):
+            args = copy(args)
+            if args.loss_type == GRPOConfig.loss_type:
+                args.loss_type = cls.loss_type
+            if args.steps_per_generation == args.gradient_accumulation_steps:  # what TRL makes of `None`
+                args.steps_per_generation = args.generation_batch_size = None
+        return super().from_arguments(args)
 
 
 __all__ = ["MaskedDiffusionGRPOConfig"]
