@@ -179,7 +179,8 @@ def answer_bounds(
 
     A fixed number l of the answer's L tokens is masked and weighs L / l, which has the mean of the loss's form, tokens
     masked one by one with weight 1 / p, and less variance: no draw is empty or weighs 1000, and of an answer of one
-    token every draw is exact. All draws are rows of one forward pass, in which each image is encoded once.
+    token every draw is exact. All draws are rows of one forward pass, in which each image is encoded once, and each mask
+    of an answer comes once.
 
     Args:
         model, mask_token_id, fused: see [`masked_diffusion_loss`].
@@ -192,16 +193,23 @@ def answer_bounds(
     """
     inputs = {name: value for name, value in batch.items() if name != "answer_ids"}
     (draws, rows), (input_ids, labels) = t.shape, (inputs.pop(name) for name in ("input_ids", "labels"))
-    inputs = {
-        name: value if name in _OF_IMAGES else value.repeat(draws, *[1] * (value.dim() - 1))
-        for name, value in inputs.items()
-    }
-    labels = labels.repeat(draws, 1)
-    noised = add_counted_noise(input_ids.repeat(draws, 1), labels, t.flatten(), uniform.flatten(0, 1), mask_token_id)
+    row = torch.arange(rows, device=labels.device).repeat(draws)
+    masked = add_counted_noise(input_ids[row], labels[row], t.flatten(), uniform.flatten(0, 1), mask_token_id).masked
+    # Draws that mask the same tokens are computed once: an answer of two tokens has three masks.
+    distinct, place = torch.cat([row[:, None], masked], dim=1).unique(dim=0, return_inverse=True)
+    row, masked = distinct[:, 0], distinct[:, 1:].bool()
+    if "image_index" in inputs:
+        own = inputs["image_index"].split(inputs.get("batch_num_images", torch.ones(rows).long()).tolist())
+        inputs["image_index"] = torch.cat([own[each] for each in row.tolist()])
+    not_rows = (*_OF_IMAGES, "image_index")
+    inputs = {name: value if name in not_rows else value[row] for name, value in inputs.items()}
+    input_ids, labels, count = input_ids[row].masked_fill(masked, mask_token_id), labels[row], masked.sum(dim=1)
+    weight = (labels != IGNORE_INDEX).sum(dim=1) / count.clamp(min=1)  # L / l
+    noised = NoisedBatch(input_ids, masked, (1 / weight)[:, None].expand(masked.shape))
     log_probs, _ = masked_log_probs(model, inputs, noised, labels, fused)
-    row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)[noised.masked]
-    sums = torch.zeros(len(labels), device=labels.device)
-    return sums.index_add(0, row, log_probs / noised.probability[noised.masked]).view(draws, rows)
+    sums = torch.zeros(len(row), device=labels.device).index_add(0, masked.nonzero()[:, 0], log_probs)
+    bounds = sums * weight
+    return bounds[place].view(draws, rows)
 
 
 def add_noise(
