@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -16,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig
 
 from lladamedv.trainers import MaskedDiffusionDPOConfig, MaskedDiffusionDPOTrainer
+from lladamedv.trainers.answer_table import AnswerTableCallback
 from tests.test_masked_diffusion_sft_trainer import (
     FSDP,
     LORA,
@@ -315,6 +317,40 @@ def test_a_fall_of_the_chosen_answers_is_warned_of(tmp_path, caplog):
         trainer._reference_bounds = lambda inputs, bounds_of: bounds_of(trainer.model).detach() + 3.0
         trainer.train()
     assert caplog.text.count("the chosen answers have become less likely than under the reference, by 3.00 nats") == 1
+
+
+def test_a_fall_of_the_answers_is_warned_of(tmp_path, caplog):
+    """By McNemar's test at two standard errors: of 8 right answers 4 may be lost (4 = 2 √4), but not 6; 7 are too many
+    also where 1 is won."""
+    processor, given = tiny_processor(), []
+
+    class Model(torch.nn.Module):
+        device = "cpu"
+
+        def generate(self, input_ids, **options):
+            ids = processor.tokenizer(given.pop(0), add_special_tokens=False, return_tensors="pt").input_ids
+            return SimpleNamespace(sequences=torch.cat([input_ids, ids], dim=1), answer_confidence=torch.ones(1))
+
+    trainer = SimpleNamespace(
+        model=Model(), processing_class=processor, accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+        callback_handler=SimpleNamespace(callbacks=[]), log=lambda logs: None,
+    )  # fmt: skip
+    asked = [{"messages": turn("user", "Big?") + turn("assistant", "Yes")}] * 9
+
+    def warned(*rights):
+        callback = AnswerTableCallback(trainer, asked)
+        caplog.clear()
+        for step, right in enumerate(rights):
+            given.extend("Yes" if each == "+" else "No" for each in right)
+            state = SimpleNamespace(global_step=step, is_world_process_zero=True)
+            callback.on_evaluate(SimpleNamespace(output_dir=tmp_path), state, None, {})
+        return [record.message for record in caplog.records]
+
+    with caplog.at_level(logging.WARNING):
+        assert warned("++++++++-", "----++++-", "++++++++-") == []
+        (message,) = warned("++++++++-", "------++-", "---------")
+        assert message.startswith("Step 1: 6 of 9 answers are no longer right, and 0 have become so")
+        assert warned("++++++++-", "-------++") and not warned("------++-", "++++++++-")
 
 
 def test_answers_and_card(tmp_path):

@@ -179,8 +179,8 @@ def answer_bounds(
 
     A fixed number l of the answer's L tokens is masked and weighs L / l, which has the mean of the loss's form, tokens
     masked one by one with weight 1 / p, and less variance: no draw is empty or weighs 1000, and of an answer of one
-    token every draw is exact. All draws are rows of one forward pass, in which each image is encoded once, and each mask
-    of an answer comes once.
+    token every draw is exact. All draws are rows of one forward pass, in which each image is encoded once, and a mask
+    that is drawn again is not computed again.
 
     Args:
         model, mask_token_id, fused: see [`masked_diffusion_loss`].
