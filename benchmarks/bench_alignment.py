@@ -2,9 +2,9 @@
 
     python benchmarks/bench_alignment.py --size cpu --repeats 3 --json results.json
 
-Model, memory and turns are those of `bench_training.py`; all in one run. A pair is two answers about one picture; the
-step of fine-tuning learns the chosen ones alone. The reference is a second model, of other weights. Answers have 32 tokens, or two, as
-"Yes" and its end, of which there are three masks however many are drawn. Two pairs at size `cpu`.
+Model, memory and turns are those of `bench_training.py`; all in one run. A batch is one pair, two answers about one
+picture; the step of fine-tuning learns the chosen one alone. The reference is a second model, of other weights. Answers
+have 32 tokens, or two, as "Yes" and its end, of which there are three masks however many are drawn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lladamedv.trainers.masked_diffusion_loss import IGNORE_INDEX, AnswerNoise, 
 from lladamedv.trainers.preference_loss import preference_loss, preference_noise
 
 
-PAIRS, DRAWS = 2, (1, 2, 4, 8)
+PAIRS, DRAWS = 1, (1, 2, 4, 8)
 
 
 def dpo_loss(model, batch: dict, *, reference, draws: int, passes: bool = False) -> torch.FloatTensor:
