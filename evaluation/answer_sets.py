@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +29,14 @@ from .answering import candidate_probabilities, encode_chats, question_about
 from .conformal import fewest_pictures, promised
 from .run_settings import model_fingerprint
 from .runs import replace_file
-from .unusual_pictures import FALSE_ALARMS, FEWEST_PICTURES, PictureModel, count_features, picture_features
+from .unusual_pictures import (
+    FALSE_ALARMS,
+    FEWEST_PICTURES,
+    PictureModel,
+    count_features,
+    picture_features,
+    tower_features,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -337,8 +344,24 @@ def picture_warning(model: LLaDAMedVForConditionalGeneration, pixel_values: torc
     calibration = calibration_of(model)
     if pixel_values is None or calibration is None or calibration.picture_model is None:
         return None
-    distance = calibration.picture_model.distance(picture_features(model, pixel_values)).max()
-    if distance <= calibration.picture_model.threshold:
+    return distance_warning(model, calibration.picture_model.distance(picture_features(model, pixel_values)).tolist())
+
+
+def picture_distances(
+    model: LLaDAMedVForConditionalGeneration,
+) -> Callable[[Sequence[torch.Tensor]], list[float]] | None:
+    """For `describe_pictures` of a `ContinuousBatch`: how far pictures are from those that the model was calibrated on,
+    which [`distance_warning`] puts into words. `None` for a model without such a calibration."""
+    calibration = calibration_of(model)
+    if calibration is None or calibration.picture_model is None:
+        return None
+    return lambda states: calibration.picture_model.distance(tower_features(states)).tolist()
+
+
+def distance_warning(model: LLaDAMedVForConditionalGeneration, distances: Sequence[float]) -> str | None:
+    """[`picture_warning`], from what [`picture_distances`] has found of each picture."""
+    calibration, distance = calibration_of(model), max(distances, default=0.0)
+    if not distances or distance <= calibration.picture_model.threshold:
         return None
     return (
         f"The picture is unlike those of {calibration.dataset} that the model was calibrated on (distance "
@@ -356,5 +379,5 @@ def prompt_digest(processor: LLaDAMedVProcessor) -> str:
 
 __all__ = [
     "CALIBRATION_FILE", "YES_NO", "AnswerSet", "Calibration", "answer_set", "attach_calibration", "calibration_of",
-    "check_alpha", "check_candidates", "picture_warning", "prompt_digest",
+    "check_alpha", "check_candidates", "distance_warning", "picture_distances", "picture_warning", "prompt_digest",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ largest directions and takes all others for equally wide.
 import base64
 import binascii
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,9 +37,12 @@ def picture_features(model, pixel_values: torch.Tensor) -> np.ndarray:
     Returns:
         float64 `(pictures, features)`: of up to four layers, evenly spread, the mean direction of the patches.
     """
-    tower = model.model.vision_tower
     pixels = pixel_values[:, 0].to(model.device, model.dtype)
-    states = tower(pixels, output_hidden_states=True, return_dict=True).hidden_states  # each (pictures, patches, width)
+    return tower_features(model.model.vision_tower(pixels, output_hidden_states=True, return_dict=True).hidden_states)
+
+
+def tower_features(states: Sequence[torch.Tensor]) -> np.ndarray:
+    """[`picture_features`] from the tower's hidden states, `(pictures, patches, width)` each."""
     chosen = np.linspace(0, len(states) - 1, min(_LAYERS, len(states))).round().astype(int)
     means = [normalize(normalize(states[layer].float(), dim=-1).mean(dim=1), dim=-1) for layer in chosen]
     return torch.cat(means, dim=1).double().cpu().numpy()
@@ -137,4 +141,5 @@ class PictureModel:
 
 __all__ = [
     "FALSE_ALARMS", "FEWEST_PICTURES", "PictureModel", "count_features", "decode", "encode", "picture_features",
+    "tower_features",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor
 from lladamedv.processing.medical_images import MedicalImage
 
-from .cli_common import print_json
+from .cli_common import print_json, read_option, tell
 from .conversation import LEVELS, NOTICE, Token, demo_notice, printable, reply_to
 
 
@@ -30,10 +30,11 @@ with suppress(ImportError):  # not on Windows
 
 _STYLES = ("", "underline", "bold underline", "reverse")  # of the levels of confidence: no colours
 _HELP = """\
-/image FILE  ask about another image, in a new conversation
-/new         forget the conversation and keep the image
-/help        show this
-/quit        end, as Ctrl-D does; Ctrl-C stops an answer
+/image FILE      ask about another image, in a new conversation
+/clear           forget the conversation and keep the image
+/set NAME=VALUE  change options of generation, such as steps=8 block_length=8; NAME= takes the default; /set shows them
+/help            show this
+/quit            end, as Ctrl-D does; Ctrl-C stops an answer
 How a token looks is its confidence: """ + ", ".join(
     f"{style or 'plain'} {level.name}" for style, level in zip(_STYLES, LEVELS)
 )
@@ -77,7 +78,7 @@ class Chat:
         for stream in (sys.stdin, sys.stdout):
             stream.reconfigure(errors="replace")  # rather than end the chat
         for notice in filter(None, (NOTICE, demo_notice(self._model))):
-            _say(notice)
+            tell(notice)
         if picture is not None:
             self._look_at(picture)
         typing = sys.stdin.isatty()
@@ -92,7 +93,7 @@ class Chat:
             try:
                 self._obey(line)
             except (ValueError, ImportError) as error:
-                _say(f"{error} (/new forgets the conversation.)" if line[0] != "/" and self._turns else str(error))
+                _say(f"{error} (/clear forgets the conversation.)" if line[0] != "/" and self._turns else str(error))
             except KeyboardInterrupt:
                 if not typing:
                     raise
@@ -101,7 +102,7 @@ class Chat:
     def _look_at(self, picture: MedicalImage) -> None:
         self._picture, self._turns = picture.image, []
         height, width = picture.size
-        _say("; ".join([f"image: {width} by {height} pixels", *map(str, picture.steps)]))
+        tell(_line("; ".join([f"image: {width} by {height} pixels", *map(str, picture.steps)])))
 
     def _obey(self, line: str) -> None:
         command, _, argument = line.partition(" ")
@@ -109,12 +110,29 @@ class Chat:
             self._ask(line)
         elif command == "/image" and argument:
             self._look_at(self._read_image(argument.strip()))
-        elif line == "/new":
+        elif line == "/clear":
             self._turns = []
         elif line == "/help":
             typer.echo(_HELP, err=True)
+        elif command == "/set":
+            self._set(argument.split())
         elif line:
-            raise ValueError(f"{line!r} is no command; allowed are /image FILE, /new, /help and /quit.")
+            raise ValueError(f"{line!r} is no command; allowed are /image FILE, /clear, /set, /help and /quit.")
+
+    def _set(self, words: list[str]) -> None:
+        """Change options of `generate`, all of them or, if one is wrong, none."""
+        options = dict(self._options)
+        for word in words:
+            name, is_set, value = word.partition("=")
+            if not is_set:
+                raise ValueError(f"{word!r} is no NAME=VALUE, as steps=8 is.")
+            options.pop(name, None)
+            if value:
+                options[name] = read_option(name, value)
+        self._model.resolve_generation_config(**options, return_dict_in_generate=True)
+        self._options = options
+        own = ", ".join(f"{name}={value}" for name, value in options.items())
+        _say(f"options: {own or 'as the model has them'}")
 
     def _ask(self, question: str) -> None:
         if self._picture is None:
@@ -174,7 +192,11 @@ def _shade(tokens: Iterable[Token], suffix: str) -> Text:
 
 def _say(text: str) -> None:
     """Print one line on standard error."""
-    typer.echo(printable(" ".join(text.split())), err=True)
+    typer.echo(_line(text), err=True)
+
+
+def _line(text: str) -> str:
+    return printable(" ".join(text.split()))
 
 
 __all__ = ["Chat"]

@@ -26,6 +26,7 @@ from .cli_common import (
     READING,
     AsJson,
     CommandLine,
+    Commands,
     Group,
     Host,
     Source,
@@ -41,6 +42,7 @@ from .cli_common import (
     quiet,
     row_counter,
     takes,
+    tell,
     usage,
     word,
 )
@@ -55,9 +57,9 @@ INCOMPLETE = 3  # exit code: there is a report, but some questions have no answe
 # Warnings that a training hides: announced changes of libraries, and that there is no GPU.
 _IGNORED = "ignore::FutureWarning,ignore::DeprecationWarning,ignore:'pin_memory' argument:UserWarning"
 
-app = typer.Typer(cls=CommandLine, no_args_is_help=True, pretty_exceptions_enable=False)
-eval_app = typer.Typer(cls=CommandLine, no_args_is_help=True)
-analyze_app = typer.Typer(cls=CommandLine, no_args_is_help=True)
+app = Commands(cls=CommandLine, no_args_is_help=True, pretty_exceptions_enable=False)
+eval_app = Commands(cls=CommandLine, no_args_is_help=True)
+analyze_app = Commands(cls=CommandLine, no_args_is_help=True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -197,9 +199,10 @@ def ask(
     if as_json:
         print_json({**found, "image": steps, "notice": notice, "warning": given.warning})
     else:
-        warning = given.warning and f"Warning: {given.warning}"
-        for line in filter(None, (f"image: {'; '.join(steps)}" if steps else None, notice, warning, *notes)):
-            typer.echo(line, err=True)
+        for line in filter(None, (f"image: {'; '.join(steps)}" if steps else None, notice, *notes)):
+            tell(line)
+        if given.warning:
+            typer.echo(f"Warning: {given.warning}", err=True)
         typer.echo(found["answer"])
     page = explain is not None and explain.suffix.lower() == ".html"
     if where is not None or (page and given.ids):
@@ -335,6 +338,27 @@ def serve(
     server.run(sockets=[listening])
 
 
+@app.command(rich_help_panel=USE)
+def info(as_json: AsJson = False) -> None:
+    """Print versions, devices, what each extra lacks, and where models are: also what a report of a fault needs.
+
+    \b
+    Example:
+      lladamedv info
+    """
+    quiet()
+    from lladamedv.information import describe_installation
+
+    sections = describe_installation()
+    if as_json:
+        return print_json(sections)
+    width = max(len(name) for lines in sections.values() for name in lines)
+    for title, lines in sections.items():
+        typer.echo(title)
+        for name, value in lines.items():
+            typer.echo(f"  {name:{width}}  {value}")
+
+
 # Train and measure
 
 
@@ -364,17 +388,19 @@ def train(
 ) -> None:  # fmt: skip
     """Fine-tune a model: `accelerate launch -m lladamedv.trainers.sft --config RECIPE`.
 
-    All other options, to be given after RECIPE, are arguments of that script and override the recipe.
+    All other options, to be given after RECIPE, are arguments of that script and override the recipe. Names that TRL's
+    and other trainers' command lines have for them are known, too: --model, --dataset, --output, --epochs, --lr.
 
     \b
     Examples:
       lladamedv train --list
+      lladamedv train --model FOLDER --dataset DATA.csv --output OUT
       lladamedv train demo_lora -- --help
       lladamedv train demo_lora
       lladamedv train lora_one_gpu --model_name_or_path FOLDER --train_data DATA.json --output_dir OUT
       lladamedv train stage2_instruct --accelerate fsdp2
     """
-    from lladamedv.trainers.recipes import accelerate_file, check_flags, describe_recipes, launch, recipe_file
+    from lladamedv.trainers.recipes import accelerate_file, describe_recipes, launch, read_flags, recipe_file
 
     if list_recipes:
         recipes = describe_recipes()
@@ -385,8 +411,10 @@ def train(
     words = list(context.args)
     if recipe is not None and recipe.startswith("-"):
         words, recipe = [recipe, *words], None
-    check_flags(words)
-    file = recipe_file(recipe)
+    words = read_flags(words)
+    file = recipe_file(recipe, words)
+    if recipe is None:
+        tell(f"recipe: {file.stem}")
     configuration = accelerate_file(accelerate)
     if not os.environ.get(DEBUG):
         os.environ.setdefault("PYTHONWARNINGS", _IGNORED)
@@ -496,7 +524,7 @@ def _finish(summary: dict, text: str, as_json: bool, output: Path) -> None:
 
     if process_state().is_main_process:
         typer.echo(json.dumps(summary) if as_json else text)
-        typer.echo(f"wrote {output}", err=True)
+        tell(f"wrote {output}")
     process_state().destroy_process_group()
     if not summary.get("complete", True):
         raise typer.Exit(INCOMPLETE)
@@ -600,7 +628,7 @@ def calibrate(
 
     dataset, report = questions.load()
     if report.missing_images or report.invalid:
-        typer.echo(report.summary(), err=True)
+        tell(report.summary())
     model, processor = _load(source)
     calibration = calibrate(
         model, processor, dataset, report, output, alpha=alpha, candidates=[*map(_split, candidates)],
@@ -778,7 +806,7 @@ def _with_images(questions: Path, image_folder: Path, asked: list[dict]) -> list
     if not records:
         raise ValueError(f"`image_folder` is {str(image_folder)!r}, which has none of the images.")
     if report.missing_images:
-        typer.echo(report.summary(), err=True)
+        tell(report.summary())
     return records
 
 
@@ -822,7 +850,7 @@ def decoding(
 
     records, report = questions.load()
     if report.missing_images or report.invalid:
-        typer.echo(report.summary(), err=True)
+        tell(report.summary())
     if noise_pictures:
         records = analysis.noise_pictures(records, seed)
     summary = analysis.analyze_decoding(

@@ -16,7 +16,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -179,10 +179,11 @@ class Source(NamedTuple):
 
     def load(self, device: Any = None) -> tuple:
         """Model and processor; on `device` where the user leaves that open."""
-        return loading.load_model(
-            self.model, self.dtype, device if device is not None and self.device == "auto" else self.device,
-            self.revision,
-        )  # fmt: skip
+        with _status(f"Loading {self.model} …"):
+            return loading.load_model(
+                self.model, self.dtype, device if device is not None and self.device == "auto" else self.device,
+                self.revision,
+            )  # fmt: skip
 
 
 def _check_device_name(device: str) -> None:
@@ -258,16 +259,20 @@ def _is_shown(name: str) -> bool:
     return OPTIONS[name].types != () and OPTIONS[name].role != "report"
 
 
-def _read_option(name: str, text: str) -> Any:
-    """The value of an option of `generate`; of another name, which `generate` may know as autoregressive, as JSON."""
+def read_option(name: str, text: str) -> Any:
+    """The value of an option of `generate`; of another name, which `generate` may know as autoregressive, as JSON.
+
+    Raises:
+        ValueError: for an option that there is not, or that changes nothing that is shown.
+    """
     if name not in OPTIONS:
         if meant := difflib.get_close_matches(name, OPTIONS, 1, cutoff=0.8):
-            raise usage("'--option'", f"{name!r} is no option of generate; did you mean {meant[0]}?")
+            raise ValueError(f"{name!r} is no option of generate; did you mean {meant[0]}?")
         with suppress(json.JSONDecodeError):
             return json.loads(text)
         return text
     if not _is_shown(name):
-        raise usage("'--option'", f"{name!r} changes nothing that a command shows.")
+        raise ValueError(f"{name!r} changes nothing that a command shows.")
     return OPTIONS[name].parse(text)
 
 
@@ -297,12 +302,21 @@ def generation_options(without: Sequence[str] = (), **defaults: float) -> Group:
             if value is not None:
                 if name in options:
                     raise usage("'--option'", f"{name} is given twice.")
-                options[name] = value if isinstance(value, bool) else _read_option(name, value)
+                options[name] = value if isinstance(value, bool) else _told_as_usage(name, value)
         options = defaults | options
         check_generation(given.get("model"), options, partial=bool(without))
         return options
 
     return Group(parameters, read)
+
+
+def _told_as_usage(name: str, text: str) -> Any:
+    try:
+        return read_option(name, text)
+    except GenerationOptionError:
+        raise
+    except ValueError as error:
+        raise usage("'--option'", str(error)) from None
 
 
 def check_generation(model: str | None, options: dict, partial: bool = False) -> None:
@@ -416,6 +430,45 @@ class CommandLine(TyperGroup):
         return text
 
 
+_hushed = False  # whether --quiet is given
+
+
+class Commands(typer.Typer):
+    """Commands that all take --quiet."""
+
+    def command(self, *names: str, **more) -> Callable[[Callable], Callable]:
+        register = super().command(*names, **more)
+        quietly = flag(bool, "Print results, warnings and errors alone.", "--quiet", "-q")
+
+        def decorate(command: Callable) -> Callable:
+            @wraps(command)
+            def wrapped(quiet: bool, **given):
+                global _hushed
+                _hushed = quiet
+                return command(**given)
+
+            own = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=quietly)
+            _sign(wrapped, [*inspect.signature(command).parameters.values(), own])
+            return register(wrapped)
+
+        return decorate
+
+
+def tell(line: str) -> None:
+    """A line about what was done, on standard error; not with --quiet. A warning is none: `typer.echo` prints it."""
+    if not _hushed:
+        typer.echo(line, err=True)
+
+
+def _status(text: str):
+    """What is done now, on a terminal, as long as it takes."""
+    if _hushed or not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
 def quiet() -> None:
     """Import PyTorch and Transformers without a line of theirs, now or later, among the answers.
 
@@ -428,13 +481,14 @@ def quiet() -> None:
     if not ours.handlers:
         ours.addHandler(_ToStandardError())
 
-    import torch  # noqa: F401  sets the level of its loggers
+    with _status("Starting PyTorch …"):
+        import torch  # noqa: F401  sets the level of its loggers
 
-    if not os.environ.get(DEBUG):
-        logging.getLogger("torch").setLevel(logging.ERROR)
-    import transformers
+        if not os.environ.get(DEBUG):
+            logging.getLogger("torch").setLevel(logging.ERROR)
+        import transformers
 
-    transformers.logging.disable_progress_bar()
+        transformers.logging.disable_progress_bar()
 
 
 def _silence() -> None:
@@ -459,7 +513,7 @@ class _ToStandardError(logging.Handler):
 
 def progress(as_json: bool) -> Callable[[str], None]:
     """Where lines on the way to a result go: with `--json` the result alone is on standard output."""
-    return lambda line: typer.echo(line, err=as_json)
+    return tell if as_json else typer.echo
 
 
 @contextmanager
@@ -469,7 +523,7 @@ def row_counter() -> Iterator[Callable[[int, int], None]]:
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=_hushed or not console.is_terminal) as bar:
         task = bar.add_task("rows", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

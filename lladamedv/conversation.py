@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from lladamedv.evaluation.answer_sets import picture_warning
+from lladamedv.evaluation.answer_sets import distance_warning, picture_distances, picture_warning
 from lladamedv.evaluation.answering import encode_chats, question_about
 from lladamedv.modeling_lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
@@ -173,7 +173,8 @@ def reply_to(
     asked = _ask(model, processor, image, question, turns, options)
     if show is not None:
         asked["streamer"] = _Canvases(model, options, lambda *canvas: show(_tokens(*canvas, processor, model)))
-    return _reply(model, processor, asked, model.generate(**asked))
+    warning = picture_warning(model, asked.get("pixel_values"))
+    return _reply(model, processor, asked, model.generate(**asked), warning)
 
 
 class SharedConversations:
@@ -186,7 +187,8 @@ class SharedConversations:
     """
 
     def __init__(self, model: LLaDAMedVForConditionalGeneration, processor: LLaDAMedVProcessor):
-        self._model, self._processor, self._batch = model, processor, ContinuousBatch(model)
+        self._model, self._processor = model, processor
+        self._batch = ContinuousBatch(model, describe_pictures=picture_distances(model))
         # A tokenizer that encodes must not be used by two threads: one thread at a time asks, with its own.
         self._asking, self._own_processor = Lock(), copy.deepcopy(processor)
         self._batch.start()
@@ -217,7 +219,8 @@ class SharedConversations:
                 yield _tokens(*canvas, self._processor, model)
         finally:
             self._batch.cancel(request)
-        yield _reply(model, self._processor, asked, request.future.result())
+        warning = distance_warning(model, streamer.distances)
+        yield _reply(model, self._processor, asked, request.future.result(), warning)
 
     def find_evidence(self, image: Image.Image, question: str, reply: Reply, turns=(), **options) -> Evidence:
         """As [`find_evidence`] does."""
@@ -285,7 +288,7 @@ def _inputs(model, processor, image, question, turns) -> Mapping[str, torch.Tens
     return encode_chats(model, processor, [question_about(image, texts[0]) + later[1:]])
 
 
-def _reply(model, processor, asked: dict, output: LLaDAMedVGenerationOutput) -> Reply:
+def _reply(model, processor, asked: dict, output: LLaDAMedVGenerationOutput, warning: str | None) -> Reply:
     """What was answered, in words, and how."""
     ids = output.sequences[0, asked["input_ids"].shape[1] :].tolist()
     length = round(float(output.tokens_per_forward[0] * output.num_forwards[0]))  # up to the end, without a suffix
@@ -307,7 +310,7 @@ def _reply(model, processor, asked: dict, output: LLaDAMedVGenerationOutput) -> 
         abstained=output.abstained is not None and bool(output.abstained[0]),
         suffix=processor.decode(ids[length:], skip_special_tokens=True),
         image_reliance=reliance,
-        warning=picture_warning(model, asked.get("pixel_values")),
+        warning=warning,
         ids=tuple(tuple(ids[place] for place in group) for group in _groups(ids[:length], processor, model)),
     )
 
@@ -319,7 +322,11 @@ class _Canvases:
     def __init__(self, model, options: dict, show: Callable[[list[int], list[int], list[float]], object]):
         self._length = model.resolve_generation_config(**options, return_dict_in_generate=True).max_new_tokens
         self._mask, self._show, self._passes, self._begun = model.config.mask_token_id, show, 0, False
-        self._steps = {}
+        self._steps, self.distances = {}, []
+
+    def put_descriptions(self, distances: list[float]) -> None:
+        """How unusual the pictures are."""
+        self.distances = distances
 
     def put(self, tokens: torch.Tensor) -> None:
         """First the prompt, when the loop begins; then finished blocks, which the canvases hold, too."""

@@ -44,7 +44,7 @@ try:
 except ImportError as error:
     raise ImportError('The server needs libraries of its own: pip install "lladamedv[serve]".') from error
 
-from lladamedv.evaluation.answer_sets import picture_warning
+from lladamedv.evaluation.answer_sets import distance_warning, picture_distances
 from lladamedv.evaluation.answering import encode_chats
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch, PositionsError
@@ -154,8 +154,6 @@ class _Answer:
             self._check_length(inputs["input_ids"].shape[1], processor.tokenizer)
             if question.evidence:
                 self.inputs = inputs
-            if warning := picture_warning(desk.model, inputs.get("pixel_values")):
-                self.notes["warning"] = warning
             try:
                 self._request = desk.batch.submit(
                     **inputs, generation_config=question.options, tokenizer=processor.tokenizer, streamer=self,
@@ -191,6 +189,11 @@ class _Answer:
         self.gone.set()
         if (request := self._request) is not None:
             self._desk.batch.cancel(request)
+
+    def put_descriptions(self, distances: list[float]) -> None:
+        """Of the pictures, before `put`."""
+        if warning := distance_warning(self._desk.model, distances):
+            self.notes["warning"] = warning
 
     def put(self, tokens: torch.Tensor) -> None:
         """First the prompt, once the request has joined the batch; then finished blocks, 1-D."""
@@ -391,7 +394,7 @@ class _Desk:
         self._since, self._seconds = int(time.time()), 0.0  # that the last answer took
         self._waiting: set[ExitStack] = set()
         self._uploads: dict[anyio.CancelScope, int] = {}  # bytes that have arrived of each, the oldest first
-        self.batch = ContinuousBatch(model, max_positions)
+        self.batch = ContinuousBatch(model, max_positions, describe_pictures=picture_distances(model))
         # A tokenizer must not be used by two threads: one is the batch's, for texts, and the readers share another.
         self.own_processor, self.preparing = copy.deepcopy(processor), Lock()
         self._readers, self._explainer = ThreadPoolExecutor(_READERS), ThreadPoolExecutor(1)

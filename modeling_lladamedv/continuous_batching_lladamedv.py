@@ -14,6 +14,7 @@ import logging
 import threading
 import traceback
 from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import torch
 
 from .denoising_state_lladamedv import DenoisingState
 from .generation_lladamedv import stream
+from .modeling_lladamedv import count_tiles
 
 
 logger = logging.getLogger(__name__)
@@ -76,13 +78,23 @@ class ContinuousBatch:
             when an answer is finished does not count, and lets the others wait.
         image_cache_bytes: for features of pictures, so that more questions about one do not encode it again; the
             pictures that were not asked about for the longest time are dropped.
+        describe_pictures: called with the hidden states of the vision tower, `(pictures, patches, width)` each, of
+            pictures that are not kept (of their first tile, the whole picture); returns a small object for each, which
+            is kept with the features. A streamer gets those of its request by a method `put_descriptions`, before the
+            prompt. What is said of a picture so costs no second run of the tower.
     """
 
-    def __init__(self, model, max_positions: int = 16384, image_cache_bytes: int = 2**28):
+    def __init__(
+        self,
+        model,
+        max_positions: int = 16384,
+        image_cache_bytes: int = 2**28,
+        describe_pictures: Callable[[tuple[torch.Tensor, ...]], Sequence] | None = None,
+    ):
         self.model, self.max_positions = model, max_positions
         self._waiting: deque[Request] = deque()
         self._groups: dict[tuple, tuple[DenoisingState, list[Request]]] = {}
-        self._features = _ImageFeatures(image_cache_bytes)
+        self._features = _ImageFeatures(image_cache_bytes, describe_pictures)
         self._changed = threading.Condition()
         self._stopped = False
         self._counts = Counter()
@@ -283,9 +295,11 @@ class ContinuousBatch:
                 continue
             self._counts.update(requests=1)
             try:
-                self._features.begin(self.model, request.state, request.images, request.image_keys)
+                said = self._features.begin(self.model, request.state, request.images, request.image_keys)
                 request.images = {}
                 if request.streamer is not None:
+                    if hasattr(request.streamer, "put_descriptions"):
+                        request.streamer.put_descriptions(said)
                     request.streamer.put(request.state.prompt_ids[:, request.padding :].cpu())
             except Exception as error:  # pictures that do not fit the prompt, or too little memory
                 self._close(request, "failed", _light(error))
@@ -375,11 +389,12 @@ def _light(error: Exception) -> Exception:
 
 
 class _ImageFeatures:
-    """Features of pictures, by a digest of what they depend on; the least recently used are dropped."""
+    """Features of pictures, and what was said of them, by a digest of what they depend on; the least recently used are
+    dropped."""
 
-    def __init__(self, budget: int):
-        self.budget, self.num_bytes, self.hits, self.misses = budget, 0, 0, 0
-        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+    def __init__(self, budget: int, describe: Callable | None):
+        self.budget, self.num_bytes, self.hits, self.misses, self._describe = budget, 0, 0, 0, describe
+        self._kept: OrderedDict[bytes, tuple[torch.Tensor, object]] = OrderedDict()
 
     @staticmethod
     def keys(model, pixel_values, image_sizes, batch_num_images) -> list[bytes]:
@@ -392,25 +407,38 @@ class _ImageFeatures:
             keys.append(digest.digest())
         return keys
 
-    def begin(self, model, state, images: dict, keys: list[bytes]) -> None:
-        """Embed a prompt, with the features of pictures that are known."""
+    def begin(self, model, state, images: dict, keys: list[bytes]) -> list:
+        """Embed a prompt, with the features of pictures that are known. Returns what is said of its pictures."""
         if not keys:
             model.begin_denoising(state, **images)
-            return
+            return []
         names = ("image_features", "neutral_features")[: 1 + state.needs_neutral]
         places = {name: [name.encode() + key for key in keys] for name in names}
-        known = {name: [self._kept.get(place) for place in own] for name, own in places.items()}
-        features = model.begin_denoising(state, **images, **known)
+        known = {name: [self._kept.get(place, (None, None)) for place in own] for name, own in places.items()}
+        features = {name: [image for image, _ in own] for name, own in known.items()}
+        said = [description for _, description in known["image_features"]]
+        new = [number for number, image in enumerate(features["image_features"]) if image is None]
+        if new and self._describe is not None:
+            outputs = model.get_image_features(
+                **images, image_features=features["image_features"], output_hidden_states=True, return_dict=True
+            )
+            features["image_features"] = outputs.pooler_output
+            grids = model.model.tile_grids(**images)
+            first = [0, *itertools.accumulate(count_tiles(grids[number]) for number in new[:-1])]
+            for number, description in zip(new, self._describe(tuple(each[first] for each in outputs.hidden_states))):
+                said[number] = description
+        features = model.begin_denoising(state, **images, **features)
         for name, own in places.items():
-            for place, image in zip(own, features[name]):
+            for place, image, description in zip(own, features[name], said):
                 if place not in self._kept:
-                    self._kept[place] = image.clone()  # it may be a part of what was made of all pictures
+                    self._kept[place] = image.clone(), description  # it may be a part of what was made of all pictures
                     self.num_bytes += _num_bytes(image)
                 self._kept.move_to_end(place)
-            new = sum(image is None for image in known[name])
-            self.hits, self.misses = self.hits + len(own) - new, self.misses + new
+            misses = sum(image is None for image, _ in known[name])
+            self.hits, self.misses = self.hits + len(own) - misses, self.misses + misses
         while self.num_bytes > self.budget:
-            self.num_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
+            self.num_bytes -= _num_bytes(self._kept.popitem(last=False)[1][0])
+        return [] if self._describe is None else said
 
 
 def _num_bytes(features: torch.Tensor) -> int:

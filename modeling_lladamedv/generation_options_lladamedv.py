@@ -380,7 +380,6 @@ def check_options(values: Mapping[str, Any]) -> None:
             message = f"`{name}` is {values[name]!r}, which is allowed with use_cache=True only."
             raise GenerationOptionError(message, name, "use_cache")
 
-
     for name in ("temperature", "cache_drift_bound", "output_cache_drift", "output_history"):
         if values["speculation_depth"] and values[name]:
             message = f"`speculation_depth` is {values['speculation_depth']}, which is not allowed with `{name}`."

@@ -239,7 +239,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         new = [number for number, image in enumerate(images) if image is None]
         outputs = BaseModelOutputWithPooling()
         if new:
-            counts = [_count_tiles(grids[number]) for number in new]
+            counts = [count_tiles(grids[number]) for number in new]
             tiles = torch.cat([pixel_values[number, :count] for number, count in zip(new, counts)])
             # A frozen tower keeps no activations, even where its inputs are made to require gradients (as PEFT does),
             # unless those of the pixels are asked for.
@@ -292,7 +292,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         for number, size in enumerate(image_sizes.tolist()):
             if tiled[number]:
                 grids[number] = tuple(edge // side for edge in select_best_resolution(tuple(size), pinpoints))
-        most = max(map(_count_tiles, grids))
+        most = max(map(count_tiles, grids))
         if most > num_tiles:
             raise ValueError(f"`pixel_values` has {num_tiles} tiles per image, but `image_sizes` asks for {most}.")
         return grids
@@ -472,7 +472,7 @@ class LLaDAMedVModel(LLaDAMedVPreTrainedModel):
         )
 
 
-def _count_tiles(grid: tuple[int, int] | None) -> int:
+def count_tiles(grid: tuple[int, int] | None) -> int:
     """The overview and the tiles of the grid."""
     return 1 if grid is None else 1 + grid[0] * grid[1]
 

@@ -7,8 +7,10 @@ import shlex
 import socket
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
+from huggingface_hub import scan_cache_dir
 from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -279,6 +281,75 @@ def test_nothing_of_other_libraries_is_printed(tmp_path):
     words = [sys.executable, "-m", "lladamedv.cli", "ask", file, "Is there a lesion?"]
     run = subprocess.run(words, capture_output=True, text=True, check=True)
     assert run.stderr == f"{DEMO_NOTICE}\n" and run.stdout.strip()
+
+
+def test_quiet(tmp_path, photograph):
+    """Notices and steps are left out, warnings are not; the next command speaks again."""
+    Image.new("I;16", (64, 64), 300).save(file := tmp_path / "grey.png")
+    told = [call("ask", each, "Is there a lesion?", *more) for each in (file, photograph) for more in ([], ["-q"])]
+    assert [each.exit_code for each in told] == [0] * 4
+    assert "image: " in told[0].stderr and DEMO_NOTICE in told[0].stderr and not told[1].stderr
+    assert DEMO_NOTICE in told[2].stderr and told[3].stderr.startswith("Warning: The picture is unlike")
+    assert [each.stdout for each in told[1::2]] == [each.stdout for each in told[::2]]
+
+
+def test_the_first_line_on_a_terminal_comes_before_torch(tmp_path):
+    """While PyTorch is imported, which this one never does."""
+    pty = pytest.importorskip("pty")
+    Image.new("RGB", (64, 64)).save(file := tmp_path / "picture.png")
+    program = (
+        "import sys; from importlib.abc import MetaPathFinder\n"
+        "class Block(MetaPathFinder):\n"
+        "    def find_spec(self, name, *more):\n"
+        "        if name == 'torch': raise ImportError('no torch')\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from lladamedv.cli import app; app()"
+    )
+    screen, terminal = pty.openpty()
+    words = [sys.executable, "-c", program, "ask", file, "Is there a lesion?"]
+    run = subprocess.run(words, stderr=terminal, stdout=subprocess.DEVNULL, env=os.environ | {"TERM": "xterm"})
+    os.close(terminal)
+    assert run.returncode == 1 and b"Starting PyTorch" in os.read(screen, 4096)
+
+
+def test_info():
+    """Versions are those of the distributions, and the demo model can be loaded from where it is."""
+    sections = json.loads(call("info", "--json").stdout)
+    assert list(sections) == ["Versions", "Devices", "Extras", "Models"]
+    for name, told in list(sections["Versions"].items())[1:]:
+        assert told == metadata.version(name)
+    assert loading.load_model(sections["Models"]["demo"]) and sections["Devices"]["used by default"]
+    assert set(sections["Extras"]) == set(metadata.metadata("lladamedv").get_all("Provides-Extra"))
+    plain = call("info").stdout
+    assert all(value in plain for lines in sections.values() for value in lines.values())
+
+
+def test_info_says_what_an_extra_lacks(monkeypatch):
+    """An extra that holds others lacks what they lack; a version that is too old is named."""
+    installed = {"pydicom": metadata.PackageNotFoundError(), "matplotlib": "3.1"}
+
+    def version(name, ask=metadata.version):
+        if isinstance(found := installed.get(name), Exception):
+            raise found
+        return found or ask(name)
+
+    monkeypatch.setattr("lladamedv.information.version", version)
+    extras = json.loads(call("info", "--json").stdout)["Extras"]
+    assert extras["medical-codecs"] == 'lacks pydicom: pip install "lladamedv[medical-codecs]"'
+    assert extras["plots"].startswith("lacks matplotlib") and "(3.1 is installed)" in extras["plots"]
+
+
+def test_info_lists_models_of_the_hubs_cache(tmp_path, monkeypatch):
+    """Those that this package loads, and no others."""
+    for name, kind in (("mine", "lladamedv"), ("theirs", "llava_llada"), ("other", "llama")):
+        snapshot = tmp_path / f"models--me--{name}/snapshots/{'a' * 40}"
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text(json.dumps({"model_type": kind}))
+        (tmp_path / f"models--me--{name}/refs").mkdir()
+        (tmp_path / f"models--me--{name}/refs/main").write_text("a" * 40)
+    monkeypatch.setattr("lladamedv.information.scan_cache_dir", lambda: scan_cache_dir(tmp_path))
+    models = json.loads(call("info", "--json").stdout)["Models"]
+    assert list(models) == ["demo", "Hub cache", "me/mine", "me/theirs"]
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_in_a_pipe(shipped, example, picture):
     second = ask(shipped, example.image, DESCRIBE, first, CLOSED).text
     alone = ask(shipped, example.image, CLOSED).text
     assert second != alone, "the first turn must matter in this test"
-    result = chat(picture, lines=[DESCRIBE, "", "  ", CLOSED, "/new", CLOSED, f"/image {picture}", DESCRIBE, CLOSED])
+    result = chat(picture, lines=[DESCRIBE, "", "  ", CLOSED, "/clear", CLOSED, f"/image {picture}", DESCRIBE, CLOSED])
     assert result.exit_code == 0 and result.stdout.splitlines() == [first, second, alone, first, second]
     notice, about_the_demo, image, again = result.stderr.splitlines()
     assert about_the_demo == DEMO_NOTICE
@@ -73,6 +73,21 @@ def test_json(shipped, example, picture):
     ]
 
 
+def test_options_are_set_in_the_chat(shipped, example, picture):
+    """All of a line or none; an empty value takes the model's own again."""
+    bad = ["/set steps=x", "/set stps=3", "/set 3", "/set block_length=7"]
+    set_back = "/set steps= max_new_tokens="
+    lines = ["/set steps=2 max_new_tokens=8", DESCRIBE, "/clear", *bad, DESCRIBE, "/clear", set_back, DESCRIBE]
+    result = chat(picture, lines=lines)
+    cut = {"steps": 2, "max_new_tokens": 8}
+    short, own = (ask(shipped, example.image, DESCRIBE, **each).text for each in (cut, {}))
+    assert short != own and result.stdout.splitlines() == [short, short, own]
+    said = result.stderr.splitlines()[3:]
+    assert said[0] == "options: steps=2, max_new_tokens=8" and said[-1] == "options: as the model has them"
+    for line, words in zip(said[1:], ("`steps` is x", "did you mean steps?", "'3' is no NAME=VALUE", "block_length")):
+        assert words in line
+
+
 def canvases(shipped, example, **options):
     """The canvas after every step, up to its end, as text without spaces."""
     shown = generated(shipped, example.image, DESCRIBE, **options).canvases[1:]
@@ -92,7 +107,7 @@ def test_steps(shipped, example, picture, as_json, block_length):
 
 
 def test_what_is_wrong_is_said_in_one_line_and_the_chat_goes_on(shipped, example, picture, tmp_path):
-    bad = ["/no", "/image", "/images x", "/image /no/\x1b[2J.png", f"/image {tmp_path}", "/new x", "/no\x1b[2J\x07"]
+    bad = ["/no", "/image", "/images x", "/image /no/\x1b[2J.png", f"/image {tmp_path}", "/clear x", "/no\x1b[2J\x07"]
     long = "lesion " * 4_000
     result = chat(picture, lines=[*bad, long, CLOSED, long])
     assert result.exit_code == 0 and result.stdout.splitlines() == [ask(shipped, example.image, CLOSED).text]
@@ -101,8 +116,8 @@ def test_what_is_wrong_is_said_in_one_line_and_the_chat_goes_on(shipped, example
     for line, command in zip(said, bad):
         named = command.partition(" ")[2].replace("\x1b", "\\x1b")
         assert "is no command" in line or f"'{named}' is a path that cannot be opened" in line, command
-    assert "the model's context allows" in said[-2] and "/new" not in said[-2]
-    assert "the model's context allows" in said[-1] and said[-1].endswith("(/new forgets the conversation.)")
+    assert "the model's context allows" in said[-2] and "/clear" not in said[-2]
+    assert "the model's context allows" in said[-1] and said[-1].endswith("(/clear forgets the conversation.)")
     assert "/image FILE" in chat(picture, lines=["/help"]).stderr
 
 

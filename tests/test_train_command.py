@@ -194,8 +194,8 @@ def test_list():
     ("words", "message"),
     [
         (["train"], "No recipe is given."),
-        (["train", "--model", "X", "--dataset", "Y"], "--model is --model_name_or_path here, --dataset is --train_d"),
-        (["train", "demo_lora", "--dataset-name=Y"], "--dataset_name is --train_data here"),
+        (["train", "--model", "X"], "No recipe is given."),
+        (["train", "--model", "X", "--dataset", "gone.csv"], "--dataset is 'gone.csv'; there is no such file"),
         (["train", "--config", "my.yaml"], "--config is the first word, RECIPE, here"),
         (["train", "demo_lora", "--train_data", "gone.csv"], "--train_data is 'gone.csv'; there is no such file"),
         (["train", "demo_lora", "--train_data", "a/b", "--eval_data=/gone"], "--eval_data is '/gone'; there is no"),
@@ -208,8 +208,9 @@ def test_names_that_do_not_exist(words, message):
     assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
 
 
-def test_everything_else_is_passed_on(monkeypatch):
-    """To accelerate's own launcher, and its exit code back."""
+@pytest.fixture
+def launched(monkeypatch):
+    """Arguments of accelerate's launcher, whose script fails with exit code 7."""
     launched = []
 
     def launch_command(arguments):
@@ -217,12 +218,31 @@ def test_everything_else_is_passed_on(monkeypatch):
         raise subprocess.CalledProcessError(7, "script")
 
     monkeypatch.setattr(accelerate.commands.launch, "launch_command", launch_command)
+    return launched
+
+
+def test_everything_else_is_passed_on(launched):
+    """To accelerate's own launcher, and its exit code back."""
     others = ["--max_steps", "3", "--from_scratch", "--train_data", "a", "b"]
     assert CliRunner().invoke(app, ["train", "demo_lora", "--accelerate", "fsdp2", *others]).exit_code == 7
     (arguments,) = launched
     assert arguments.module and arguments.training_script == "lladamedv.trainers.sft"
     assert arguments.config_file == str(recipes.ACCELERATE / "fsdp2.yaml")
     assert arguments.training_script_args == ["--config", str(recipes.RECIPES / "demo_lora.yaml"), *others]
+
+
+def test_other_trainers_names(launched):
+    """A model and data are enough; the recipe that is taken is said."""
+    words = ["--model", "me/model", "--dataset-name=me/data", "--output", "out", "--lr", "1e-4", "--epochs", "2"]
+    result = CliRunner().invoke(app, ["train", *words])
+    assert result.exit_code == 7 and "recipe: lora_one_gpu" in result.stderr
+    assert CliRunner().invoke(app, ["train", "--model=demo", "--data", "me/data"]).exit_code == 7
+    assert [each.training_script_args for each in launched] == [
+        ["--config", str(recipes.RECIPES / "lora_one_gpu.yaml"), "--model_name_or_path", "me/model", "--train_data",
+         "me/data", "--output_dir", "out", "--learning_rate", "1e-4", "--num_train_epochs", "2"],
+        ["--config", str(recipes.RECIPES / "demo_lora.yaml"), "--model_name_or_path", "demo", "--train_data",
+         "me/data"],
+    ]  # fmt: skip
 
 
 # What is trained and what is left

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lladamedv.evaluation.answer_sets import picture_warning
+from lladamedv.evaluation.answer_sets import picture_distances, picture_warning
+from lladamedv.evaluation.answering import encode_chats
 from lladamedv.evaluation.unusual_pictures import FEWEST_PICTURES, PictureModel, decode, picture_features
+from lladamedv.modeling_lladamedv.continuous_batching_lladamedv import ContinuousBatch
 from lladamedv.processing.phantoms import PhantomVQA
 
 
@@ -84,3 +86,33 @@ def test_numbers_of_others_are_checked(change):
     model = PictureModel.fit(np.random.default_rng(0).standard_normal((FEWEST_PICTURES, 3)))
     with pytest.raises(Exception, match="validate_values"):
         replace(model, **change)
+
+
+class Streamer:
+    def put_descriptions(self, distances):
+        self.distances = distances
+
+    def put(self, tokens):
+        pass
+
+    def end(self):
+        pass
+
+
+def test_a_batch_measures_pictures_in_the_run_of_the_tower_that_it_needs_anyway(shipped, photograph):
+    """Alone, beside others and when asked about again, a picture is as far from the calibration as by itself."""
+    model, processor = shipped
+    phantoms = [each.image for each in PhantomVQA(9_000, 2)]
+    runs, hook = [], model.model.vision_tower.register_forward_hook(lambda _, args, __: runs.append(len(args[0])))
+    batch = ContinuousBatch(model, describe_pictures=picture_distances(model))
+    prompts = [[phantoms[0]], [Image.open(photograph), phantoms[0], phantoms[1]], [phantoms[1]]]
+    for images in prompts:
+        content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": "Is it round?"}]
+        inputs = encode_chats(model, processor, [[{"role": "user", "content": content}]])
+        streamer = Streamer()
+        batch.submit(**inputs, max_new_tokens=8, streamer=streamer)
+        batch.step()
+        alone = model.calibration.picture_model.distance(picture_features(model, pixels(processor, images)))
+        assert streamer.distances == pytest.approx(alone, rel=1e-3)
+    hook.remove()
+    assert sum(runs) == 3 + sum(map(len, prompts))  # the batch's, and those of this test

@@ -9,54 +9,57 @@ from pathlib import Path
 
 RECIPES = Path(__file__).parent
 ACCELERATE = RECIPES / "accelerate"
-# What other trainers' command lines call what is called otherwise here.
+# What other trainers' command lines call what the script calls otherwise.
 _OTHER_NAMES = {
-    "config": "the first word, RECIPE,",
-    **dict.fromkeys(("model", "model_name", "base_model"), "--model_name_or_path"),
-    **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "data", "data_path", "train_file"), "--train_data"),
-    **dict.fromkeys(("eval_dataset", "validation_file"), "--eval_data"),
-    **dict.fromkeys(("output", "out"), "--output_dir"),
-    "test_size": "--eval_split", "lr": "--learning_rate", "epochs": "--num_train_epochs",
-    "batch_size": "--per_device_train_batch_size",
+    **dict.fromkeys(("model", "model_name", "base_model"), "model_name_or_path"),
+    **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "data", "data_path", "train_file"), "train_data"),
+    **dict.fromkeys(("eval_dataset", "validation_file"), "eval_data"),
+    **dict.fromkeys(("output", "out"), "output_dir"),
+    "test_size": "eval_split", "lr": "learning_rate", "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
 }  # fmt: skip
-_USAGE = (
-    "It comes first, and flags change it: lladamedv train lora_one_gpu --model_name_or_path MODEL --train_data DATA "
-    "--output_dir OUT."
-)
+_USAGE = "It comes first, and flags change it: lladamedv train lora_one_gpu --model MODEL --dataset DATA --output OUT."
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
-def recipe_file(name: str | None) -> Path:
+def recipe_file(name: str | None, words: Sequence[str] = ()) -> Path:
     """The file of a recipe.
 
     Args:
         name: of a recipe that comes with this package, or path of a YAML file.
+        words: flags for the training script. Without a recipe, a model and data are enough: then it is a LoRA's.
 
     Raises:
         ValueError: if there is none.
     """
+    flags = dict(zip(words, [*words[1:], ""]))
+    if name is None and "--train_data" in flags and "--model_name_or_path" in flags:
+        return RECIPES / ("demo_lora.yaml" if flags["--model_name_or_path"] == "demo" else "lora_one_gpu.yaml")
     if name is None:
         raise ValueError(f"No recipe is given. {_USAGE} Recipes are {', '.join(describe_recipes())}, or a YAML file.")
     return _resolve("recipe", name, RECIPES)
 
 
-def check_flags(words: Sequence[str]) -> None:
-    """Look at flags for the training script before it is started, which takes seconds.
+def read_flags(words: Sequence[str]) -> list[str]:
+    """Flags for the training script, by its own names, looked at before it is started, which takes seconds.
 
     Raises:
-        ValueError: for a flag that other trainers have and this one calls otherwise, or a data file that is not there.
+        ValueError: for a data file that is not there.
     """
-    flag, renamed = "", {}
+    flag, own = "", []
     for word in words:
         if word.startswith("--"):
-            flag, _, word = word.removeprefix("--").replace("-", "_").partition("=")
-            renamed |= {flag: _OTHER_NAMES[flag]} if flag in _OTHER_NAMES else {}
+            flag, is_set, word = word.removeprefix("--").replace("-", "_").partition("=")
+            if flag == "config":
+                raise ValueError(f"--config is the first word, RECIPE, here. {_USAGE}")
+            given, flag = flag, _OTHER_NAMES.get(flag, flag)
+            own += [f"--{flag}"] + [word] * bool(is_set)
+        else:
+            own.append(word)
         is_file = word.startswith(("/", "./", "../", "~")) or word.lower().endswith(_DATA_SUFFIXES)
         if flag in ("train_data", "eval_data") and is_file and not Path(word).expanduser().exists():
-            raise ValueError(f"--{flag} is {word!r}; there is no such file or folder.")
-    if renamed:
-        names = ", ".join(f"--{flag} is {name} here" for flag, name in renamed.items())
-        raise ValueError(f"{names}. A recipe is needed, too. {_USAGE}")
+            raise ValueError(f"--{given} is {word!r}; there is no such file or folder.")
+    return own
 
 
 def accelerate_file(name: str | None) -> Path | None:
@@ -125,4 +128,4 @@ def _resolve(argument: str, name: str | None, folder: Path) -> Path:
     return Path(name)
 
 
-__all__ = ["ACCELERATE", "RECIPES", "accelerate_file", "describe_recipes", "launch", "recipe_file"]
+__all__ = ["ACCELERATE", "RECIPES", "accelerate_file", "describe_recipes", "launch", "read_flags", "recipe_file"]
