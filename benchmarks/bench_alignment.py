@@ -1,4 +1,4 @@
-"""Speed and memory of a step of preference tuning against a step of fine-tuning, and what more draws cost.
+"""Speed and memory of a step of preference tuning, and of candidates, against one of fine-tuning, and what draws cost.
 
     python benchmarks/bench_alignment.py --size cpu --repeats 3 --json results.json
 
@@ -16,6 +16,7 @@ from functools import cache, partial
 import torch
 from bench_training import ANSWER, build_batch, main, measure, our_loss, trained_model
 
+from lladamedv.trainers.expected_reward import candidate_bounds, candidate_loss
 from lladamedv.trainers.masked_diffusion_loss import IGNORE_INDEX, AnswerNoise, answer_bounds
 from lladamedv.trainers.preference_loss import preference_loss, preference_noise
 
@@ -55,12 +56,30 @@ def preferences(model, draws: int, answer: int = ANSWER, passes: bool = False) -
     return partial(dpo_loss, reference=reference_of(model), draws=draws, passes=passes), batch, 2 * PAIRS
 
 
+def candidates_loss(model, batch: dict, *, reference) -> torch.FloatTensor:
+    """The closed form on the exact scores of both answers."""
+    prompts = torch.arange(len(batch["labels"]), device=batch["labels"].device) % PAIRS
+    batch, sides = {name: value for name, value in batch.items() if name not in ("t", "uniform")}, []
+    for each in (model, reference):
+        with torch.set_grad_enabled(each is model):
+            bounds = candidate_bounds(each, batch, prompts, model.config.mask_token_id, [0] * PAIRS, 4, 8)
+        sides.append(bounds.view(-1, PAIRS).T)
+    rewards = torch.tensor([[1.0, 0.0]]).to(sides[0]).expand_as(sides[0])
+    return candidate_loss(*sides, rewards, "closed_form", 0.1).loss.mean()
+
+
+def candidates(model) -> tuple[Callable, dict, int]:
+    batch = build_batch(model, 2 * PAIRS, pictures=PAIRS, answer=2)
+    return partial(candidates_loss, reference=reference_of(model)), batch, 2 * PAIRS
+
+
 # By name what makes a method: of a model how its loss is computed, from which batch, and of how many answers.
 METHODS = {
     "fine-tuning": fine_tuning,
     **{f"dpo, {draws} draws": partial(preferences, draws=draws) for draws in DRAWS},
     "dpo, 8 passes": partial(preferences, draws=8, passes=True),
     **{f"short dpo, {draws} draws": partial(preferences, draws=draws, answer=2) for draws in DRAWS},
+    "closed form": candidates,
     "short dpo, 8 passes": partial(preferences, draws=8, answer=2, passes=True),
 }  # fmt: skip
 

@@ -122,7 +122,9 @@ def candidate_bounds(
     answer, masked = torch.tensor(answers, device=device), torch.cat(masks)
 
     # 2. Rows that are the same to the model: of the same prompt, with the same tokens, masks and padding.
-    seen = input_ids[answer].masked_fill(masked, -1).masked_fill(batch["attention_mask"][answer] == 0, -2)
+    seen = input_ids[answer].masked_fill(masked, -1)
+    if "attention_mask" in batch:
+        seen = seen.masked_fill(batch["attention_mask"][answer] == 0, -2)
     seen = torch.cat([prompts[answer, None], seen], dim=1)
     rows, at = seen.unique(dim=0, return_inverse=True)
     first = at.new_empty(len(rows)).scatter_(0, at, torch.arange(len(at), device=device))
