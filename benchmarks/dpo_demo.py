@@ -25,7 +25,7 @@ from lladamedv.trainers.recipes import recipe_file
 from lladamedv.trainers.sft import main as train
 
 
-PLAIN = ["--loss_type", "sigmoid", "--loss_weights", "1", "--train_data", f"phantoms:5000:3200:{NEW_CLOSED_KIND}"]
+PLAIN = ["--loss_type", "sigmoid", "--loss_weights", "1", "--train_data", f"phantoms:5000:2400:{NEW_CLOSED_KIND}"]
 
 
 def preferred(model, processor, examples, pictured) -> torch.Tensor:

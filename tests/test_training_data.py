@@ -215,6 +215,30 @@ def test_pairs(folder, tmp_path, name, messages, streaming):
         assert [image.size for image in row["images"]] == ([(30 + number, 20)] if number else [])
 
 
+def test_pairs_of_the_hub(folder, monkeypatch):
+    """A Hub id with the columns and features of TRL's data sets of preferences about pictures."""
+    content = datasets.List({"text": datasets.Value("string"), "type": datasets.Value("string")})
+    turns = datasets.List({"content": content, "role": datasets.Value("string")})
+    features = {"images": datasets.List(datasets.Image(decode=True)), "prompt": turns, "chosen": turns}
+    records = [
+        {"images": [{"bytes": (folder / name).read_bytes(), "path": None}]} | {
+            column: [{"role": role, "content": [{"type": "image", "text": None}] * (role == "user")
+                      + [{"type": "text", "text": f"{letter}{number}"}]}]
+            for column, role, letter in (("prompt", "user", "Q"), ("chosen", "assistant", "A"),
+                                         ("rejected", "assistant", "B"))
+        } for number, name in enumerate(NAMES)
+    ]  # fmt: skip
+    table = datasets.Dataset.from_list(records, features=datasets.Features(features | {"rejected": turns}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, *args, **options: {"trl-lib/some": table}[path])
+    dataset, (report,) = load_dataset_mixture(["trl-lib/some@abc"], pairs=True)
+    assert (report.rows, report.source) == (6, "trl-lib/some@abc") and dataset.features == PAIR_FEATURES
+    for number, row in enumerate(dataset):
+        assert [row[name][0]["content"][-1]["text"] for name in ("prompt", "chosen", "rejected")] == [
+            f"{letter}{number}" for letter in "QAB"
+        ]
+        assert row["images"][0].size == (30 + number, 20) and len(row["prompt"][0]["content"]) == 2
+
+
 def test_pairs_of_phantoms():
     """Closed questions, about one picture each: the right answer is that of the phantom."""
     dataset, _ = load_dataset_mixture(["phantoms:5:40:new_closed,closed"], form="pairs")

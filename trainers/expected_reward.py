@@ -25,10 +25,7 @@ import torch
 
 from lladamedv.modeling_lladamedv.scoring_lladamedv import bound_masks
 
-from .masked_diffusion_loss import IGNORE_INDEX
-
-
-_OF_IMAGES = ("pixel_values", "image_sizes")  # inputs of the model that are about images, not rows
+from .masked_diffusion_loss import IGNORE_INDEX, select_rows
 
 
 class CandidateLoss(NamedTuple):
@@ -109,8 +106,7 @@ def candidate_bounds(
     Returns:
         In nats, `(answers,)`; 0 for a row without labels.
     """
-    inputs = {name: value for name, value in batch.items() if name != "answer_ids"}
-    input_ids, labels = (inputs.pop(name) for name in ("input_ids", "labels"))
+    input_ids, labels = batch["input_ids"], batch["labels"]
     learned, device = labels != IGNORE_INDEX, labels.device
 
     # 1. The masks of each answer, and what the sum over a mask's places weighs.
@@ -126,21 +122,17 @@ def candidate_bounds(
     answer, masked = torch.tensor(answers, device=device), torch.cat(masks)
 
     # 2. Rows that are the same to the model: of the same prompt, with the same tokens, masks and padding.
-    seen = input_ids[answer].masked_fill(masked, -1).masked_fill(inputs["attention_mask"][answer] == 0, -2)
+    seen = input_ids[answer].masked_fill(masked, -1).masked_fill(batch["attention_mask"][answer] == 0, -2)
     seen = torch.cat([prompts[answer, None], seen], dim=1)
     rows, at = seen.unique(dim=0, return_inverse=True)
     first = at.new_empty(len(rows)).scatter_(0, at, torch.arange(len(at), device=device))
 
     # 3. Predict what they mask.
-    own, kept = answer[first], masked[first]
-    images = {name: inputs.pop(name) for name in (*_OF_IMAGES, "image_index") if name in inputs}
-    if "image_index" in images:
-        shown = images["image_index"].split(inputs["batch_num_images"].tolist())
-        images["image_index"] = torch.cat([shown[number] for number in own.tolist()])
-    logits = model(
-        input_ids=input_ids[own].masked_fill(kept, mask_token_id), logits_to_keep=kept, use_cache=False,
-        **{name: value[own] for name, value in inputs.items()}, **images,
-    ).logits  # fmt: skip
+    kept = masked[first]
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "answer_ids")}
+    inputs = select_rows(inputs, answer[first])
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(kept, mask_token_id)
+    logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     # 4. Sum the log-probabilities of each answer's tokens over its masks.

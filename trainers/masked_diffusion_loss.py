@@ -179,7 +179,8 @@ def answer_bounds(
 
     A fixed number l of the answer's L tokens is masked and weighs L / l, which has the mean of the loss's form, tokens
     masked one by one with weight 1 / p, and less variance: no draw is empty or weighs 1000, and of an answer of one
-    token every draw is exact. All draws are rows of one forward pass, in which each image is encoded once.
+    token every draw is exact. All draws are rows of one forward pass, in which each image is encoded once, and a mask
+    that is drawn again is not computed again.
 
     Args:
         model, mask_token_id, fused: see [`masked_diffusion_loss`].
@@ -190,12 +191,17 @@ def answer_bounds(
     Returns:
         In nats, `(draws, rows)`; 0 for a row without labels.
     """
-    learned = batch["labels"] != IGNORE_INDEX
+    (draws, rows), labels = t.shape, batch["labels"]
+    learned = labels != IGNORE_INDEX
     length = learned.sum(dim=1)
-    count = torch.minimum((t * length).long() + 1, length)
-    masked = counted_masks(learned, count, uniform)
-    sums = answer_log_probs(model, batch, masked, mask_token_id, fused).sum(dim=-1)
-    return sums * (length / count.clamp(min=1))
+    masked = counted_masks(learned, torch.minimum((t * length).long() + 1, length), uniform)
+    # Draws that mask the same tokens are computed once: an answer of two tokens has three masks.
+    row = torch.arange(rows, device=labels.device).repeat(draws)
+    distinct, place = torch.cat([row[:, None], masked.flatten(0, 1)], dim=1).unique(dim=0, return_inverse=True)
+    row, masked = distinct[:, 0], distinct[:, 1:].bool()
+    log_probs = answer_log_probs(model, select_rows(batch, row), masked[None], mask_token_id, fused)[0]
+    bounds = log_probs.sum(dim=-1) * length[row] / masked.sum(dim=1).clamp(min=1)
+    return bounds[place].view(draws, rows)
 
 
 def answer_log_probs(
@@ -212,15 +218,24 @@ def answer_log_probs(
     Returns:
         In nats, `(draws, rows, sequence)`; 0 where nothing is masked.
     """
-    inputs, draws = {name: value for name, value in batch.items() if name != "answer_ids"}, len(masked)
-    inputs = {
-        name: value if name in _OF_IMAGES else value.repeat(draws, *[1] * (value.dim() - 1))
-        for name, value in inputs.items()
-    }
+    draws, rows, _ = masked.shape
+    inputs = select_rows(batch, torch.arange(rows, device=masked.device).repeat(draws))
+    inputs.pop("answer_ids", None)
     labels, flat = inputs.pop("labels"), masked.flatten(0, 1)
     noised = NoisedBatch(inputs.pop("input_ids").masked_fill(flat, mask_token_id), flat, None)
     log_probs, _ = masked_log_probs(model, inputs, noised, labels, fused)
     return torch.zeros(flat.shape, device=flat.device).masked_scatter(flat, log_probs).view(masked.shape)
+
+
+def select_rows(batch: Mapping, rows: torch.LongTensor) -> dict:
+    """A batch of some rows of another, perhaps several times; its images stay as they are, once each."""
+    selected = {name: value if name in _OF_IMAGES else value[rows] for name, value in batch.items()
+                if name != "image_index"}  # fmt: skip
+    if "image_index" in batch:
+        counts = batch.get("batch_num_images", torch.ones(len(batch["input_ids"]), dtype=torch.long))
+        shown = batch["image_index"].split(counts.tolist())
+        selected["image_index"] = torch.cat([shown[row] for row in rows.tolist()])
+    return selected
 
 
 def add_noise(
