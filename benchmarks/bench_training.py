@@ -33,7 +33,7 @@ TEXT, ANSWER = 64, 32  # tokens of question and answer, of the answer
 QUESTIONS = {"tiny": 2, "cpu": 8}  # about a picture
 
 
-def build_batch(model, rows: int, questions: int = 1, pictures: int | None = None) -> dict:
+def build_batch(model, rows: int, questions: int = 1, pictures: int | None = None, answer: int = ANSWER) -> dict:
     """Rows of an image and one question, or several that do not see each other, with draws; answers of random ids.
 
     The rows show `pictures` different images in turn; by default each has its own.
@@ -42,7 +42,7 @@ def build_batch(model, rows: int, questions: int = 1, pictures: int | None = Non
     vision = model.config.vision_config
     image = torch.full((rows, (vision.image_size // vision.patch_size) ** 2), model.config.image_token_id)
     text = torch.randint(0, 100_000, (rows, questions * TEXT), generator=generator)
-    learned = (torch.arange(questions * TEXT) % TEXT >= TEXT - ANSWER).expand(rows, -1)
+    learned = (torch.arange(questions * TEXT) % TEXT >= TEXT - answer).expand(rows, -1)
     labels = torch.cat([torch.full_like(image, IGNORE_INDEX), text.masked_fill(~learned, IGNORE_INDEX)], dim=1)
     segment = torch.arange(questions).repeat_interleave(TEXT)
     answers = torch.cat([torch.zeros_like(image), segment + questions * torch.arange(rows)[:, None]], dim=1)
@@ -113,16 +113,23 @@ def gradient_difference(model, batch) -> float:
     )
 
 
-def prepare(size_name: str) -> tuple:
-    """Model, optimizer, batch and modes: by name, how the loss is computed, from which batches, how many answers they
-    hold, and what turns on the checkpointing of activations."""
-    size = SIZES[size_name]
-    model = build_model(size, "cpu").train()
-    for weight in model.model.vision_tower.parameters():  # as in all stages of LLaDA-MedV
+def trained_model(size_name: str) -> tuple:
+    """A model whose tower is frozen, as in all stages of LLaDA-MedV, and its optimizer."""
+    model = build_model(SIZES[size_name], "cpu").train()
+    for weight in model.model.vision_tower.parameters():
         weight.requires_grad_(False)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.05)  # a loss of the size that training has
     add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    # The weights stay, so that all modes do the same work.
+    return model, torch.optim.AdamW(weights, lr=0.0, fused=True)
+
+
+def prepare(size_name: str) -> tuple:
+    """Model, optimizer and modes: by name, how the loss is computed, from which batches, how many answers they hold,
+    and what turns on the checkpointing of activations."""
+    model, optimizer = trained_model(size_name)
     rows, questions = 4, QUESTIONS[size_name]
     batch = build_batch(model, rows)
     full = model.gradient_checkpointing_enable  # as TRL does by default
@@ -138,15 +145,13 @@ def prepare(size_name: str) -> tuple:
         "one picture, packed": (our_loss, [build_batch(model, 1, questions)], questions, None),
         "four pictures, packed": (our_loss, [build_batch(model, rows, questions)], rows * questions, None),
     }
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=0.0, fused=True)  # the weights stay, so that all modes do the same work
-    return model, optimizer, batch, modes
+    return model, optimizer, modes
 
 
-def measure_memory(size_name: str) -> dict[str, int]:
+def measure_memory(model, optimizer, modes: dict) -> dict[str, int]:
     """Bytes of a step of each mode."""
-    model, optimizer, batch, modes = prepare(size_name)
-    run_step(model, optimizer, [batch], our_loss, None)  # from now on the optimizer has its states
+    compute, batches, _, checkpoint = next(iter(modes.values()))
+    run_step(model, optimizer, batches, compute, checkpoint)  # from now on the optimizer has its states
     return {
         name: run_step(model, optimizer, batches, compute, checkpoint)["bytes"]
         for name, (compute, batches, _, checkpoint) in modes.items()
@@ -155,28 +160,25 @@ def measure_memory(size_name: str) -> dict[str, int]:
 
 def memory_in_use(size_name: str, threads: int) -> dict[str, int]:
     """The same from a process in which glibc's allocator keeps nothing of a MiB or more when it is freed."""
-    command = [sys.executable, __file__, "--size", size_name, "--threads", str(threads), "--memory"]
+    command = [sys.executable, sys.argv[0], "--size", size_name, "--threads", str(threads), "--memory"]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def benchmark(size_name: str, repeats: int, report=print) -> dict:
+def measure(size_name: str, model, optimizer, modes: dict, repeats: int, report=print) -> dict:
+    """Seconds, bytes and loss of a step of each mode."""
     in_use = memory_in_use(size_name, torch.get_num_threads())
-    model, optimizer, batch, modes = prepare(size_name)
-    difference = gradient_difference(model, batch)
-    report(f"gradients differ by at most {difference:.1e}, relative")
-    runs = {name: [] for name in modes}
+    runs, found = {name: [] for name in modes}, {}
     for repeat in range(repeats + 1):
         for name, (compute, batches, _, checkpoint) in modes.items():
             result = run_step(model, optimizer, batches, compute, checkpoint)
             if repeat:  # the first is for threads, the allocator and the optimizer's states
                 runs[name].append(result)
-    results = {"gradient_difference": difference, "modes": {}}
     for name, (_, batches, answers, _) in modes.items():
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         seconds = statistics.median(run["seconds"] for run in runs[name])
         resident = max(run["bytes"] for run in runs[name])
-        results["modes"][name] = {
+        found[name] = {
             "seconds": seconds, "peak_bytes": in_use[name], "resident_bytes": resident,
             "answers_per_second": answers / seconds, "tokens_per_second": tokens / seconds,
             "loss": runs[name][0]["loss"],
@@ -185,8 +187,17 @@ def benchmark(size_name: str, repeats: int, report=print) -> dict:
             f"{name:22} {seconds:6.2f} s a step {in_use[name] / 2**20:6.0f} MiB in use {resident / 2**20:6.0f} resident"
             f" {answers / seconds:6.2f} answers/s {tokens / seconds:6.0f} tokens/s"
         )
-    plain, ours, *others, separate, packed, packed_rows = results["modes"].values()
-    for label, mode in zip(list(modes)[1:], (ours, *others)):
+    return found
+
+
+def benchmark(size_name: str, repeats: int, report=print) -> dict:
+    model, optimizer, modes = prepare(size_name)
+    difference = gradient_difference(model, modes["ours"][1][0])
+    report(f"gradients differ by at most {difference:.1e}, relative")
+    found = measure(size_name, model, optimizer, modes, repeats, report)
+    results = {"gradient_difference": difference, "modes": found}
+    plain, ours, *others, separate, packed, packed_rows = found.values()
+    for label, mode in zip(list(found)[1:], (ours, *others)):
         speedup, ratio = plain["seconds"] / mode["seconds"], plain["peak_bytes"] / mode["peak_bytes"]
         mode |= {"speedup": speedup, "memory_ratio": ratio}
         report(f"{label}: {speedup:.1f} times as fast as the plain step, with 1/{ratio:.1f} of its memory")
@@ -199,8 +210,9 @@ def benchmark(size_name: str, repeats: int, report=print) -> dict:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(description: str, prepare, benchmark) -> None:
+    """The command line of a benchmark of training steps."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("tiny", "cpu"), default="tiny")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -209,7 +221,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory:
-        print(json.dumps(measure_memory(options.size)))
+        print(json.dumps(measure_memory(*prepare(options.size))))
         return
     results = benchmark(options.size, options.repeats)
     if options.json is not None:
@@ -217,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, prepare, benchmark)

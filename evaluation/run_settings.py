@@ -60,7 +60,7 @@ def run_settings(
         "chat_template": processor.chat_template,
         "image_processor": image_processor,
         "tokenizer_sha256": hashlib.sha256(json.dumps(tokenizer).encode()).hexdigest(),
-        "data_sha256": _fingerprint(rows),
+        "data_sha256": data_fingerprint(rows),
     }
 
 
@@ -117,7 +117,8 @@ def model_fingerprint(model: torch.nn.Module, any_dtype: bool = False) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(rows: Iterable[dict]) -> str:
+def data_fingerprint(rows: Iterable[dict]) -> str:
+    """sha256 of the texts and pictures of questions, with images as they are stored."""
     digest, files = hashlib.sha256(), {}
     for row in rows:
         image = row.get("image")
@@ -142,4 +143,4 @@ def _image_fingerprint(image) -> str:
     return hashlib.sha256(source).hexdigest()
 
 
-__all__ = ["decoding_in_force", "model_fingerprint", "run_settings"]
+__all__ = ["data_fingerprint", "decoding_in_force", "model_fingerprint", "run_settings"]

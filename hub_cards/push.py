@@ -296,18 +296,16 @@ def _merge(folder: Path, base_model: str | None, out: Path, offline: bool) -> No
 
 def _write_parquet(loaded: dict, folder: Path) -> dict[str, Path | bytes]:
     """Splits as files under the names by which the Hub knows them, images included."""
-    from datasets.table import embed_table_storage
+    from lladamedv.processing.datasets.readers import embedded
 
     files = {}
     for split, (dataset, _) in loaded.items():
-        embedded = dataset.with_format("arrow").map(
-            embed_table_storage, batched=True, batch_size=100, cache_file_name=str(folder / f"{split}.arrow")
-        )
-        count = max(1, -(-embedded.data.nbytes // _SHARD_BYTES))
+        table = embedded(dataset, folder / f"{split}.arrow")
+        count = max(1, -(-table.data.nbytes // _SHARD_BYTES))
         for number in range(count):
             name = f"data/{split}-{number:05d}-of-{count:05d}.parquet"
             files[name] = folder / Path(name).name
-            embedded.shard(count, number, contiguous=True).with_format(None).to_parquet(files[name])
+            table.shard(count, number, contiguous=True).to_parquet(files[name])
     return files
 
 

@@ -21,7 +21,7 @@ from lladamedv.evaluation.published import CHAT_DECODING, VQA_DECODING
 from lladamedv.modeling_lladamedv.presets_lladamedv import PRESETS
 from lladamedv.processing.medical_images import is_url
 from lladamedv.processing.picture_lists import parse_montage
-from lladamedv.processing.vqa_sources import BENCHMARKS, SPLITS
+from lladamedv.processing.vqa_sources import BENCHMARKS, SPLITS, TEST
 
 from .cli_common import (
     DEBUG,
@@ -574,22 +574,23 @@ class Questions(NamedTuple):
             dataset, report = load_own_vqa(self.data, self.split, **options)
         else:
             options |= {"source": self.source, "path": self.path, "revision": self.revision}
-            dataset, report = load_vqa(self.benchmark, self.split or "test", **options)
+            dataset, report = load_vqa(self.benchmark, self.split, **options)
         if not len(dataset):
             found = "; ".join(report.summary().splitlines())
             raise ValueError(f"No question is left. {found}. --image-folder says where images are.")
         return dataset if self.limit is None else dataset.select(range(min(self.limit, len(dataset)))), report
 
 
-def questions_options(benchmark: str | None = None) -> Group:
-    """Which questions; `benchmark` if the user names none."""
+def questions_options(benchmark: str | None = None, split: str = TEST) -> Group:
+    """Which questions; `benchmark`, and of a benchmark `split`, if the user names none."""
     panel = {"rich_help_panel": "Questions"}
     parameters = {
         "benchmark": flag(str | None, f"{', '.join(BENCHMARKS)}; phantoms come with this.", check=one_of(*BENCHMARKS),
                           **panel),
         "data": flag(str | None, "Questions of your own instead of a benchmark: a .json, .jsonl, .csv, .tsv or "
                      ".parquet file, or a folder.", check=check_exists, **panel),
-        "split": flag(str | None, "train, validation or (by default) test; of --data any that it has.", **panel),
+        "split": flag(str | None, f"train, validation or test, by default {split}; of --data any that it has.",
+                      **panel),
         "source": flag(str | None, "Which publication of the benchmark, by its Hub id.", **panel),
         "path": flag(str | None, "The benchmark's files instead of the Hub's; for phantoms SEED:COUNT[:KINDS].",
                      **panel),
@@ -605,6 +606,8 @@ def questions_options(benchmark: str | None = None) -> Group:
         questions = Questions(**own)
         if questions.data is None and questions.benchmark is None:
             questions = questions._replace(benchmark=benchmark)
+        if questions.data is None and questions.split is None:
+            questions = questions._replace(split=split)
         return questions.check()
 
     defaults = {"invalid_records": "error"}
@@ -747,6 +750,78 @@ def calibrate(
             card.write_text(text, encoding="utf-8")
     summary = {name: value for name, value in vars(calibration).items() if name != "picture_model"}
     _finish(summary, calibration.statement(), as_json, folder / CALIBRATION_FILE)
+
+
+def _held_out(questions: Questions, names: list[str]) -> dict:
+    """The data sets that are evaluated on, by name: those that are named, or a benchmark's own test split."""
+    from lladamedv.processing.datasets import load_own_vqa, load_vqa
+
+    loaded = {}
+    for name in names:
+        loaded[name] = (load_vqa(name) if name in BENCHMARKS else load_own_vqa(name, invalid_records="skip"))[0]
+    one_file = questions.path is not None and os.path.isfile(os.path.expanduser(questions.path))
+    if not names and questions.benchmark is not None and not one_file:
+        path = None if questions.benchmark == "phantoms" else questions.path
+        test = questions._replace(split=TEST, path=path, limit=None)
+        loaded[f"{questions.benchmark} {TEST}"] = test.load()[0]
+    return loaded
+
+
+def _check_held_out(names: list[str]) -> None:
+    for name in names:
+        if name not in BENCHMARKS:
+            check_exists(name)
+
+
+@app.command(rich_help_panel=MEASURE)
+@takes(
+    source=model_options(None, "--model-revision"),
+    questions=questions_options(split="train"),
+    generation=generation_options(**VQA_DECODING, temperature=1.0),
+)
+def pairs(
+    source: Source,
+    questions: Questions,
+    generation: dict,
+    output: Output,
+    rejected: flag(
+        str, "Wrong answers: sampled from the model, of other pictures to the same question, or both: of other "
+        "pictures where no sample is wrong.", check=one_of("model", "pictures", "both"),
+    ) = "both",
+    tries: flag(int, "How often at most to sample an answer until one is wrong.", min=1) = 4,
+    held_out: flag(
+        list[str], "Data to be evaluated on, a benchmark or a file; several times. Questions about their pictures are "
+        "left out. By default the test split of --benchmark.", check=_check_held_out,
+    ) = [],  # noqa: B006
+    batch_size: BatchSize = 8,
+    seed: flag(int, "Seed of the samples, and of which other picture's answer is taken.") = 0,
+    as_json: Summary = False,
+) -> None:  # fmt: skip
+    """Make preference pairs of questions with known answers, to train on with `--method dpo`.
+
+    The true answer is chosen, a wrong one is rejected. OUTPUT/pairs.parquet has TRL's columns; questions that give no
+    pair are counted.
+
+    \b
+    Examples:
+      lladamedv pairs --benchmark slake --model path/or/hub-id --output runs/pairs
+      lladamedv pairs --data questions.csv --rejected pictures --held-out test.csv --output runs/pairs
+      lladamedv train demo_dpo --train_data runs/pairs/pairs.parquet
+    """
+    if (source.model is None) != (rejected == "pictures"):
+        raise usage("--model", "missing; answers are sampled from it, unless with --rejected pictures."
+                    if source.model is None else f"{source.model!r}; with --rejected pictures nothing is sampled.")
+    quiet()
+    from lladamedv.evaluation.preference_pairs import build_pairs, render_pairs
+
+    dataset, report = questions.load()
+    held = _held_out(questions, held_out)
+    model, processor = (None, None) if source.model is None else _load(source)
+    summary = build_pairs(
+        model, processor, dataset, report, output, rejected=rejected, tries=tries, options=generation, held_out=held,
+        batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    _finish(summary, render_pairs(summary).rstrip(), as_json, output)
 
 
 @eval_app.command("chat")

@@ -281,7 +281,7 @@ def read_option(name: str, text: str) -> Any:
     return OPTIONS[name].parse(text)
 
 
-def generation_options(without: Sequence[str] = (), **defaults: int) -> Group:
+def generation_options(without: Sequence[str] = (), **defaults: float) -> Group:
     """Flags for the options of `generate`, and `--option NAME=VALUE`, which takes the same.
 
     Args:

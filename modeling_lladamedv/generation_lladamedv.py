@@ -100,6 +100,7 @@ class LLaDAMedVGenerationMixin:
         pixel_values: torch.FloatTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
         batch_num_images: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
         streamer=None,
         tokenizer=None,
         **kwargs,
@@ -126,6 +127,7 @@ class LLaDAMedVGenerationMixin:
             generation_config: options to use instead of the model's own; keyword arguments override either.
             attention_mask (`(batch, prompt)`, *optional*): 1 for tokens, 0 for padding.
             pixel_values, image_sizes, batch_num_images: as the processor returns them.
+            image_index: which image stands at each placeholder, where several prompts show the same one.
             streamer: a `TextStreamer`, `TextIteratorStreamer` or `TextDiffusionStreamer` of Transformers, or anything
                 with `put` and `end`. It gets the prompt, then each finished block as a 1-D tensor (but for what may be
                 the beginning of a stop string). Where it has `put_draft`, it also gets the unfinished rest of the
@@ -150,6 +152,8 @@ class LLaDAMedVGenerationMixin:
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"`streamer` works with one prompt; `input_ids` holds {len(input_ids)}.")
         images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
+        if image_index is not None:
+            images["image_index"] = image_index
         history = self._denoise(state, streamer, **images)
 
         # 2. Cut every answer at its stop and append the suffix.

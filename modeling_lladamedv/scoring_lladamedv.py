@@ -43,7 +43,6 @@ class LLaDAMedVScoreOutput(ModelOutput):
 class LLaDAMedVScoringMixin:
     """`score` for a model whose `forward` is bidirectional and whose config has a `mask_token_id`."""
 
-    @torch.no_grad()
     def score(
         self,
         input_ids: torch.LongTensor,
@@ -58,6 +57,7 @@ class LLaDAMedVScoringMixin:
         num_samples: int = 128,
         seed: int = 0,
         batch_size: int = 32,
+        requires_grad: bool = False,
     ) -> LLaDAMedVScoreOutput:
         """Score candidate answers, for example "Yes" and "No", or the options of a multiple-choice question.
 
@@ -77,6 +77,8 @@ class LLaDAMedVScoringMixin:
             num_samples: masks drawn for longer ones.
             seed: of the draws; candidates of the same length share them, which makes their difference less noisy.
             batch_size: rows per forward pass.
+            requires_grad: whether `log_likelihood` can be differentiated. The activations of all passes are then kept;
+                those of the images, which are encoded once for all candidates, once.
 
         Returns:
             [`LLaDAMedVScoreOutput`].
@@ -95,28 +97,34 @@ class LLaDAMedVScoringMixin:
         ends = self._ends() if append_eos else [[]]
         longest = max(len(answer) for row in answers for answer in row) + len(ends[0])
         self._check_context(attention_mask, f"the longest candidate ({longest} tokens)", longest)
-        prompts = self.model(
-            input_ids, pixel_values, image_sizes, batch_num_images, embeddings_only=True, return_dict=True
-        ).last_hidden_state
+        with torch.set_grad_enabled(requires_grad):
+            prompts = self.model(
+                input_ids, pixel_values, image_sizes, batch_num_images, embeddings_only=True, return_dict=True
+            ).last_hidden_state
+            # Without its padding, so that neighbours change nothing.
+            prompts = [prompt[mask] for prompt, mask in zip(prompts, attention_mask.bool())]
+            draws = (batch_size, max_exact_tokens, num_samples, seed)
+            return self._score(prompts, answers, ends, draws)
 
+    def _score(self, prompts, answers, ends, draws) -> LLaDAMedVScoreOutput:
+        """Score the ids of each row's answers behind its embeddings `(prompt, hidden)`, with each of the ends."""
         shape = (len(answers), max(len(row) for row in answers))
         scores = torch.full(shape, -math.inf, dtype=torch.float64)
         errors = torch.full(shape, math.nan, dtype=torch.float64)
         counts = torch.zeros(shape, dtype=torch.long)
         for row, candidates_of_row in enumerate(answers):
-            prompt = prompts[row, attention_mask[row].bool()]  # without its padding, so that neighbours change nothing
             for place, answer in enumerate(candidates_of_row):
-                bounds = []
-                for end in ends:
-                    ids = torch.tensor(answer + end, device=input_ids.device)
-                    bounds.append(self._bound([prompt], ids, batch_size, max_exact_tokens, num_samples, seed))
-                values, spread = torch.tensor(bounds, dtype=torch.float64).T  # (ends,)
+                found = [
+                    self._bound([prompts[row]], torch.tensor(answer + end, device=prompts[row].device), *draws)
+                    for end in ends
+                ]
+                values, spread = map(torch.stack, zip(*found))  # (ends,)
                 if not values.isfinite().all():
                     raise ValueError(
                         f"The model's logits are not finite for candidate {place} of row {row}. {NOT_FINITE}"
                     )
                 scores[row, place] = values.logsumexp(dim=0)
-                errors[row, place] = (values.softmax(dim=0) * spread).sum()
+                errors[row, place] = (values.detach().softmax(dim=0) * spread).sum()
                 counts[row, place] = len(answer) + len(ends[0])
         return LLaDAMedVScoreOutput(log_likelihood=scores, standard_error=errors, num_tokens=counts)
 
@@ -132,12 +140,12 @@ class LLaDAMedVScoringMixin:
             if shows and len(answer) and not bool((answer == state.mask_token_id).any()):
                 prompts = [each[row, state.prompt_mask[row]] for each in (state.prompt_embeds, state.neutral_embeds)]
                 rows = max(1, _POSITIONS // (len(prompts[0]) + len(answer)))
-                found[:, row] = torch.tensor(self._bound(prompts, answer, rows), dtype=torch.float64)
+                found[:, row] = torch.stack(self._bound(prompts, answer, rows))
         return found[0], found[1]
 
-    def _bound(self, prompts, answer, batch_size, max_exact_tokens=8, num_samples=128, seed=0) -> tuple[float, float]:
-        """The bound of an answer's ids behind a prompt's embeddings, and its standard error; for two prompts, of their
-        difference on the same masks."""
+    def _bound(self, prompts, answer, batch_size, max_exact_tokens=8, num_samples=128, seed=0):
+        """The bound of an answer's ids behind a prompt's embeddings, and its standard error, two scalars in float64 on
+        the CPU; for two prompts, of their difference on the same masks."""
         masks, weights = bound_masks(len(answer), max_exact_tokens, num_samples, seed)
         parts = masks.to(answer.device).split(batch_size)
         first, *others = (
@@ -145,7 +153,8 @@ class LLaDAMedVScoringMixin:
             for prompt in prompts
         )
         values = (first - sum(others)) * weights
-        return float(values.sum()), 0.0 if len(answer) <= max_exact_tokens else float(values.std() * num_samples**0.5)
+        exact = len(answer) <= max_exact_tokens
+        return values.sum(), values.new_zeros(()) if exact else values.detach().std() * num_samples**0.5
 
     def _ends(self) -> list[list[int]]:
         """The ids that may end an answer, each as a list, in ascending order; one empty list if there are none."""

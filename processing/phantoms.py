@@ -72,6 +72,16 @@ _TOPICS = {
     NEW_KIND: ("free_side",),
     NEW_CLOSED_KIND: ("only_one",),
 }
+# The possible answers of topics whose answers are not yes or no.
+_CANDIDATES = {
+    "which_plane": PLANES,
+    "modality": (*_MODALITY.values(),),
+    "side": SIDES,
+    "free_side": SIDES,
+    "count": ("none", *_COUNT[1:]),
+    "shape": SHAPES,
+    "organ": (*_ORGAN.values(),),
+}
 _KIND_OF = {topic: kind for kind, topics in _TOPICS.items() for topic in topics}
 # `SEED:COUNT`, `SEED:COUNT:KINDS` or `SEED:COUNT:KINDS:QUESTIONS`.
 _SETS = re.compile(r"(\d+):(\d+)(?::([^:]*)(?::(0*[1-9]\d*))?)?", re.ASCII)
@@ -303,6 +313,13 @@ def _fill_in(topic, attributes, yes, rng) -> str | None:
     return _SIGN[attributes.domain] if topic == "sign" else None
 
 
+def candidates_of(topic: str) -> list[str] | None:
+    """The possible answers of a topic, as questions about it are answered; `None` for descriptions."""
+    if topic == "description":
+        return None
+    return [each[0].upper() + each[1:] for each in _CANDIDATES.get(topic, ("yes", "no"))]
+
+
 def _answer(topic, attributes, filler) -> str:
     modality = _MODALITY[attributes.domain]
     answer = {
@@ -317,7 +334,7 @@ def _answer(topic, attributes, filler) -> str:
         "modality": modality,
         "side": attributes.side,
         "free_side": SIDES[1 - SIDES.index(attributes.side)],
-        "count": ("none", *_COUNT[1:])[attributes.count],
+        "count": _CANDIDATES["count"][attributes.count],
         "shape": attributes.shape,
         "organ": _ORGAN[attributes.domain],
         "description": attributes.describe(),

@@ -1,6 +1,7 @@
 """The benchmarks run, and the plain versions that they measure against give what ours give."""
 
 import json
+import math
 import runpy
 import subprocess
 import sys
@@ -39,6 +40,17 @@ def test_training_benchmark(tmp_path):
     assert losses["ours"] == pytest.approx(losses["plain"], rel=1e-5)
     assert losses["ours, checkpointed"] == pytest.approx(losses["plain"], rel=1e-5)
     assert losses["ours, accumulated"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert all(mode["seconds"] > 0 for mode in results["modes"].values())
+
+
+@pytest.mark.slow
+def test_alignment_benchmark(tmp_path):
+    """Draws in one pass and in passes of their own give one loss."""
+    _, results = run("bench_alignment.py", tmp_path)
+    losses = {name: mode["loss"] for name, mode in results["modes"].items()}
+    for name in ("dpo", "short dpo"):
+        assert losses[f"{name}, 8 draws"] == pytest.approx(losses[f"{name}, 8 passes"], rel=1e-5)
+        assert abs(losses[f"{name}, 8 draws"] - math.log(2)) > 1e-3
     assert all(mode["seconds"] > 0 for mode in results["modes"].values())
 
 

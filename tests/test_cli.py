@@ -235,7 +235,7 @@ BAD_CALLS = {
     "push {folder} a--b/c": "REPO': 'a--b/c' is no Hub id",
     "space Name {folder}/new --model nowhere": "'--model': 'nowhere'; allowed are a Hub id",
     "space Name {parent}": "OUT': '{parent}' exists already",
-    "train nothing": "RECIPE is 'nothing'; allowed are demo_dpo,",
+    "train nothing": "RECIPE is 'nothing'; allowed are demo_closed_form,",
     "train demo_lora --accelerate nothing": "--accelerate is 'nothing'; allowed are cpu,",
     "nonsense": "No such command 'nonsense'",
 }

@@ -17,7 +17,7 @@ from typer.main import get_command
 import lladamedv
 from lladamedv.cli import app
 from lladamedv.trainers.recipes import accelerate_file, recipe_file
-from lladamedv.trainers.sft import make_parser
+from lladamedv.trainers.sft import make_parser, method_of
 
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +75,8 @@ def test_commands_and_their_options_exist(command):
         assert recipe_file(context.params["recipe"]).is_file()
         assert context.params["accelerate"] is None or accelerate_file(context.params["accelerate"]).is_file()
         # The rest goes to the script, which knows it by its own parser.
-        known = {option for action in make_parser()._actions for option in action.option_strings}
+        method = method_of(["--config", str(recipe_file(context.params["recipe"])), *context.args])
+        known = {option for action in make_parser(method)._actions for option in action.option_strings}
         assert {word for word in context.args if word.startswith("--")} <= known
 
 

@@ -38,8 +38,8 @@ def text(name):
 
 def test_all_recipes_are_there():
     assert NAMES == [
-        "demo_dpo", "demo_full", "demo_lora", "lora_one_gpu", "qlora_24gb", "stage1_alignment", "stage2_instruct",
-        "stage3_pathvqa", "stage3_slake", "stage3_vqa_rad",
+        "demo_closed_form", "demo_dpo", "demo_expected_reward", "demo_full", "demo_grpo", "demo_lora", "lora_one_gpu",
+        "qlora_24gb", "stage1_alignment", "stage2_instruct", "stage3_pathvqa", "stage3_slake", "stage3_vqa_rad",
     ]  # fmt: skip
     assert ACCELERATE_NAMES == ["cpu", "ddp", "fsdp2", "multi_node", "one_gpu", "zero3"]
     assert list(described := describe_recipes()) == NAMES
@@ -153,7 +153,7 @@ def test_names(tmp_path):
     own.touch()
     assert recipe_file(str(own)) == accelerate_file(str(own)) == own
     for name in ("demo", str(tmp_path), "own.yaml"):
-        with pytest.raises(ValueError, match=rf"`recipe` is {name!r}; allowed are demo_dpo, .*, or a YAML file"):
+        with pytest.raises(ValueError, match=rf"`recipe` is {name!r}; allowed are demo_c.*, or a YAML file"):
             recipe_file(name)
     with pytest.raises(ValueError, match="`accelerate` is 'fsdp'; allowed are cpu, ddp, fsdp2"):
         accelerate_file("fsdp")

@@ -1,5 +1,6 @@
 """Scores against the mean over all orders of revealing an answer, sampling against exact values, and batches."""
 
+import copy
 import itertools
 
 import pytest
@@ -129,6 +130,34 @@ def test_several_ends(model, monkeypatch, exact):
     monkeypatch.setattr(model.generation_config, "pad_token_id", 91)
     alone = model.score(prompt, [[7, 8]], **options).log_likelihood
     assert torch.equal(alone, model.score(prompt, [[7, 8, 91]], append_eos=False, **options).log_likelihood)
+
+
+@pytest.mark.parametrize("exact", [8, 1])
+def test_gradients(model, exact):
+    """Those of finite differences, of all masks and of draws; without being asked for there are none.
+
+    The norms compute in float32 whatever the weights are, which limits how small a step can be.
+    """
+    model = copy.deepcopy(model).double().requires_grad_(True)
+    options = {"pixel_values": PIXELS.double(), "max_exact_tokens": exact, "num_samples": 6}
+    towers = []
+    model.model.vision_tower.register_forward_hook(lambda *_: towers.append(1))
+
+    def total(**more):
+        scores = model.score(image_prompt(PROMPT), [[7, 20], [30, 31, 5]], **options, **more).log_likelihood
+        return (scores * torch.tensor([1.0, -0.5])).sum()
+
+    assert not total().requires_grad
+    total(requires_grad=True).backward()
+    assert len(towers) == 2, "the picture is encoded once for both candidates"
+    for weight in (model.lm_head.weight, model.model.multi_modal_projector.linear_1.weight):
+        place, sides = divmod(int(weight.grad.abs().argmax()), weight.shape[1]), []
+        for step in (1e-3, -1e-3):
+            with torch.no_grad():
+                weight[place] += step
+                sides.append(total())
+                weight[place] -= step
+        assert float(sides[0] - sides[1]) / 2e-3 == pytest.approx(float(weight.grad[place]), rel=1e-3)
 
 
 @pytest.mark.parametrize(

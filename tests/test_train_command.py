@@ -78,11 +78,14 @@ def llava_med_file(tmp_path, count, missing=()):
     return file
 
 
-def test_preferences(tmp_path, capsys):
+def test_methods(tmp_path, capsys):
     """By a flag, or by a line of a recipe; arguments of the other method are unknown to this one."""
     options = {"train_data": "phantoms:1:8:closed", "loss_type": ["sigmoid", "sft"], "num_draws": 2, "use_peft": True}
     folder = train(tmp_path, method="dpo", **options)
     assert "1 × sigmoid + 1 × sft" in (folder / "README.md").read_text()
+    options = {"train_data": "phantoms:1:8:closed,open", "reward_funcs": ["choice", "candidate_format"]}
+    folder = train(tmp_path, method="expected_reward", **options, use_peft=True)
+    assert "1 × choice + 1 × candidate_format, by closed form" in (folder / "README.md").read_text()
     recipe = tmp_path / "own.yaml"
     recipe.write_text("method: dpo\nbeta: 0.3\n")
     for words in (["--config", str(recipe)], ["--method", "dpo", "--beta", "0.3"]):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lladamedv.processing.datasets import ROW_FEATURES, SOURCES
-from lladamedv.processing.datasets.messages import PAIR_FEATURES
+from lladamedv.processing.datasets.messages import PAIR_FEATURES, PROMPT_FEATURES
 from lladamedv.processing.phantoms import PhantomVQA
 from lladamedv.trainers.data import DataSource, load_dataset_mixture
 from tests.tiny import random_image
@@ -206,7 +206,7 @@ def test_pairs(folder, tmp_path, name, messages, streaming):
         datasets.Dataset.from_list(records).to_parquet(file)
     else:
         file.write_text("\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records))
-    dataset, (report,) = load_dataset_mixture([str(file)], pairs=True, streaming=streaming)
+    dataset, (report,) = load_dataset_mixture([str(file)], form="pairs", streaming=streaming)
     found = list(dataset)
     assert dataset.features == PAIR_FEATURES and report.rows == 3
     for number, row in enumerate(found):
@@ -215,15 +215,71 @@ def test_pairs(folder, tmp_path, name, messages, streaming):
         assert [image.size for image in row["images"]] == ([(30 + number, 20)] if number else [])
 
 
+def test_pairs_of_the_hub(folder, monkeypatch):
+    """A Hub id with the columns and features of TRL's data sets of preferences about pictures."""
+    content = datasets.List({"text": datasets.Value("string"), "type": datasets.Value("string")})
+    turns = datasets.List({"content": content, "role": datasets.Value("string")})
+    features = {"images": datasets.List(datasets.Image(decode=True)), "prompt": turns, "chosen": turns}
+    records = [
+        {"images": [{"bytes": (folder / name).read_bytes(), "path": None}]} | {
+            column: [{"role": role, "content": [{"type": "image", "text": None}] * (role == "user")
+                      + [{"type": "text", "text": f"{letter}{number}"}]}]
+            for column, role, letter in (("prompt", "user", "Q"), ("chosen", "assistant", "A"),
+                                         ("rejected", "assistant", "B"))
+        } for number, name in enumerate(NAMES)
+    ]  # fmt: skip
+    table = datasets.Dataset.from_list(records, features=datasets.Features(features | {"rejected": turns}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, *args, **options: {"trl-lib/some": table}[path])
+    dataset, (report,) = load_dataset_mixture(["trl-lib/some@abc"], pairs=True)
+    assert (report.rows, report.source) == (6, "trl-lib/some@abc") and dataset.features == PAIR_FEATURES
+    for number, row in enumerate(dataset):
+        assert [row[name][0]["content"][-1]["text"] for name in ("prompt", "chosen", "rejected")] == [
+            f"{letter}{number}" for letter in "QAB"
+        ]
+        assert row["images"][0].size == (30 + number, 20) and len(row["prompt"][0]["content"]) == 2
+
+
 def test_pairs_of_phantoms():
     """Closed questions, about one picture each: the right answer is that of the phantom."""
-    dataset, _ = load_dataset_mixture(["phantoms:5:40:new_closed,closed"], pairs=True)
+    dataset, _ = load_dataset_mixture(["phantoms:5:40:new_closed,closed"], form="pairs")
     opposites = {("Yes", "No"), ("No", "Yes"), ("Axial", "Coronal"), ("Coronal", "Axial")}
     for row, example in zip(dataset, PhantomVQA(5, 40, ["new_closed", "closed"]), strict=True):
         chosen, rejected = (row[name][0]["content"][0]["text"] for name in ("chosen", "rejected"))
         assert chosen == example.answer and (chosen, rejected) in opposites
         if example.topic == "only_one":
             assert chosen == ("Yes" if len(example.lesions) == 1 else "No") and len(example.lesions)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["texts", "messages", "question", "conversation"])
+def test_prompts(folder, form, streaming):
+    """What records ask, and what an answer is compared with."""
+    asked, answered = ({"role": role, "content": text} for role, text in (("user", "Q?"), ("assistant", "A")))
+    record = {
+        "texts": {"prompt": "Q?", "answer": "A"}, "messages": {"prompt": [asked], "answer": "A"},
+        "question": {"question": "Q?", "answer": "A", "candidates": ["A", "B"]},
+        "conversation": {"messages": [asked, answered]},
+    }[form]  # fmt: skip
+    (folder / "prompts.json").write_text(json.dumps([record | {"image": NAMES[2]}] * 2))
+    dataset, (report,) = load_dataset_mixture([str(folder / "prompts.json")], form="prompts", streaming=streaming)
+    row, again = dataset
+    assert dataset.features == PROMPT_FEATURES and report.rows == 2 and row["images"][0].size == (32, 20)
+    assert [turn["role"] for turn in row["prompt"]] == ["user"] and row["prompt"][0]["content"][-1]["text"] == "Q?"
+    assert row["answer"] == "A" and row["candidates"] == record.get("candidates") and again["answer"] == "A"
+
+
+def test_prompts_of_phantoms():
+    """All topics: the right answer is one of the candidates, but of descriptions."""
+    dataset, _ = load_dataset_mixture(["phantoms:5:60:new_closed,closed,open,description,new"], form="prompts")
+    assert {"description", "only_one", "free_side"} <= {each.topic for each in examples_of(60)}
+    for row, example in zip(dataset, examples_of(60), strict=True):
+        assert row["answer"] == example.answer and row["prompt"][0]["content"][-1]["text"] == example.question
+        assert (row["candidates"] is None) == (example.topic == "description")
+        assert example.answer in (row["candidates"] or [example.answer])
+
+
+def examples_of(count):
+    return PhantomVQA(5, count, ["new_closed", "closed", "open", "description", "new"])
 
 
 @pytest.mark.parametrize(
@@ -238,7 +294,7 @@ def test_sources_without_pairs(folder, source, message):
     (folder / "qa.json").write_text(json.dumps([qa(1, NAMES[1])]))
     source = str(folder / source) if source.endswith(".json") else source
     with pytest.raises(ValueError, match=message):
-        load_dataset_mixture([source], pairs=True)
+        load_dataset_mixture([source], form="pairs")
 
 
 @WHOLE_AND_STREAMED
@@ -251,6 +307,8 @@ def test_benchmarks(folder, streaming):
     dataset, (report,) = load_dataset_mixture([f"vqa:slake:train:{home}"], streaming=streaming)
     assert isinstance(dataset, datasets.IterableDataset) == streaming and dataset.features == ROW_FEATURES
     check_rows(dataset, range(6), [str(number) for number in range(6)])
+    prompts, _ = load_dataset_mixture([f"vqa:slake:train:{home}"], streaming=streaming, form="prompts")
+    assert prompts.features == PROMPT_FEATURES and [row["answer"] for row in prompts] == [f"A{n}" for n in range(6)]
     written = json.loads(json.dumps(asdict(report)))  # as the training command writes it
     assert written["rows"] == written["images"] == 6 and written["missing_images"] == [["6", "6.png"]]
     source = DataSource(f"vqa:slake::{home}", split="test", name="OctoMed/SLAKE")

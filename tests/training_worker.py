@@ -11,6 +11,8 @@ from pathlib import Path
 from peft import LoraConfig
 
 from tests import test_masked_diffusion_dpo_trainer as dpo
+from tests import test_masked_diffusion_expected_reward_trainer as expected_reward
+from tests import test_masked_diffusion_grpo_trainer as grpo
 from tests import test_masked_diffusion_sft_trainer as sft
 from tests.test_masked_diffusion_sft_trainer import tiny_model
 
@@ -20,8 +22,8 @@ def train(folder: Path, options: dict, checkpoint: Path | None = None):
     adapters = LoraConfig(**options.pop("lora")) if "lora" in options else None
     # What is resumed does not depend on the weights that it starts from; adapters do on those beneath them.
     model = tiny_model(seed=0 if adapters or checkpoint is None else 5)
-    make_trainer = {"sft": sft, "dpo": dpo}[options.pop("method", "sft")].make_trainer
-    trainer = make_trainer(folder, model=model, peft_config=adapters, **options)
+    method = {"sft": sft, "dpo": dpo, "expected_reward": expected_reward, "grpo": grpo}[options.pop("method", "sft")]
+    trainer = method.make_trainer(folder, model=model, peft_config=adapters, **options)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
     return trainer

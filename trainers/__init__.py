@@ -5,9 +5,15 @@ import importlib
 
 _FILES = {
     "DataCollatorForMaskedDiffusion": "data_collator",
+    "DataCollatorForMaskedDiffusionCandidates": "data_collator",
     "DataCollatorForMaskedDiffusionPreference": "data_collator",
+    "DataCollatorForMaskedDiffusionPrompts": "data_collator",
     "MaskedDiffusionDPOConfig": "masked_diffusion_dpo_config",
     "MaskedDiffusionDPOTrainer": "masked_diffusion_dpo_trainer",
+    "MaskedDiffusionExpectedRewardConfig": "masked_diffusion_expected_reward_config",
+    "MaskedDiffusionExpectedRewardTrainer": "masked_diffusion_expected_reward_trainer",
+    "MaskedDiffusionGRPOConfig": "masked_diffusion_grpo_config",
+    "MaskedDiffusionGRPOTrainer": "masked_diffusion_grpo_trainer",
     "MaskedDiffusionSFTConfig": "masked_diffusion_sft_config",
     "MaskedDiffusionSFTTrainer": "masked_diffusion_sft_trainer",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -13,12 +14,16 @@ from transformers.integrations import TensorBoardCallback
 from lladamedv.processing.datasets.messages import check_row, show_images
 
 
+logger = logging.getLogger(__name__)
+
+
 class AnswerTableCallback(TrainerCallback):
     """Generates answers at every evaluation, and prints and logs them as a Markdown table.
 
     The table goes to whatever the trainer reports to, and the answers to `output_dir/answers.jsonl`, one line per
-    answer; the share of answers that are the reference, but for case, is logged as `eval_answer_accuracy`. Every
-    process generates the same answers, which sharded models need.
+    answer; the share of answers that are the reference, but for case, is logged as `eval_answer_accuracy`. If it has
+    fallen since its best evaluation by more than chance explains (McNemar's test: lost minus won answers above two
+    standard errors), a warning says so, once. Every process generates the same answers, which sharded models need.
 
     Args:
         trainer ([`MaskedDiffusionSFTTrainer`]): whose model is asked.
@@ -27,12 +32,21 @@ class AnswerTableCallback(TrainerCallback):
 
     def __init__(self, trainer, rows):
         self.trainer, self.rows = trainer, [check_row(row) for row in rows]
+        self.best, self.warned = [], False  # which answers were right at the best evaluation so far
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         records = [{"step": state.global_step, **self._answer(row)} for row in self.rows]
         equal = [record["answer"].casefold() == record["reference"].casefold() for record in records]
         metrics["eval_answer_accuracy"] = sum(equal) / len(equal)  # may choose the best checkpoint
         self.trainer.log({"eval_answer_accuracy": metrics["eval_answer_accuracy"]})
+        lost, won = (sum(one > two for one, two in zip(*each)) for each in ((self.best, equal), (equal, self.best)))
+        if lost - won > 2 * (lost + won) ** 0.5 and not self.warned:
+            self.warned = True
+            logger.warning(
+                "Step %d: %d of %d answers are no longer right, and %d have become so, since the best evaluation: the "
+                "model is getting worse at what `log_answers` asks.", state.global_step, lost, len(equal), won,
+            )  # fmt: skip
+        self.best = max(self.best, equal, key=sum)
         if not state.is_world_process_zero:
             return
         with (Path(args.output_dir) / "answers.jsonl").open("a", encoding="utf-8") as file:

@@ -22,19 +22,28 @@ from lladamedv.processing.datasets.messages import (
     FORMS,
     PAIR_FEATURES,
     PREFERENCE,
+    PROMPT_FEATURES,
     QUESTION,
     ROW_FEATURES,
+    prompt_of,
     record_to_pair,
+    record_to_prompt,
     record_to_row,
 )
 from lladamedv.processing.datasets.readers import ImageFiles, LoadReport, RowMaker, load_rows, open_records, undecoded
 from lladamedv.processing.datasets.vqa import load_vqa, phantom_records, record_to_messages
-from lladamedv.processing.phantoms import OPPOSITE, parse_phantoms
+from lladamedv.processing.phantoms import OPPOSITE, candidates_of, parse_phantoms
 
 
 logger = logging.getLogger(__name__)
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
 _PHANTOMS, _VQA = "phantoms:", "vqa:"
+# What records can become: how they are read, and what rows have.
+ROW_FORMS = {
+    "answers": (record_to_row, ROW_FEATURES),
+    "pairs": (record_to_pair, PAIR_FEATURES),
+    "prompts": (record_to_prompt, PROMPT_FEATURES),
+}
 
 
 @dataclass
@@ -74,7 +83,7 @@ def load_dataset_mixture(
     stopping_strategy: str = "first_exhausted",
     invalid_records: str = "error",
     argument: str = "`sources`",
-    pairs: bool = False,
+    form: str = "answers",
 ) -> tuple[Dataset | IterableDataset, list[LoadReport]]:
     """Load sources and mix them.
 
@@ -91,11 +100,12 @@ def load_dataset_mixture(
         invalid_records: what to do with records that cannot become rows: stop (`"error"`) or leave them out and report
             how many (`"skip"`). A record whose image file is missing is always left out and reported.
         argument: what error messages call `sources`.
-        pairs: whether records are preferences, with `prompt`, `chosen` and `rejected`, as [`trl.DPOTrainer`] takes
-            them. Of phantoms they are closed questions with their right and their wrong answer.
+        form: what rows are: `"answers"`, conversations to learn from; `"pairs"`, preferences, with `prompt`, `chosen`
+            and `rejected`, as [`trl.DPOTrainer`] takes them, of phantoms closed questions with their right and their
+            wrong answer; or `"prompts"`, with `prompt`, `answer` and `candidates`, for rewards.
 
     Returns:
-        A data set with `ROW_FEATURES`, or `PAIR_FEATURES`, and a report per source.
+        A data set with the features of its form in `ROW_FORMS`, and a report per source.
 
     Raises:
         ValueError: for a value that is not allowed, a source that is not there, cannot be read, has other columns, or
@@ -113,7 +123,7 @@ def load_dataset_mixture(
                 f"`weight` of {argument} is {weights}; allowed are numbers above 0 for all, or for none."
             )
         weights = [weight / sum(weights) for weight in weights]
-    parts, reports = zip(*(_load(source, streaming, invalid_records, argument, pairs) for source in sources))
+    parts, reports = zip(*(_load(source, streaming, invalid_records, argument, form) for source in sources))
     if len(parts) == 1:
         return parts[0], list(reports)
     strategy = stopping_strategy if weighted else "all_exhausted_without_replacement"
@@ -139,18 +149,18 @@ def _as_source(source, image_folder: str | None, argument: str) -> DataSource:
     return replace(source, **changes)
 
 
-def _load(source: DataSource, streaming: bool, invalid_records: str, argument: str, pairs: bool):
+def _load(source: DataSource, streaming: bool, invalid_records: str, argument: str, form: str):
     """The rows of a source, and the report that they fill."""
     report, called = LoadReport(str(source), invalid_records), f"{argument} holds {str(source)!r}"
     name, images = Path(source.path).stem, ImageFiles()
     if source.path.startswith((_VQA, _PHANTOMS)):
         try:
-            if source.path.startswith(_VQA) and pairs:
+            if source.path.startswith(_VQA) and form == "pairs":
                 raise ValueError("a benchmark has questions and answers, and no pairs")
             if source.path.startswith(_VQA):
-                return _load_benchmark(source, streaming, invalid_records)
+                return _load_benchmark(source, streaming, invalid_records, form)
             phantoms = parse_phantoms(source.path.removeprefix(_PHANTOMS))
-            records = partial(_phantom_pairs if pairs else phantom_records, phantoms)
+            records = partial(_PHANTOMS_AS.get(form, phantom_records), phantoms)
             next(iter(records()), None)
         except ValueError as error:
             raise ValueError(f"{called}, which cannot be loaded: {error}") from error
@@ -163,8 +173,8 @@ def _load(source: DataSource, streaming: bool, invalid_records: str, argument: s
             name = f"{name}/{source.split}"
         elif os.path.isdir(os.path.expanduser(source.path)):
             name = source.split  # of its file
-        _check_columns(first, source, called, pairs)
-    read, features = (record_to_pair, PAIR_FEATURES) if pairs else (record_to_row, ROW_FEATURES)
+        _check_columns(first, source, called, form)
+    read, features = ROW_FORMS[form]
     maker = RowMaker(partial(_rows, read=read, images=images), report, name)
     dataset = load_rows(records, maker, features, streaming)
     if isinstance(dataset, Dataset) and not len(dataset):
@@ -184,36 +194,45 @@ def _phantom_pairs(phantoms: dict) -> Iterator[tuple[str, dict]]:
         yield name, {"id": record["id"], "image": record["image"], **pair}
 
 
-def _check_columns(record: dict, source: DataSource, called: str, pairs: bool) -> None:
+def _phantom_prompts(phantoms: dict) -> Iterator[tuple[str, dict]]:
+    for name, record in phantom_records(phantoms):
+        yield name, record | {"candidates": candidates_of(record["question_type"])}
+
+
+_PHANTOMS_AS = {"pairs": _phantom_pairs, "prompts": _phantom_prompts}
+
+
+def _check_columns(record: dict, source: DataSource, called: str, form: str) -> None:
     """
     Raises:
         ValueError: if the first record of a source has no form that is known.
     """
-    if pairs and not set(PREFERENCE) <= set(record):
+    if form == "pairs" and not set(PREFERENCE) <= set(record):
         raise ValueError(f"{called}, which has the columns {sorted(record)}; pairs have {', '.join(PREFERENCE)}.")
-    if pairs or any(set(form) <= set(record) for form in FORMS):
+    if form == "pairs" or any(set(columns) <= set(record) for columns in FORMS):
         return
     fields = Fields(record)
     read = {column: next(iter(fields.names(column)), None) for column in QUESTION}
     if None in read.values():
         raise ValueError(
             f"{called}, which has the columns {sorted(record)}; allowed are "
-            f"{', or '.join(' and '.join(form) for form in FORMS)}, or {', '.join(QUESTION)}, also by other usual "
+            f"{', or '.join(map(' and '.join, FORMS))}, or {', '.join(QUESTION)}, also by other usual "
             "names."
         )
     if any(name not in (column, "images") for column, name in read.items()):
         logger.warning("%s: %s", source, ", ".join(f"{column} is read from {name!r}" for column, name in read.items()))
 
 
-def _load_benchmark(source: DataSource, streaming: bool, invalid_records: str):
+def _load_benchmark(source: DataSource, streaming: bool, invalid_records: str, form: str):
     benchmark, split, path = [*source.path.removeprefix(_VQA).split(":", 2), "", ""][:3]
     dataset, report = load_vqa(
         benchmark, split or source.split, source=source.name, path=path or None, image_folder=source.image_folder,
         revision=source.revision, streaming=streaming, invalid_records=invalid_records,
     )  # fmt: skip
-    dataset = undecoded(dataset)
-    rows = partial(dataset.map, record_to_messages, remove_columns=list(dataset.features))
-    return rows().cast(ROW_FEATURES) if streaming else rows(features=ROW_FEATURES), report
+    dataset, features = undecoded(dataset), ROW_FORMS[form][1]
+    read = record_to_messages if form == "answers" else lambda record: prompt_of(record_to_messages(record))
+    rows = partial(dataset.map, read, remove_columns=list(dataset.features))
+    return rows().cast(features) if streaming else rows(features=features), report
 
 
 __all__ = ["STOPPING_STRATEGIES", "DataSource", "load_dataset_mixture"]

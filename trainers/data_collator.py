@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -12,10 +13,22 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from lladamedv.processing.datasets import InvalidRecordError
-from lladamedv.processing.datasets.messages import check_row, images_of, preference_rows, show_images
+from lladamedv.processing.datasets.messages import (
+    candidate_rows,
+    check_row,
+    images_of,
+    preference_rows,
+    prompt_row,
+    show_images,
+)
 from lladamedv.processing.processing_lladamedv import get_training_chat_template
 
 from .masked_diffusion_loss import IGNORE_INDEX
+
+
+# What the chosen answer is compared with: a small part of its own images, as in mDPO (arXiv 2406.11839), their median
+# colour, as `image_guidance_scale` contrasts with, or the images of another row of the batch.
+CONDITIONAL_IMAGES = ("crop", "blank", "shuffled")
 
 
 @dataclass
@@ -38,7 +51,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         - `answer_ids` (`(batch, sequence)`): number of the answer that a token belongs to, within the batch,
         - with images `pixel_values`, `image_sizes`, `batch_num_images`, `image_index`, as the model takes them,
         - `turn_ids` with `turn_mask`; `segment_ids` and `position_ids` if packed,
-        - `row_ids` (`list[str]`): `id` of each row, or how it begins.
+        - `row_ids` (`list[str]`): `id` of each row, or how it begins; `row_numbers`, if a trainer has added them.
 
     Raises (when called):
         ValueError: for a row longer than `max_length`, or whose images and placeholders differ in number.
@@ -50,6 +63,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
     train_on_template_tokens: bool = False
     turn_mask: bool = False
     packed: bool = False
+    _only_the_last_answer = False  # is learned; earlier turns are the prompt
 
     def __post_init__(self):
         tokenizer = self.processor.tokenizer
@@ -72,8 +86,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
     def torch_call(self, examples: list[dict]) -> dict:
         fetch = self.processor.image_processor.fetch_images
         read = [self.conversations(row, fetch(images_of(row))) for row in examples]
-        # The first conversation of every row, and then, where a row is read as several, the second of every row.
-        read = [each for conversations in zip(*read) for each in conversations]
+        # The first conversation of every row, and then, where rows are read as several, the second of every row.
+        read = [each for conversations in zip_longest(*read) for each in conversations if each is not None]
         rows, images = [self._encode_row(row, own) for row, own in read], [own for _, own in read]
         for row in rows:
             length = len(row["input_ids"])
@@ -100,7 +114,14 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         if any(images):
             batch |= self._process_images(images)
         batch["row_ids"] = [row["id"] for row in rows[: len(examples)]]
+        if "row_number" in examples[0]:
+            batch["row_numbers"] = [row["row_number"] for row in examples]
         return batch
+
+    def _opened(self, rows: list[dict]) -> list[dict]:
+        """Rows with their images opened."""
+        fetch = self.processor.image_processor.fetch_images
+        return [{**row, "image": None, "images": fetch(images_of(row))} for row in rows]
 
     def conversations(self, row: dict, images: list) -> list[tuple[dict, list]]:
         """What a row is read as: conversations, each with its images. Here it is one, the row itself."""
@@ -144,6 +165,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorForVisionLanguageModeling):
         if self.train_on_template_tokens:
             answers = self._with_template_tokens(ids, answers)
         labels = [token if answer else IGNORE_INDEX for token, answer in zip(ids, answers)]
+        if self._only_the_last_answer:
+            begin = len(labels) - _last_answer(labels)
+            labels[:begin] = [IGNORE_INDEX] * begin
         begins = next((part["text"] for part in row["messages"][0]["content"] if part["type"] == "text"), "")
         name = str(begins if row["id"] is None else row["id"])
         return {"input_ids": ids, "labels": labels, "turn_ids": turns, "id": name}
@@ -224,37 +248,111 @@ class DataCollatorForMaskedDiffusionPreference(DataCollatorForMaskedDiffusion):
     answer, about the same images, which are processed once.
 
     Args:
-        hide_images (`bool`): whether the chosen answer comes again, about images of one colour, the median of the
-            image's own, as `image_guidance_scale` contrasts with.
+        conditional_image (`str`, *optional*): the images about which the chosen answer comes again, one of
+            `CONDITIONAL_IMAGES`.
+        shuffled (`bool`): whether the batch comes again with its images exchanged, as `shuffled`.
         The other arguments are those of [`DataCollatorForMaskedDiffusion`].
 
-    Returns (when called): its dict, of the chosen answers, then the rejected ones, then those about hidden images;
-        and `pair_numbers` and `ref_logps` `(draws, rows)`, if the trainer has added them to the rows.
+    Returns (when called): its dict, of the chosen answers, then the rejected ones, then the chosen ones again;
+        - `ref_logps` `(draws, rows)`, if the trainer has added them to the rows;
+        - `shuffled`: the dict of both answers about the images of another row, and `exchanged` `(rows,)`, which rows
+          have such; the others have their own.
     """
 
-    hide_images: bool = False
+    conditional_image: str | None = None
+    shuffled: bool = False
+    _only_the_last_answer = True
 
     def torch_call(self, examples: list[dict]) -> dict:
+        examples = _with_others(self._opened(examples))
         batch = super().torch_call(examples)
-        if "pair_number" in examples[0]:
-            batch["pair_numbers"] = [row["pair_number"] for row in examples]
+        if self.shuffled:
+            others = [{**row, "images": row["other_images"] or row["images"]} for row in examples]
+            batch["shuffled"] = replace(self, conditional_image=None, shuffled=False).torch_call(others)
+            batch["shuffled"]["exchanged"] = torch.tensor([row["other_images"] is not None for row in examples])
         if "ref_logps" in examples[0]:  # of each row (conversations, draws)
             batch["ref_logps"] = torch.tensor([row["ref_logps"] for row in examples]).permute(2, 1, 0).flatten(1)
         return batch
 
     def conversations(self, row: dict, images: list) -> list[tuple[dict, list]]:
         chosen, rejected = preference_rows({**row, "image": None, "images": images})
-        if self.hide_images and not images:
-            raise InvalidRecordError("it has no image", "the loss 'image_conditional' hides the images of every row")
         read = [(chosen, images), (rejected, images)]
-        return [*read, (chosen, [*map(_of_one_colour, images)])] if self.hide_images else read
+        if self.conditional_image is None:
+            return read
+        if not images:
+            raise InvalidRecordError("it has no image", "the loss 'image_conditional' changes the images of every row")
+        others = row.get("other_images") if self.conditional_image == "shuffled" else None
+        change = _crop if self.conditional_image == "crop" else _of_one_colour
+        return [*read, (chosen, others or [*map(change, images)])]
+
+
+@dataclass
+class DataCollatorForMaskedDiffusionPrompts(DataCollatorForMaskedDiffusion):
+    """Data collator of the [`MaskedDiffusionGRPOTrainer`]: prompts to be answered.
+
+    Args:
+        max_completion_length (`int`): room that a row needs besides its prompt.
+        The other arguments are those of [`DataCollatorForMaskedDiffusion`].
+
+    Returns (when called): its dict, without anything to be learned; and `columns`, all columns of the rows by name,
+        with their images opened.
+    """
+
+    max_completion_length: int = 0
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        examples = self._opened(examples)
+        return super().torch_call(examples) | {"columns": _columns_of(examples)}
+
+    def conversations(self, row: dict, images: list) -> list[tuple[dict, list]]:
+        return [(prompt_row({**row, "image": None, "images": images}), images)]
+
+    def row_length(self, row: dict) -> int:
+        return super().row_length(row) + self.max_completion_length
 
     def _encode_conversation(self, row: dict) -> dict:
-        """Of earlier turns nothing is learned: they are the prompt."""
-        encoded = super()._encode_conversation(row)
-        labels = encoded["labels"]
-        begin = len(labels) - _last_answer(labels)
-        return encoded | {"labels": [IGNORE_INDEX] * begin + labels[begin:]}
+        prompt = row["messages"]
+        if prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+        ids = self.processor.apply_chat_template(
+            show_images(prompt, row["images"]), add_generation_prompt=True, tokenize=True, return_dict=True,
+            processor_kwargs={"return_pixel_values": False},
+        )["input_ids"][0]  # fmt: skip
+        begins = next((part["text"] for part in prompt[0]["content"] if part["type"] == "text"), "")
+        nothing = {"labels": [IGNORE_INDEX] * len(ids), "turn_ids": [0] * len(ids)}
+        return {"input_ids": ids, **nothing, "id": str(begins if row["id"] is None else row["id"])}
+
+
+@dataclass
+class DataCollatorForMaskedDiffusionCandidates(DataCollatorForMaskedDiffusion):
+    """Data collator of the [`MaskedDiffusionExpectedRewardTrainer`]: of each row the prompt with each of its
+    `candidates`, about the same images, which are processed once.
+
+    Returns (when called): the dict of [`DataCollatorForMaskedDiffusion`], of the first candidate of every row, then the
+        second, and so on;
+        - `candidates` (`(conversations, 2)`): of each its row and its place among the row's candidates;
+        - `columns`, all columns of the rows by name, with their images opened;
+        - `ref_logps` (`(conversations,)`), if the trainer has added them to the rows.
+    """
+
+    _only_the_last_answer = True
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        examples = self._opened(examples)
+        batch = super().torch_call(examples)
+        places = [(row, place) for place in range(max(len(each["candidates"]) for each in examples))
+                  for row, each in enumerate(examples) if place < len(each["candidates"])]  # fmt: skip
+        batch |= {"candidates": torch.tensor(places), "columns": _columns_of(examples)}
+        if "ref_logps" in examples[0]:
+            batch["ref_logps"] = torch.tensor([examples[row]["ref_logps"][place] for row, place in places])
+        return batch
+
+    def conversations(self, row: dict, images: list) -> list[tuple[dict, list]]:
+        return [(each, images) for each in candidate_rows({**row, "image": None, "images": images})]
+
+
+def _columns_of(rows: list[dict]) -> dict[str, list]:
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "image"}
 
 
 def _last_answer(labels: list[int]) -> int:
@@ -262,9 +360,39 @@ def _last_answer(labels: list[int]) -> int:
     return next((place for place, label in enumerate(reversed(labels)) if label == IGNORE_INDEX), len(labels))
 
 
+def _with_others(rows: list[dict]) -> list[dict]:
+    """Rows with `other_images`, those of the next row in the batch that shows as many images and none of the same, or
+    `None`."""
+    shown = [{(image.tobytes(), image.size) for image in row["images"]} for row in rows]
+
+    def others(place: int) -> list | None:
+        for step in range(1, len(rows)):
+            other = (place + step) % len(rows)
+            if shown[place] and len(rows[other]["images"]) == len(rows[place]["images"]):
+                if shown[place].isdisjoint(shown[other]):
+                    return rows[other]["images"]
+        return None
+
+    return [{**row, "other_images": others(place)} for place, row in enumerate(rows)]
+
+
+def _crop(image: Image.Image) -> Image.Image:
+    """A part of 1 to 20 % of an image in its size: `RandomResizedCrop(scale=(0.01, 0.2))`, which mDPO's code takes. It
+    depends on the image alone."""
+    random = np.random.default_rng([*hashlib.sha256(image.tobytes()).digest()])
+    area, ratio = random.uniform(0.01, 0.2), np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+    size = area * image.width * image.height
+    width, height = min(image.width, (size * ratio) ** 0.5), min(image.height, (size / ratio) ** 0.5)
+    left, top = random.uniform(0, image.width - width), random.uniform(0, image.height - height)
+    return image.resize(image.size, Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+
+
 def _of_one_colour(image: Image.Image) -> Image.Image:
     colour = np.median(np.asarray(image).reshape(-1, 3), axis=0)
     return Image.new("RGB", image.size, tuple(int(value) for value in colour))
 
 
-__all__ = ["DataCollatorForMaskedDiffusion", "DataCollatorForMaskedDiffusionPreference"]
+__all__ = [
+    "DataCollatorForMaskedDiffusion", "DataCollatorForMaskedDiffusionCandidates",
+    "DataCollatorForMaskedDiffusionPreference", "DataCollatorForMaskedDiffusionPrompts",
+]  # fmt: skip

@@ -179,7 +179,8 @@ def answer_bounds(
 
     A fixed number l of the answer's L tokens is masked and weighs L / l, which has the mean of the loss's form, tokens
     masked one by one with weight 1 / p, and less variance: no draw is empty or weighs 1000, and of an answer of one
-    token every draw is exact. All draws are rows of one forward pass, in which each image is encoded once.
+    token every draw is exact. All draws are rows of one forward pass, in which each image is encoded once, and a mask
+    that is drawn again is not computed again.
 
     Args:
         model, mask_token_id, fused: see [`masked_diffusion_loss`].
@@ -190,18 +191,51 @@ def answer_bounds(
     Returns:
         In nats, `(draws, rows)`; 0 for a row without labels.
     """
-    inputs = {name: value for name, value in batch.items() if name != "answer_ids"}
-    (draws, rows), (input_ids, labels) = t.shape, (inputs.pop(name) for name in ("input_ids", "labels"))
-    inputs = {
-        name: value if name in _OF_IMAGES else value.repeat(draws, *[1] * (value.dim() - 1))
-        for name, value in inputs.items()
-    }
-    labels = labels.repeat(draws, 1)
-    noised = add_counted_noise(input_ids.repeat(draws, 1), labels, t.flatten(), uniform.flatten(0, 1), mask_token_id)
+    (draws, rows), labels = t.shape, batch["labels"]
+    learned = labels != IGNORE_INDEX
+    length = learned.sum(dim=1)
+    masked = counted_masks(learned, torch.minimum((t * length).long() + 1, length), uniform)
+    # Draws that mask the same tokens are computed once: an answer of two tokens has three masks.
+    row = torch.arange(rows, device=labels.device).repeat(draws)
+    distinct, place = torch.cat([row[:, None], masked.flatten(0, 1)], dim=1).unique(dim=0, return_inverse=True)
+    row, masked = distinct[:, 0], distinct[:, 1:].bool()
+    log_probs = answer_log_probs(model, select_rows(batch, row), masked[None], mask_token_id, fused)[0]
+    bounds = log_probs.sum(dim=-1) * length[row] / masked.sum(dim=1).clamp(min=1)
+    return bounds[place].view(draws, rows)
+
+
+def answer_log_probs(
+    model, batch: Mapping, masked: torch.BoolTensor, mask_token_id: int, fused: bool | None = None
+) -> torch.FloatTensor:
+    """Log-probabilities of the answers' tokens under several masks, rows of one forward pass, in which each image is
+    encoded once.
+
+    Args:
+        model, mask_token_id, fused: see [`masked_diffusion_loss`].
+        batch: as there, with one answer in each row; its `input_ids` may hold other masks besides.
+        masked (`(draws, rows, sequence)`): which labelled tokens are masked.
+
+    Returns:
+        In nats, `(draws, rows, sequence)`; 0 where nothing is masked.
+    """
+    draws, rows, _ = masked.shape
+    inputs = select_rows(batch, torch.arange(rows, device=masked.device).repeat(draws))
+    inputs.pop("answer_ids", None)
+    labels, flat = inputs.pop("labels"), masked.flatten(0, 1)
+    noised = NoisedBatch(inputs.pop("input_ids").masked_fill(flat, mask_token_id), flat, None)
     log_probs, _ = masked_log_probs(model, inputs, noised, labels, fused)
-    row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)[noised.masked]
-    sums = torch.zeros(len(labels), device=labels.device)
-    return sums.index_add(0, row, log_probs / noised.probability[noised.masked]).view(draws, rows)
+    return torch.zeros(flat.shape, device=flat.device).masked_scatter(flat, log_probs).view(masked.shape)
+
+
+def select_rows(batch: Mapping, rows: torch.LongTensor) -> dict:
+    """A batch of some rows of another, perhaps several times; its images stay as they are, once each."""
+    selected = {name: value if name in _OF_IMAGES else value[rows] for name, value in batch.items()
+                if name != "image_index"}  # fmt: skip
+    if "image_index" in batch:
+        counts = batch.get("batch_num_images", torch.ones(len(batch["input_ids"]), dtype=torch.long))
+        shown = batch["image_index"].split(counts.tolist())
+        selected["image_index"] = torch.cat([shown[row] for row in rows.tolist()])
+    return selected
 
 
 def add_noise(
@@ -224,23 +258,11 @@ def add_noise(
     return NoisedBatch(input_ids.masked_fill(masked, mask_token_id), masked, probability)
 
 
-def add_counted_noise(
-    input_ids: torch.LongTensor,
-    labels: torch.LongTensor,
-    t: torch.FloatTensor,
-    uniform: torch.FloatTensor,
-    mask_token_id: int,
-) -> NoisedBatch:
-    """Mask exactly l of the L labelled tokens of each row, l = 1 + floor(t L): those with the smallest `uniform`.
-
-    Arguments are those of [`add_noise`], but `t` is `(batch,)`. The probability of a mask is l / L.
-    """
-    learned = labels != IGNORE_INDEX
-    length = learned.sum(dim=1, keepdim=True)
-    count = torch.minimum((t[:, None] * length).long() + 1, length)
-    rank = uniform.masked_fill(~learned, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
-    masked = (rank < count) & learned
-    return NoisedBatch(input_ids.masked_fill(masked, mask_token_id), masked, (count / length).expand(labels.shape))
+def counted_masks(learned: torch.BoolTensor, count: torch.LongTensor, uniform: torch.FloatTensor) -> torch.BoolTensor:
+    """Masks `(…, rows, sequence)` of `count` `(…, rows)` of each row's learned tokens, those with the smallest
+    `uniform` `(…, rows, sequence)`."""
+    rank = uniform.masked_fill(~learned, torch.inf).argsort(dim=-1, stable=True).argsort(dim=-1)
+    return (rank < count[..., None]) & learned
 
 
 def complement(
@@ -342,9 +364,13 @@ class AnswerNoise:
             uniform[row, own] = torch.rand(int(own.sum()), generator=generator)
         return t.to(labels.device), uniform.to(labels.device)
 
-    def _generator(self, *names: object) -> torch.Generator:
+    def seed_of(self, *names: object) -> int:
+        """A seed that depends on the run's and on `names` alone."""
         digest = hashlib.sha256(repr((self.seed, *names)).encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return int.from_bytes(digest[:8], "little") >> 1
+
+    def _generator(self, *names: object) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed_of(*names))
 
 
 def _answers(labels: torch.Tensor, answer_ids: torch.Tensor) -> Iterator[tuple[int, int, int, torch.BoolTensor]]:

@@ -151,8 +151,8 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             rows = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
             if rows is None:
                 raise ValueError(f"`log_answers` is {args.log_answers}, but there is no `eval_dataset`.")
-            fetch, read = processing_class.image_processor.fetch_images, self.data_collator.conversations
-            asked = [read(row, fetch(images_of(row)))[0][0] for row in rows.take(args.log_answers)]
+            fetch = processing_class.image_processor.fetch_images
+            asked = [self._row_to_answer(row, fetch(images_of(row))) for row in rows.take(args.log_answers)]
             self.add_callback(AnswerTableCallback(self, asked))
 
     def _make_collator(self, collator, processor, config) -> DataCollatorForMaskedDiffusion:
@@ -178,6 +178,10 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
     def _collator_options(self) -> dict:
         options = {name: getattr(self.args, name) for name in _COLLATOR_OPTIONS}
         return options | {"packed": self.args.pack_questions is not None}
+
+    def _row_to_answer(self, row: dict, images: list) -> dict:
+        """A row of `log_answers`, which ends with the answer to compare with."""
+        return self.data_collator.conversations(row, images)[0][0]
 
     def _check_what_is_trained(self) -> None:
         """
@@ -313,7 +317,7 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         if not batches:  # the end of a stream
             return batches, num_items_in_batch
         counts = [
-            (len(each["labels"]), int(each["answer_ids"].max()) + 1, int((each["labels"] != IGNORE_INDEX).sum()))
+            (len(each["row_ids"]), int(each["answer_ids"].max()) + 1, int((each["labels"] != IGNORE_INDEX).sum()))
             for each in batches
         ]
         everyone = self.accelerator.gather(torch.tensor([counts], device=device))  # (processes, batches, 3)
@@ -356,8 +360,9 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         return scale * sum(loss for loss, _ in results)
 
     def _count_tokens(self, inputs, times):
+        """Add those of a batch, each of whose rows came so many times."""
         # In the state, so that a resumed run goes on counting.
-        seen = self.accelerator.gather(inputs["attention_mask"].sum()).sum() * times
+        seen = self.accelerator.gather((inputs["attention_mask"].sum(dim=1) * times).sum()).sum()
         self.state.num_input_tokens_seen += int(seen)
         self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
 

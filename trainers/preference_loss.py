@@ -22,14 +22,14 @@ class LogRatios(NamedTuple):
 
     Attributes:
         chosen, rejected: B(y) of the policy minus B(y) of the reference, means over the draws.
-        hidden: the same of the chosen answer where the picture is hidden; `None` if no loss asks for it.
+        conditional: the same of the chosen answer about another picture; `None` if no loss asks for it.
         bound: B of the policy of the chosen answer.
         chosen_tokens, rejected_tokens: lengths of the answers.
     """
 
     chosen: torch.FloatTensor
     rejected: torch.FloatTensor
-    hidden: torch.FloatTensor | None
+    conditional: torch.FloatTensor | None
     bound: torch.FloatTensor
     chosen_tokens: torch.LongTensor
     rejected_tokens: torch.LongTensor
@@ -41,7 +41,7 @@ class LogRatios(NamedTuple):
 
 IMAGE_CONDITIONAL = "image_conditional"
 # By name the loss of each pair `(pairs,)`. The first seven are TRL's; of "sft" TRL takes the mean over all tokens of a
-# batch, here each pair counts alike. The last two are mDPO's (arXiv 2406.11839), whose code hides the image's tokens.
+# batch, here each pair counts alike. The last two are mDPO's (arXiv 2406.11839).
 PREFERENCE_LOSSES = {
     "sigmoid": lambda ratios, beta: -F.logsigmoid(beta * ratios.delta),
     "hinge": lambda ratios, beta: torch.relu(1 - beta * ratios.delta),
@@ -54,7 +54,7 @@ PREFERENCE_LOSSES = {
     "apo_zero": lambda ratios, beta: 1 - torch.sigmoid(beta * ratios.chosen) + torch.sigmoid(beta * ratios.rejected),
     "apo_down": lambda ratios, beta: torch.sigmoid(beta * ratios.chosen) + 1 - torch.sigmoid(beta * ratios.delta),
     "sft": lambda ratios, beta: -ratios.bound / ratios.chosen_tokens,
-    IMAGE_CONDITIONAL: lambda ratios, beta: -F.logsigmoid(beta * (ratios.chosen - ratios.hidden)),
+    IMAGE_CONDITIONAL: lambda ratios, beta: -F.logsigmoid(beta * (ratios.chosen - ratios.conditional)),
     "anchor": lambda ratios, beta: -F.logsigmoid(beta * ratios.chosen),
 }  # fmt: skip
 
@@ -75,7 +75,7 @@ def preference_loss(
 
     Args:
         policy, reference (`(draws, rows)`): bounds on the same draws, of the chosen answers, the rejected ones and, if
-            a loss asks for it, the chosen ones with the picture hidden: `pairs` rows each.
+            a loss asks for it, the chosen ones about another picture: `pairs` rows each.
         lengths (`(rows,)`): tokens of the answers.
         pairs: how many there are.
         loss_type, loss_weights: names in `PREFERENCE_LOSSES`, and what each counts.

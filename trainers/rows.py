@@ -17,8 +17,9 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
-from torch.utils.data import get_worker_info
+from torch.utils.data import Sampler, get_worker_info
 
 from lladamedv.processing.datasets import InvalidRecordError
 from lladamedv.processing.datasets.messages import images_of, normalize_messages
@@ -312,4 +313,32 @@ def pack_rows(dataset: datasets.Dataset, max_questions: int) -> datasets.Dataset
     return packed.add_column("id", [" + ".join(name for _, name, _ in group) for group in groups])
 
 
-__all__ = ["RowReport", "pack_rows", "prepare_rows", "split_by_image"]
+class RepeatedSampler(Sampler):
+    """Numbers of rows in an order of each epoch's own; every whole batch comes several times, as in TRL's
+    `RepeatSampler`, whose order does not go on in a run that is resumed. Rows that fill no whole batch are left out.
+
+    Args:
+        size, batch: numbers of rows, in all and of a whole batch.
+        times: how often a batch comes.
+        seed: of the order.
+    """
+
+    def __init__(self, size: int, batch: int, times: int, seed: int):
+        if size < batch:
+            raise ValueError(f"`train_dataset` has {size} rows, but a step of `num_iterations` needs {batch} prompts.")
+        self.size, self.batch, self.times, self.seed, self.epoch = size, batch, times, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.size // self.batch * self.batch * self.times
+
+    def __iter__(self):
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        for start in range(0, self.size - self.batch + 1, self.batch):
+            for _ in range(self.times):
+                yield from order[start : start + self.batch]
+
+
+__all__ = ["RepeatedSampler", "RowReport", "pack_rows", "prepare_rows", "split_by_image"]

@@ -43,6 +43,10 @@ from lladamedv.processing.released import checkpoint_processor
 from .data import STOPPING_STRATEGIES, DataSource, load_dataset_mixture
 from .masked_diffusion_dpo_config import MaskedDiffusionDPOConfig
 from .masked_diffusion_dpo_trainer import MaskedDiffusionDPOTrainer
+from .masked_diffusion_expected_reward_config import MaskedDiffusionExpectedRewardConfig
+from .masked_diffusion_expected_reward_trainer import MaskedDiffusionExpectedRewardTrainer
+from .masked_diffusion_grpo_config import MaskedDiffusionGRPOConfig
+from .masked_diffusion_grpo_trainer import MaskedDiffusionGRPOTrainer
 from .masked_diffusion_sft_config import MaskedDiffusionSFTConfig
 from .masked_diffusion_sft_trainer import MaskedDiffusionSFTTrainer
 from .rows import split_by_image
@@ -50,8 +54,10 @@ from .rows import split_by_image
 
 logger = logging.getLogger(__name__)
 METHODS = {
-    "sft": (MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer),
-    "dpo": (MaskedDiffusionDPOConfig, MaskedDiffusionDPOTrainer),
+    "sft": (MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer, "answers"),
+    "dpo": (MaskedDiffusionDPOConfig, MaskedDiffusionDPOTrainer, "pairs"),
+    "expected_reward": (MaskedDiffusionExpectedRewardConfig, MaskedDiffusionExpectedRewardTrainer, "prompts"),
+    "grpo": (MaskedDiffusionGRPOConfig, MaskedDiffusionGRPOTrainer, "prompts"),
 }
 DEMO = "demo"  # as a model: the tiny one that comes with the package
 # The language model's matrices alone: the tower has layers of the same names.
@@ -68,7 +74,8 @@ class SFTScriptArguments:
 
     method: str = field(
         default="sft",
-        metadata={"help": "What to learn from: answers (sft), or preferences between two (dpo).",
+        metadata={"help": "What to learn from: answers (sft), preferences between two (dpo), "
+                  "rewards of the possible ones (expected_reward), or rewards of the model's own (grpo).",
                   "choices": list(METHODS)},
     )  # fmt: skip
     train_data: list[DataSource] = field(
@@ -291,7 +298,7 @@ def build_trainer(
     options = {
         "image_folder": script_args.image_folder, "seed": training_args.seed,
         "stopping_strategy": script_args.stopping_strategy, "invalid_records": training_args.invalid_rows,
-        "pairs": script_args.method == "dpo",
+        "form": METHODS[script_args.method][2],
     }  # fmt: skip
     with training_args.main_process_first(desc="loading data"):
         train_data, reports = load_dataset_mixture(

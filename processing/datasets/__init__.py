@@ -9,17 +9,17 @@ from .vqa import (
     OWN_DATA,
     VQA_FEATURES,
     VQAReport,
-    check_image_overlap,
     load_own_vqa,
     load_vqa,
     record_to_messages,
+    shared_images,
     training_open_answers,
 )  # fmt: skip
 
 
 __all__ = [
     "BENCHMARKS", "OWN_DATA", "ROW_FEATURES", "SOURCES", "VQA_FEATURES", "ImageFiles", "InvalidRecordError",
-    "LoadReport", "MissingImageError", "VQAReport", "VQASource", "check_image_overlap", "image_source",
+    "LoadReport", "MissingImageError", "VQAReport", "VQASource", "image_source",
     "load_chat_benchmark", "load_own_vqa", "load_vqa", "read_records", "record_to_messages", "record_to_row",
-    "training_open_answers",
+    "shared_images", "training_open_answers",
 ]  # fmt: skip

@@ -28,6 +28,12 @@ _CONTENT = List({"type": Value("string"), "text": Value("string")})
 _MESSAGES = List({"role": Value("string"), "content": _CONTENT})
 ROW_FEATURES = Features({"id": Value("string"), "messages": _MESSAGES, "images": List(Image())})
 PAIR_FEATURES = Features({"id": Value("string"), **dict.fromkeys(PREFERENCE, _MESSAGES), "images": List(Image())})
+PROMPT_FEATURES = Features(
+    {
+        "id": Value("string"), "prompt": _MESSAGES, "images": List(Image()),
+        "answer": Value("string"), "candidates": List(Value("string")),
+    }
+)  # fmt: skip
 # What may stand in messages and rows, and would change what is learned if it were read.
 _NOT_READ_IN_MESSAGES = (
     "tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "weight", "loss", "train",
@@ -91,6 +97,38 @@ def record_to_pair(record: dict, record_id: str, images: ImageFiles | None = Non
     return {"id": Fields(record).id(record_id), **pair, "images": given}
 
 
+def record_to_prompt(record: dict, record_id: str, images: ImageFiles | None = None) -> dict:
+    """One record as a prompt and what rewards compare its answers with.
+
+    Args:
+        record: has `prompt`, as chat messages, and `answer`; or is one that [`record_to_row`] takes, whose last turn is
+            the answer. Perhaps `candidates`, the possible answers.
+        record_id, images: see there, also for errors.
+
+    Returns:
+        `{"id", "prompt", "images", "answer", "candidates"}`.
+    """
+    if isinstance(record.get("prompt"), list):
+        answer = {"role": "assistant", "content": answer_text(Fields(record).get("answer"))}
+        record = {**record, "messages": [*record["prompt"], answer]}
+    return prompt_of(record_to_row(record, record_id, images), record.get("candidates"))
+
+
+def prompt_of(row: dict, candidates: list[str] | None = None) -> dict:
+    """What [`record_to_prompt`] returns, of a row of messages.
+
+    Raises:
+        InvalidRecordError: if its last turn is no answer.
+    """
+    *prompt, answer = row["messages"]
+    text = "".join(part["text"] for part in answer["content"])
+    if answer["role"] != "assistant" or not prompt:
+        raise InvalidRecordError("its last turn is no answer")
+    if not isinstance(candidates, list | None) or not all(isinstance(each, str) for each in candidates or ()):
+        raise InvalidRecordError("`candidates` is no list of texts", repr(candidates))
+    return {"id": row["id"], "prompt": prompt, "images": row["images"], "answer": text, "candidates": candidates}
+
+
 def _images_of_record(record: dict, images: ImageFiles | None) -> list:
     given = [record[name] for name in ("image", "images") if _holds_image(record.get(name))]
     if len(given) > 1:
@@ -124,6 +162,50 @@ def conversation_of(record: dict) -> list[dict]:
             )
         messages.append({"role": _SPEAKERS[speaker], "content": text})
     return messages
+
+
+def prompt_row(row: dict) -> dict:
+    """A prompt as TRL's GRPOTrainer takes it, in the one form.
+
+    Args:
+        row: with `prompt`, a text or chat messages that end with the user's, and images, see [`images_of`]; perhaps an
+            `answer`.
+
+    Returns:
+        A row as [`check_row`] returns it, of the prompt and its answer, or the prompt alone.
+
+    Raises:
+        InvalidRecordError: for a row that cannot be answered.
+    """
+    prompt, answer = _turns("user", row.get("prompt") or []), row.get("answer")
+    if not prompt or prompt[-1]["role"] != "user":
+        raise InvalidRecordError("`prompt` does not end with the user's turn")
+    if isinstance(answer, str) and not answer.strip():
+        raise InvalidRecordError("`answer` is empty")
+    given = {name: value for name, value in row.items() if name != "prompt"}
+    answered = check_row({**given, "messages": [*prompt, *_turns("assistant", str(answer or "none"))]})
+    return answered if answer else {**answered, "messages": answered["messages"][:-1]}
+
+
+def candidate_rows(row: dict) -> list[dict]:
+    """A prompt with each of its possible answers.
+
+    Args:
+        row: with `prompt`, a text or chat messages, `candidates`, two or more different texts, and images, see
+            [`images_of`].
+
+    Returns:
+        Rows as [`check_row`] returns them.
+
+    Raises:
+        InvalidRecordError: for a row without such candidates, and as [`prompt_row`].
+    """
+    candidates = row.get("candidates")
+    if not isinstance(candidates, list) or not all(isinstance(each, str) and each.strip() for each in candidates):
+        raise InvalidRecordError("`candidates` is no list of texts that are not empty", f"{candidates!r:.200}")
+    if len({each.strip() for each in candidates}) != len(candidates) or len(candidates) < 2:
+        raise InvalidRecordError("`candidates` are not two or more different texts", f"{candidates!r:.200}")
+    return [prompt_row({**row, "answer": each}) for each in candidates]
 
 
 def preference_rows(row: dict) -> tuple[dict, dict]:

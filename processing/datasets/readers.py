@@ -441,6 +441,13 @@ def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     return dataset
 
 
+def embedded(dataset: Dataset, cache_file: str | Path) -> Dataset:
+    """The data set with the files of its images in it, kept in `cache_file`."""
+    embed = datasets.table.embed_table_storage
+    table = dataset.with_format("arrow").map(embed, batched=True, batch_size=100, cache_file_name=str(cache_file))
+    return table.with_format(None)
+
+
 def _as_meant(value, feature):
     """The name of a class where a table stores its number, or -1 for none; 5.6 where float32 stores 5.599999904…"""
     if isinstance(value, list):

@@ -533,18 +533,19 @@ def training_open_answers(dataset: Dataset | IterableDataset) -> list[str]:
     return list(dict.fromkeys(row["answer"].lower() for row in rows if row["answer_type"] == "open" and row["answer"]))
 
 
-def check_image_overlap(train: Dataset | IterableDataset, test: Dataset | IterableDataset) -> int:
-    """How many pictures of the test split are also in the training split, by `image_id` or by the bytes of their files.
+def shared_images(dataset: Dataset | IterableDataset, other: Dataset | IterableDataset) -> set[str]:
+    """The pictures of a data set that another has, too, by `image_id` or by the bytes of their files: what a model was
+    trained on is no test.
 
     Args:
-        train, test: of one source, as [`load_vqa`] returns them. No image is decoded, but one file of each is read.
+        dataset, other: as [`load_vqa`] returns them. No image is decoded, but one file of each is read.
 
     Returns:
-        Number of different pictures (by `image_id`) of `test` that `train` has, too.
+        Each such `image_id` of `dataset`.
     """
-    known, asked = _digests(train), _digests(test)
+    known, asked = _digests(other), _digests(dataset)
     digests = set(known.values())
-    return sum(image_id in known or digest in digests for image_id, digest in asked.items())
+    return {image_id for image_id, digest in asked.items() if image_id in known or digest in digests}
 
 
 def _digests(dataset: Dataset | IterableDataset) -> dict[str, str]:

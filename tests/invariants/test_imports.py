@@ -14,7 +14,7 @@ FOLDERS = ("modeling_lladamedv", "processing", "trainers", "evaluation", "hub_ca
 ALLOWED = {
     "modeling_lladamedv": set(),
     "processing": set(),
-    "trainers": {"modeling_lladamedv", "processing", "hub_cards"},
+    "trainers": {"modeling_lladamedv", "processing", "hub_cards", "evaluation"},  # rewards are its metrics
     "evaluation": {"modeling_lladamedv", "processing"},
     "hub_cards": {"modeling_lladamedv", "processing"},
     "lladamedv": set(FOLDERS),

@@ -1,0 +1,82 @@
+"""All objectives on rewards at equal compute: what the demo model answers after the same seconds of processor time.
+
+    python benchmarks/reward_variants.py [--seconds 150] [--questions 1000] [--only espo spg]
+
+Each variant learns "Is there only one lesion?", or with --kind new "Which side is free of lesions?", to which the model
+never gives the right answer. Half the prompts are old closed questions, the learning rate is constant, and the model is
+asked both afterwards. Prints a table; the share of groups without a difference is that of the whole run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+
+import torch
+from dpo_demo import measure
+from transformers import TrainerCallback
+
+from lladamedv.demo import DEMO_MODEL, load_model
+from lladamedv.trainers.recipes import recipe_file
+from lladamedv.trainers.sft import build_trainer, make_parser, method_of
+
+
+VARIANTS = {
+    "espo": ("demo_grpo", []),
+    "diffu_grpo": ("demo_grpo", ["--loss_type", "diffu_grpo"]),
+    "spg": ("demo_grpo", ["--loss_type", "spg", "--num_draws", "2"]),
+    "expected_reward": ("demo_expected_reward", []),
+    "closed_form": ("demo_closed_form", []),
+}
+
+
+class StopAfter(TrainerCallback):
+    """Ends a training after seconds of processor time."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = time.process_time() - self.started > self.seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=150, help="of processor time, for each variant")
+    parser.add_argument("--kind", default="new_closed", choices=["new_closed", "new"])
+    parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, processor = load_model(DEMO_MODEL)
+    results = {"before": ("", "", measure(model, processor, options.kind, options.questions, 0))}
+    for name in options.only:
+        recipe, flags = VARIANTS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            words = [
+                "--config", str(recipe_file(recipe)), "--train_data", f"phantoms:6000:6400:{options.kind},closed",
+                "--output_dir", folder, "--report_to", "none", "--num_train_epochs", "100", "--logging_steps", "5",
+                "--lr_scheduler_type", "constant_with_warmup", *flags,
+            ]  # fmt: skip
+            trainer, _ = build_trainer(*make_parser(method_of(words)).parse_args_and_config(words))
+            trainer.add_callback(StopAfter(options.seconds))
+            trainer.train()
+        shares = [entry["frac_reward_zero_std"] for entry in trainer.state.log_history
+                  if "frac_reward_zero_std" in entry]  # fmt: skip
+        tuned = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().eval()
+        found = measure(tuned, processor, options.kind, options.questions, 0)
+        results[name] = (trainer.state.global_step, f"{statistics.fmean(shares):.0%}", found)
+    kinds = list(results["before"][2])
+    print(f"| | steps | without a difference | {' | '.join(kinds)} |\n|{'---|' * (3 + len(kinds))}")
+    for name, (steps, share, found) in results.items():
+        print(f"| {name} | {steps} | {share} | {' | '.join(f'{found[kind]:.1%}' for kind in kinds)} |")
+
+
+if __name__ == "__main__":
+    main()
