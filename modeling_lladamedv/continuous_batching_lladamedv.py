@@ -180,8 +180,8 @@ class ContinuousBatch:
             }
 
     def start(self) -> None:
-        """Let a thread of its own [`run`] the batch. Of an error that ends it the log has the type alone: its message
-        may quote a prompt."""
+        """Let a thread of its own [`run`] the batch; on a CPU with one thread of PyTorch's less, but one at least. Of an
+        error that ends it the log has the type alone: its message may quote a prompt."""
         self._thread.start()
 
     @property
@@ -190,6 +190,9 @@ class ContinuousBatch:
         return self._thread.is_alive()
 
     def _run_quietly(self) -> None:
+        if self.model.device.type == "cpu":
+            # Threads that read requests need a core: a step waits for the slowest of its threads.
+            torch.set_num_threads(max(1, torch.get_num_threads() - 1))
         try:
             self.run()
         except Exception as error:
