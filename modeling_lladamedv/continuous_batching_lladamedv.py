@@ -180,8 +180,8 @@ class ContinuousBatch:
             }
 
     def start(self) -> None:
-        """Let a thread of its own [`run`] the batch; on a CPU with one thread of PyTorch's less, but one at least. Of an
-        error that ends it the log has the type alone: its message may quote a prompt."""
+        """Let a thread of its own [`run`] the batch; on a CPU it takes one of PyTorch's threads less, but at least one.
+        Of an error that ends it the log has the type alone: its message may quote a prompt."""
         self._thread.start()
 
     @property
