@@ -1,4 +1,4 @@
-"""Draws the animation of the README: a demo answer being denoised, then where in the picture one of its words comes from.
+"""Draws the animation of the README: a demo answer being denoised, then where one of its words comes from.
 
     python benchmarks/denoising_animation.py docs/images/denoising.gif
 """

@@ -52,7 +52,7 @@ def test_answers_of_other_pictures(tmp_path, asked):
         summary = build_pairs(None, None, *load_own_vqa(asked), folder, rejected="pictures", seed=seed)
         assert (summary["pairs"], summary["rejected_from"]) == (6, {"pictures": 6})
         assert summary["left_out"] == {"no wrong answer found": 2, "no word in the true answer": 1}
-        pairs, _ = load_dataset_mixture([str(folder / PAIRS_FILE)], pairs=True)
+        pairs, _ = load_dataset_mixture([str(folder / PAIRS_FILE)], form="pairs")
         for row in pairs:
             image, question, answer, _ = ASKED[int(row["id"])]
             assert texts_of(row)[:2] == [question, answer]
@@ -75,7 +75,7 @@ def test_samples_of_the_model(tmp_path):
     first, again, other = ((tmp_path / name / "predictions.jsonl").read_text() for name in "abc")
     assert first == again and runs[0] == runs[1] and first != other
     examples = list(PhantomVQA(5000, 12, ["new_closed", "closed"]))
-    pairs, _ = load_dataset_mixture([str(tmp_path / "a" / PAIRS_FILE)], pairs=True)
+    pairs, _ = load_dataset_mixture([str(tmp_path / "a" / PAIRS_FILE)], form="pairs")
     assert 0 < len(pairs) == runs[0]["rejected_from"]["model"] == 12 - sum(runs[0]["left_out"].values())
     for row in pairs:
         example = examples[int(row["id"].rpartition("/")[2])]

@@ -230,7 +230,7 @@ def test_pairs_of_the_hub(folder, monkeypatch):
     ]  # fmt: skip
     table = datasets.Dataset.from_list(records, features=datasets.Features(features | {"rejected": turns}))
     monkeypatch.setattr(datasets, "load_dataset", lambda path, *args, **options: {"trl-lib/some": table}[path])
-    dataset, (report,) = load_dataset_mixture(["trl-lib/some@abc"], pairs=True)
+    dataset, (report,) = load_dataset_mixture(["trl-lib/some@abc"], form="pairs")
     assert (report.rows, report.source) == (6, "trl-lib/some@abc") and dataset.features == PAIR_FEATURES
     for number, row in enumerate(dataset):
         assert [row[name][0]["content"][-1]["text"] for name in ("prompt", "chosen", "rejected")] == [

@@ -317,7 +317,12 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         if not batches:  # the end of a stream
             return batches, num_items_in_batch
         counts = [
-            (len(each["row_ids"]), int(each["answer_ids"].max()) + 1, int((each["labels"] != IGNORE_INDEX).sum()))
+            # A row of candidates is several of the batch; batches of another collator may have no ids.
+            (
+                len(each.get("row_ids", each["labels"])),
+                int(each["answer_ids"].max()) + 1,
+                int((each["labels"] != IGNORE_INDEX).sum()),
+            )
             for each in batches
         ]
         everyone = self.accelerator.gather(torch.tensor([counts], device=device))  # (processes, batches, 3)
