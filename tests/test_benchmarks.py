@@ -24,6 +24,7 @@ def run(name, folder):
     return done.stdout, json.loads(results.read_text())
 
 
+@pytest.mark.slow
 def test_generation_benchmark(tmp_path):
     printed, results = run("bench_generation.py", tmp_path)
     rows = {row["mode"]: row for row in results["rows"]}
@@ -32,6 +33,7 @@ def test_generation_benchmark(tmp_path):
     assert all(row["seconds"] > 0 for row in rows.values()) and len(printed.splitlines()) == len(rows)
 
 
+@pytest.mark.slow
 def test_training_benchmark(tmp_path):
     """Our step gives the plain one's loss and gradients, checkpointed or not, whole or in halves."""
     _, results = run("bench_training.py", tmp_path)

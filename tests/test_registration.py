@@ -20,11 +20,14 @@ assert AutoModelForImageTextToText._model_mapping[type(config)] is lladamedv.LLa
     "first",
     [
         "import lladamedv",
-        "import transformers, lladamedv",
-        "import lladamedv.trainers",
+        pytest.param("import transformers, lladamedv", marks=pytest.mark.slow),
+        pytest.param("import lladamedv.trainers", marks=pytest.mark.slow),
         "import sys, lladamedv; [sys.modules.pop(name) for name in [*sys.modules] if name.startswith('lladamedv')]",
         # Modules of Transformers that import the Auto classes while they are imported themselves.
-        "import lladamedv; from transformers import LlamaForCausalLM, LlavaOnevisionForConditionalGeneration",
+        pytest.param(
+            "import lladamedv; from transformers import LlamaForCausalLM, LlavaOnevisionForConditionalGeneration",
+            marks=pytest.mark.slow,
+        ),
         # Ours, which import Transformers while they are imported.
         "from lladamedv.modeling_lladamedv.generation_config_lladamedv import LLaDAMedVGenerationConfig",
         "from lladamedv.processing.processing_lladamedv import LLaDAMedVProcessor",
