@@ -182,6 +182,7 @@ class ContinuousBatch:
     def start(self) -> None:
         """Let a thread of its own [`run`] the batch; on a CPU it takes one of PyTorch's threads less, but at least one.
         Of an error that ends it the log has the type alone: its message may quote a prompt."""
+        self._num_threads = torch.get_num_threads()  # of the caller: what a new thread has, another batch may have set
         self._thread.start()
 
     @property
@@ -192,7 +193,7 @@ class ContinuousBatch:
     def _run_quietly(self) -> None:
         if self.model.device.type == "cpu":
             # Threads that read requests need a core: a step waits for the slowest of its threads.
-            torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+            torch.set_num_threads(max(1, self._num_threads - 1))
         try:
             self.run()
         except Exception as error:

@@ -323,3 +323,20 @@ def test_streams_and_threads():
     with pytest.raises((RuntimeError, CancelledError)):
         waiting.future.result(timeout=5)
         raise RuntimeError("it was answered before the end")
+
+
+def test_each_started_batch_leaves_one_thread_to_others():
+    """The second as many as the first, and the caller keeps its own."""
+    own, seen = torch.get_num_threads(), []
+    torch.set_num_threads(4)
+    hook = MODEL.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    try:
+        for _ in range(2):
+            batch = ContinuousBatch(MODEL)
+            batch.start()
+            batch.submit(**arguments(0, (5,), 1, 8)).future.result(timeout=60)
+            batch.stop()
+        assert set(seen) == {3} and torch.get_num_threads() == 4
+    finally:
+        hook.remove()
+        torch.set_num_threads(own)
