@@ -127,6 +127,12 @@ class DenoisingCache(Cache):
         self.current.positions, self.current.partial, self.current.versions = positions, partial, versions
         return self
 
+    def spread(self, num_rows: int) -> None:
+        """Give all of `num_rows` rows the states of the first, and those that they are contrasted with likewise."""
+        for layer in self.layers:
+            for states in (*layer.keys.split(num_rows), *layer.values.split(num_rows)):
+                states.copy_(states[:1].expand_as(states))
+
     def keep(self, rows: torch.LongTensor, num_rows: int) -> None:
         """Let go of all rows but some, so that passes of these need no copies of their states.
 

@@ -271,6 +271,7 @@ class DenoisingState:
         self.drift = None
         if options.output_cache_drift or options.cache_drift_bound is not None:
             self.drift = CacheDrift(options.output_cache_drift, options.cache_drift_bound)
+        self.rows_are_equal = False  # the same prompt, and nothing committed yet
         self.versions = 1  # of each row: itself and its drafts
         self.packs = model.packs_candidates
         if self.packs is None:

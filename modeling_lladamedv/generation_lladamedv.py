@@ -7,7 +7,7 @@ the same numbers. Sources: LLaDA (arXiv 2502.09992, algorithms 4 and 5), LLaDA-M
 import functools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
@@ -154,6 +154,8 @@ class LLaDAMedVGenerationMixin:
         images = {"pixel_values": pixel_values, "image_sizes": image_sizes, "batch_num_images": batch_num_images}
         if image_index is not None:
             images["image_index"] = image_index
+        if state.options.compile_config is None:  # whose passes have one shape
+            state.rows_are_equal = _are_equal(input_ids, state.prompt_mask, pixel_values, batch_num_images, image_index)
         history = self._denoise(state, streamer, **images)
 
         # 2. Cut every answer at its stop and append the suffix.
@@ -358,6 +360,9 @@ class LLaDAMedVGenerationMixin:
         # only their block, or what begins with it.
         broken = torch.zeros_like(state.finished)
         run = functools.partial(self._candidate_logits, state, window, candidates)
+        if state.rows_are_equal:
+            run = functools.partial(self._logits_of_equal_rows, state, window, candidates)
+            state.rows_are_equal = False  # until tokens are drawn
         if state.drift is not None:
             state.drift.begin_step(state)
             run = functools.partial(state.drift.run, state, run)
@@ -479,6 +484,18 @@ class LLaDAMedVGenerationMixin:
         row = rows[slots // size]
         unguided = conditional if state.guides_by_image else None
         return CandidateLogits(row, row * size + slots % size, own.flatten()[slots], logits, unguided)
+
+    def _logits_of_equal_rows(self, state, window, candidates, each: ForwardPass) -> CandidateLogits:
+        """What [`_candidate_logits`] returns for a pass over all rows, which do not differ yet: one of them is run."""
+        batch, size = window.shape
+        found = self._candidate_logits(state, window, candidates, replace(each, numbers=[0], rows=each.rows[:1]))
+        if state.cache is not None:
+            state.cache.spread(batch)
+        number = len(found.slots)
+        found = found.take(torch.arange(number, device=window.device).repeat(batch))
+        found.rows = torch.arange(batch, device=window.device).repeat_interleave(number)
+        found.slots = found.slots + found.rows * size
+        return found
 
     def _attention_mask(self, visible, inputs_embeds):
         """The mask of a pass for `visible` `(rows, 1, queries or 1, keys)`, in a form that the attention takes without
@@ -697,6 +714,17 @@ def stream(streamer, state: DenoisingState, streamed: int, row: int = 0) -> int:
     if finished and len(state.suffix):
         streamer.put(state.suffix.cpu())
     return max(streamed, ready)
+
+
+def _are_equal(input_ids, prompt_mask, pixel_values, batch_num_images, image_index) -> bool:
+    """Whether rows are the same prompt about the same pictures, as far as indices say so."""
+    rows = len(input_ids)
+    if rows == 1 or (pixel_values is not None and (image_index is None or batch_num_images is None)):
+        return False
+    of_rows = [input_ids, prompt_mask]
+    if pixel_values is not None:
+        of_rows += [batch_num_images, image_index]
+    return all(each.equal(each[: len(each) // rows].repeat(rows, *[1] * (each.dim() - 1))) for each in of_rows)
 
 
 def _rows_at_a_time(logits: torch.Tensor) -> int:

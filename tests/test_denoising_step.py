@@ -159,3 +159,30 @@ def test_logits_that_are_not_finite_are_an_error_without_a_look(monkeypatch):
     model.lm_head.weight[5] = float("nan")
     with pytest.raises(ValueError, match=r"not finite in forward pass 0 \(from 0\) of row 0"):
         model.generate(ROWS, pixel_values=PICTURES, max_new_tokens=8, block_length=4, suppress_tokens=SUPPRESSED)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "speculation"])
+@torch.no_grad()
+def test_equal_prompts_share_their_first_pass(model, mode):
+    """Several answers to one question, against rows of which nothing says that their pictures are the same."""
+    rows, options = 3, {**MODES[mode], "temperature": 4.0}
+    options |= {"max_new_tokens": 8, "block_length": 4, "steps": 8, "suppress_tokens": SUPPRESSED}
+    images = {"batch_num_images": torch.ones(rows, dtype=torch.long)}
+    ways = {
+        "apart": {"pixel_values": PICTURES[:1].repeat(rows, 1, 1, 1, 1)},
+        "shared": {"pixel_values": PICTURES[:1], "image_index": torch.zeros(rows, dtype=torch.long)},
+    }
+    outputs, widths = {}, {name: [] for name in ways}
+    for name, way in ways.items():
+        torch.manual_seed(7)
+        count = lambda module, given, seen=widths[name]: seen.append(len(given[0]))  # noqa: E731
+        handle = model.model.language_model.layers[0].register_forward_pre_hook(count)
+        prompt = ROWS[:1].repeat(rows, 1)
+        outputs[name] = model.generate(prompt, **images, **way, return_dict_in_generate=True, **options)
+        handle.remove()
+    apart, shared = outputs["apart"], outputs["shared"]
+    assert len({tuple(answer) for answer in shared.sequences.tolist()}) > 1
+    for name in ("sequences", "commit_step", "num_forwards", "num_full_forwards"):
+        assert torch.equal(getattr(shared, name), getattr(apart, name))
+    torch.testing.assert_close(shared.commit_confidence, apart.commit_confidence, rtol=0, atol=5e-5, equal_nan=True)
+    assert sum(widths["apart"]) - sum(widths["shared"]) in (2, 4), "the first pass runs one row of three, of each side"

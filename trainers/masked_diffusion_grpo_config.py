@@ -168,14 +168,14 @@ class MaskedDiffusionGRPOConfig(MaskedDiffusionSFTConfig):
         ):
             if not fits:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; allowed are {allowed}.")
+        if self.num_draws is None:
+            self.num_draws = 1 if self.loss_type == "diffu_grpo" else 2
         for name, losses in _BELONGS_TO.items():
-            value = getattr(self, name)
-            if self.loss_type not in losses and value not in (self.__dataclass_fields__[name].default, None):
+            value, without = getattr(self, name), 1 if name == "num_draws" else self.__dataclass_fields__[name].default
+            if self.loss_type not in losses and value not in (without, None):
                 raise ValueError(
                     f"`{name}` is {value}, but `loss_type` is {self.loss_type!r}; it belongs to {' and '.join(losses)}."
                 )
-        if self.num_draws is None:
-            self.num_draws = 1 if self.loss_type == "diffu_grpo" else 2
         if self.per_device_train_batch_size % self.num_generations:
             raise ValueError(
                 f"`per_device_train_batch_size` is {self.per_device_train_batch_size} and `num_generations` "
