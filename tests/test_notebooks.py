@@ -37,9 +37,9 @@ def digest(notebook) -> str:
 
 
 def smaller(picture: str) -> str:
-    """A picture in at most 64 colours, which take a fraction of the bytes."""
+    """A picture in at most 128 colours, which take a fraction of the bytes."""
     written = io.BytesIO()
-    opened(picture).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(written, "PNG", optimize=True)
+    opened(picture).convert("RGB").quantize(128, Image.Quantize.FASTOCTREE).save(written, "PNG", optimize=True)
     return base64.b64encode(written.getvalue()).decode()
 
 
@@ -48,7 +48,8 @@ def executed(file: Path, folder: Path):
     and addresses of objects."""
     notebook = nbformat.read(file, as_version=4)
     NotebookClient(
-        notebook, timeout=1800, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=1800, kernel_name="python3", record_timing=False, coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}}
     ).execute()
     for cell in code_cells(notebook):
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
