@@ -9,6 +9,7 @@ A table in a page is the one home of measured numbers; `tests/test_docs.py` noti
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import subprocess
 import tempfile
@@ -51,14 +52,13 @@ class Plot(NamedTuple):
 
 
 PLOTS = {
-    "speed": Plot("benchmarks.md", ("times as fast", "tokens"), "times as fast as a plain loop, 2 CPU cores"),
+    "speed": Plot("benchmarks.md", ("times as fast",), "times as fast as a plain loop, 2 CPU cores"),
     "training-memory": Plot("benchmarks.md", ("memory in use",), "memory of a training step, MiB"),
     "preference": Plot(
         "alignment.md", ('"only one lesion?"', "old, closed", "old, open", "descriptions"), "right answers, %"
     ),
-    "pointing": Plot(
-        "is_it_looking.md", ("hits",), "share of maps whose largest cell touches a lesion"
-    ),
+    "pointing": Plot("is_it_looking.md", ("hits",), "share of maps whose largest cell touches a lesion"),
+    "many": Plot("many_pictures.md", ("times as many pictures a CPU second",), "times as many pictures a CPU second"),
     "controls": Plot("evaluation.md", ("own picture", "shuffled", "blank", "noise"), "score, %"),
 }  # fmt: skip
 
@@ -112,13 +112,11 @@ def draw_plot(page: Path, plot: Plot, file: Path) -> None:
 
 def draw_session(file: Path) -> None:
     """What commands print, as a terminal shows it."""
-    console = Console(record=True, width=78, file=open("/dev/null", "w"))
+    console = Console(record=True, width=80, file=io.StringIO())
     with tempfile.TemporaryDirectory() as folder:
         PhantomVQA(HELD_OUT_SEED, 6)[4].image.save(f"{folder}/picture.png")
         for command in SESSION:
-            done = subprocess.run(
-                ["bash", "-c", command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
-            )
+            done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, check=True)
             console.print(Text(f"$ {command}", "bold"))
             console.print(Text(done.stdout))
     svg = console.export_svg(title="lladamedv", unique_id="terminal")
