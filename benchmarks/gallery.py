@@ -33,8 +33,8 @@ lladamedv ask picture.png "Describe the image." --explain answer.html --where ma
 ```
 
 Each pair shows the picture and the map of the whole answer: orange where hiding a part makes the answer less likely,
-blue where more likely ([how to read it](is_it_looking.md)). A map without colour says that no part decides alone: of two
-lesions on a side, either is enough. A right answer has every word of the true one; to a closed question it is the same.
+blue where more likely ([how to read it](is_it_looking.md)). A map without colour says that no part decides alone:
+one of two lesions is enough. A right answer has every word of the true one; to a closed question it is the same.
 Confidence is what `generate` returns. `python benchmarks/gallery.py docs` makes this page.
 
 ## One of each topic
