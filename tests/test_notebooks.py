@@ -21,6 +21,7 @@ from PIL import Image
 FOLDER = Path(__file__).parents[1] / "notebooks"
 FILES = sorted(FOLDER.glob("*.ipynb"))
 QUICK = "quick_start"
+NUMBER = r"\s*-?\d[\d.,]*(?:e[+-]?\d+)?\s*"
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 
 
@@ -49,8 +50,8 @@ def executed(file: Path, folder: Path):
     notebook = nbformat.read(file, as_version=4)
     NotebookClient(
         notebook, timeout=1800, kernel_name="python3", record_timing=False, coalesce_streams=True,
-        resources={"metadata": {"path": str(folder)}}
-    ).execute()
+        resources={"metadata": {"path": str(folder)}},
+    ).execute()  # fmt: skip
     for cell in code_cells(notebook):
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for data in (output.data for output in cell.outputs if "data" in output):
@@ -69,7 +70,7 @@ def shown(cell) -> list[dict[str, str]]:
     varies = "varies" in cell.metadata.get("tags", ())
     return [
         {
-            kind: "" if kind == "image/png" else re.sub(r"\s*-?\d[\d.,e]*\s*", "#", text) if varies else text
+            kind: "" if kind == "image/png" else re.sub(NUMBER, "#", text) if varies else text
             for kind, text in output.items()
         }
         for output in outputs
