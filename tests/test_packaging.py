@@ -33,8 +33,8 @@ UNTESTED = {"browser-tests", "lmms", "ray"}  # extras that the environment of th
 ALLOWED_LICENCES = {
     "0BSD", "Apache 2.0", "Apache 2.0 License", "Apache Software License", "Apache-2.0",
     "Apache-2.0 WITH LLVM-exception", "BSD License", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0",
-    "CNRI-Python", "ISC", "ISC License", "ISCL", "MIT", "MIT License", "MIT-CMU", "MPL 2.0", "MPL-2.0", "Mozilla Public License 2.0",
-    "PSF-2.0", "Python Software Foundation License", "Unlicense", "Zlib",
+    "CNRI-Python", "ISC", "ISC License", "ISCL", "MIT", "MIT License", "MIT-CMU", "MPL 2.0", "MPL-2.0",
+    "Mozilla Public License 2.0", "PSF-2.0", "Python Software Foundation License", "Unlicense", "Zlib",
 }
 UNDECLARED_LICENCES = {"torchao": "BSD-3-Clause"}  # read in its LICENSE file
 
