@@ -280,7 +280,7 @@ def test_bad_calls_are_one_line_in_the_names_of_the_command(bad_calls, words):
 def test_nothing_of_other_libraries_is_printed(tmp_path):
     """Standard error holds what the command says, and nothing else: with --quiet, no progress bar either. A process of
     its own, as users have it."""
-    Image.new("RGB", (64, 64)).save(file := tmp_path / "picture.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
     program = (
         "from contextlib import suppress; from lladamedv.cli import app\n"
         "with suppress(SystemExit):\n"
