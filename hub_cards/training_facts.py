@@ -121,7 +121,7 @@ def gather_training_facts(
         tuple(_training_data(each) for each in sources if each.get("use", "train_data") == use)
         for use in ("train_data", "eval_data")
     )
-    drawn = picture is not None and bool(losses) and _draw_loss_curve(picture, losses, eval_losses)
+    drawn = picture is not None and draw_loss_curve(picture, log_history)
     return TrainingFacts(
         recipe=scrub_recipe(recipe), data=data, eval_data=eval_data,
         data_notes=tuple(note for report in data_reports if "data_set" in report for note in _data_notes(report)),
@@ -182,22 +182,45 @@ def software_versions() -> dict[str, str]:
     return {name: distribution.version for name, distribution in found.items() if distribution is not None}
 
 
-def _draw_loss_curve(path: str | Path, losses: Sequence, eval_losses: Sequence) -> bool:
-    """Draw losses over optimizer steps to a .png file, if matplotlib is installed."""
+# What a curve shows beside the losses: the names in the log that follow the same scale.
+_REWARDS = ("reward", "eval_reward", "rewards/accuracies", "eval_rewards/accuracies", "eval_answer_accuracy")
+
+
+def draw_loss_curve(path: str | Path, log_history: Sequence[Mapping]) -> bool:
+    """Draw what a training has logged over its optimizer steps: losses, and below them rewards and shares of right
+    answers, where there are any.
+
+    Args:
+        path: the .png file to write.
+        log_history: as of `transformers.TrainerState`.
+
+    Returns:
+        Whether it was drawn: not without a loss in the log, and not without matplotlib.
+    """
+    names = dict.fromkeys(name for entry in log_history for name in entry)
+    points = {name: [(entry["step"], entry[name]) for entry in log_history if name in entry] for name in names}
+    losses = [name for name in names if name == "loss" or (name.startswith("eval_") and name.endswith("loss"))]
+    panels = {"loss": losses, "reward, share": [name for name in _REWARDS if name in names]}
+    panels = {label: shown for label, shown in panels.items() if shown}
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for label, points in (("training", losses), ("evaluation", eval_losses)):
-        if points:
-            axes.plot(*zip(*points), marker="o" if len(points) < 2 else None, label=label)
-    axes.set(xlabel="optimizer step", ylabel="loss")
-    axes.legend()
+    if "loss" not in panels:
+        return False
+    figure = Figure(figsize=(6, 3.6 if len(panels) == 1 else 5.4), layout="constrained")
+    all_axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (label, shown) in zip(all_axes, panels.items()):
+        for name in shown:
+            axes.plot(*zip(*points[name]), marker="o" if len(points[name]) < 20 else None, label=name)
+        axes.set(ylabel=label)
+        axes.legend()
+        axes.grid(alpha=0.3)
+    all_axes[-1].set(xlabel="optimizer step")
+    all_axes[-1].locator_params("x", integer=True)
     FigureCanvasAgg(figure).print_png(str(path))
     return True
 
 
-__all__ = ["TrainingData", "TrainingFacts", "gather_training_facts", "software_versions"]
+__all__ = ["TrainingData", "TrainingFacts", "draw_loss_curve", "gather_training_facts", "software_versions"]

@@ -1,20 +1,25 @@
 """The trainer: what is trained and with which noise, resumed, accumulated, packed, with adapters; and bad rows."""
 
+import base64
 import copy
 import itertools
 import json
 import math
 from functools import partial
+from io import BytesIO
 
 import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from transformers import TrainerCallback
 
 from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
+from lladamedv.trainers import training_progress
 from lladamedv.trainers.masked_diffusion_loss import AnswerNoise, add_noise
 from tests import training
+from tests.html_pages import Page
 from tests.test_data_collator import chat
 from tests.training import ANSWERS, LORA, ROWS, changed, logged, losses, tiny_model, weights_of
 
@@ -289,6 +294,55 @@ def test_answers_are_logged(tmp_path):
     inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
     answer = trainer.model.eval().generate(**inputs)[0, inputs["input_ids"].shape[1] :]
     assert records[4]["answer"] == processor.decode(answer, skip_special_tokens=True).strip()
+    assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    # The page has each picture once, and each answer of this run alone, as text.
+    page = Page((tmp_path / "answers.html").read_text())
+    pictures = [attributes["src"] for tag, attributes, _ in page.elements if tag == "img"]
+    opened = [Image.open(BytesIO(base64.b64decode(each.partition(",")[2]))) for each in pictures]
+    expected = [processor.image_processor.fetch_images(row["images"])[0] for row in rows(4).take(3)]
+    assert [image.tobytes() for image in opened] == [image.tobytes() for image in expected]
+    cells = page.texts("td")
+    assert [cells[place : place + 3] for place in range(0, len(cells), 6)] == [
+        [str(record["step"]), record["answer"], f"{record['confidence']:.1%}"] for record in records[:3]
+    ]
+
+
+def test_answers_of_one_run_do_not_mix_with_anothers(tmp_path):
+    """A resumed run goes on from its checkpoint, another begins anew; what rows hold is no HTML."""
+    options = {"log_answers": 1, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    model = tiny_model()
+    model.generation_config.update(max_new_tokens=4, block_length=4, steps=4)
+    held_out = broken(messages=[{"role": "user", "content": "<b>?"}, {"role": "assistant", "content": "<script>"}])
+    options |= {"eval_dataset": held_out.select([2]), "max_steps": 3}
+    for resume, expected in ((None, [1, 2, 3]), (tmp_path / "checkpoint-1", [1, 2, 3]), (None, [1, 2, 3])):
+        make_trainer(tmp_path, copy.deepcopy(model), **options).train(resume_from_checkpoint=resume and str(resume))
+        records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records] == expected
+    page = (tmp_path / "answers.html").read_text()
+    assert "&lt;script&gt;" in page and "<script>" not in page and "<b>?" not in page
+
+
+def test_what_a_training_writes_while_it_runs(tmp_path, capsys, monkeypatch):
+    """Piped: a line a log, the time left, and no bars; the curve before the training ends."""
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append((tmp_path / "loss_curve.png").exists())
+
+    monkeypatch.setattr(training_progress, "_PAUSE", 0)
+    options = {"eval_dataset": rows(4), "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "max_steps": 3}
+    trainer = make_trainer(tmp_path, **options)
+    trainer.add_callback(Watch())
+    capsys.readouterr()
+    trainer.train()
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "2/3", "3/3", "3/3", "3/3"]
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert lines[1].startswith(f"step 2/3  loss {history[1]['loss']:.4g}  ") and lines[1].endswith(" left")
+    assert "eval_loss" in lines[2] and "train_runtime" in lines[5] and "%|" not in err
+    assert seen == [False, True, True]
 
 
 # Packing

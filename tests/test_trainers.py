@@ -196,4 +196,5 @@ def test_answers_and_what_is_pushed(hub, tmp_path, method):
     (picture,) = rows.cast_column("images", List(Image(decode=False)))[0]["images"]
     for data in files.values():
         assert picture["bytes"] not in data and not any(asked.encode() in data for asked in QUESTIONS)
-    assert {name for name in files if name.endswith((".png", ".jpg", ".parquet", ".jsonl", ".html"))} == {"loss_curve.png"}
+    quoting = {name for name in files if name.endswith((".png", ".jpg", ".parquet", ".jsonl", ".html"))}
+    assert quoting == {"loss_curve.png"}

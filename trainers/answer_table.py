@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
+from html import escape
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -14,6 +17,21 @@ from transformers.integrations import TensorBoardCallback
 from lladamedv.processing.datasets.messages import check_row, show_images
 
 
+_WIDTH = 224  # pixels of a picture on the page, at most
+_PRINTED = 8  # answers that a terminal shows
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>Answers during training</title><style>
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+section { display: flex; flex-wrap: wrap; gap: 1rem; border-top: 1px solid #999; padding: 1rem 0; }
+section > div:last-child { flex: 1 1 18rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 0; }
+img { border-radius: 6px; margin-right: .5rem; width: min(100%, 11rem); }
+table { border-collapse: collapse; } th, td { text-align: left; padding: 2px 1rem 2px 0; vertical-align: top; }
+.right td { color: light-dark(#17692a, #7fd894); } .right td:nth-child(2)::after { content: " \\2713"; }
+</style></head><body><main><h1>Answers during training</h1>
+"""
 logger = logging.getLogger(__name__)
 
 
@@ -21,9 +39,12 @@ class AnswerTableCallback(TrainerCallback):
     """Generates answers at every evaluation, and prints and logs them as a Markdown table.
 
     The table goes to whatever the trainer reports to, and the answers to `output_dir/answers.jsonl`, one line per
-    answer; the share of answers that are the reference, but for case, is logged as `eval_answer_accuracy`. If it has
-    fallen since its best evaluation by more than chance explains (McNemar's test: lost minus won answers above two
-    standard errors), a warning says so, once. Every process generates the same answers, which sharded models need.
+    answer, and, beside the pictures that they are about, to `output_dir/answers.html`. Another run in the same folder
+    begins both files anew, a resumed one goes on from its checkpoint. Neither is ever pushed to the Hub.
+
+    The share of answers that are the reference, but for case, is logged as `eval_answer_accuracy`. If it has fallen
+    since its best evaluation by more than chance explains (McNemar's test: lost minus won answers above two standard
+    errors), a warning says so, once. Every process generates the same answers, which sharded models need.
 
     Args:
         trainer ([`MaskedDiffusionSFTTrainer`]): whose model is asked.
@@ -33,10 +54,19 @@ class AnswerTableCallback(TrainerCallback):
     def __init__(self, trainer, rows):
         self.trainer, self.rows = trainer, [check_row(row) for row in rows]
         self.best, self.warned = [], False  # which answers were right at the best evaluation so far
+        self.records = []  # of this run
+        fetch = trainer.processing_class.image_processor.fetch_images
+        self.pictures = [[_data_url(image) for image in fetch(row["images"])] for row in self.rows]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        file = Path(args.output_dir) / "answers.jsonl"
+        if state.global_step and file.is_file():  # resumed
+            lines = file.read_text(encoding="utf-8").splitlines()
+            self.records = [each for each in map(json.loads, lines) if each["step"] <= state.global_step]
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         records = [{"step": state.global_step, **self._answer(row)} for row in self.rows]
-        equal = [record["answer"].casefold() == record["reference"].casefold() for record in records]
+        equal = [_is_right(record) for record in records]
         metrics["eval_answer_accuracy"] = sum(equal) / len(equal)  # may choose the best checkpoint
         self.trainer.log({"eval_answer_accuracy": metrics["eval_answer_accuracy"]})
         lost, won = (sum(one > two for one, two in zip(*each)) for each in ((self.best, equal), (equal, self.best)))
@@ -49,16 +79,39 @@ class AnswerTableCallback(TrainerCallback):
         self.best = max(self.best, equal, key=sum)
         if not state.is_world_process_zero:
             return
-        with (Path(args.output_dir) / "answers.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        table = _markdown(records)
-        tqdm.write(table)
+        self.records = [each for each in self.records if each["step"] < state.global_step] + records
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.records]
+        for name, text in (("answers.jsonl", "".join(lines)), ("answers.html", self._page())):
+            (Path(args.output_dir) / name).write_text(text, encoding="utf-8")
+        table, more = _markdown(records), len(records) - _PRINTED
+        tqdm.write(_markdown(records[:_PRINTED]) + (f"\n{more} more in answers.html" if more > 0 else ""))
         # Not `trainer.log`: a terminal would show no text of this length, and TensorBoard takes numbers only.
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
                 callback.tb_writer.add_text("answers", table, state.global_step)
             elif not isinstance(callback, (PrinterCallback, ProgressCallback)):
                 callback.on_log(args, state, control, logs={"answers": table}, **kwargs)
+
+    def _page(self) -> str:
+        """Every question with its pictures, the right answer, and the answers so far, as HTML."""
+        parts = []
+        for number, (row, urls) in enumerate(zip(self.rows, self.pictures)):
+            asked = self.records[number :: len(self.rows)]
+            shown = "".join(f'<img src="{url}" alt="Picture {place} of row {number + 1}">'
+                            for place, url in enumerate(urls, 1))  # fmt: skip
+            lines = "".join(
+                f'<tr class="{"right" if _is_right(each) else "wrong"}"><td>{each["step"]}</td>'
+                f"<td>{escape(each['answer'])}</td><td>{each['confidence']:.1%}</td></tr>" for each in asked
+            )  # fmt: skip
+            parts.append(
+                f"<section><div>{shown}</div><div><h2>{escape(asked[-1]['question'])}</h2>"
+                f"<p>Right answer: <b>{escape(asked[-1]['reference'])}</b> <small>{escape(str(row['id']))}</small></p>"
+                f"<table><tr><th>Step</th><th>Answer</th><th>Confidence</th></tr>{lines}</table></div></section>"
+            )
+        last = self.records[-len(self.rows) :]
+        right = f"{sum(map(_is_right, last))} of {len(last)} answers are the right ones after step {last[0]['step']}."
+        said = f"<p>{right} Green and a tick: the same words, but for case.</p>"
+        return f"{_PAGE}{said}{''.join(parts)}</main></body></html>\n"
 
     @torch.no_grad()
     def _answer(self, row: dict) -> dict:
@@ -78,6 +131,17 @@ class AnswerTableCallback(TrainerCallback):
             "id": row["id"], "question": _text(prompt[-1]), "reference": _text(row["messages"][last]),
             "answer": answer.strip(), "confidence": round(float(output.answer_confidence[0]), 4),
         }  # fmt: skip
+
+
+def _is_right(record: dict) -> bool:
+    return record["answer"].casefold() == record["reference"].casefold()
+
+
+def _data_url(image) -> str:
+    small = image.copy()
+    small.thumbnail((_WIDTH, _WIDTH))
+    small.save(file := BytesIO(), "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _text(message: dict) -> str:

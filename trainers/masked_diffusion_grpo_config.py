@@ -55,7 +55,8 @@ class MaskedDiffusionGRPOConfig(MaskedDiffusionSFTConfig):
         temperature (`float`, *optional*, defaults to `1.0`):
             Of the answers. At 0 all answers of a group would be the same.
         generation_kwargs (`dict`, *optional*):
-            Other options of `generate`, such as `steps` and `block_length`; by default the model's own.
+            Other options of `generate`, such as `steps` and `block_length`; by default the model's own. With a
+            `confidence_threshold` unlikely tokens are drawn again, so that less is explored.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
             Whether nothing is learned from answers without an end.
         log_completions (`bool`, *optional*, defaults to `False`):

@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import TrainerState
+from transformers import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
@@ -37,6 +37,7 @@ from .data_collator import DataCollatorForMaskedDiffusion
 from .masked_diffusion_loss import IGNORE_INDEX, AnswerNoise, LossArguments, masked_diffusion_loss
 from .masked_diffusion_sft_config import TRAINABLE, MaskedDiffusionSFTConfig
 from .rows import pack_rows, prepare_rows
+from .training_progress import LossCurveCallback, TrainingProgressCallback
 
 
 # How the names of the parameters of each part begin, within the model that is trained.
@@ -144,6 +145,10 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs, quantization_config=quantization_config,
             peft_config=peft_config,
         )  # fmt: skip
+        for own in (PrinterCallback, ProgressCallback):  # a notebook's stays
+            if self.pop_callback(own) is not None:
+                self.add_callback(TrainingProgressCallback())
+        self.add_callback(LossCurveCallback())
         trained = {part_of(name) for name, weight in self.model.named_parameters() if weight.requires_grad}
         self.trained_parts = [part for part in _PARTS if part in trained]
         self._check_what_is_trained()
