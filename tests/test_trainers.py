@@ -129,9 +129,8 @@ def test_texts_and_streams(tmp_path, method):
     )
     assert len(losses(streamed)) == 4 and all(map(math.isfinite, losses(streamed)))
     found = streamed.evaluate()
-    for name in ("loss", "rewards/accuracies" if method == "dpo" else "reward"):
-        table, stream, other = (found[f"eval_{each}_{name}"] for each in data)
-        assert table == pytest.approx(stream, rel=1e-5) != pytest.approx(other, rel=1e-3)
+    table, stream, other = (found[f"eval_{each}_{'rewards/margins' if method == 'dpo' else 'reward'}"] for each in data)
+    assert table == pytest.approx(stream, rel=1e-5) and table != pytest.approx(other, rel=1e-3)
     texts = {"prompt": "Big?"} | ({"chosen": "No.", "rejected": "Yes."} if method == "dpo" else {})
     lengths = {"functions": lambda completions, **_: list(map(len, completions))} if method == "grpo" else {}
     assert len(losses(trained(method, tmp_path, dataset=rows(4, **texts).remove_columns("images"), **lengths))) == 4
