@@ -13,10 +13,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 
+_SHARE = ", share"  # its axis goes from 0 to 1
 # Metrics with a panel of their own, if they are logged, and what its title says.
 _PANELS = {
-    "loss": "loss", "reward": "reward", "rewards/accuracies": "preferred answer is the likelier one, share",
-    "answer_accuracy": "sample answers that are right, share",
+    "loss": "loss", "reward": "reward", "rewards/accuracies": f"preferred answer is the likelier one{_SHARE}",
+    "answer_accuracy": f"sample answers that are right{_SHARE}",
 }  # fmt: skip
 _COLOURS = ("#1f5fa8", "#c2500a", "#2a7d3a", "#7b3fa0", "#8a6d00")
 _SCALE = 2  # drawn larger, then reduced: Pillow does not smooth lines
@@ -39,9 +40,10 @@ def draw_loss_curve(path: str | Path, log_history: Sequence[Mapping]) -> bool:
         return False
     columns, rows = min(2, len(panels)), -(-len(panels) // 2)
     picture = Image.new("RGB", (columns * _WIDTH * _SCALE, rows * _HEIGHT * _SCALE), "white")
+    steps = _range([step for lines in panels.values() for points in lines.values() for step, _ in points])
     for number, (title, lines) in enumerate(panels.items()):
         row, column = divmod(number, 2)
-        picture.paste(_panel(title, lines), (column * _WIDTH * _SCALE, row * _HEIGHT * _SCALE))
+        picture.paste(_panel(title, lines, steps), (column * _WIDTH * _SCALE, row * _HEIGHT * _SCALE))
     partial = Path(f"{path}.new")
     picture.reduce(_SCALE).save(partial, "PNG")
     partial.replace(path)
@@ -60,16 +62,15 @@ def _lines(metric: str, log_history: Sequence[Mapping]) -> dict[str, list[tuple[
     return {name: sorted(points.items()) for name, points in lines.items()}
 
 
-def _panel(title: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> Image.Image:
+def _panel(title: str, lines: Mapping[str, Sequence[tuple[int, float]]], steps: tuple[float, float]) -> Image.Image:
     panel = Image.new("RGB", (_WIDTH * _SCALE, _HEIGHT * _SCALE), "white")
     draw, large, small = ImageDraw.Draw(panel), *(ImageFont.load_default(size * _SCALE) for size in (15, 13))
 
     def text(x, y, words, font=small, anchor="la", fill="black"):
         draw.text((x * _SCALE, y * _SCALE), words, fill, font, anchor)
 
-    (x_low, x_high), (y_low, y_high) = (
-        _range([point[axis] for points in lines.values() for point in points]) for axis in (0, 1)
-    )
+    is_share, values = title.endswith(_SHARE), [value for points in lines.values() for _, value in points]
+    (x_low, x_high), (y_low, y_high) = steps, _range([0, 1] if is_share else values)
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
 
     def place(point):

@@ -28,8 +28,9 @@ _PAGE = """<!DOCTYPE html>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 section { display: flex; flex-wrap: wrap; gap: 1rem; border-top: 1px solid #999; padding: 1rem 0; }
 section > div:last-child { flex: 1 1 18rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 0; }
-img { border-radius: 6px; margin-right: .5rem; width: min(100%, 11rem); }
+section > div:first-child { flex: 0 1 11rem; } img { border-radius: 6px; width: 100%; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: 2px 1rem 2px 0; vertical-align: top; }
+th, td:not(:nth-child(2)) { white-space: nowrap; }
 .right td { color: light-dark(#17692a, #7fd894); } .right td:nth-child(2)::after { content: " \\2713"; }
 </style></head><body><main><h1>Answers during training</h1>
 """
