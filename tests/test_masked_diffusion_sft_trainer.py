@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
+from lladamedv.hub_cards.loss_curve import draw_loss_curve
 from lladamedv.trainers import training_progress
 from lladamedv.trainers.masked_diffusion_loss import AnswerNoise, add_noise
 from tests import training
@@ -301,13 +302,15 @@ def test_answers_are_logged(tmp_path):
     opened = [Image.open(BytesIO(base64.b64decode(each.partition(",")[2]))) for each in pictures]
     expected = [processor.image_processor.fetch_images(row["images"])[0] for row in rows(4).take(3)]
     assert [image.tobytes() for image in opened] == [image.tobytes() for image in expected]
-    cells = page.texts("td")
-    assert [cells[place : place + 3] for place in range(0, len(cells), 6)] == [
-        [str(record["step"]), record["answer"], f"{record['confidence']:.1%}"] for record in records[:3]
-    ]
+    cells, lines = page.texts("td"), []
+    for first, last in zip(records[:3], records[3:]):  # an answer that stayed the same is one line
+        spans = [("2 to 4", last)] if first["answer"] == last["answer"] else [("2", first), ("4", last)]
+        lines += [[steps, each["answer"], f"{each['confidence']:.1%}"] for steps, each in spans]
+    assert [cells[place : place + 3] for place in range(0, len(cells), 3)] == lines
+    assert not any(attributes.get("http-equiv") == "refresh" for _, attributes, _ in page.elements)
 
 
-def test_answers_of_one_run_do_not_mix_with_anothers(tmp_path):
+def test_answers_of_one_run_do_not_mix_with_anothers(tmp_path, caplog):
     """A resumed run goes on from its checkpoint, another begins anew; what rows hold is no HTML."""
     options = {"log_answers": 1, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     model = tiny_model()
@@ -318,7 +321,14 @@ def test_answers_of_one_run_do_not_mix_with_anothers(tmp_path):
         make_trainer(tmp_path, copy.deepcopy(model), **options).train(resume_from_checkpoint=resume and str(resume))
         records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records] == expected
+    options["eval_dataset"] = rows(1)
+    checkpoint = str(tmp_path / "checkpoint-2")
     page = (tmp_path / "answers.html").read_text()
+    with caplog.at_level("WARNING"):
+        make_trainer(tmp_path, copy.deepcopy(model), **options).train(resume_from_checkpoint=checkpoint)
+    assert "holds answers to other rows" in caplog.text
+    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["question"]) for record in records] == [(3, training.QUESTIONS[0])]
     assert "&lt;script&gt;" in page and "<script>" not in page and "<b>?" not in page
 
 
@@ -330,7 +340,7 @@ def test_what_a_training_writes_while_it_runs(tmp_path, capsys, monkeypatch):
         def on_step_end(self, args, state, control, **kwargs):
             seen.append((tmp_path / "loss_curve.png").exists())
 
-    monkeypatch.setattr(training_progress, "_PAUSE", 0)
+    monkeypatch.setattr(training_progress, "_PAUSE", 10**9)  # drawn after the first step and at the end
     options = {"eval_dataset": rows(4), "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "max_steps": 3}
     trainer = make_trainer(tmp_path, **options)
     trainer.add_callback(Watch())
@@ -341,8 +351,10 @@ def test_what_a_training_writes_while_it_runs(tmp_path, capsys, monkeypatch):
     assert [line.split()[1] for line in lines] == ["1/3", "2/3", "2/3", "3/3", "3/3", "3/3"]
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert lines[1].startswith(f"step 2/3  loss {history[1]['loss']:.4g}  ") and lines[1].endswith(" left")
-    assert "eval_loss" in lines[2] and "train_runtime" in lines[5] and "%|" not in err
+    assert "eval_loss" in lines[2] and "train_runtime" in lines[5] and " step " not in err
     assert seen == [False, True, True]
+    draw_loss_curve(tmp_path / "whole.png", trainer.state.log_history)
+    assert (tmp_path / "loss_curve.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
 
 
 # Packing
