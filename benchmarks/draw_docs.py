@@ -112,7 +112,7 @@ def draw_plot(page: Path, plot: Plot, file: Path) -> None:
 
 def draw_session(file: Path) -> None:
     """What commands print, as a terminal shows it."""
-    console = Console(record=True, width=80, file=io.StringIO())
+    console = Console(record=True, width=82, file=io.StringIO())
     with tempfile.TemporaryDirectory() as folder:
         PhantomVQA(HELD_OUT_SEED, 6)[4].image.save(f"{folder}/picture.png")
         for command in SESSION:
