@@ -480,6 +480,7 @@ def test_what_a_training_writes_while_it_runs(tmp_path, capsys, monkeypatch):
     options = {"eval_dataset": rows(4), "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "max_steps": 3}
     trainer = make_trainer(tmp_path, **options)
     trainer.add_callback(Watch())
+    capsys.readouterr()
     trainer.train()
     out, err = capsys.readouterr()
     lines = [line for line in out.splitlines() if line.startswith("step ")]
