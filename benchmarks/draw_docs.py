@@ -59,6 +59,7 @@ PLOTS = {
     ),
     "pointing": Plot("is_it_looking.md", ("hits",), "share of maps whose largest cell touches a lesion"),
     "many": Plot("many_pictures.md", ("times as many pictures a CPU second",), "times as many pictures a CPU second"),
+    "repetition": Plot("decoding_analysis.md", ("repeated bigrams, %",), "repeated bigrams, pictures of noise, %"),
     "controls": Plot("evaluation.md", ("own picture", "shuffled", "blank", "noise"), "score, %"),
 }  # fmt: skip
 
