@@ -14,6 +14,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 import numpy as np
@@ -94,14 +95,14 @@ def draw_plot(page: Path, plot: Plot, file: Path) -> None:
     names = [name for name in plot.columns if any(values[name])]
     height = 0.8 / len(names)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "docs", "font.size": 9, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(5, 0.9 + len(labels) * max(0.3, 0.2 * len(names))), layout="constrained")
+        figure = Figure(figsize=(5, 0.9 + len(labels) * max(0.34, 0.2 * len(names))), layout="constrained")
         axes = figure.subplots()
         for number, (name, color) in enumerate(zip(names, COLORS)):
             places = [place + (number - (len(names) - 1) / 2) * height for place in range(len(labels))]
             numbers = [float((text or "nan").replace(",", "")) for text in values[name]]
             bars = axes.barh(places, numbers, 0.9 * height, color=color, label=name)
             axes.bar_label(bars, [text or "" for text in values[name]], padding=3, fontsize=8)
-        axes.set_yticks(range(len(labels)), [re.sub(r"(.{14,}?) ", r"\1\n", label) for label in labels])
+        axes.set_yticks(range(len(labels)), [fill(re.split(r":| \(", label)[0], 26) for label in labels])
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel(plot.axis)
