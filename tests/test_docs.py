@@ -7,6 +7,7 @@ import contextlib
 import io
 import pkgutil
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -27,6 +28,7 @@ TEXTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{page}" for page in PAGES)]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PRINTED = re.compile(r"\s*```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON, SHELL = ("python",), ("sh",)
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
 
 
 def blocks(page: str, languages: tuple[str, ...]) -> list[tuple[int, str, str | None]]:
@@ -44,6 +46,13 @@ def commands(page: str) -> list[str]:
     """Calls of `lladamedv` in the shell blocks of a page."""
     lines = "".join(text for _, text, _ in blocks(page, SHELL)).replace("\\\n", " ").splitlines()
     return [line for line in lines if line.startswith("lladamedv ")]
+
+
+def guides() -> list[str]:
+    """Pages of the navigation that tell how to do something."""
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    return [page for each in navigation for name, pages in each.items() for page in pages
+            if name.startswith(("Get started", "Conceptual guides", "How-to guides"))]  # fmt: skip
 
 
 COMMANDS = [command for page in TEXTS for command in commands(page)]
@@ -105,7 +114,37 @@ def test_what_is_to_be_pasted_can_be_pasted(file):
 def test_links_lead_to_pages(page):
     text = BLOCK.sub("", (ROOT / page).read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert target.startswith("https://arxiv.org/abs/") or (ROOT / page).parent.joinpath(target).is_file(), target
+        file = (ROOT / page).parent / target.partition("#")[0] if target[0] != "#" else ROOT / page
+        assert target.startswith("https://arxiv.org/abs/") or file.is_file(), target
+
+
+def test_pictures_are_shown_with_a_text_and_are_small():
+    shown = {(ROOT / page).parent.joinpath(target).resolve(): text for page in TEXTS
+             for text, target in PICTURE.findall((ROOT / page).read_text(encoding="utf-8"))}  # fmt: skip
+    assert set(shown) == {file for file in (DOCS / "images").rglob("*") if file.is_file()}
+    assert all(len(text) > 20 for text in shown.values())
+    assert sum(file.stat().st_size for file in shown) < 1_600_000
+
+
+@pytest.mark.parametrize("page", guides())
+def test_guides_begin_with_what_one_can_do(page):
+    """A title, one paragraph, and within the first screen something to paste or the picture of a session."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert re.match(r"# .+\n\n[A-Z`\[]", text), "a paragraph follows the title"
+    assert re.search(r"^(```(sh|python)$|!\[)", "\n".join(text.splitlines()[:12]), re.MULTILINE)
+
+
+DRAWING = runpy.run_path(str(ROOT / "benchmarks" / "draw_docs.py"))
+
+
+@pytest.mark.parametrize("name", DRAWING["PLOTS"])
+def test_plots_have_the_numbers_of_their_tables(name):
+    """After a change of a table: `python benchmarks/draw_docs.py docs`."""
+    plot = DRAWING["PLOTS"][name]
+    _, values = DRAWING["read_table"](DOCS / plot.page, plot)
+    drawn = re.findall(r"<text [^>]*>([^<]+)</text>", (DOCS / "images" / f"{name}.svg").read_text(encoding="utf-8"))
+    numbers = [number for column in values.values() for number in column if number]
+    assert numbers and [text for text in drawn if text in numbers][-len(numbers) :] == numbers
 
 
 def test_paths_in_the_source_map_exist():
