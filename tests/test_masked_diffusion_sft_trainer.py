@@ -22,7 +22,7 @@ from lladamedv.trainers.masked_diffusion_loss import AnswerNoise, add_noise
 from tests import training
 from tests.html_pages import Page
 from tests.test_data_collator import chat
-from tests.training import ANSWERS, LORA, ROWS, changed, logged, losses, tiny_model, weights_of
+from tests.training import ANSWERS, LORA, QUESTIONS, ROWS, changed, logged, losses, tiny_model, weights_of
 
 
 EXACTLY = {"atol": 0, "rtol": 0}
@@ -328,7 +328,7 @@ def test_answers_of_one_run_do_not_mix_with_anothers(tmp_path, caplog):
         make_trainer(tmp_path, copy.deepcopy(model), **options).train(resume_from_checkpoint=checkpoint)
     assert "holds answers to other rows" in caplog.text
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [(record["step"], record["question"]) for record in records] == [(3, training.QUESTIONS[0])]
+    assert [(record["step"], record["question"]) for record in records] == [(3, QUESTIONS[0])]
     assert "&lt;script&gt;" in page and "<script>" not in page and "<b>?" not in page
 
 
