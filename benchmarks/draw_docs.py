@@ -14,6 +14,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,7 @@ PLOTS = {
     ),
     "pointing": Plot("is_it_looking.md", ("hits",), "share of maps whose largest cell touches a lesion"),
     "many": Plot("many_pictures.md", ("times as many pictures a CPU second",), "times as many pictures a CPU second"),
+    "repetition": Plot("decoding_analysis.md", ("repeated bigrams, %",), "repeated bigrams, pictures of noise, %"),
     "controls": Plot("evaluation.md", ("own picture", "shuffled", "blank", "noise"), "score, %"),
 }  # fmt: skip
 
@@ -93,14 +95,14 @@ def draw_plot(page: Path, plot: Plot, file: Path) -> None:
     names = [name for name in plot.columns if any(values[name])]
     height = 0.8 / len(names)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "docs", "font.size": 9, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(5, 0.9 + len(labels) * max(0.3, 0.2 * len(names))), layout="constrained")
+        figure = Figure(figsize=(5, 0.9 + len(labels) * max(0.34, 0.2 * len(names))), layout="constrained")
         axes = figure.subplots()
         for number, (name, color) in enumerate(zip(names, COLORS)):
             places = [place + (number - (len(names) - 1) / 2) * height for place in range(len(labels))]
             numbers = [float((text or "nan").replace(",", "")) for text in values[name]]
             bars = axes.barh(places, numbers, 0.9 * height, color=color, label=name)
             axes.bar_label(bars, [text or "" for text in values[name]], padding=3, fontsize=8)
-        axes.set_yticks(range(len(labels)), [re.sub(r"(.{14,}?) ", r"\1\n", label) for label in labels])
+        axes.set_yticks(range(len(labels)), [fill(re.split(r":| \(", label)[0], 26) for label in labels])
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel(plot.axis)
@@ -112,7 +114,7 @@ def draw_plot(page: Path, plot: Plot, file: Path) -> None:
 
 def draw_session(file: Path) -> None:
     """What commands print, as a terminal shows it."""
-    console = Console(record=True, width=80, file=io.StringIO())
+    console = Console(record=True, width=82, file=io.StringIO())
     with tempfile.TemporaryDirectory() as folder:
         PhantomVQA(HELD_OUT_SEED, 6)[4].image.save(f"{folder}/picture.png")
         for command in SESSION:

@@ -51,8 +51,8 @@ The first {wrong} that the model answers wrong, of {searched:,} held-out questio
 
 ## Pictures that it does not know
 
-Pixels of uniform noise, and a picture of one grey. Answers sound alike whether or not there is anything to see, and
-[the warning of unusual pictures](answer_sets.md) does not always come.
+Pixels of uniform noise, and a picture of one grey. Answers sound alike whether or not there is anything to see. The
+warning came for all four here, and [does not always come](answer_sets.md#unusual-pictures).
 
 {unknown}
 """

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event, Lock
 
 import numpy as np
-from tqdm.auto import tqdm
+from huggingface_hub.utils import tqdm
 
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.processing import LLaDAMedVProcessor

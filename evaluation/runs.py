@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
+from huggingface_hub.utils import tqdm
 
 
 SETTINGS_FILE, PREDICTIONS_FILE = "run.json", "predictions.jsonl"

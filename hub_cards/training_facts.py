@@ -8,6 +8,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from .licences import Component, find_component
+from .loss_curve import draw_loss_curve
 from .privacy import is_on_hub, scrub_recipe
 
 
@@ -106,7 +107,7 @@ def gather_training_facts(
             of unknown licence. And of each data set whose rows were checked, `data_set` and the fields of `RowReport`.
         adapter: configuration of the adapters, as `PeftConfig.to_dict()`.
         software: versions, as [`software_versions`] returns them.
-        picture: .png file to draw the curves to, beside the card. Without matplotlib, or losses, none is drawn.
+        picture: .png file to draw the curves to, beside the card. Without losses none is drawn.
 
     Raises:
         ValueError: if `recipe` is no YAML mapping.
@@ -182,45 +183,4 @@ def software_versions() -> dict[str, str]:
     return {name: distribution.version for name, distribution in found.items() if distribution is not None}
 
 
-# What a curve shows beside the losses: the names in the log that follow the same scale.
-_REWARDS = ("reward", "eval_reward", "rewards/accuracies", "eval_rewards/accuracies", "eval_answer_accuracy")
-
-
-def draw_loss_curve(path: str | Path, log_history: Sequence[Mapping]) -> bool:
-    """Draw what a training has logged over its optimizer steps: losses, and below them rewards and shares of right
-    answers, where there are any.
-
-    Args:
-        path: the .png file to write.
-        log_history: as of `transformers.TrainerState`.
-
-    Returns:
-        Whether it was drawn: not without a loss in the log, and not without matplotlib.
-    """
-    names = dict.fromkeys(name for entry in log_history for name in entry)
-    points = {name: [(entry["step"], entry[name]) for entry in log_history if name in entry] for name in names}
-    losses = [name for name in names if name == "loss" or (name.startswith("eval_") and name.endswith("loss"))]
-    panels = {"loss": losses, "reward, share": [name for name in _REWARDS if name in names]}
-    panels = {label: shown for label, shown in panels.items() if shown}
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    if "loss" not in panels:
-        return False
-    figure = Figure(figsize=(6, 3.6 if len(panels) == 1 else 5.4), layout="constrained")
-    all_axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    for axes, (label, shown) in zip(all_axes, panels.items()):
-        for name in shown:
-            axes.plot(*zip(*points[name]), marker="o" if len(points[name]) < 20 else None, label=name)
-        axes.set(ylabel=label)
-        axes.legend()
-        axes.grid(alpha=0.3)
-    all_axes[-1].set(xlabel="optimizer step")
-    all_axes[-1].locator_params("x", integer=True)
-    FigureCanvasAgg(figure).print_png(str(path))
-    return True
-
-
-__all__ = ["TrainingData", "TrainingFacts", "draw_loss_curve", "gather_training_facts", "software_versions"]
+__all__ = ["TrainingData", "TrainingFacts", "gather_training_facts", "software_versions"]

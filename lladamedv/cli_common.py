@@ -45,6 +45,8 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error",
     "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
+# The same for all progress bars, in processes that a command starts, too; ours are those of huggingface_hub.
+_NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 # Options and their checks
@@ -450,6 +452,7 @@ class Commands(typer.Typer):
             def wrapped(quiet: bool, **given):
                 global _hushed
                 _hushed = quiet
+                os.environ.update(_NO_BARS if quiet else {})
                 return command(**given)
 
             own = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=quietly)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub.utils import tqdm
 from PIL import Image
-from tqdm.auto import tqdm
 
 from lladamedv.evaluation.answering import answer_batch, question_about
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration

@@ -6,8 +6,6 @@ text from people and models is escaped, and nothing is fetched from elsewhere.
 
 from __future__ import annotations
 
-import base64
-import io
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -24,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration
 from lladamedv.modeling_lladamedv.generation_options_lladamedv import OPTIONS
 from lladamedv.processing import LLaDAMedVProcessor
+from lladamedv.processing.pictures import as_url, reduced
 
 from .conversation import LEVELS, MASK, NOTICE, Reply, Token, demo_notice, level_styles, printable, reply_to
 from .evidence import Evidence, draw_evidence, evidence_legend
@@ -128,12 +127,10 @@ def render(template: str, **values) -> Markup:
 def image_as_url(image: Image.Image, evidence: Evidence | None = None, side: int = 640) -> str:
     """A URL that holds the image itself, reduced to at most `side` pixels a side and without metadata, and what is
     laid over it."""
-    preview, file = Image.fromarray(np.asarray(image.convert("RGB"))), io.BytesIO()
-    preview.thumbnail((side, side))
+    preview = reduced(image, side)
     if evidence is not None:
         preview = draw_evidence(preview, *evidence, legend=False)
-    preview.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return as_url(preview)
 
 
 _EVIDENCE = """\

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import ctypes
+import io
 import logging
 import warnings
 from contextlib import ContextDecorator, ExitStack, nullcontext
@@ -224,3 +226,17 @@ def _read_tiff(
     image = ImageOps.exif_transpose(image)
     _tell_turned(orientation, steps)
     return image, (image.height, image.width)
+
+
+def reduced(image: Image.Image, side: int) -> Image.Image:
+    """A copy as RGB, of at most `side` pixels a side and without metadata."""
+    copy = Image.fromarray(np.asarray(image.convert("RGB")))
+    copy.thumbnail((side, side))
+    return copy
+
+
+def as_url(image: Image.Image) -> str:
+    """A data URL that holds the image as PNG."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -212,7 +212,8 @@ def test_a_failure_for_all_requests_stops_the_run(stub, records, answers, tmp_pa
     assert b"sk-secret" not in (tmp_path / "judgments.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
+# tests/kills kills the same run, too.
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT], ids=str)
 def test_a_stopped_process_continues(stub, records, answers, tmp_path, sent):
     """A kill costs the two requests under way; Ctrl-C waits for them and costs nothing."""
     code = (

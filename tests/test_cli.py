@@ -278,11 +278,16 @@ def test_bad_calls_are_one_line_in_the_names_of_the_command(bad_calls, words):
 
 
 def test_nothing_of_other_libraries_is_printed(tmp_path):
-    """Standard error holds what the command says, and nothing else; a process of its own, as users have it."""
-    file = tmp_path / "picture.png"
-    Image.new("RGB", (64, 64)).save(file)
-    words = [sys.executable, "-m", "lladamedv.cli", "ask", file, "Is there a lesion?"]
-    run = subprocess.run(words, capture_output=True, text=True, check=True)
+    """Standard error holds what the command says, and nothing else: with --quiet, no progress bar either. A process of
+    its own, as users have it."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    program = (
+        "from contextlib import suppress; from lladamedv.cli import app\n"
+        "with suppress(SystemExit):\n"
+        "    app('pairs -q --benchmark phantoms --path 0:9 --rejected pictures --output pairs'.split())\n"
+        "app(['ask', 'picture.png', 'Is there a lesion?'])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stderr == f"{DEMO_NOTICE}\n" and run.stdout.strip()
 
 

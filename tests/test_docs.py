@@ -17,6 +17,10 @@ from typer.main import get_command
 
 import lladamedv
 from lladamedv.cli import app
+from lladamedv.demo import HELD_OUT_SEED
+from lladamedv.evaluation.answering import answer_batch, question_about
+from lladamedv.loading import load_model
+from lladamedv.processing.phantoms import PhantomVQA
 from lladamedv.trainers.recipes import accelerate_file, recipe_file
 from lladamedv.trainers.sft import make_parser, method_of
 
@@ -145,6 +149,18 @@ def test_plots_have_the_numbers_of_their_tables(name):
     drawn = re.findall(r"<text [^>]*>([^<]+)</text>", (DOCS / "images" / f"{name}.svg").read_text(encoding="utf-8"))
     numbers = [number for column in values.values() for number in column if number]
     assert numbers and [text for text in drawn if text in numbers][-len(numbers) :] == numbers
+
+
+def test_answers_of_the_gallery_are_those_of_the_model():
+    """After a change of the demo model: `python benchmarks/gallery.py docs`."""
+    card = re.compile(r"images/gallery/(\d+)\.png\)\s+\*\*(.+)\*\*\s+(.+)\s+\*(right|wrong)")
+    shown = card.findall((DOCS / "gallery.md").read_text(encoding="utf-8"))
+    examples = [PhantomVQA(HELD_OUT_SEED, 1000)[int(number)] for number, *_ in shown]
+    answers = answer_batch(*load_model(), [question_about(example.image, example.question) for example in examples])
+    for (_, question, text, verdict), example, answer in zip(shown, examples, answers):
+        assert (question, text) == (example.question, answer.text)
+        assert (verdict == "right") == (text == example.answer)
+    assert {verdict for *_, verdict in shown} == {"right", "wrong"}
 
 
 def test_paths_in_the_source_map_exist():

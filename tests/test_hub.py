@@ -248,12 +248,14 @@ def test_what_a_training_leaves_is_pushed_as_it_is(hub, tmp_path):
     trainer.save_model()
     trainer.create_model_card("run")
     (folder / "data_report.json").write_text('{"source": "/home/me/secret.json"}')
+    (folder / "completions.jsonl").write_text("{}")
     (folder / "runs").mkdir()
     (folder / "runs" / "events.out.tfevents.1").write_bytes(b"x")
     before = state(folder)
     plan = push(folder, report=said.append)
     assert state(folder) == before and said[0] == f"left out: {', '.join(plan.left_out)}"
-    own = {"answers.jsonl", "training_args.bin", "data_report.json", "runs/events.out.tfevents.1"}
+    own = {"answers.jsonl", "answers.html", "completions.jsonl", "training_args.bin", "data_report.json"}
+    own |= {"runs/events.out.tfevents.1"}
     assert own | {"checkpoint-1/optimizer.pt", "checkpoint-2/model.safetensors"} < set(plan.left_out)
     assert set(hub.repos["me/model"]) == set(contents(folder)) - set(plan.left_out) > {WEIGHTS, "config.json"}
 

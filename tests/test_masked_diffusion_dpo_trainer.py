@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-import time
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -12,79 +12,28 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from safetensors.torch import load_file
-from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig
 
-from lladamedv.trainers import MaskedDiffusionDPOConfig, MaskedDiffusionDPOTrainer
+from lladamedv.trainers import MaskedDiffusionDPOTrainer
 from lladamedv.trainers.answer_table import AnswerTableCallback
-from tests.test_masked_diffusion_sft_trainer import (
-    FSDP,
-    LORA,
-    changed,
-    check_sharded,
-    logged,
-    losses,
-    run_two_processes,
-    start_workers,
-    tiny_model,
-    tiny_processor,
-    weights_of,
-)
+from tests import training
 from tests.tiny import random_image
+from tests.training import LORA, ROWS, adapters, changed, losses, tiny_model, tiny_processor, turn, weights_of
 
 
-PAIRS = [
-    ("Is it small?", "Yes.", "No."), ("Where is it?", "On the left side.", "It is on the right."),
-    ("What is it?", "A lung.", "The brain."), ("Big?", "No.", "Yes, it is big."),
-]  # fmt: skip
 METRICS = {
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "rewards/margins_variance",
     "logps/chosen", "logps/rejected",
 }  # fmt: skip
 
 
-def turn(role, text):
-    return [{"role": role, "content": text}]
-
-
-def rows(count=8, **changes):
-    data = [
-        {"prompt": turn("user", question), "chosen": turn("assistant", chosen), "rejected": turn("assistant", rejected),
-         "images": [random_image(seed=number // 4)], "id": f"pair-{number}", **changes}
-        for number in range(count) for question, chosen, rejected in [PAIRS[number % 4]]
-    ]  # fmt: skip
-    return datasets.Dataset.from_list(data).cast_column("images", datasets.List(datasets.Image()))
-
-
-def arguments(folder, **options):
-    options = {
-        "per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 1, "save_strategy": "no", "report_to": [],
-        "learning_rate": 1e-2, "bf16": False, "use_cpu": True, "activation_checkpointing": False, "seed": 3,
-        "disable_tqdm": True, "num_draws": 2, "beta": 0.2, **options,
-    }  # fmt: skip
-    return MaskedDiffusionDPOConfig(str(folder), **options)
-
-
-def make_trainer(folder, model=None, dataset=None, **options):
-    given = {name: options.pop(name, None) for name in ("peft_config", "eval_dataset", "ref_model")}
-    return MaskedDiffusionDPOTrainer(
-        model=model or tiny_model(), args=arguments(folder, **options), processing_class=tiny_processor(),
-        train_dataset=rows() if dataset is None else dataset, **given,
-    )  # fmt: skip
-
-
-def trained(folder, resume=None, **options):
-    trainer = make_trainer(folder, **options)
-    trainer.train(resume_from_checkpoint=resume and str(resume))
-    return trainer
+rows = ROWS["dpo"]
+arguments, make_trainer, trained = (
+    partial(each, "dpo") for each in (training.arguments, training.make_trainer, training.trained)
+)
 
 
 # The reference
-
-
-def adapters():
-    return LoraConfig(**LORA)
 
 
 REFERENCES = {
@@ -199,18 +148,6 @@ def test_rewards_about_shuffled_pictures(tmp_path, caplog):
 # Noise and batches
 
 
-@pytest.mark.slow
-def test_accumulation_changes_nothing(tmp_path):
-    options = {"optim": "sgd", "learning_rate": 1e-2, "max_steps": 2, "loss_type": ["sigmoid", "sft"]}
-    whole, *others = (
-        trained(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, **options)
-        for size in (4, 2, 1)
-    )
-    for other in others:
-        assert losses(other) == pytest.approx(losses(whole), rel=1e-4)
-        torch.testing.assert_close(weights_of(other.model), weights_of(whole.model), atol=1e-5, rtol=1e-3)
-
-
 def test_draws_share_one_encoding_of_the_picture(tmp_path):
     """Four pairs about one picture, of eight draws: one image in the tower for the policy, one for the reference."""
     trainer, towers = make_trainer(tmp_path, num_draws=8, peft_config=adapters()), []
@@ -250,60 +187,6 @@ def test_only_the_last_answer_is_compared(tmp_path):
     batch, tokenizer = trainer.data_collator([trainer.train_dataset[0]]), trainer.processing_class.tokenizer
     learned = [tokenizer.decode(own[own != -100]) for own in batch["labels"]]
     assert learned == ["Yes.<|eot_id|><|eot_id|><|eot_id|>", "No.<|eot_id|><|eot_id|><|eot_id|>"]
-
-
-def test_texts_and_streams(tmp_path):
-    streamed = trained(tmp_path, dataset=rows(6).to_iterable_dataset(), max_steps=4, gradient_accumulation_steps=2)
-    assert len(losses(streamed)) == 4 and all(map(math.isfinite, losses(streamed)))
-    texts = trained(tmp_path, dataset=rows(2, prompt="Big?", chosen="No.", rejected="Yes.").remove_columns("images"))
-    assert len(losses(texts)) == 4
-
-
-# Other processes
-
-
-@pytest.mark.slow
-def test_killed_and_resumed(tmp_path):
-    """SIGKILL behind the second checkpoint; losses and rewards are those of an uninterrupted run."""
-    options = {"max_steps": 10, "save_strategy": "steps", "save_steps": 2, "lora": LORA}
-    whole = trained(tmp_path / "whole", peft_config=adapters(), max_steps=10)
-    process = start_workers([(str(tmp_path / "killed"), options | {"method": "dpo"})])
-    state = tmp_path / "killed" / "checkpoint-4" / "trainer_state.json"
-    while not (state.exists() and state.read_text().endswith("}\n")):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert not (tmp_path / "killed" / "losses.json").exists()
-    options.pop("lora")
-    last = get_last_checkpoint(str(tmp_path / "killed"))
-    resumed = trained(tmp_path / "killed", last, peft_config=adapters(), **options)
-    for name in ("loss", "rewards/margins", "num_tokens"):
-        assert len(logged(whole, name)) == 10 and logged(resumed, name) == pytest.approx(logged(whole, name), rel=1e-4)
-
-
-@pytest.mark.slow
-def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    """With a copy as reference, with a precomputed one, and with adapters."""
-    common = {"max_steps": 4, "optim": "sgd"}
-    half = common | {"per_device_train_batch_size": 2, "ddp_backend": "gloo", "method": "dpo"}
-    runs = {"two": {}, "precomputed": {"precompute_ref_log_probs": True}, "lora": {"lora": LORA}}
-    found = run_two_processes([(str(tmp_path / name), half | options) for name, options in runs.items()])
-    for (name, options), two in zip(runs.items(), found):
-        options = {"peft_config": adapters()} if "lora" in options else options
-        one = trained(tmp_path / "one", **common, per_device_train_batch_size=4, **options)
-        assert list(two.values()) == pytest.approx(losses(one), rel=1e-4) and len(two) == 4
-        if name != "lora":
-            weights = load_file(tmp_path / name / "model.safetensors")
-            torch.testing.assert_close(weights_of(one.model), weights, atol=1e-5, rtol=1e-3)
-
-
-@pytest.mark.slow
-def test_sharded(tmp_path):
-    common = {"max_steps": 4, "ddp_backend": "gloo", "lora": LORA, "method": "dpo"}
-    two, sharded = run_two_processes([(str(tmp_path / "two"), common), (str(tmp_path / "fsdp"), common | FSDP)])
-    assert sharded == pytest.approx(two, rel=1e-6)
-    check_sharded(tmp_path, "adapter_model.safetensors")
 
 
 # What is said
@@ -353,20 +236,15 @@ def test_a_fall_of_the_answers_is_warned_of(tmp_path, caplog):
         assert warned("++++++++-", "-------++") and not warned("------++-", "++++++++-")
 
 
-def test_answers_and_card(tmp_path):
+def test_answers_are_counted(tmp_path):
     model = tiny_model()
     model.generation_config.update(max_new_tokens=4, block_length=4, steps=4)
     options = {"eval_dataset": rows(4), "log_answers": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
-    trainer = trained(tmp_path, model=model, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5], **options)
+    trainer = trained(tmp_path, model=model, **options)
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [record["reference"] for record in records] == ["Yes.", "On the left side."]
     right = sum(record["answer"].lower() == record["reference"].lower() for record in records) / 2
     history = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
     assert history["eval_answer_accuracy"] == right
-    trainer.create_model_card("tuned")
-    card = (tmp_path / "README.md").read_text()
-    assert "tuned on preferences with the loss 1 × sigmoid + 0.5 × sft (beta 0.2, 2 masks an answer)" in card
-    assert "masked-diffusion-dpo" in card
 
 
 def test_arguments_of_trl(tmp_path):
@@ -393,13 +271,10 @@ def test_arguments_of_trl(tmp_path):
         ({"conditional_image": "blank"}, "`conditional_image` is 'blank', but `loss_type` lacks 'image_conditional'"),
         ({"log_shuffled_images": True, "precompute_ref_log_probs": True}, "`log_shuffled_images` is True, so that pic"),
         ({"dataset": rows(2).to_iterable_dataset(), "precompute_ref_log_probs": True}, "`train_dataset` is a stream"),
-        ({"pack_questions": 2}, "`pack_questions` is 2, which does not apply to preferences: the two answers"),
         ({"loss_normalization": "tokens"}, "`loss_normalization` is 'tokens', which does not apply to preferences"),
         ({"loss_type": ["sigmoid", "nll"]}, "`loss_type` is .*; allowed are one or more of"),
         ({"loss_weights": [1.0, 2.0]}, r"`loss_weights` is \[1.0, 2.0\]; `loss_type` names 1 losses"),
         ({"beta": 0.0}, "`beta` is 0.0; allowed are numbers above 0"),
-        ({"num_draws": 0}, "`num_draws` is 0; allowed are whole numbers of at least 1"),
-        ({"model": get_peft_model(tiny_model(), adapters())}, "`model` comes with adapters, without which"),
     ],
 )  # fmt: skip
 def test_bad_rows_and_options(tmp_path, options, message):

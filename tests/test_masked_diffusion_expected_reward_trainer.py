@@ -1,75 +1,25 @@
 """The trainer of candidates' rewards: objectives by `score`, columns and rewards, over processes, resumed, bad rows."""
 
-import json
 import logging
-import math
-import time
+from functools import partial
 
-import datasets
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from transformers.trainer_utils import get_last_checkpoint
 
-from lladamedv.trainers import MaskedDiffusionExpectedRewardConfig, MaskedDiffusionExpectedRewardTrainer
-from tests.test_masked_diffusion_dpo_trainer import REFERENCES, adapters, turn
-from tests.test_masked_diffusion_sft_trainer import (
-    FSDP,
-    LORA,
-    changed,
-    check_sharded,
-    logged,
-    losses,
-    run_two_processes,
-    start_workers,
-    tiny_model,
-    tiny_processor,
-    weights_of,
-)
-from tests.tiny import random_image
+from tests import training
+from tests.test_masked_diffusion_dpo_trainer import REFERENCES
+from tests.training import CANDIDATES, QUESTIONS, ROWS, changed, tiny_model, weights_of
 
 
-QUESTIONS = [
-    ("Is it small?", ["Yes", "No"], "No"), ("Where is it?", ["On the left", "Right", "Nowhere"], "Right"),
-    ("What is it?", ["A lung", "The brain"], "A lung"), ("Big?", ["Yes", "No"], "Yes"),
-]  # fmt: skip
 METRICS = {
     "reward", "rewards/choice/mean", "reward/accuracies", "entropy", "frac_reward_zero_std", "logps/candidates", "kl",
 }  # fmt: skip
 
 
-def rows(count=8, **changes):
-    data = [
-        {"prompt": turn("user", question), "candidates": candidates, "answer": answer,
-         "images": [random_image(seed=number // 4)], "id": f"row-{number}", **changes}
-        for number in range(count) for question, candidates, answer in [QUESTIONS[number % 4]]
-    ]  # fmt: skip
-    return datasets.Dataset.from_list(data).cast_column("images", datasets.List(datasets.Image()))
-
-
-def arguments(folder, **options):
-    options = {
-        "per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 1, "save_strategy": "no", "report_to": [],
-        "learning_rate": 1e-2, "bf16": False, "use_cpu": True, "activation_checkpointing": False, "seed": 3,
-        "disable_tqdm": True, "num_draws": 4, "max_exact_tokens": 3, "beta": 0.2, "reward_funcs": ["choice"],
-        "mass_weight": 0.1, **options,
-    }  # fmt: skip
-    return MaskedDiffusionExpectedRewardConfig(str(folder), **options)
-
-
-def make_trainer(folder, model=None, dataset=None, functions=None, **options):
-    given = {name: options.pop(name, None) for name in ("peft_config", "eval_dataset", "ref_model")}
-    return MaskedDiffusionExpectedRewardTrainer(
-        model or tiny_model(), functions, arguments(folder, **options), rows() if dataset is None else dataset,
-        processing_class=tiny_processor(), **given,
-    )  # fmt: skip
-
-
-def trained(folder, resume=None, **options):
-    trainer = make_trainer(folder, **options)
-    trainer.train(resume_from_checkpoint=resume and str(resume))
-    return trainer
+rows = ROWS["expected_reward"]
+arguments, make_trainer, trained = (
+    partial(each, "expected_reward") for each in (training.arguments, training.make_trainer, training.trained)
+)
 
 
 def scores(trainer, model, row):
@@ -147,7 +97,8 @@ def test_rewards_are_functions_of_candidates_and_columns(tmp_path):
     trainer = make_trainer(tmp_path, functions=[longest, "choice"], reward_weights=[1.0, 2.0], dataset=data,
                            eval_dataset=data, reward_funcs=None)  # fmt: skip
     found = trainer.evaluate()
-    expected = [(text, question, number + 1) for number, (question, texts, _) in enumerate(QUESTIONS) for text in texts]
+    expected = [(text, question, number + 1) for number, (question, texts) in enumerate(zip(QUESTIONS, CANDIDATES))
+                for text in texts]
     assert sorted(each[:3] for each in seen) == sorted(expected) and min(each[3] for each in seen) >= 2
     mixed = found["eval_rewards/longest/mean"] + 2 * found["eval_rewards/choice/mean"]
     assert found["eval_reward"] == pytest.approx(mixed, abs=1e-5)
@@ -170,77 +121,6 @@ def test_rows_without_a_reward_or_a_difference(tmp_path, caplog):
     assert loss == 0 and all(weight.grad is None or not weight.grad.any() for weight in trainer.model.parameters())
 
 
-# Batches
-
-
-@pytest.mark.slow
-def test_accumulation_changes_nothing(tmp_path):
-    options = {"optim": "sgd", "learning_rate": 1e-2, "max_steps": 2, "max_exact_tokens": 2}
-    whole, *others = (
-        trained(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, **options)
-        for size in (4, 2, 1)
-    )
-    for other in others:
-        assert losses(other) == pytest.approx(losses(whole), rel=1e-4)
-        torch.testing.assert_close(weights_of(other.model), weights_of(whole.model), atol=1e-5, rtol=1e-3)
-
-
-def test_texts_and_streams(tmp_path):
-    """A stream that ends within a step, and prompts that are texts and show nothing."""
-    streamed = trained(tmp_path, dataset=rows(6).to_iterable_dataset(), gradient_accumulation_steps=2)
-    assert len(losses(streamed)) == 4 and all(map(math.isfinite, losses(streamed)))
-    texts = trained(tmp_path, dataset=rows(2, prompt="Big?").remove_columns("images"))
-    assert len(losses(texts)) == 4
-
-
-# Other processes
-
-
-@pytest.mark.slow
-def test_killed_and_resumed(tmp_path):
-    """SIGKILL behind the second checkpoint; losses and rewards are those of an uninterrupted run."""
-    options = {"max_steps": 10, "save_strategy": "steps", "save_steps": 2, "lora": LORA}
-    whole = trained(tmp_path / "whole", peft_config=adapters(), max_steps=10)
-    process = start_workers([(str(tmp_path / "killed"), options | {"method": "expected_reward"})])
-    state = tmp_path / "killed" / "checkpoint-4" / "trainer_state.json"
-    while not (state.exists() and state.read_text().endswith("}\n")):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert not (tmp_path / "killed" / "losses.json").exists()
-    options.pop("lora")
-    last = get_last_checkpoint(str(tmp_path / "killed"))
-    resumed = trained(tmp_path / "killed", last, peft_config=adapters(), **options)
-    for name in ("loss", "reward", "num_tokens"):
-        assert len(logged(whole, name)) == 10 and logged(resumed, name) == pytest.approx(logged(whole, name), rel=1e-4)
-
-
-@pytest.mark.slow
-def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    """With a copy as reference, with a precomputed one, with none, and with adapters; longer candidates are drawn."""
-    common = {"max_steps": 4, "optim": "sgd", "max_exact_tokens": 2}
-    half = common | {"per_device_train_batch_size": 2, "ddp_backend": "gloo", "method": "expected_reward"}
-    runs = {"two": {}, "precomputed": {"precompute_ref_log_probs": True}, "lora": {"lora": LORA},
-            "none": {"beta": 0.0, "loss_type": "expected_reward"}}  # fmt: skip
-    found = run_two_processes([(str(tmp_path / name), half | options) for name, options in runs.items()])
-    for (name, options), two in zip(runs.items(), found):
-        options = {"peft_config": adapters()} if "lora" in options else options
-        one = trained(tmp_path / "one", **common, per_device_train_batch_size=4, **options)
-        assert list(two.values()) == pytest.approx(losses(one), rel=1e-4) and len(two) == 4
-        if name != "lora":
-            weights = load_file(tmp_path / name / "model.safetensors")
-            torch.testing.assert_close(weights_of(one.model), weights, atol=1e-5, rtol=1e-3)
-
-
-@pytest.mark.slow
-def test_sharded(tmp_path):
-    common = {"max_steps": 4, "ddp_backend": "gloo", "lora": LORA, "method": "expected_reward"}
-    two, sharded = run_two_processes([(str(tmp_path / "two"), common), (str(tmp_path / "fsdp"), common | FSDP)])
-    assert sharded == pytest.approx(two, rel=1e-6)
-    check_sharded(tmp_path, "adapter_model.safetensors")
-
-
 # What is said
 
 
@@ -253,20 +133,6 @@ def test_a_fall_of_all_candidates_is_warned_of(tmp_path, caplog):
     assert caplog.text.count("together become less likely than under the reference, by 3.00 nats") == 1
 
 
-def test_answers_and_card(tmp_path):
-    """Answers are compared with the candidate that has the highest reward."""
-    model = tiny_model()
-    model.generation_config.update(max_new_tokens=4, block_length=4, steps=4)
-    options = {"eval_dataset": rows(4), "log_answers": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
-    trainer = trained(tmp_path, model=model, **options)
-    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [record["reference"] for record in records] == ["No", "Right"]
-    trainer.create_model_card("tuned")
-    card = (tmp_path / "README.md").read_text()
-    assert "tuned on rewards of candidates, 1 × choice, by closed form (beta 0.2)" in card
-    assert "masked-diffusion-expected-reward" in card
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -276,19 +142,14 @@ def test_answers_and_card(tmp_path):
         ({"dataset": rows(2, candidates=["Yes", "Yes "])}, "`candidates` are not two or more different texts"),
         ({"dataset": rows(2, candidates=["Yes", ""])}, "`candidates` is no list of texts that are not empty"),
         ({"dataset": rows(2, candidates=None)}, "`candidates` is no list of texts that are not empty"),
-        ({"dataset": rows(2, prompt=[])}, "`prompt` does not end with the user's turn"),
         ({"reward_funcs": ["best"]}, "`reward_funcs` holds 'best'; allowed are functions and"),
         ({"reward_funcs": None}, "needed are one or more"),
-        ({"pack_questions": 2}, "`pack_questions` is 2, which does not apply to rewards of candidates"),
         ({"eos_padding": 2}, "`eos_padding` is 2, which does not apply to rewards of candidates"),
         ({"loss_type": "sigmoid"}, "`loss_type` is 'sigmoid'; allowed are"),
         ({"beta": 0.0}, "`beta` is 0.0; allowed are numbers above 0, or 0 with loss_type='expected_reward'"),
-        ({"beta": -0.1, "loss_type": "expected_reward"}, "`beta` is -0.1"),
         ({"temperature": 0.0}, "`temperature` is 0.0; allowed are numbers above 0"),
         ({"mass_weight": -1.0}, "`mass_weight` is -1.0; allowed are numbers of at least 0"),
         ({"max_exact_tokens": 13}, "`max_exact_tokens` is 13; allowed are whole numbers up to 12"),
-        ({"num_draws": 0}, "`num_draws` is 0; allowed are whole numbers of at least 1"),
-        ({"model": get_peft_model(tiny_model(), LoraConfig(**LORA))}, "`model` comes with adapters, without which"),
     ],
 )  # fmt: skip
 def test_bad_rows_and_options(tmp_path, options, message):

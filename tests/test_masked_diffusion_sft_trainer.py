@@ -5,101 +5,33 @@ import copy
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
-import time
+from functools import partial
 from io import BytesIO
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from lladamedv import LLaDAMedVConfig, LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
-from lladamedv.demo import DEMO_MODEL
-from lladamedv.trainers import MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer, training_progress
+from lladamedv import LLaDAMedVForConditionalGeneration, LLaDAMedVProcessor
+from lladamedv.hub_cards.loss_curve import draw_loss_curve
+from lladamedv.trainers import training_progress
 from lladamedv.trainers.masked_diffusion_loss import AnswerNoise, add_noise
+from tests import training
 from tests.html_pages import Page
 from tests.test_data_collator import chat
-from tests.tiny import random_image, randomize
+from tests.training import ANSWERS, LORA, QUESTIONS, ROWS, changed, logged, losses, tiny_model, weights_of
 
 
-QUESTIONS = [
-    ("Is it small?", "Yes."), ("Where is it?", "On the left side."), ("What is it?", "A lung."), ("Big?", "No."),
-]  # fmt: skip
 EXACTLY = {"atol": 0, "rtol": 0}
 
 
-def tiny_processor():
-    """The demo model's: its vocabulary is small, which keeps the runs short."""
-    return LLaDAMedVProcessor.from_pretrained(DEMO_MODEL)
-
-
-def tiny_model(seed=0):
-    config = LLaDAMedVConfig.from_pretrained(DEMO_MODEL).to_dict()
-    narrow = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config["text_config"] |= narrow | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
-    config["vision_config"] |= narrow
-    torch.manual_seed(seed)  # of the tower's biases
-    model = LLaDAMedVForConditionalGeneration(LLaDAMedVConfig(**config))
-    randomize(model, seed)
-    with torch.no_grad():  # small logits, so that a few steps change them smoothly
-        model.lm_head.weight.mul_(0.1)
-    return model
-
-
-def rows(count=8, images=True):
-    data = [
-        chat(*QUESTIONS[number % 4], images=[random_image(seed=number // 4)] if images else [], id=f"row-{number}")
-        for number in range(count)
-    ]
-    return datasets.Dataset.from_list(data).cast_column("images", datasets.List(datasets.Image()))
-
-
-def arguments(folder, **options):
-    options = {
-        "per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 1, "save_strategy": "no", "report_to": [],
-        "learning_rate": 1e-2, "bf16": False, "use_cpu": True, "activation_checkpointing": False, "seed": 3,
-        "disable_tqdm": True, **options,
-    }  # fmt: skip
-    return MaskedDiffusionSFTConfig(output_dir=str(folder), **options)
-
-
-def make_trainer(folder, model=None, dataset=None, processor=None, **options):
-    peft_config, evaluation = options.pop("peft_config", None), options.pop("eval_dataset", None)
-    return MaskedDiffusionSFTTrainer(
-        model=model or tiny_model(), args=arguments(folder, **options),
-        train_dataset=rows() if dataset is None else dataset,
-        eval_dataset=evaluation, processing_class=processor or tiny_processor(), peft_config=peft_config,
-    )  # fmt: skip
-
-
-def trained(folder, resume=None, **options):
-    trainer = make_trainer(folder, **options)
-    trainer.train(resume_from_checkpoint=resume and str(folder / resume))
-    return trainer
-
-
-def weights_of(model):
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
-def changed(model, before):
-    return {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
-
-
-def logged(trainer, name="loss"):
-    return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def losses(trainer):
-    return logged(trainer)
+rows = ROWS["sft"]
+arguments, make_trainer, trained = (
+    partial(each, "sft") for each in (training.arguments, training.make_trainer, training.trained)
+)
 
 
 def seen_by(trainer):
@@ -173,9 +105,6 @@ def test_the_head_and_the_tower_run_where_they_must(tmp_path):
     batches, _ = trainer.get_batch_samples(iter([batch]), 1, "cpu")
     trainer.compute_loss(trainer.model, batches[0])
     assert towers == [1] and positions == [max(1, int(masked[0]))]
-
-
-LORA = {"r": 4, "target_modules": r".*language_model.*\.(q|v)_proj", "task_type": "CAUSAL_LM"}
 
 
 def assert_logits(trainer, model):
@@ -315,80 +244,6 @@ def test_a_step_at_the_end_of_a_stream(tmp_path):
     torch.testing.assert_close(weights_of(streamed.model), weights_of(whole.model), atol=1e-6, rtol=1e-5)
 
 
-# Other processes
-
-
-def start_workers(runs, processes=1):
-    """Trainings in other processes: `runs` are the arguments of `tests.training_worker`."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "tests.training_worker", json.dumps(runs)],
-        cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
-
-
-def run_two_processes(runs):
-    """Train in two processes. Returns the losses of each run."""
-    process = start_workers(runs, processes=2)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output[-3000:]
-    return [json.loads((Path(folder) / "losses.json").read_text()) for folder, _ in runs]
-
-
-def test_killed_and_resumed(tmp_path):
-    """SIGKILL while the run goes on behind its second checkpoint; the loss curve is that of an uninterrupted run."""
-    options = {"max_steps": 16, "save_strategy": "steps", "save_steps": 2}
-    whole = trained(tmp_path / "whole", **(options | {"save_strategy": "no"}))
-    process = start_workers([(str(tmp_path / "killed"), options)])
-    state = tmp_path / "killed" / "checkpoint-4" / "trainer_state.json"
-    while not (state.exists() and state.read_text().endswith("}\n")):  # it is there before it is filled
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert not (tmp_path / "killed" / "losses.json").exists()
-    resumed = trained(tmp_path / "killed", get_last_checkpoint(str(tmp_path / "killed")), **options)
-    assert len(losses(whole)) == 16 and losses(resumed) == pytest.approx(losses(whole), rel=1e-4)
-
-
-FSDP = {
-    "fsdp": "full_shard",
-    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "LLaDAMedVLastDecoderLayer"]},
-    "save_strategy": "steps", "save_steps": 2,
-}  # fmt: skip
-
-
-def check_sharded(tmp_path, file):
-    """The weights of a sharded run, and of one resumed from its checkpoint, are those of the run in `two`."""
-    expected = load_file(tmp_path / "two" / file)
-    for folder in (tmp_path / "fsdp", tmp_path / "fsdp" / "resumed"):
-        torch.testing.assert_close(load_file(folder / file), expected, atol=1e-6, rtol=1e-6)
-
-
-def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    """Copied to two processes (DDP), with either loss, and sharded over them (FSDP2), also resumed."""
-    variants = {"two": {}, "tokens": {"complementary_masking": True, "loss_normalization": "tokens"}, "fsdp": FSDP}
-    common = {"max_steps": 4, "optim": "sgd"}
-    half = common | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
-    found = run_two_processes([(str(tmp_path / name), half | options) for name, options in variants.items()])
-    for (name, options), two in list(zip(variants.items(), found))[:2]:
-        one = trained(tmp_path / "one", **common, per_device_train_batch_size=4, **options)
-        assert list(two.values()) == pytest.approx(losses(one), rel=1e-4) and len(two) == 4
-        weights = load_file(tmp_path / name / "model.safetensors")
-        torch.testing.assert_close(weights_of(one.model), weights, atol=1e-5, rtol=1e-3)
-    assert found[2] == pytest.approx(found[0], rel=1e-6)
-    check_sharded(tmp_path, "model.safetensors")
-
-
-@pytest.mark.slow
-def test_adapters_in_shards(tmp_path):
-    options = {"max_steps": 4, "ddp_backend": "gloo", "lora": LORA}
-    two, sharded = run_two_processes([(str(tmp_path / "two"), options), (str(tmp_path / "fsdp"), options | FSDP)])
-    assert sharded == pytest.approx(two, rel=1e-6)
-    check_sharded(tmp_path, "adapter_model.safetensors")
-
-
 # Evaluation
 
 
@@ -432,7 +287,7 @@ def test_answers_are_logged(tmp_path):
     trainer.train()
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [2, 2, 2, 4, 4, 4] and len(recorder.tables) == 2
-    assert [record["reference"] for record in records[:3]] == [answer for _, answer in QUESTIONS[:3]]
+    assert [record["reference"] for record in records[:3]] == ANSWERS[:3]
     assert recorder.tables[1].count("\n") == 4 and "| Where is it? | On the left side. |" in recorder.tables[1]
     processor, (image,) = trainer.processing_class, trainer.eval_dataset[1]["images"]
     content = [{"type": "image", "image": image["bytes"]}, {"type": "text", "text": "Where is it?"}]
@@ -447,13 +302,15 @@ def test_answers_are_logged(tmp_path):
     opened = [Image.open(BytesIO(base64.b64decode(each.partition(",")[2]))) for each in pictures]
     expected = [processor.image_processor.fetch_images(row["images"])[0] for row in rows(4).take(3)]
     assert [image.tobytes() for image in opened] == [image.tobytes() for image in expected]
-    cells = page.texts("td")
-    assert [cells[place : place + 3] for place in range(0, len(cells), 6)] == [
-        [str(record["step"]), record["answer"], f"{record['confidence']:.1%}"] for record in records[:3]
-    ]
+    cells, lines = page.texts("td"), []
+    for first, last in zip(records[:3], records[3:]):  # an answer that stayed the same is one line
+        spans = [("2 to 4", last)] if first["answer"] == last["answer"] else [("2", first), ("4", last)]
+        lines += [[steps, each["answer"], f"{each['confidence']:.1%}"] for steps, each in spans]
+    assert [cells[place : place + 3] for place in range(0, len(cells), 3)] == lines
+    assert not any(attributes.get("http-equiv") == "refresh" for _, attributes, _ in page.elements)
 
 
-def test_answers_of_one_run_do_not_mix_with_anothers(tmp_path):
+def test_answers_of_one_run_do_not_mix_with_anothers(tmp_path, caplog):
     """A resumed run goes on from its checkpoint, another begins anew; what rows hold is no HTML."""
     options = {"log_answers": 1, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     model = tiny_model()
@@ -464,7 +321,14 @@ def test_answers_of_one_run_do_not_mix_with_anothers(tmp_path):
         make_trainer(tmp_path, copy.deepcopy(model), **options).train(resume_from_checkpoint=resume and str(resume))
         records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records] == expected
+    options["eval_dataset"] = rows(1)
+    checkpoint = str(tmp_path / "checkpoint-2")
     page = (tmp_path / "answers.html").read_text()
+    with caplog.at_level("WARNING"):
+        make_trainer(tmp_path, copy.deepcopy(model), **options).train(resume_from_checkpoint=checkpoint)
+    assert "holds answers to other rows" in caplog.text
+    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["question"]) for record in records] == [(3, QUESTIONS[0])]
     assert "&lt;script&gt;" in page and "<script>" not in page and "<b>?" not in page
 
 
@@ -476,7 +340,7 @@ def test_what_a_training_writes_while_it_runs(tmp_path, capsys, monkeypatch):
         def on_step_end(self, args, state, control, **kwargs):
             seen.append((tmp_path / "loss_curve.png").exists())
 
-    monkeypatch.setattr(training_progress, "_PAUSE", 0)
+    monkeypatch.setattr(training_progress, "_PAUSE", 10**9)  # drawn after the first step and at the end
     options = {"eval_dataset": rows(4), "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "max_steps": 3}
     trainer = make_trainer(tmp_path, **options)
     trainer.add_callback(Watch())
@@ -487,8 +351,10 @@ def test_what_a_training_writes_while_it_runs(tmp_path, capsys, monkeypatch):
     assert [line.split()[1] for line in lines] == ["1/3", "2/3", "2/3", "3/3", "3/3", "3/3"]
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert lines[1].startswith(f"step 2/3  loss {history[1]['loss']:.4g}  ") and lines[1].endswith(" left")
-    assert "eval_loss" in lines[2] and "train_runtime" in lines[5] and "%|" not in err
+    assert "eval_loss" in lines[2] and "train_runtime" in lines[5] and " step " not in err
     assert seen == [False, True, True]
+    draw_loss_curve(tmp_path / "whole.png", trainer.state.log_history)
+    assert (tmp_path / "loss_curve.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
 
 
 # Packing

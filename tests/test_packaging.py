@@ -27,7 +27,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = PROJECT["optional-dependencies"]
 FOLDERS = ("evaluation", "hub_cards", "lladamedv", "modeling_lladamedv", "processing", "trainers")
 PAGE = ROOT / "docs" / "dependencies.md"
-UNTESTED = {"browser-tests", "lmms", "ray"}  # extras that the environment of the tests lacks
+# Extras that the environment of the tests may lack.
+UNTESTED = {"browser-tests", "lmms", "ray", "tensorboard", "trackio", "wandb"}
 
 # As packages spell them, in parts. All of these may be combined with Apache-2.0; copyleft is by file (MPL) at most.
 ALLOWED_LICENCES = {

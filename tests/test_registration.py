@@ -29,7 +29,10 @@ assert AutoModelForImageTextToText._model_mapping[type(config)] is lladamedv.LLa
             marks=pytest.mark.slow,
         ),
         # Ours, which import Transformers while they are imported.
-        "from lladamedv.modeling_lladamedv.generation_config_lladamedv import LLaDAMedVGenerationConfig",
+        pytest.param(
+            "from lladamedv.modeling_lladamedv.generation_config_lladamedv import LLaDAMedVGenerationConfig",
+            marks=pytest.mark.slow,
+        ),
         "from lladamedv.processing.processing_lladamedv import LLaDAMedVProcessor",
     ],
 )

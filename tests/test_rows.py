@@ -286,12 +286,6 @@ def test_answers_are_printed_in_full(tmp_path, capsys, more):
     assert printed.out.count(" + phantoms/2/") == 2 * (more is PACKED)
 
 
-def test_a_logger_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "get_available_reporting_integrations", list)
-    with pytest.raises(SystemExit, match=r"lladamedv: --report_to holds 'tensorboard', .*pip install tensorboard"):
-        train(tmp_path, report_to="tensorboard", model_name_or_path="none/at-all")
-
-
 def test_a_disk_without_room_for_the_weights(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -323,18 +323,18 @@ def test_many_at_once_are_not_mixed_up(url, shipped):
 
 def test_a_short_question_overtakes_a_long_answer(url, shipped, image):
     with ThreadPoolExecutor(1) as pool:
-        config = {"max_new_tokens": 256, "block_length": 8, "steps": 256, "min_new_tokens": 256}
+        config = {"max_new_tokens": 96, "block_length": 8, "steps": 96, "min_new_tokens": 96}
         before = numbers(url)["requests"]
         long = pool.submit(ask, client_of(url), chat_about(image), config)
         until(lambda: numbers(url)["requests"] > before)
         short = ask(client_of(url), chat_about(image), {"max_new_tokens": 1, "block_length": 1, "steps": 1})
         assert short.usage.completion_tokens == 1 and not long.done()
-        assert long.result(120).usage.completion_tokens == 256
+        assert long.result(120).usage.completion_tokens == 96
 
 
 def test_image_reliance(client, shipped, image):
     """A field of its own at the end of the answer, where it is asked for and there is a picture."""
-    config = {"output_image_reliance": True, "block_length": 24, "confidence_threshold": 0.9}
+    config = {"output_image_reliance": True, "max_new_tokens": 8, "block_length": 8, "steps": 4}
     truth = pytest.approx(expected(shipped, image, **config).image_reliance, abs=1e-3)
     parts = [{"type": "input_image", "image_url": data_url(image)}, {"type": "input_text", "text": QUESTION}]
     given = {"model": "demo", "input": [{"role": "user", "content": parts}]}

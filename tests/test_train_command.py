@@ -23,8 +23,6 @@ from lladamedv.processing.phantoms import PhantomVQA
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
 from lladamedv.trainers import DataCollatorForMaskedDiffusion, recipes, sft
 from tests import released
-from tests.hub_stub import environment as hub_environment
-from tests.hub_stub import running_hub
 from tests.tiny import tiny_tokenizer
 
 
@@ -169,22 +167,16 @@ def test_ctrl_c(tmp_path):
     assert seen and running.returncode == 130 and "Traceback" not in errors
 
 
-def test_a_model_is_pushed(tmp_path):
-    """Through the script alone, without the command: privately, complete, and nothing of the run itself."""
-    with running_hub() as hub:
-        options = {"push_to_hub": True, "hub_model_id": "me/tuned", "max_steps": 1, "trainable": "projector"}
-        words = flags(train_data="phantoms:1:8", output_dir=tmp_path / "out", **options)
-        command = [sys.executable, "-m", "lladamedv.trainers.sft", *words]
-        result = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment() | hub_environment(hub, tmp_path)
-        )
-        assert result.returncode == 0, result.stderr
-        assert "pushed to me/tuned" in result.stdout
-        files = hub.repos["me/tuned"]
-        assert {"model.safetensors", "processor_config.json", "modeling_lladamedv.py", "README.md"} <= set(files)
-        assert not {"training_args.bin", "data_report.json"} & set(files) and hub.private["me/tuned"]
-        assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
-        assert str(tmp_path).encode() not in files["README.md"]
+def test_a_model_is_pushed(hub, tmp_path, capsys):
+    """Through the script: privately, complete, and nothing of the run itself."""
+    options = {"push_to_hub": True, "hub_model_id": "me/tuned", "max_steps": 1, "trainable": "projector"}
+    folder = train(tmp_path, **options)
+    assert "pushed to me/tuned" in capsys.readouterr().out
+    files = hub.repos["me/tuned"]
+    assert {"model.safetensors", "processor_config.json", "modeling_lladamedv.py", "README.md"} <= set(files)
+    assert not {"training_args.bin", "data_report.json"} & set(files) and hub.private["me/tuned"]
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert str(tmp_path).encode() not in files["README.md"]
 
 
 def test_list():

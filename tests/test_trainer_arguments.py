@@ -17,17 +17,8 @@ from lladamedv.demo import DEMO_MODEL
 from lladamedv.processing.processing_lladamedv import CHAT_TEMPLATES
 from lladamedv.trainers import DataCollatorForMaskedDiffusion, MaskedDiffusionSFTConfig, MaskedDiffusionSFTTrainer
 from lladamedv.trainers.masked_diffusion_sft_config import NOT_APPLICABLE
-from tests.test_masked_diffusion_sft_trainer import (
-    LORA,
-    arguments,
-    losses,
-    make_trainer,
-    rows,
-    seen_by,
-    tiny_model,
-    tiny_processor,
-    trained,
-)
+from tests.test_masked_diffusion_sft_trainer import arguments, make_trainer, rows, seen_by, trained
+from tests.training import LORA, losses, tiny_model, tiny_processor
 
 
 # Every field of SFTConfig that is not refused. A new one fails the test below until it is found to work, or refused.

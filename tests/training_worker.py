@@ -8,22 +8,15 @@ import sys
 import weakref
 from pathlib import Path
 
-from peft import LoraConfig
-
-from tests import test_masked_diffusion_dpo_trainer as dpo
-from tests import test_masked_diffusion_expected_reward_trainer as expected_reward
-from tests import test_masked_diffusion_grpo_trainer as grpo
-from tests import test_masked_diffusion_sft_trainer as sft
-from tests.test_masked_diffusion_sft_trainer import tiny_model
+from tests.training import adapters, make_trainer, tiny_model
 
 
 def train(folder: Path, options: dict, checkpoint: Path | None = None):
     options = dict(options)
-    adapters = LoraConfig(**options.pop("lora")) if "lora" in options else None
+    peft_config = adapters() if options.pop("lora", False) else None
     # What is resumed does not depend on the weights that it starts from; adapters do on those beneath them.
-    model = tiny_model(seed=0 if adapters or checkpoint is None else 5)
-    method = {"sft": sft, "dpo": dpo, "expected_reward": expected_reward, "grpo": grpo}[options.pop("method", "sft")]
-    trainer = method.make_trainer(folder, model=model, peft_config=adapters, **options)
+    model = tiny_model(seed=0 if peft_config or checkpoint is None else 5)
+    trainer = make_trainer(options.pop("method", "sft"), folder, model=model, peft_config=peft_config, **options)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
     return trainer

@@ -117,6 +117,7 @@ class MaskedDiffusionSFTConfig(LossArguments, SFTConfig):
             `eval_loss` averages over this many times, spread evenly over [0, 1], with masks that are always the same.
         log_answers (`int`, *optional*, defaults to `0`):
             At every evaluation, answer the first so many rows of `eval_dataset` and log them as a table.
+            `answers.html` in `output_dir` shows them with their pictures, and is never pushed.
 
     > [!NOTE]
     > These parameters have other default values than in [`trl.SFTConfig`]:

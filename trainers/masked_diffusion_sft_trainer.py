@@ -264,6 +264,14 @@ class MaskedDiffusionSFTTrainer(SFTTrainer):
         """As in `Trainer`, of rows that are checked; it returns metrics and no predictions."""
         return super().predict(self._prepare_rows(test_dataset, "test_dataset"), *args, **kwargs)
 
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As in `Trainer`; all that is measured is named after the data set. TRL has one name for those of all."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        found = self._metrics["eval"]
+        output.metrics.update({f"{metric_key_prefix}_{name}": sum(each) / len(each) for name, each in found.items()})
+        found.clear()
+        return output
+
     # How a run begins, goes on and ends
 
     def train(self, *args, **kwargs):

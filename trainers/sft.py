@@ -65,6 +65,7 @@ LORA_TARGET_MODULES = r"model\.language_model\.layers\.\d+\.\w+\.(q|k|v|o|gate|u
 # In full, because Transformers matches a name from its beginning. What is not here is the language model's layers.
 QUANTIZATION_SKIP_MODULES = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 _ADAPTER_FLAGS = {each.name for each in fields(ModelConfig) if "lora" in each.name or "dora" in each.name}
+_TRACKERS = ("tensorboard", "trackio", "wandb")  # that are extras of this package
 _FULL = 2**20  # bytes that are free on a full disk, at most
 
 
@@ -226,7 +227,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         script_args, training_args, model_args = make_parser(method_of(arguments)).parse_args_and_config(arguments)
-        _check_loggers(training_args.report_to)
+        _check_trackers(training_args.report_to)
         checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
         trainer, reports = build_trainer(script_args, training_args, model_args)
     except (OSError, ValueError) as error:
@@ -260,13 +261,36 @@ def _run(arguments: Sequence[str] | None) -> None:
     trainer.end()
 
 
-def _check_loggers(names: Sequence[str]) -> None:
-    missing = set(names) & set(INTEGRATION_TO_CALLBACK) - set(get_available_reporting_integrations())
-    for name in sorted(missing):
-        raise ValueError(
-            f"--report_to holds {name!r}, whose package is not installed; install it (pip install {name}), or report "
-            "to 'none'."
-        )
+def _check_trackers(names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: for a tracker that there is none of, that is not installed, or that would only be refused by its
+            server, after model and data are loaded.
+    """
+    known, installed = sorted(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--report_to is {name!r}; allowed are none, all, {', '.join(known)}.")
+        if name not in installed:
+            package = f'"lladamedv[{name}]"' if name in _TRACKERS else name
+            raise ValueError(
+                f"--report_to is {name!r}, whose package is not installed; install it (pip install {package}), or "
+                "report to none."
+            )
+    if "wandb" in names:
+        import wandb
+
+        problem = None
+        try:
+            if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+                problem = "no API key is known"
+        except wandb.Error as error:
+            problem = str(error).rstrip(".")
+        if problem is not None:
+            raise ValueError(
+                f"--report_to is 'wandb', which is not logged in: {problem}. Run wandb login, or set "
+                "WANDB_MODE=offline, which sends nothing."
+            )
 
 
 def free_space(folder: str | Path) -> int:

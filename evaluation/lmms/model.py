@@ -6,12 +6,12 @@ import inspect
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub.utils import tqdm
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from loguru import logger
-from tqdm.auto import tqdm
 
 from lladamedv.evaluation.answering import answer_batch
 from lladamedv.modeling_lladamedv import LLaDAMedVForConditionalGeneration

@@ -183,5 +183,5 @@ def test_any_text_comes_back(examples):
 
 
 def test_a_megabyte():
-    for text in ("a" * 2**20, "<|eot_id|>" * 10**5, "🩻" * 2**18, "{{ x }}" * 10**5):
-        stays_text((0, "llava_llada_med", [[{"role": "user", "content": text}]]))
+    text = "a" * 2**18 + "<|eot_id|>" * 25_000 + "🩻" * 2**16 + "{{ x }}" * 36_000
+    stays_text((0, "llava_llada_med", [[{"role": "user", "content": text}]]))
