@@ -10,7 +10,7 @@ NOT_INSTALLED := { echo "installation failed: a package index that has the versi
 PYTEST := python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo dev test test-oldest test-slow test-peers lint docs lock licences audit dist clean
+.PHONY: demo dev test test-oldest test-slow test-peers lint docs notebooks lock licences audit dist clean
 
 demo: $(VENV)/installed
 	@echo "== lladamedv demo"
@@ -53,6 +53,10 @@ lint: $(VENV)/installed-test
 
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Executes the notebooks and stores what they print and draw: after a change of their cells.
+notebooks: $(VENV)/installed-test
+	UPDATE_NOTEBOOKS=1 $(BIN)/python -m pytest -q -m "slow or not slow" -k stored tests/test_notebooks.py
 
 # After a change of versions in pyproject.toml or constraints.txt. What is locked holds for all platforms and Pythons, and
 # leaves torch out: its builds differ from machine to machine.

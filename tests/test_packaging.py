@@ -32,10 +32,10 @@ UNTESTED = {"browser-tests", "lmms", "ray", "tensorboard", "trackio", "wandb"}
 
 # As packages spell them, in parts. All of these may be combined with Apache-2.0; copyleft is by file (MPL) at most.
 ALLOWED_LICENCES = {
-    "0BSD", "Apache 2.0 License", "Apache Software License", "Apache-2.0", "Apache-2.0 WITH LLVM-exception",
-    "BSD License", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "ISC", "ISC License", "ISCL",
-    "MIT", "MIT License", "MIT-CMU", "MPL 2.0", "MPL-2.0", "Mozilla Public License 2.0", "PSF-2.0",
-    "Python Software Foundation License", "Unlicense", "Zlib",
+    "0BSD", "Apache 2.0", "Apache 2.0 License", "Apache Software License", "Apache-2.0",
+    "Apache-2.0 WITH LLVM-exception", "BSD License", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0",
+    "CNRI-Python", "ISC", "ISC License", "ISCL", "MIT", "MIT License", "MIT-CMU", "MPL 2.0", "MPL-2.0",
+    "Mozilla Public License 2.0", "PSF-2.0", "Python Software Foundation License", "Unlicense", "Zlib",
 }
 UNDECLARED_LICENCES = {"torchao": "BSD-3-Clause"}  # read in its LICENSE file
 
@@ -133,7 +133,7 @@ def test_the_table_of_dependencies(dependencies):
 def test_the_wheel_has_the_package_and_nothing_else(tmp_path):
     """Built from the source distribution. `packages` and `package-data` are lists by hand, easily incomplete."""
     checkout = tmp_path / "checkout"
-    for folder in (*FOLDERS, "tests", "benchmarks", "docs"):
+    for folder in (*FOLDERS, "tests", "benchmarks", "docs", "notebooks"):
         shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, checkout)
@@ -148,7 +148,7 @@ def test_the_wheel_has_the_package_and_nothing_else(tmp_path):
     with tarfile.open(build("sdist", checkout)) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (source,) = (tmp_path / "unpacked").iterdir()
-    assert not {"tests", "benchmarks", "docs"} & {path.name for path in source.iterdir()}
+    assert not {"tests", "benchmarks", "docs", "notebooks"} & {path.name for path in source.iterdir()}
     with zipfile.ZipFile(build("wheel", source)) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == {str(file if file.parts[0] == "lladamedv" else "lladamedv" / file) for file in files}
