@@ -434,7 +434,8 @@ def test_the_card_of_an_adapter_run(tmp_path):
     processor.save_pretrained(base)
     save_model_card(facts_of("demo_model", tmp_path), base)
     folder.mkdir()
-    trainer = make_trainer(folder, model=type(model).from_pretrained(base), peft_config=config, max_steps=2)
+    options = {"eos_padding": 2, "eos_padding_token": "<|eot_id|>", "hub_token": "hf_" + "x" * 20, "max_steps": 2}
+    trainer = make_trainer(folder, model=type(model).from_pretrained(base), peft_config=config, **options)
     trainer.train()
     trainer.save_model()
     reports = [left_out("phantoms:1:8"), left_out(str(tmp_path / "rows.json"))]
@@ -453,6 +454,7 @@ def test_the_card_of_an_adapter_run(tmp_path):
     assert data["license"] == "apache-2.0" and "base_model" not in data
     recipe = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
     assert recipe["learning_rate"] == 1e-2 and recipe["max_steps"] == 2
+    assert recipe["eos_padding_token"] == "<|eot_id|>" and "hub_token" not in recipe
     assert not {"adam_beta1", "loss_weighting", "output_dir"} & set(recipe), "defaults are no recipe"
     assert "| optimizer steps | 2, " in card.text and (folder / "loss_curve.png").is_file()
     assert "| phantoms:1:8 | 2000 | 1 |" in card.text

@@ -108,7 +108,7 @@ def test_a_recipe_trains_through_the_command(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment())
     assert result.returncode == 0, result.stderr
     assert "10 rows; 2 missing images: pair 3 (3.png), pair 7 (7.png)" in result.stdout
-    assert "'loss'" in result.stdout and f"wrote {tmp_path / 'out'}" in result.stdout
+    assert "  train_loss " in result.stdout and f"wrote {tmp_path / 'out'}" in result.stdout
     report, checked = json.loads((tmp_path / "out" / "data_report.json").read_text())
     assert (report["use"], checked["data_set"], checked["kept"]) == ("train_data", "train_dataset", 10)
     assert report["rows"] == 10 and report["missing_images"] == [["pair 3", "3.png"], ["pair 7", "7.png"]]

@@ -233,6 +233,10 @@ class MaskedDiffusionSFTConfig(LossArguments, SFTConfig):
                 "one turn: only one of the two is allowed."
             )
 
+    def to_dict(self):
+        """As of `TrainingArguments`, which hides whatever is named a token; those of the tokenizer are no secrets."""
+        return super().to_dict() | {"eos_padding_token": self.eos_padding_token}
+
     @classmethod
     def from_arguments(cls, args: TrainingArguments) -> MaskedDiffusionSFTConfig:
         """Take over `TrainingArguments` or an `SFTConfig`, as `SFTTrainer` does.
