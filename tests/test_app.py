@@ -563,6 +563,7 @@ def test_an_abandoned_answer_stops(browser, shipped, example, picture, monkeypat
     assert gate.passes <= 4 + int(re.search(r"(\d+) forward passes", conversation)[1]), "more may have begun"
 
 
+@pytest.mark.slow  # test_answers_side_by_side is its sister
 def test_questions_are_answered_side_by_side_and_the_queue_is_bounded(shipped, example, picture, monkeypatch, tmp_path):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     app = build_app(*shipped, queue_size=1, max_file_size=LIMIT)

@@ -620,6 +620,7 @@ class _Bytes:
         return bytearray, (2**31,)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on memory are Linux's")
 def test_refusals_take_no_memory(tmp_path, own):
     write_bombs(tmp_path, own)

@@ -363,6 +363,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow  # test_remote_code.py has strangers, too
 def test_a_stranger_loads_what_was_pushed(hub, complete, tmp_path, monkeypatch):
     """The newest, a pinned commit and adapters, by both ways; `test_remote_code` has all else that a folder gives."""
     newer, adapter, place = write_model(tmp_path / "newer", seed=1), tmp_path / "adapter", tmp_path / "place"

@@ -54,7 +54,8 @@ def test_accumulation_changes_nothing(tmp_path, method):
 # Other processes
 
 
-@pytest.mark.parametrize("method", ["sft", *SLOW])
+@pytest.mark.slow  # tests/kills has an interrupted training, too
+@pytest.mark.parametrize("method", ["sft", *ALIGNED])
 def test_killed_and_resumed(tmp_path, method):
     """SIGKILL behind the second checkpoint; what is logged is what an uninterrupted run logs."""
     options = {"sft": {"max_steps": 16}, "grpo": {"max_steps": 10, "num_iterations": 2, "beta": 0.05}}
