@@ -49,8 +49,8 @@ _MODEL_FILES = (
 OF_TRAINING = (
     "checkpoint-*", "checkpoints*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", "latest",
     "zero_to_fp32.py", "trainer_state.json", "training_args.bin", "data_report.json", "answers.jsonl",
-    "answers.html", "completions.jsonl",
-    "not_finite*.json", "runs", "wandb", "mlruns", "events.out.tfevents.*", "progress",
+    "answers.html", "completions.jsonl", "not_finite*.json", "runs", "wandb", "mlruns", "events.out.tfevents.*",
+    "progress",
 )  # fmt: skip
 # What is wrong with a file of another name; the first line counts that fits. A reason goes by the names of the file and
 # of the folders above it, a permission (`None`) by the whole path.

@@ -36,7 +36,7 @@ def draw_loss_curve(path: str | Path, log_history: Sequence[Mapping]) -> bool:
         Whether there was a loss to draw.
     """
     panels = {title: lines for metric, title in _PANELS.items() if (lines := _lines(metric, log_history))}
-    if not any("loss" in entry for entry in log_history) or "loss" not in panels:
+    if "training" not in panels.get("loss", {}):
         return False
     columns, rows = min(2, len(panels)), -(-len(panels) // 2)
     picture = Image.new("RGB", (columns * _WIDTH * _SCALE, rows * _HEIGHT * _SCALE), "white")

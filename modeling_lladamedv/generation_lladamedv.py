@@ -127,7 +127,8 @@ class LLaDAMedVGenerationMixin:
             generation_config: options to use instead of the model's own; keyword arguments override either.
             attention_mask (`(batch, prompt)`, *optional*): 1 for tokens, 0 for padding.
             pixel_values, image_sizes, batch_num_images: as the processor returns them.
-            image_index: which image stands at each placeholder, where several prompts show the same one.
+            image_index: which image stands at each placeholder, where several prompts show the same one. If all rows
+                are the same prompt about the same images, one of them runs the first pass for all.
             streamer: a `TextStreamer`, `TextIteratorStreamer` or `TextDiffusionStreamer` of Transformers, or anything
                 with `put` and `end`. It gets the prompt, then each finished block as a 1-D tensor (but for what may be
                 the beginning of a stop string). Where it has `put_draft`, it also gets the unfinished rest of the
