@@ -2,6 +2,7 @@
 
     python benchmarks/draw_docs.py docs                       # the plots: after a change of a table
     python benchmarks/draw_docs.py docs --pictures            # also a session in the terminal, and windows of CT
+    python benchmarks/draw_docs.py docs --training            # also what a training shows; it needs playwright
 
 A table in a page is the one home of measured numbers; `tests/test_docs.py` notices a plot that is older than its table.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -55,6 +57,7 @@ class Plot(NamedTuple):
 PLOTS = {
     "speed": Plot("benchmarks.md", ("times as fast",), "times as fast as a plain loop, 2 CPU cores"),
     "training-memory": Plot("benchmarks.md", ("memory in use",), "memory of a training step, MiB"),
+    "serving": Plot("benchmarks.md", ("0.1.0", "this server"), "answers a second, dual cache, 2 CPU cores"),
     "preference": Plot(
         "alignment.md", ('"only one lesion?"', "old, closed", "old, open", "descriptions"), "right answers, %"
     ),
@@ -159,10 +162,27 @@ def draw_windows(file: Path) -> None:
     sheet.convert("L").save(file, optimize=True)
 
 
+def draw_training(images: Path) -> None:
+    """What `lladamedv train demo_lora` leaves to look at: its curve, and its sample answers in a browser."""
+    from playwright.sync_api import sync_playwright
+
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        command = "lladamedv train demo_lora --eval_steps 100 --logging_steps 10".split()
+        subprocess.run([*command, "--output_dir", folder], stdout=subprocess.DEVNULL, check=True)
+        curve = Image.open(f"{folder}/loss_curve.png").convert("RGB")
+        curve.quantize(64, Image.Quantize.FASTOCTREE).save(images / "training-curve.png", optimize=True)
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        page = browser.new_page(viewport={"width": 900, "height": 620})
+        page.goto(Path(folder, "answers.html").as_uri())
+        picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+        picture.quantize(128, Image.Quantize.FASTOCTREE).save(images / "training-answers.png", optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("docs", type=Path, help="folder of the pages")
     parser.add_argument("--pictures", action="store_true", help="draw those of runs, too")
+    parser.add_argument("--training", action="store_true", help="draw those of a training, too: some minutes")
     options = parser.parse_args()
     images = options.docs / "images"
     for name, plot in PLOTS.items():
@@ -170,6 +190,8 @@ def main() -> None:
     if options.pictures:
         draw_session(images / "terminal.svg")
         draw_windows(images / "windows.png")
+    if options.training:
+        draw_training(images)
 
 
 if __name__ == "__main__":

@@ -357,6 +357,18 @@ def test_what_a_training_writes_while_it_runs(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "loss_curve.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
 
 
+def test_what_cannot_be_written_to_look_at_ends_no_training(tmp_path, caplog):
+    """A folder stands where the file belongs: to replace it fails, as on a full disk, or when a viewer holds it."""
+    for name in ("loss_curve.png", "answers.html"):
+        (tmp_path / name / "held").mkdir(parents=True)
+    trainer = make_trainer(tmp_path, eval_dataset=rows(4), log_answers=1, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == trainer.state.max_steps
+    for name in ("loss_curve.png", "answers.html"):
+        assert f"{name} is not up to date, the training goes on" in caplog.text
+
+
 # Packing
 
 

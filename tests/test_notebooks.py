@@ -1,7 +1,8 @@
 """The notebooks: each runs on the demo model, and what is stored in it is what its cells give.
 
 `make notebooks` executes them and stores their outputs. Cells with the tag `varies` train or measure seconds: of their
-outputs the words are compared, not the numbers or pictures.
+outputs the words are compared, not the numbers or pictures, but for the tables of those with the tag `scores`, which
+show what a training taught.
 """
 
 import base64
@@ -77,6 +78,12 @@ def shown(cell) -> list[dict[str, str]]:
     ]
 
 
+def scores(cell) -> list[float]:
+    """The numbers of its table, for a cell that shows how many answers are right."""
+    texts = [each.data["text/html"] for each in cell.outputs if "scores" in cell.metadata.get("tags", ())]
+    return [float(number) for text in texts for number in re.findall(r"<td>([\d.]+)</td>", text)]
+
+
 def thumbnails(cell) -> list[np.ndarray]:
     """Small grey pictures: fonts and rounding do not count."""
     if "varies" in cell.metadata.get("tags", ()):
@@ -95,6 +102,7 @@ def test_what_is_stored_is_what_a_run_gives(file, tmp_path):
         nbformat.write(notebook, file)
     for stored, new in zip(code_cells(nbformat.read(file, as_version=4)), code_cells(notebook)):
         assert shown(stored) == shown(new), new.source
+        assert scores(new) == pytest.approx(scores(stored), abs=8), new.source  # of 80 or 100
         for before, now in zip(thumbnails(stored), thumbnails(new)):
             assert np.abs(before - now).mean() < 3, new.source
 

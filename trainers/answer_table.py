@@ -16,6 +16,8 @@ from transformers.integrations import TensorBoardCallback
 from lladamedv.processing.datasets.messages import check_row, show_images
 from lladamedv.processing.pictures import as_url, reduced
 
+from .training_progress import goes_on_without
+
 
 _WIDTH = 224  # pixels of a picture on the page, at most
 _PRINTED = 8  # answers that a terminal shows
@@ -109,8 +111,9 @@ class AnswerTableCallback(TrainerCallback):
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.records]
         for name, text in (("answers.jsonl", "".join(lines)), ("answers.html", self._page())):
             partial = Path(args.output_dir) / f"{name}.new"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(partial.with_suffix(""))
+            with goes_on_without(name):
+                partial.write_text(text, encoding="utf-8")
+                partial.replace(partial.with_suffix(""))
 
     def _page(self) -> str:
         """Every question with its pictures, the right answer, and the answers so far, as HTML."""
