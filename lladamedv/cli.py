@@ -522,8 +522,7 @@ def train(
         words, recipe = [recipe, *words], None
     words = read_flags(words)
     file = recipe_file(recipe, words)
-    if recipe is None:
-        tell(f"recipe: {file.stem}")
+    tell(f"recipe: {file.stem}")  # before anything is imported
     configuration = accelerate_file(accelerate)
     if not os.environ.get(DEBUG):
         os.environ.setdefault("PYTHONWARNINGS", _IGNORED)

@@ -219,11 +219,20 @@ def launched(monkeypatch):
 def test_everything_else_is_passed_on(launched):
     """To accelerate's own launcher, and its exit code back."""
     others = ["--max_steps", "3", "--from_scratch", "--train_data", "a", "b"]
-    assert CliRunner().invoke(app, ["train", "demo_lora", "--accelerate", "fsdp2", *others]).exit_code == 7
+    result = CliRunner().invoke(app, ["train", "demo_lora", "--accelerate", "fsdp2", *others])
+    assert result.exit_code == 7 and result.stderr == "recipe: demo_lora\n"
     (arguments,) = launched
     assert arguments.module and arguments.training_script == "lladamedv.trainers.sft"
     assert arguments.config_file == str(recipes.ACCELERATE / "fsdp2.yaml")
     assert arguments.training_script_args == ["--config", str(recipes.RECIPES / "demo_lora.yaml"), *others]
+
+
+def test_quiet(launched, monkeypatch):
+    """No line of the command's own, and no bars of the processes that it starts."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    result = CliRunner().invoke(app, ["train", "-q", "demo_lora"])
+    assert result.exit_code == 7 and not result.output and os.environ["TQDM_DISABLE"] == "1"
+    assert launched[0].training_script_args == ["--config", str(recipes.RECIPES / "demo_lora.yaml")]
 
 
 def test_other_trainers_names(launched):
