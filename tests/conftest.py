@@ -29,13 +29,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def levels():
-    """A command that a test runs in this process keeps the libraries quiet, and would do so for the tests after it."""
+    """A command that a test runs in this process keeps the libraries quiet, with --quiet the bars of processes that it
+    starts, too, and would do so for the tests after it."""
+    bars = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    bars = [name for name in bars if name not in os.environ]
     names = (None, "lladamedv", "lladamedv.processing.medical_images", "torch", "torchao", "bitsandbytes")
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, before):
         logger.setLevel(level)
+    for name in bars:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture

@@ -227,9 +227,8 @@ def test_everything_else_is_passed_on(launched):
     assert arguments.training_script_args == ["--config", str(recipes.RECIPES / "demo_lora.yaml"), *others]
 
 
-def test_quiet(launched, monkeypatch):
+def test_quiet(launched):
     """No line of the command's own, and no bars of the processes that it starts."""
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     result = CliRunner().invoke(app, ["train", "-q", "demo_lora"])
     assert result.exit_code == 7 and not result.output and os.environ["TQDM_DISABLE"] == "1"
     assert launched[0].training_script_args == ["--config", str(recipes.RECIPES / "demo_lora.yaml")]
