@@ -522,8 +522,8 @@ def train(
         words, recipe = [recipe, *words], None
     words = read_flags(words)
     file = recipe_file(recipe, words)
-    tell(f"recipe: {file.stem}")  # before anything is imported
     configuration = accelerate_file(accelerate)
+    tell(f"recipe: {file.stem}")  # before anything is imported
     if not os.environ.get(DEBUG):
         os.environ.setdefault("PYTHONWARNINGS", _IGNORED)
     raise typer.Exit(launch(configuration, "lladamedv.trainers.sft", ["--config", str(file), *words]))
