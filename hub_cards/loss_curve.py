@@ -5,9 +5,12 @@ Drawn by Pillow, which is always installed and takes a few hundredths of a secon
 
 from __future__ import annotations
 
+import io
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -23,17 +26,18 @@ _COLOURS = ("#1f5fa8", "#c2500a", "#2a7d3a", "#7b3fa0", "#8a6d00")
 _SCALE = 2  # drawn larger, then reduced: Pillow does not smooth lines
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 600, 340, 62, 18, 62, 44  # of a panel, in pixels
 _MANY = 60  # points above which a line is noise: it becomes pale, and a running mean is drawn over it
+logger = logging.getLogger(__name__)
 
 
 def draw_loss_curve(path: str | Path, log_history: Sequence[Mapping]) -> bool:
     """Draw losses, rewards and shares of right answers over optimizer steps, a panel for each that was logged.
 
     Args:
-        path: the .png file, written whole or not at all.
+        path: the .png file, see [`write_to_look_at`].
         log_history: as of `transformers.TrainerState`. Values that are not finite are left out.
 
     Returns:
-        Whether there was a loss to draw.
+        Whether there was a loss to draw, and the file could be written.
     """
     panels = {title: lines for metric, title in _PANELS.items() if (lines := _lines(metric, log_history))}
     if "training" not in panels.get("loss", {}):
@@ -44,9 +48,28 @@ def draw_loss_curve(path: str | Path, log_history: Sequence[Mapping]) -> bool:
     for number, (title, lines) in enumerate(panels.items()):
         row, column = divmod(number, 2)
         picture.paste(_panel(title, lines, steps), (column * _WIDTH * _SCALE, row * _HEIGHT * _SCALE))
+    written = io.BytesIO()
+    picture.reduce(_SCALE).save(written, "PNG")
+    return write_to_look_at(path, written.getvalue())
+
+
+def write_to_look_at(path: str | Path, content: bytes) -> bool:
+    """Write what a training shows of itself, whole or not at all, because people look at it meanwhile.
+
+    A training does not end because that fails, as on a full disk or where a viewer holds the file.
+
+    Returns:
+        Whether it was written; a warning says why not.
+    """
     partial = Path(f"{path}.new")
-    picture.reduce(_SCALE).save(partial, "PNG")
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        logger.warning("%s is not up to date, the training goes on: %s", path, error)
+        return False
     return True
 
 
@@ -124,4 +147,4 @@ def _running_mean(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]
     return [(step, sum(near) / len(near)) for (step, _), near in zip(points, around)]
 
 
-__all__ = ["draw_loss_curve"]
+__all__ = ["draw_loss_curve", "write_to_look_at"]

@@ -358,12 +358,15 @@ def test_what_a_training_writes_while_it_runs(tmp_path, capsys, monkeypatch):
 
 
 def test_what_cannot_be_written_to_look_at_ends_no_training(tmp_path, caplog):
-    """A folder stands where the file belongs: to replace it fails, as on a full disk, or when a viewer holds it."""
+    """A folder stands where the file belongs: to replace it fails, as on a full disk, or when a viewer holds it. The
+    card goes without the curve, and nothing is left that a push would refuse."""
     for name in ("loss_curve.png", "answers.html"):
         (tmp_path / name / "held").mkdir(parents=True)
     trainer = make_trainer(tmp_path, eval_dataset=rows(4), log_answers=1, eval_strategy="steps", eval_steps=1)
     trainer.train()
+    trainer.create_model_card()
     assert trainer.state.global_step == trainer.state.max_steps
+    assert "loss_curve.png" not in (tmp_path / "README.md").read_text() and not [*tmp_path.glob("*.new")]
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == trainer.state.max_steps
     for name in ("loss_curve.png", "answers.html"):
         assert f"{name} is not up to date, the training goes on" in caplog.text

@@ -13,10 +13,9 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from lladamedv.hub_cards.loss_curve import write_to_look_at
 from lladamedv.processing.datasets.messages import check_row, show_images
 from lladamedv.processing.pictures import as_url, reduced
-
-from .training_progress import goes_on_without
 
 
 _WIDTH = 224  # pixels of a picture on the page, at most
@@ -107,13 +106,9 @@ class AnswerTableCallback(TrainerCallback):
                 callback.on_log(args, state, control, logs={"answers": table}, **kwargs)
 
     def _write(self, args) -> None:
-        """Each file whole or not at all: people look at them while they are written."""
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.records]
         for name, text in (("answers.jsonl", "".join(lines)), ("answers.html", self._page())):
-            partial = Path(args.output_dir) / f"{name}.new"
-            with goes_on_without(name):
-                partial.write_text(text, encoding="utf-8")
-                partial.replace(partial.with_suffix(""))
+            write_to_look_at(Path(args.output_dir) / name, text.encode())
 
     def _page(self) -> str:
         """Every question with its pictures, the right answer, and the answers so far, as HTML."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -22,16 +20,6 @@ _SHOWN = (
 _IN_BAR = {"loss": "loss", "reward": "reward", "learning_rate": "rate"}
 _SPEEDS = ("_runtime", "_per_second", "_num_tokens")
 _PAUSE = 20  # of its time, drawing the curve takes one part in so many at most
-logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def goes_on_without(file: str):
-    """A training does not end because a file to look at cannot be written, as on a full disk."""
-    try:
-        yield
-    except OSError as error:
-        logger.warning_once(f"{file} is not up to date, the training goes on: {error}")
 
 
 class TrainingProgressCallback(ProgressCallback):
@@ -101,15 +89,11 @@ class LossCurveCallback(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         began = time.monotonic()
         if state.is_world_process_zero and began >= self._next:
-            self._draw(args, state)
+            draw_loss_curve(Path(args.output_dir) / "loss_curve.png", state.log_history)
             self._next = time.monotonic() + _PAUSE * (time.monotonic() - began)
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self._draw(args, state)
-
-    def _draw(self, args, state):
-        with goes_on_without("loss_curve.png"):
             draw_loss_curve(Path(args.output_dir) / "loss_curve.png", state.log_history)
 
 
